@@ -1,0 +1,296 @@
+"""Every setting of every recipe, declared once.
+
+A field here is a flag, a YAML key, an attribute of the resolved config, a line of ``--help`` and a row of the
+docs. A method's config inherits the sections it reads and adds its own fields. This file imports neither torch
+nor anything slow, so that a typing mistake costs a third of a second.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from annotated_types import Ge, Gt, Interval
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Count = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+Strings = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+
+
+class UserError(Exception):
+    """Something the user has to change: one clear line that names the thing and the way out. Exit code 2."""
+
+
+def also(*names: str) -> Any:
+    """Further names under which a field is accepted, as a flag and as a YAML key."""
+    return Field(json_schema_extra={"also": list(names)})
+
+
+class Section(BaseModel):
+    """A group of options that belong together; ``--help`` shows each under its section's name."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+class Model(Section):
+    model: Annotated[str, also("pretrained_model_name_or_path")] = "tiny"
+    """Base model: Hub id, folder of a diffusers pipeline, single .safetensors file, or `tiny` (built in)."""
+    revision: str | None = None
+    """Branch, tag or commit of the base on the Hub; none is its main branch."""
+    variant: str | None = None
+    """Variant of the weight files, such as fp16; none is the plain files."""
+    vae: Annotated[str | None, also("pretrained_vae_model_name_or_path")] = None
+    """VAE to use in place of the base's own: Hub id or folder; none keeps the base's."""
+    cache_dir: Path | None = None
+    """Where models and datasets from the Hub are kept; none is the Hub's own cache folder."""
+
+
+class Data(Section):
+    dataset: Annotated[str, also("dataset_name", "train_data_dir")]
+    """Folder of images, Hub dataset id, dataset saved by `save_to_disk`, or `tiny-stars` (built in)."""
+    dataset_config_name: str | None = None
+    """Configuration of a Hub dataset; none is its default."""
+    dataset_revision: str | None = None
+    """Branch, tag or commit of a Hub dataset; none is its main branch."""
+    split: str = "train"
+    """Split of a Hub or saved dataset."""
+    image_column: str = "image"
+    """Column that holds the image."""
+    caption_column: str | None = None
+    """Column that holds the caption (a list: one is drawn each time); none is `text`, or the only other one."""
+    caption: str | None = None
+    """One caption for all images, in place of their own."""
+    max_train_samples: Count | None = None
+    """Use this many images, drawn with the seed; none is all."""
+    repeats: Count = 1
+    """How often an epoch shows each image."""
+    resolution: Annotated[int, Ge(8)] = 512
+    """Side of the training images in pixels; with buckets, the side of a square of the same area."""
+    center_crop: bool = True
+    """Crop the middle; `--no-center-crop` crops at random, which cannot be cached."""
+    random_flip: bool = False
+    """Mirror half of the images."""
+    image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear", "box", "nearest"] = "lanczos"
+    """Resampling filter of the resize."""
+    buckets: bool = False
+    """Keep aspect ratios: group images into shapes of about the same area; a batch has one shape."""
+    bucket_step: Annotated[int, Ge(8)] = 64
+    """Sides of the buckets are multiples of this many pixels."""
+    bucket_max_aspect: Annotated[float, Ge(1)] = 2.0
+    """Longest side of a bucket over its shortest."""
+    caption_dropout: Share = 0.0
+    """Share of captions left empty, which is what classifier-free guidance learns from."""
+    shuffle_tags: bool = False
+    """Shuffle the comma-separated tags of a caption each time."""
+    keep_tags: Natural = 0
+    """Leave this many tags at the front in place when shuffling."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """Stop at unreadable images, all named, or leave them out and count them."""
+    num_holdout_images: Natural = 0
+    """Keep this many images from training and report their loss at fixed timesteps and noise."""
+    dataloader_num_workers: Natural = 2
+    """Processes that read images; changes speed only."""
+    cache: bool = True
+    """Compute VAE moments and text embeddings once and keep them on disk, where that is exact."""
+
+
+class Denoising(Section):
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    """What the network regresses; none asks the base's scheduler."""
+    snr_gamma: Positive | None = None
+    """Min-SNR-gamma loss weight (Hang et al. 2023; 5 is usual); none weighs timesteps alike."""
+    noise_offset: NonNegative = 0.0
+    """Add this much noise that is constant over each channel (0.05 to 0.1 is usual)."""
+    input_perturbation: NonNegative = 0.0
+    """Extra noise on the input alone (Ning et al. 2023; 0.1 is usual)."""
+    rescale_betas_zero_snr: bool = False
+    """Rescale the schedule to end in pure noise (Lin et al. 2023); wants v_prediction."""
+    timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = "none"
+    """Draw some timesteps more often: the first or last portion, or a range."""
+    timestep_bias_multiplier: Positive = 1.0
+    """How many times more often."""
+    timestep_bias_begin: Natural = 0
+    """First timestep of the range."""
+    timestep_bias_end: Count = 1000
+    """End of the range, not included."""
+    timestep_bias_portion: Share = 0.25
+    """Portion that `earlier` and `later` favour."""
+    loss_type: Literal["l2", "huber"] = "l2"
+    """Mean squared error, or pseudo-Huber, which forgives outliers (Song & Dhariwal 2023)."""
+    huber_c: Positive = 0.1
+    """Error at which the Huber loss turns from quadratic to linear."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise ValueError(
+                "rescale_betas_zero_snr with prediction_type epsilon: pure noise says nothing of the image; "
+                "use prediction_type v_prediction"
+            )
+        if self.timestep_bias_strategy == "range" and self.timestep_bias_begin >= self.timestep_bias_end:
+            raise ValueError("timestep_bias_begin must be smaller than timestep_bias_end")
+        return self
+
+
+class Optim(Section):
+    learning_rate: Positive = 1e-4
+    """Peak learning rate."""
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
+    ] = "constant"
+    """Shape of the learning rate over the run, in optimizer steps."""
+    lr_warmup_steps: Natural = 0
+    """Optimizer steps over which the learning rate rises from 0 (not used by plain `constant`)."""
+    lr_num_cycles: Count = 1
+    """Hard restarts of `cosine_with_restarts`."""
+    lr_power: Positive = 1.0
+    """Power of `polynomial`."""
+    lr_step_rules: str | None = None
+    """Rules of `piecewise_constant`, such as 1:100,0.1:200,0.01; none is needed by the others."""
+    optimizer: str = "adamw"
+    """adamw, adamw8bit, prodigy, adamw_schedulefree, or module:Class of your own."""
+    optimizer_args: dict[str, Any] = {}
+    """Further arguments of the optimizer, as YAML: '{d_coef: 2}'."""
+    use_8bit_adam: bool = False
+    """The same as --optimizer adamw8bit."""
+    adam_beta1: Share = 0.9
+    """First-moment decay."""
+    adam_beta2: Share = 0.999
+    """Second-moment decay."""
+    adam_weight_decay: NonNegative = 1e-2
+    """Decoupled weight decay."""
+    adam_epsilon: Positive = 1e-8
+    """Term that keeps the division finite."""
+    max_grad_norm: Positive = 1.0
+    """Scale the gradient down to this norm when it is larger."""
+    use_ema: bool = False
+    """Keep an exponential moving average of the trained weights; samples and the artefact use it."""
+    ema_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.9999
+    """Decay of the average once it is warm."""
+    ema_inv_gamma: Positive = 1.0
+    """Inverse factor of the average's warm-up."""
+    ema_power: Positive = 2 / 3
+    """Power of the average's warm-up: decay = 1 - (1 + step / inv_gamma) ^ -power."""
+
+
+class Run(Section):
+    method: ClassVar[str]
+    """Name of the command."""
+    entry: ClassVar[str]
+    """`module:Class` of the recipe."""
+
+    output_dir: Path
+    """The run's folder: config, metrics, report, checkpoints and the artefact."""
+    steps: Annotated[Count | None, also("max_train_steps")] = None
+    """Optimizer steps; none with no num_train_epochs either is 1000."""
+    num_train_epochs: Count | None = None
+    """Times the images are seen, in place of steps."""
+    train_batch_size: Count = 4
+    """Images per process and forward pass."""
+    gradient_accumulation_steps: Count = 1
+    """Forward passes per optimizer step."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of frozen weights and forward pass; none takes accelerate launch's, else no."""
+    seed: int = 0
+    """Seed of everything random."""
+    compile: bool = False
+    """Compile the denoiser with torch.compile; refused on a CPU, where its gradients are wrong."""
+    checkpointing_steps: Natural = 500
+    """Steps between checkpoints; 0 saves only the last. An interrupted run saves first in any case."""
+    checkpoints_total_limit: Annotated[int, Ge(2)] = 2
+    """Checkpoints to keep; the oldest goes once a newer one is safe on disk."""
+    max_bad_steps: Count = 10
+    """Stop after this many steps in a row whose loss or gradient is not finite."""
+    log_steps: Count = 10
+    """Steps between lines of metrics.jsonl."""
+    report_to: Strings = []
+    """Trackers beside metrics.jsonl: tensorboard, wandb, trackio, mlflow, ..."""
+    tracker_project_name: str = "sdtune"
+    """Project under which the trackers file the run."""
+
+    @property
+    def max_steps(self) -> int:
+        """Steps when they do not depend on the number of images."""
+        return self.steps or 1000
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps and self.num_train_epochs:
+            raise ValueError("steps and num_train_epochs both say how long to train: give one")
+        return self
+
+
+class Preview(Section):
+    validation_prompt: Annotated[Strings, also("validation_prompts")] = []
+    """Prompts of the sample grids; none uses captions of the dataset."""
+    negative_prompt: str = ""
+    """What the samples should not show."""
+    num_validation_images: Natural = 4
+    """Images of a sample grid; 0 draws none."""
+    validation_steps: Natural = 200
+    """Steps between sample grids and holdout losses; 0 draws them only at the start and the end."""
+    validation_inference_steps: Count = 25
+    """Denoising steps of a sample."""
+    validation_guidance_scale: NonNegative = 5.0
+    """Classifier-free guidance of the samples (Ho & Salimans 2022); 1 is none."""
+
+
+class Hub(Section):
+    push_to_hub: bool = False
+    """Upload the artefact, card, samples and config when training ends."""
+    hub_model_id: str | None = None
+    """Repository to push to, as user/name; none is the name of output_dir under your account."""
+    hub_private: Annotated[bool, also("hub_private_repo")] = False
+    """Create the repository private."""
+
+
+class Adapter(Section):
+    rank: Count = 4
+    """Rank r of the update B A."""
+    alpha: Annotated[Positive | None, also("lora_alpha")] = None
+    """The update is scaled by alpha / rank; none is alpha = rank."""
+    dropout: Annotated[Annotated[float, Interval(ge=0, lt=1)], also("lora_dropout")] = 0.0
+    """Dropout on the input of the adapters."""
+    target_modules: Annotated[Strings, also("lora_target_modules")] = ["to_q", "to_k", "to_v", "to_out.0"]
+    """Modules of the denoiser that get an adapter: ends of names, or one regular expression."""
+    use_dora: bool = False
+    """Weight-decomposed adapters (DoRA; Liu et al. 2024)."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) (rsLoRA; Kalajdzievski 2023)."""
+    train_text_encoder: bool = False
+    """Adapt the text encoder's q, k, v and out projections as well."""
+    text_encoder_lr: Positive | None = None
+    """Learning rate of the text encoder's adapters; none is learning_rate."""
+    init_adapter: Annotated[Path | None, also("init_lora")] = None
+    """Start from this adapter file instead of from zero."""
+
+
+class LoraConfig(Adapter, Denoising, Model, Data, Optim, Preview, Hub, Run):
+    """Low-rank adapters on a text-to-image model (LoRA; Hu et al. 2021)."""
+
+    method: ClassVar[str] = "lora"
+    entry: ClassVar[str] = "sdtune.recipes.lora:Lora"
+
+    output_dir: Path = Path("runs/lora")
+    """The run's folder: config, metrics, report, checkpoints and the artefact."""
+
+
+METHODS: tuple[type[Run], ...] = (LoraConfig,)
+"""The commands that train, in the order in which --help lists them."""
+
+MAY_CHANGE = frozenset(
+    "steps num_train_epochs output_dir dataloader_num_workers cache cache_dir gradient_checkpointing "
+    "checkpointing_steps checkpoints_total_limit max_bad_steps log_steps report_to tracker_project_name "
+    "train_batch_size gradient_accumulation_steps validation_prompt negative_prompt num_validation_images "
+    "validation_steps validation_inference_steps validation_guidance_scale push_to_hub hub_model_id hub_private".split()
+)
+"""What may differ when a run is continued: none of it touches an image, a draw or the mathematics of a step.
+
+The batch may be cut differently, as long as the images per optimizer step stay the same.
+"""
