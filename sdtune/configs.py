@@ -140,7 +140,13 @@ class Optim(Section):
     learning_rate: Positive = 1e-4
     """Peak learning rate."""
     lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "piecewise_constant",
     ] = "constant"
     """Shape of the learning rate over the run, in optimizer steps."""
     lr_warmup_steps: Natural = 0
@@ -279,6 +285,12 @@ class LoraConfig(Adapter, Denoising, Model, Data, Optim, Preview, Hub, Run):
 
     output_dir: Path = Path("runs/lora")
     """The run's folder: config, metrics, report, checkpoints and the artefact."""
+
+
+class SampleConfig(Model):
+    """Make images from a base model and any adapters."""
+
+    method: ClassVar[str] = "sample"
 
 
 METHODS: tuple[type[Run], ...] = (LoraConfig,)

@@ -1,0 +1,3 @@
+from sdtune.cli import main
+
+main()

@@ -1,0 +1,234 @@
+"""The command line: one command per config, one flag per field, and the verbs around them.
+
+Nothing slow is imported here: a typing mistake, ``--help`` and ``--dry-run`` answer before torch is loaded.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sdtune import options
+from sdtune.configs import METHODS, Run, SampleConfig, Section, UserError
+
+app = typer.Typer(
+    name="sdtune",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Fine-tune diffusion models: `sdtune lora --dataset FOLDER --rank 4`, then `sdtune sample`.",
+)
+
+# Unknown flags are collected, not refused one at a time, so that every mistake is reported at once.
+LENIENT = {
+    "ignore_unknown_options": True,
+    "allow_extra_args": True,
+    "token_normalize_func": lambda token: token.replace("_", "-"),
+}
+
+
+def command(
+    config: type[Section], work: Callable[[Any, dict[str, Any]], None], launch: bool
+) -> Callable[..., None]:
+    """The function behind a command: resolve ``config`` from file and flags, then call ``work(cfg, launch options)``."""
+
+    def run(ctx: typer.Context, **values: Any) -> None:
+        flags = {
+            name: value
+            for name, value in values.items()
+            if ctx.get_parameter_source(name).name == "COMMANDLINE"  # type: ignore[union-attr]
+        }
+        file, dry_run = flags.pop("config", None), flags.pop("dry_run", False)
+        launching = {
+            name: flags.pop(name) for name in ("num_processes", "overwrite", "allow_change") if name in flags
+        }
+        cfg = options.resolve(config, file, flags, ctx.args)
+        if dry_run:
+            typer.echo(options.to_yaml(cfg), nl=False)
+        else:
+            work(cfg, launching)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    own = [
+        inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+        *(
+            inspect.Parameter(name, keyword, default=default, annotation=annotation)
+            for name, (annotation, default) in (COMMON | (LAUNCH if launch else {})).items()
+        ),
+    ]
+    run.__signature__ = inspect.Signature([*own, *flags_of(config)])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
+    return run
+
+
+COMMON: dict[str, tuple[Any, Any]] = {
+    "config": (
+        Annotated[
+            str | None,
+            typer.Option(help="YAML file of these options, or the name of a shipped one (`sdtune ls`)."),
+        ],
+        None,
+    ),
+    "dry_run": (
+        Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")],
+        False,
+    ),
+}
+LAUNCH: dict[str, tuple[Any, Any]] = {
+    "num_processes": (
+        Annotated[
+            int | None,
+            typer.Option(help="Train on this many processes, a GPU each.", rich_help_panel="Launch"),
+        ],
+        None,
+    ),
+    "overwrite": (
+        Annotated[
+            bool, typer.Option("--overwrite", help="Discard the run in output_dir.", rich_help_panel="Launch")
+        ],
+        False,
+    ),
+    "allow_change": (
+        Annotated[
+            bool,
+            typer.Option(
+                "--allow-change", help="Continue though config or data changed.", rich_help_panel="Launch"
+            ),
+        ],
+        False,
+    ),
+}
+
+
+def flags_of(config: type[Section]) -> Iterator[inspect.Parameter]:
+    """One Typer option per field. Values stay text: pydantic converts them, so that all mistakes come at once."""
+    for name, field in options.by_section(config):
+        spelt = options.flag(name)
+        shown: dict[str, Any] = {
+            "help": options.help_of(field),
+            "rich_help_panel": options.section_of(config, name),
+        }
+        annotation: Any
+        default: Any
+        if field.annotation is bool:
+            annotation, default, spelt = bool, bool(field.default), f"{spelt}/--no-{spelt[2:]}"
+        else:
+            annotation = list[str] if options.is_list(field) else str
+            annotation, default = annotation | None, None
+            shown["metavar"] = options.metavar(field)
+        option = typer.Option(spelt, show_default=False, **shown)
+        yield inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
+        )
+
+
+def train(words: list[str], entry: Callable[[], Any]) -> Callable[[Any, dict[str, Any]], None]:
+    """What a training command does once its config is resolved; ``words`` are the command's own, as typed."""
+
+    def work(cfg: Run, launching: dict[str, Any]) -> None:
+        launch = importlib.import_module("sdtune.launch")
+        processes = launching.pop("num_processes", None)
+        if processes and processes > 1 and not launch.launched():
+            raise typer.Exit(launch.relaunch(words, cfg, processes, launching))
+        importlib.import_module("sdtune.train").train(entry(), cfg, **launching)
+
+    return work
+
+
+def entry_of(config: type[Run]) -> Callable[[], Any]:
+    module, _, name = config.entry.partition(":")
+    return lambda: getattr(importlib.import_module(module), name)
+
+
+for method in METHODS:
+    app.command(method.method, help=method.__doc__, context_settings=LENIENT, rich_help_panel="Train")(
+        command(method, train([method.method], entry_of(method)), launch=True)
+    )
+
+
+@app.command("run", context_settings=LENIENT | {"help_option_names": []}, rich_help_panel="Train")
+def run_file(
+    ctx: typer.Context, file: Annotated[Path, typer.Argument(help="Python file with one Recipe of your own.")]
+) -> None:
+    """Train a recipe of your own, from a Python file: same flags, resume, processes and report."""
+    recipe = recipe_in(file)
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    words = ["run", str(file)]
+    alone.command(help=recipe.__doc__, context_settings=LENIENT)(
+        command(recipe.Config, train(words, lambda: recipe), launch=True)
+    )
+    alone(options.canonical(recipe.Config, ctx.args), prog_name=f"sdtune run {file}")
+
+
+def recipe_in(file: Path) -> Any:
+    """The one Recipe class that a Python file defines."""
+    if file.suffix != ".py" or not file.is_file():
+        raise UserError(f"{file}: not a Python file with a Recipe")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module  # loader workers find the class by this name
+    spec.loader.exec_module(module)
+    base = importlib.import_module("sdtune.recipe").Recipe
+    own = [
+        c
+        for c in vars(module).values()
+        if inspect.isclass(c) and issubclass(c, base) and c.__module__ == file.stem
+    ]
+    if len(own) != 1:
+        raise UserError(f"{file}: wants exactly one class that derives from Recipe, found {len(own)}")
+    return own[0]
+
+
+def sample(cfg: SampleConfig, _: dict[str, Any]) -> None:
+    importlib.import_module("sdtune.sample").sample(cfg)
+
+
+app.command("sample", help=SampleConfig.__doc__, context_settings=LENIENT, rich_help_panel="Use")(
+    command(SampleConfig, sample, launch=False)
+)
+
+
+@app.command("ls", rich_help_panel="Look")
+def list_recipes() -> None:
+    """List the ready-made recipes that --config knows by name."""
+    for name, path in options.shipped().items():
+        first = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+        typer.echo(f"{name:<28} {first}")
+
+
+@app.command("cp", rich_help_panel="Look")
+def copy_recipe(name: str, to: Annotated[Path, typer.Argument(help="Folder or file.")] = Path()) -> None:
+    """Copy a ready-made recipe to edit it."""
+    source = options.config_file(name)
+    target = to / source.name if to.is_dir() else to
+    if target.exists():
+        raise UserError(f"{target} exists; name another file")
+    target.write_bytes(source.read_bytes())
+    typer.echo(f"{target}: run it with `sdtune {name.partition('/')[0]} --config {target}`")
+
+
+@app.command("env", rich_help_panel="Look")
+def env() -> None:
+    """Print versions and devices, for a bug report."""
+    for name, value in importlib.import_module("sdtune.environment").environment().items():
+        typer.echo(f"{name}: {', '.join(value) if isinstance(value, list) else value}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; every mistake of the user's ends in one line per problem and exit code 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    by_name: dict[str, type[Section]] = {c.method: c for c in METHODS} | {"sample": SampleConfig}
+    if words and (config := by_name.get(words[0].replace("_", "-"))):
+        words = options.canonical(config, words)
+    try:
+        app(words, prog_name="sdtune")
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,318 @@
+"""Between a config class and the text a person writes: flags, YAML, help, and every mistake in user words."""
+
+import difflib
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from sdtune.configs import Section, UserError
+
+NEEDLESS = {
+    "allow_tf32": "TF32 is on wherever the GPU has it; leave the flag out",
+    "enable_xformers_memory_efficient_attention": "torch's scaled-dot-product attention does the same; leave the flag out",
+    "hub_token": "a token on the command line ends up in logs; set HF_TOKEN or run `hf auth login`",
+    "image_column_name": "use --image-column",
+    "local_rank": "accelerate and torchrun say it in the environment; leave the flag out",
+    "logging_dir": "trackers write into the run's folder; use --output-dir",
+    "lora_rank": "use --rank",
+    "num_epochs": "use --num-train-epochs",
+    "resume_from_checkpoint": "the same command continues its run; leave the flag out (--overwrite starts anew)",
+    "scale_lr": "multiply --learning-rate yourself: the plan printed first shows the images per step",
+    "validation_epochs": "use --validation-steps",
+    "warmup_steps": "use --lr-warmup-steps",
+}
+"""Flags of other trainers that have no field here, and what to do instead."""
+
+
+# ---- what a config class declares --------------------------------------------------------------------
+
+
+def by_section(config: type[Section]) -> Iterator[tuple[str, FieldInfo]]:
+    """The fields of ``config``, the method's own first, then section by section."""
+    sections = [c.__name__ for c in config.__mro__]
+    yield from sorted(
+        config.model_fields.items(), key=lambda item: sections.index(section_of(config, item[0]))
+    )
+
+
+def section_of(config: type[Section], name: str) -> str:
+    """The section that first declares field ``name``."""
+    return [c.__name__ for c in config.__mro__ if name in c.__dict__.get("__annotations__", {})][-1]
+
+
+def other_names(field: FieldInfo) -> list[str]:
+    extra = field.json_schema_extra
+    return list(extra["also"]) if isinstance(extra, dict) and "also" in extra else []  # type: ignore[arg-type]
+
+
+def names_of(config: type[Section]) -> dict[str, str]:
+    """Every accepted spelling, with underscores, to its field."""
+    fields = config.model_fields.items()
+    return {spelling: name for name, field in fields for spelling in (name, *other_names(field))}
+
+
+def bare(annotation: Any) -> Any:
+    """The type behind ``Annotated`` and ``| None``."""
+    if get_origin(annotation) is typing.Annotated:
+        return bare(get_args(annotation)[0])
+    if get_origin(annotation) in (typing.Union, types.UnionType):
+        return bare(next(a for a in get_args(annotation) if a is not type(None)))
+    return annotation
+
+
+def is_list(field: FieldInfo) -> bool:
+    return get_origin(bare(field.annotation)) is list
+
+
+def metavar(field: FieldInfo) -> str:
+    kind = bare(field.annotation)
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
+    return {int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(
+        kind, "YAML" if get_origin(kind) is dict else "TEXT"
+    )
+
+
+def help_of(field: FieldInfo) -> str:
+    """The description with the default; what None stands for is told by the description itself."""
+    text = field.description or ""
+    if field.is_required():
+        return f"{text} [required]"
+    default = field.get_default()
+    if default in (None, "", [], {}):
+        return text
+    shown = (
+        " ".join(default)
+        if isinstance(default, list)
+        else f"{default:g}"
+        if isinstance(default, float)
+        else default
+    )
+    return f"{text} [default: {str(shown).lower() if isinstance(default, bool) else shown}]"
+
+
+# ---- from text to a config ---------------------------------------------------------------------------
+
+
+def resolve(config: type[Section], file: str | None, flags: Mapping[str, Any], unknown: list[str]) -> Any:
+    """Merge defaults < YAML < flags and validate; ``UserError`` lists every problem.
+
+    Args:
+        flags: field name to the text of its flag, those given on the command line only.
+        unknown: words of the command line that are no flag of this command.
+    """
+    problems = list(unknown_flags(config, unknown))
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    if file is not None:
+        path = config_file(file)
+        for key, value, line in read_yaml(path):
+            name = names_of(config).get(key.replace("-", "_"))
+            if name is None:
+                problems.append(f"{path}:{line}: unknown key {key}{advice(config, key, dash='')}")
+            elif name in origin:
+                problems.append(f"{path}:{line}: {key}: given twice")
+            else:
+                values[name], origin[name] = value, f"{path}:{line}: {key}"
+    for name, value in flags.items():
+        values[name] = (
+            from_yaml_text(value) if get_origin(bare(config.model_fields[name].annotation)) is dict else value
+        )
+        origin[name] = flag(name)
+    try:
+        cfg = config.model_validate(values)
+    except ValidationError as error:
+        problems += [
+            f"{origin.get(where, flag(where))}: {message}" if where else message
+            for where, message in told(error)
+        ]
+        raise UserError("\n       ".join(problems)) from None
+    if problems:
+        raise UserError("\n       ".join(problems))
+    return cfg
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def unknown_flags(config: type[Section], words: list[str]) -> Iterator[str]:
+    after_flag = False
+    for word in words:
+        if word.startswith("-"):
+            given = word.partition("=")[0]
+            yield f"{given}: no such option{advice(config, given.lstrip('-'), dash='--')}"
+        elif not after_flag:
+            yield f"{word}: unexpected argument; options start with --"
+        after_flag = word.startswith("-") and "=" not in word
+
+
+def advice(config: type[Section], name: str, dash: str) -> str:
+    """What to write in place of an unknown name."""
+    name = name.replace("-", "_")
+    if name in NEEDLESS:
+        return f"; {NEEDLESS[name]}"
+    known = [
+        *names_of(config),
+        *(["config", "dry_run", "num_processes", "overwrite", "allow_change"] if dash else []),
+    ]
+    close = difflib.get_close_matches(name, known, n=1)
+    spelt = close[0].replace("_", "-") if dash and close else "".join(close)
+    return f"; did you mean {dash}{spelt}?" if close else "; --help lists them"
+
+
+def told(error: ValidationError) -> Iterator[tuple[str, str]]:
+    """(field, what is wrong in user words) of each problem; field is empty for rules between fields."""
+    for e in error.errors():
+        where = str(e["loc"][0]) if e["loc"] else ""
+        given, limits = e["input"], e.get("ctx", {})
+        match e["type"]:
+            case "missing":
+                yield where, "is required"
+            case "int_parsing" | "int_type" | "int_from_float":
+                yield where, f"wants a whole number, not {given!r}"
+            case "float_parsing" | "float_type" | "finite_number":
+                yield where, f"wants a number, not {given!r}"
+            case "bool_parsing" | "bool_type":
+                yield where, f"wants true or false, not {given!r}"
+            case "literal_error":
+                choices = [c.strip("'") for c in re.findall(r"'[^']*'", str(limits["expected"]))]
+                close = difflib.get_close_matches(str(given), choices, n=1)
+                yield (
+                    where,
+                    f"{given!r} is none of {', '.join(choices)}"
+                    + (f"; did you mean {close[0]}?" if close else ""),
+                )
+            case "greater_than_equal" | "greater_than" | "less_than_equal" | "less_than":
+                yield where, f"{e['msg'].removeprefix('Input ')}, not {given}"
+            case "value_error":
+                yield where, str(limits["error"])
+            case _:
+                yield where, f"{e['msg'].removeprefix('Input ')}, not {given!r}"
+
+
+def canonical(config: type[Section], words: list[str]) -> list[str]:
+    """The command line with each flag under its field's name and each list spelt out.
+
+    ``--dataset_name d`` becomes ``--dataset d``, and ``--validation-prompt a b``, as argparse's nargs="+" takes it,
+    becomes ``--validation-prompt a --validation-prompt b``.
+    """
+    known = names_of(config)
+    spelt: list[str] = []
+    repeating = ""
+    for word in words:
+        if word.startswith("--"):
+            given, equals, value = word.partition("=")
+            name = known.get(given[2:].replace("-", "_"))
+            word = f"{flag(name)}{equals}{value}" if name else word
+            repeating = flag(name) if name and not equals and is_list(config.model_fields[name]) else ""
+        elif repeating and spelt[-1] != repeating:
+            spelt.append(repeating)
+        spelt.append(word)
+    return spelt
+
+
+# ---- YAML --------------------------------------------------------------------------------------------
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, as everybody but YAML 1.1 expects."""
+
+
+Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def from_yaml_text(text: str) -> Any:
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError:
+        return text
+
+
+def read_yaml(path: Path) -> Iterator[tuple[str, Any, int]]:
+    """(key, value, line) of each entry of a YAML mapping."""
+    try:
+        loader = Loader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if node is None:
+            return
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(f"{path}: wants a mapping, one `option: value` a line")
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            yield str(loader.construct_object(key)), loader.construct_object(value, deep=True), line  # type: ignore[no-untyped-call]
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(
+            f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML: {getattr(error, 'problem', error)}"
+        ) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+
+
+def plain(cfg: Section) -> dict[str, Any]:
+    """Every option of a config as JSON knows it."""
+    return cfg.model_dump(mode="json")
+
+
+def to_yaml(cfg: Section) -> str:
+    return yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True, width=1000)
+
+
+def shipped() -> dict[str, Path]:
+    """Name, such as lora/tiny-stars, to the file of each ready-made recipe."""
+    here = Path(__file__).parent
+    root = here / "_recipes" if (here / "_recipes").is_dir() else here.parent / "recipes"
+    return {str(p.relative_to(root).with_suffix("")): p for p in sorted(root.glob("*/*.yaml"))}
+
+
+def config_file(name: str) -> Path:
+    """The file that ``--config`` means: a path, or the name of a ready-made recipe."""
+    if (path := Path(name)).is_file():
+        return path
+    recipes = shipped()
+    if name in recipes:
+        return recipes[name]
+    close = difflib.get_close_matches(name, recipes, n=1)
+    raise UserError(
+        f"--config {name}: no such file or recipe"
+        + (f"; did you mean {close[0]}?" if close else "; `sdtune ls` lists them")
+    )
+
+
+def same_command(cfg: Section, words: list[str]) -> str:
+    """The shortest command line that gives ``cfg`` again, from its defaults."""
+    import shlex
+
+    fields = type(cfg).model_fields
+    parts = list(words)
+    for name, value in plain(cfg).items():
+        if name in cfg.model_fields_set and (
+            fields[name].is_required() or getattr(cfg, name) != fields[name].get_default()
+        ):
+            parts += _flag_words(name, value)
+    return shlex.join(parts)
+
+
+def _flag_words(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [flag(name) if value else "--no-" + name.replace("_", "-")]
+    if isinstance(value, list):
+        return [flag(name), *map(str, value)]
+    return [
+        flag(name),
+        yaml.safe_dump(value, default_flow_style=True).strip() if isinstance(value, dict) else str(value),
+    ]
