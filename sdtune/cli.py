@@ -33,9 +33,7 @@ LENIENT = {
 }
 
 
-def command(
-    config: type[Section], work: Callable[[Any, dict[str, Any]], None], launch: bool
-) -> Callable[..., None]:
+def command(config: type[Section], work: Callable[[Any, dict[str, Any]], None], launch: bool) -> Callable[..., None]:
     """The function behind a command: resolve ``config`` from file and flags, then call ``work(cfg, launch options)``."""
 
     def run(ctx: typer.Context, **values: Any) -> None:
@@ -45,9 +43,7 @@ def command(
             if ctx.get_parameter_source(name).name == "COMMANDLINE"  # type: ignore[union-attr]
         }
         file, dry_run = flags.pop("config", None), flags.pop("dry_run", False)
-        launching = {
-            name: flags.pop(name) for name in ("num_processes", "overwrite", "allow_change") if name in flags
-        }
+        launching = {name: flags.pop(name) for name in ("num_processes", "overwrite", "allow_change") if name in flags}
         cfg = options.resolve(config, file, flags, ctx.args)
         if dry_run:
             typer.echo(options.to_yaml(cfg), nl=False)
@@ -89,17 +85,13 @@ LAUNCH: dict[str, tuple[Any, Any]] = {
         None,
     ),
     "overwrite": (
-        Annotated[
-            bool, typer.Option("--overwrite", help="Discard the run in output_dir.", rich_help_panel="Launch")
-        ],
+        Annotated[bool, typer.Option("--overwrite", help="Discard the run in output_dir.", rich_help_panel="Launch")],
         False,
     ),
     "allow_change": (
         Annotated[
             bool,
-            typer.Option(
-                "--allow-change", help="Continue though config or data changed.", rich_help_panel="Launch"
-            ),
+            typer.Option("--allow-change", help="Continue though config or data changed.", rich_help_panel="Launch"),
         ],
         False,
     ),
@@ -176,11 +168,7 @@ def recipe_in(file: Path) -> Any:
     sys.modules[file.stem] = module  # loader workers find the class by this name
     spec.loader.exec_module(module)
     base = importlib.import_module("sdtune.recipe").Recipe
-    own = [
-        c
-        for c in vars(module).values()
-        if inspect.isclass(c) and issubclass(c, base) and c.__module__ == file.stem
-    ]
+    own = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, base) and c.__module__ == file.stem]
     if len(own) != 1:
         raise UserError(f"{file}: wants exactly one class that derives from Recipe, found {len(own)}")
     return own[0]

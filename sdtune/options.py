@@ -38,9 +38,7 @@ NEEDLESS = {
 def by_section(config: type[Section]) -> Iterator[tuple[str, FieldInfo]]:
     """The fields of ``config``, the method's own first, then section by section."""
     sections = [c.__name__ for c in config.__mro__]
-    yield from sorted(
-        config.model_fields.items(), key=lambda item: sections.index(section_of(config, item[0]))
-    )
+    yield from sorted(config.model_fields.items(), key=lambda item: sections.index(section_of(config, item[0])))
 
 
 def section_of(config: type[Section], name: str) -> str:
@@ -76,9 +74,7 @@ def metavar(field: FieldInfo) -> str:
     kind = bare(field.annotation)
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))
-    return {int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(
-        kind, "YAML" if get_origin(kind) is dict else "TEXT"
-    )
+    return {int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(kind, "YAML" if get_origin(kind) is dict else "TEXT")
 
 
 def help_of(field: FieldInfo) -> str:
@@ -90,11 +86,7 @@ def help_of(field: FieldInfo) -> str:
     if default in (None, "", [], {}):
         return text
     shown = (
-        " ".join(default)
-        if isinstance(default, list)
-        else f"{default:g}"
-        if isinstance(default, float)
-        else default
+        " ".join(default) if isinstance(default, list) else f"{default:g}" if isinstance(default, float) else default
     )
     return f"{text} [default: {str(shown).lower() if isinstance(default, bool) else shown}]"
 
@@ -131,8 +123,7 @@ def resolve(config: type[Section], file: str | None, flags: Mapping[str, Any], u
         cfg = config.model_validate(values)
     except ValidationError as error:
         problems += [
-            f"{origin.get(where, flag(where))}: {message}" if where else message
-            for where, message in told(error)
+            f"{origin.get(where, flag(where))}: {message}" if where else message for where, message in told(error)
         ]
         raise UserError("\n       ".join(problems)) from None
     if problems:
@@ -188,8 +179,7 @@ def told(error: ValidationError) -> Iterator[tuple[str, str]]:
                 close = difflib.get_close_matches(str(given), choices, n=1)
                 yield (
                     where,
-                    f"{given!r} is none of {', '.join(choices)}"
-                    + (f"; did you mean {close[0]}?" if close else ""),
+                    f"{given!r} is none of {', '.join(choices)}" + (f"; did you mean {close[0]}?" if close else ""),
                 )
             case "greater_than_equal" | "greater_than" | "less_than_equal" | "less_than":
                 yield where, f"{e['msg'].removeprefix('Input ')}, not {given}"
