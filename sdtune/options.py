@@ -2,7 +2,6 @@
 
 import difflib
 import re
-import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping

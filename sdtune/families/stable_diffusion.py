@@ -1,0 +1,170 @@
+"""Stable Diffusion 1 and 2 (Rombach et al. 2022): a VAE, one CLIP text encoder and a UNet on 4-channel latents."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from sdtune.configs import UserError
+from sdtune.diffusion import DDPM, bias_timesteps
+
+
+class StableDiffusion:
+    """Parts load when first used, so that a run whose cache is full never holds a VAE or a frozen text encoder.
+
+    Args:
+        cfg: a config with the sections Model and Denoising.
+        source: folder or Hub id of the pipeline; ``index`` is its ``model_index.json``.
+        dtype: of every part; a recipe casts what it trains to fp32.
+    """
+
+    pipeline_class = StableDiffusionPipeline
+
+    def __init__(self, cfg: Any, source: str, index: Mapping[str, Any], device: torch.device, dtype: torch.dtype):
+        self.cfg, self.source, self.index, self.device, self.dtype = cfg, source, index, device, dtype
+        for part in ("text_encoder", "tokenizer", "vae", "unet", "scheduler"):
+            if not index.get(part) or index[part][0] is None:
+                raise UserError(f"--model {cfg.model}: its model_index.json names no {part}")
+        self.parts: dict[str, nn.Module] = {}
+        self.kept: set[str] = {"unet"}
+        if self.denoiser.config.in_channels != self.vae_config["latent_channels"]:
+            raise UserError(
+                f"--model {cfg.model}: its UNet takes {self.denoiser.config.in_channels} channels, its VAE gives "
+                f"{self.vae_config['latent_channels']}: an inpainting or editing model, not text-to-image"
+            )
+        self.objective = self._objective()
+
+    # ---- parts -----------------------------------------------------------------------------------------
+
+    def _read(self, kind: Any, part: str, source: str | None = None, **more: Any) -> Any:
+        """One part of the base from its folder or repository."""
+        where = {"subfolder": part, "revision": self.cfg.revision} if source is None else {}
+        try:
+            return kind.from_pretrained(source or self.source, cache_dir=self.cfg.cache_dir, **where, **more)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--model {source or self.cfg.model}: {part}: {str(error).splitlines()[0]}") from None
+
+    def part(self, name: str) -> nn.Module:
+        """A frozen part of the base on the run's device, in evaluation mode."""
+        if name not in self.parts:
+            kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}[name]
+            other = self.cfg.vae if name == "vae" else None
+            variant = {} if other else {"variant": self.cfg.variant}
+            module = self._read(kind, name, other, dtype=self.dtype, **variant)
+            self.parts[name] = module.requires_grad_(False).eval().to(self.device)
+        return self.parts[name]
+
+    @property
+    def denoiser(self) -> Any:
+        return self.part("unet")
+
+    @property
+    def vae(self) -> Any:
+        return self.part("vae")
+
+    @property
+    def text_encoder(self) -> Any:
+        return self.part("text_encoder")
+
+    def keep(self, part: str) -> nn.Module:
+        """The part, which from now on holds trained weights and is never released."""
+        self.kept.add(part)
+        return self.part(part)
+
+    def release(self) -> None:
+        """Drop the frozen parts that nothing trains; they are read again when next used."""
+        self.parts = {name: module for name, module in self.parts.items() if name in self.kept}
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # ---- shapes and words ------------------------------------------------------------------------------
+
+    @property
+    def vae_config(self) -> Any:
+        if "vae" in self.parts:
+            return self.parts["vae"].config
+        where = {"subfolder": "vae", "revision": self.cfg.revision} if self.cfg.vae is None else {}
+        return AutoencoderKL.load_config(self.cfg.vae or self.source, cache_dir=self.cfg.cache_dir, **where)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vae_config["latent_channels"]
+
+    @property
+    def downscale(self) -> int:
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    def tokenizer(self) -> Any:
+        return self._read(CLIPTokenizer, "tokenizer")
+
+    # ---- the forward process ---------------------------------------------------------------------------
+
+    def _objective(self) -> DDPM:
+        cfg = self.cfg
+        changed: dict[str, Any] = {}
+        if cfg.rescale_betas_zero_snr:
+            changed["rescale_betas_zero_snr"] = True
+        if cfg.prediction_type:
+            changed["prediction_type"] = cfg.prediction_type
+        scheduler = DDPMScheduler.from_config(self._read(DDPMScheduler, "scheduler").config, **changed)
+        if cfg.rescale_betas_zero_snr and scheduler.config.prediction_type == "epsilon":
+            raise UserError("--rescale-betas-zero-snr: this base predicts epsilon; add --prediction-type v_prediction")
+        steps = len(scheduler.alphas_cumprod)
+        odds = bias_timesteps(
+            steps,
+            cfg.timestep_bias_strategy,
+            cfg.timestep_bias_multiplier,
+            cfg.timestep_bias_begin,
+            cfg.timestep_bias_end,
+            cfg.timestep_bias_portion,
+        )
+        huber_c = cfg.huber_c if cfg.loss_type == "huber" else None
+        return DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type, cfg.snr_gamma, odds, huber_c)
+
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Mean and log-variance of the VAE's posterior, ``[B, 2C, h, w]`` in fp32, of pixels in [-1, 1]."""
+        return self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist.parameters.float()
+
+    def latents(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """A sample of each image's posterior, scaled to unit variance: ``[B, C, h, w]`` in fp32."""
+        moments = batch["moments"] if "moments" in batch else self.moments(batch["pixels"])
+        mean, logvar = moments.float().chunk(2, dim=1)
+        std = (0.5 * logvar.clamp(-30, 20)).exp()
+        return (mean + std * batch["posterior_noise"]) * self.vae_config["scaling_factor"]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Text embeddings ``[B, L, D]`` of token ids ``[B, L]``."""
+        return self.text_encoder(tokens.to(self.device))[0]
+
+    def conditioning(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return batch["text"] if "text" in batch else self.embed(batch["tokens"])
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        """What the UNet says at ``x_t`` ``[B, C, h, w]``, ``t`` ``[B]``."""
+        dtype = self.dtype
+        return self.denoiser(x_t.to(dtype), t, encoder_hidden_states=cond.to(dtype)).sample
+
+    # ---- artefacts -------------------------------------------------------------------------------------
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        """A stock pipeline of the parts as they are now, with the base's own scheduler."""
+        kind = getattr(diffusers, self.index["scheduler"][1])
+        changed: dict[str, Any] = {}
+        if self.cfg.prediction_type:
+            changed["prediction_type"] = self.cfg.prediction_type
+        if self.cfg.rescale_betas_zero_snr:  # most schedulers cannot; sampling must start at the last timestep
+            kind, changed = DDIMScheduler, changed | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer(),
+            unet=self.denoiser,
+            scheduler=kind.from_config(self._read(kind, "scheduler").config, **changed),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )

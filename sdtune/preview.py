@@ -1,0 +1,37 @@
+"""What there is to see of a run while it trains: sample images, and the loss of held-out ones."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
+from PIL.Image import Image
+from torch.utils.data import DataLoader
+
+from sdtune.recipe import Recipe
+
+
+def sample_images(recipe: Recipe, dataset: Any, accelerator: Accelerator) -> tuple[list[Image], list[str]]:
+    """The run's sample grid and its prompts; each process draws its share, from seeds that never change."""
+    cfg, rank, world = recipe.cfg, accelerator.process_index, accelerator.num_processes
+    prompts = cfg.validation_prompt or [text for text in dataset.stream.texts() if text] or [""]
+    wanted = [(k, prompts[k % len(prompts)]) for k in range(cfg.num_validation_images)]
+    mine = wanted[rank::world]
+    images = recipe.sample([p for _, p in mine], [cfg.seed + k for k, _ in mine]) if mine else []
+    drawn = gather_object([(k, image) for (k, _), image in zip(mine, images, strict=True)])
+    return [image for _, image in sorted(drawn, key=lambda pair: pair[0])], [prompt for _, prompt in wanted]
+
+
+@torch.no_grad()
+def holdout_loss(recipe: Recipe, dataset: Any, accelerator: Accelerator) -> float:
+    """Mean loss of the held-out images, at timesteps and noise that never change."""
+    cfg = recipe.cfg
+    keys = dataset.holdout[accelerator.process_index :: accelerator.num_processes]
+    size = 1 if cfg.buckets else cfg.train_batch_size  # neighbours may differ in shape
+    sums = torch.zeros(2, device=accelerator.device)
+    for batch in DataLoader(dataset, batch_sampler=[keys[i : i + size] for i in range(0, len(keys), size)]):
+        count = len(batch.pop("name"))
+        loss = recipe(send_to_device(batch, accelerator.device)).float().mean()
+        sums += torch.stack([loss * count, torch.full_like(loss, count)])
+    total, count = accelerator.reduce(sums, "sum").tolist()
+    return total / count

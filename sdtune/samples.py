@@ -1,0 +1,139 @@
+"""What a captioned image is to a recipe: position in the run -> tensors, with the noise that belongs to it.
+
+Everything random about sample ``p`` is drawn here, on the CPU, in the loader's workers, from
+``(seed, purpose, p)``: which process, worker or batch it ends in changes nothing.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sdtune import cache, draws
+from sdtune.data import Stream, cache_root
+
+HOLDOUT_QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Where in the training distribution of timesteps the loss of held-out images is measured."""
+
+
+class Tokens:
+    """Captions to token ids ``[L]``, padded and cut to the model's window."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    @property
+    def window(self) -> int:
+        return self.tokenizer.model_max_length
+
+    def __call__(self, caption: str) -> Tensor:
+        given = self.tokenizer(
+            caption, padding="max_length", max_length=self.window, truncation=True, return_tensors="pt"
+        )
+        return given.input_ids[0]
+
+    def count(self, caption: str) -> int:
+        return len(self.tokenizer(caption, truncation=False, verbose=False).input_ids)
+
+
+class TextToImage(Dataset):
+    """Captioned images by position, or by ``("holdout", k)``: the k-th pair of held-out image and quantile.
+
+    Args:
+        cfg: a config with the sections Data and Denoising.
+        latent: (channels of a latent, pixels per element of it along a side).
+        moments, texts: cached VAE moments by pixel key and text embeddings by caption, or ``None`` to give
+            pixels ``[3, H, W]`` and token ids ``[L]`` instead.
+    """
+
+    def __init__(
+        self,
+        cfg: Any,
+        stream: Stream,
+        tokens: Tokens,
+        latent: tuple[int, int],
+        moments: Mapping[str, Tensor] | None = None,
+        texts: Mapping[str, Tensor] | None = None,
+    ):
+        self.cfg, self.stream, self.tokens, self.latent = cfg, stream, tokens, latent
+        self.moments, self.texts = moments, texts
+
+    def __getitem__(self, position: Any) -> dict[str, Any]:
+        if isinstance(position, int):
+            u = torch.rand((), generator=draws.rng(self.cfg.seed, "timestep", position), dtype=torch.float64)
+            return self.tensors(self.stream[position], u, position)
+        image, quantile = divmod(position[1], len(HOLDOUT_QUANTILES))
+        u = torch.tensor(HOLDOUT_QUANTILES[quantile], dtype=torch.float64)
+        return self.tensors(self.stream.holdout[image], u, position)
+
+    @property
+    def holdout(self) -> list[tuple[str, int]]:
+        return [("holdout", k) for k in range(len(self.stream.holdout) * len(HOLDOUT_QUANTILES))]
+
+    def tensors(self, sample: Any, u: Tensor, position: Any) -> dict[str, Any]:
+        channels, downscale = self.latent
+        shape = (channels, sample.height // downscale, sample.width // downscale)
+
+        def normal(purpose: str, *size: int) -> Tensor:
+            return torch.randn(size, generator=draws.rng(self.cfg.seed, purpose, position))
+
+        item: dict[str, Any] = {"name": sample.name, "u": u, "noise": normal("noise", *shape)}
+        if self.cfg.noise_offset:
+            item["noise"] += self.cfg.noise_offset * normal("noise offset", channels, 1, 1)
+        if self.cfg.input_perturbation:
+            extra = normal("input perturbation", *shape)
+            item["input_noise"] = item["noise"] + self.cfg.input_perturbation * extra
+        item["posterior_noise"] = normal("posterior", *shape)
+        if self.moments is None:
+            item["pixels"] = self.stream.pixels(sample)
+        else:
+            item["moments"] = self.moments[self.stream.pixel_key(sample)]
+        if self.texts is None:
+            item["tokens"] = self.tokens(sample.caption)
+        else:
+            item["text"] = self.texts[text_key(self.tokens(sample.caption))]
+        return item
+
+
+def text_key(tokens: Tensor) -> str:
+    return cache.digest(tokens.tolist())
+
+
+def text_to_image(
+    cfg: Any, family: Any, stream: Stream, say: Callable[[str], None], trains_text: bool = False
+) -> TextToImage:
+    """The dataset of a text-to-image recipe, with everything cached that is the same at each visit.
+
+    Args:
+        trains_text: the text encoder is trained, so that its output cannot be kept.
+    """
+    tokens = Tokens(family.tokenizer())
+    moments = texts = None
+    if cfg.cache and (reason := stream.pixels_cacheable):
+        say(f"VAE moments are not cached: {reason}")
+    elif cfg.cache:
+        variants = {stream.pixel_key(s): s for s in stream.pixel_variants()}
+        folder = cache_root() / "moments" / cache.weights_digest(family.vae)
+
+        @torch.no_grad()
+        def encode(key: str) -> Tensor:
+            return family.moments(stream.pixels(variants[key])[None])[0]
+
+        moments = cache.fill(folder, variants, encode, "Encoding images")
+    reason = "the text encoder is trained" if trains_text else stream.text_cacheable
+    if cfg.cache and reason:
+        say(f"text embeddings are not cached: {reason}")
+    elif cfg.cache:
+        captions = {text_key(ids): ids for ids in map(tokens, stream.texts())}
+        folder = cache_root() / "texts" / cache.weights_digest(family.text_encoder)
+
+        @torch.no_grad()
+        def embed(key: str) -> Tensor:
+            return family.embed(captions[key][None])[0]
+
+        texts = cache.fill(folder, captions, embed, "Encoding captions")
+    if cfg.cache:
+        family.release()
+    return TextToImage(cfg, stream, tokens, (family.latent_channels, family.downscale), moments, texts)

@@ -1,0 +1,30 @@
+"""SIGTERM and Ctrl-C raise a flag; the step is finished and saved, and then all processes stop together."""
+
+import signal
+from typing import Any
+
+import torch
+
+
+class Stopping:
+    def __init__(self, world: int):
+        self.signal = 0
+        self.peers = torch.distributed.new_group(backend="gloo") if world > 1 else None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _: Any) -> None:
+        if self.signal == number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait
+        self.signal = number
+
+    def agreed(self) -> bool:
+        """Whether any process was told to stop; all of them ask at the same step, and get the same answer.
+
+        The flag travels over gloo, so that asking does not make the host wait for the GPU.
+        """
+        if self.peers is not None:
+            flag = torch.tensor(self.signal)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self.peers)
+            self.signal = int(flag)
+        return self.signal != 0

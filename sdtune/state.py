@@ -1,0 +1,91 @@
+"""What moves during a run, as one thing to save and to restore: weights, optimizer, average, scaler, step.
+
+Everything else (learning rate, data order, noise, dropout) is a function of the step, so it needs no saving.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from sdtune import checkpoints, optim
+from sdtune.configs import UserError
+from sdtune.environment import environment
+
+
+class State:
+    """The trained part of a recipe.
+
+    Args:
+        identity: facts that a continued run must share: images per step, fingerprint of the data.
+
+    Raises:
+        TypeError: a trained parameter is not fp32; its updates would round to nothing.
+    """
+
+    def __init__(self, cfg: Any, recipe: nn.Module, accelerator: Accelerator, identity: dict[str, Any]):
+        self.cfg, self.accelerator, self.identity = cfg, accelerator, identity
+        self.root = cfg.output_dir / "checkpoints"
+        self.weights: dict[str, Tensor] = {n: p for n, p in recipe.named_parameters() if p.requires_grad}
+        if wrong := [name for name, p in self.weights.items() if p.dtype != torch.float32]:
+            raise TypeError(f"trained parameters must be float32: {', '.join(wrong[:3])} are not")
+        self.optimizer = optim.make_optimizer(cfg, recipe.parameter_groups())
+        self.names = {p: name for name, p in self.weights.items()}
+        self.average = optim.Average(cfg, self.weights) if cfg.use_ema else None
+        self.step, self.skipped = 0, 0
+
+    def evaluating(self) -> Any:
+        """Context in which the model holds the weights to sample and export: the average, if one is kept."""
+        return self.average.in_place() if self.average else optim.evaluation(self.optimizer)
+
+    def save(self) -> None:
+        """Called by every process; the first one writes."""
+        if self.accelerator.is_main_process:
+            moments, numbers = optim.save_state(self.optimizer, self.names)
+            tensors = {"weights": self.weights, "optimizer": moments}
+            if self.average:
+                tensors["average"] = self.average.mean
+            scaler = self.accelerator.scaler
+            facts = self.identity | {
+                "step": self.step,
+                "skipped": self.skipped,
+                "optimizer": numbers,
+                "scaler": scaler.state_dict() if scaler else None,
+                "versions": environment(),
+            }
+            checkpoints.save(self.root, self.step, tensors, facts, self.cfg.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def restore(self, allow_change: bool, say: Callable[[str], None]) -> None:
+        """Continue from the newest whole checkpoint, if there is one.
+
+        Raises:
+            UserError: the checkpoint belongs to another batch, other data or other weights.
+        """
+        folder: Path | None = checkpoints.latest(self.root, say)
+        if folder is None:
+            return
+        tensors, saved = checkpoints.load(folder)
+        if self.identity["group"] != saved["group"]:
+            raise UserError(
+                f"a step of this run is {saved['group']} images (batch x accumulation x processes), not "
+                f"{self.identity['group']}; cut them otherwise, but keep the product"
+            )
+        if self.identity["data"] != saved["data"] and not allow_change:
+            raise UserError("the images or captions changed since this run began; --allow-change goes on all the same")
+        if tensors["weights"].keys() != self.weights.keys():
+            raise UserError(f"{folder} holds other weights than this run trains; --overwrite starts anew")
+        for name, w in self.weights.items():
+            w.copy_(tensors["weights"][name])
+        optim.load_state(self.optimizer, self.names, tensors.get("optimizer", {}), saved["optimizer"])
+        if self.average:
+            for name, w in self.average.mean.items():
+                w.copy_(tensors["average"][name])
+        if self.accelerator.scaler and saved["scaler"]:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        self.step, self.skipped = saved["step"], saved["skipped"]
+        say(f"continuing at step {self.step}, from {folder}")

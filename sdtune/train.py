@@ -1,0 +1,180 @@
+"""The training loop. There is one."""
+
+import json
+import math
+import sys
+import time
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader
+
+from sdtune import checkpoints, draws, folder, hub, optim, preview
+from sdtune.configs import Run, UserError
+from sdtune.data import positions
+from sdtune.environment import environment
+from sdtune.metrics import Metrics, check_trackers
+from sdtune.options import same_command
+from sdtune.precision import precision_of
+from sdtune.recipe import Recipe
+from sdtune.report import write_report
+from sdtune.signals import Stopping
+from sdtune.state import State
+from sdtune.window import Window
+
+
+def train(kind: type[Recipe], cfg: Any, overwrite: bool = False, allow_change: bool = False) -> None:
+    """Train a recipe and write its artefact to ``cfg.output_dir``; continue the run that is already there.
+
+    Raises:
+        UserError: something in the settings, the data or the folder has to change; nothing was lost.
+        RunFailed: the run cannot go on; its last checkpoint is whole.
+        SystemExit: 143 or 130 when SIGTERM or Ctrl-C came; the run was saved first.
+    """
+    # Processes and the run's folder
+    accelerator = start(cfg)
+    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    say = print if main else lambda line: None
+    stopping = Stopping(world)
+    check_trackers(cfg.report_to)
+    hub.check(cfg, main)
+    out = cfg.output_dir
+    lock = open_folder(cfg, overwrite, allow_change) if main else None
+    accelerator.wait_for_everyone()
+
+    # What trains, on what, and where the run stands
+    torch.manual_seed(draws.key(cfg.seed, "init"))
+    recipe = kind(cfg, accelerator.device).to(accelerator.device)
+    batch_size, accumulation = cfg.train_batch_size, cfg.gradient_accumulation_steps
+    group = batch_size * accumulation * world  # images per optimizer step
+    dataset = recipe.dataset(group, say)
+    stream = dataset.stream
+    total = math.ceil(cfg.num_train_epochs * stream.epoch_length / group) if cfg.num_train_epochs else cfg.max_steps
+    prepare_modules(recipe, cfg, accelerator.device)
+    state = State(cfg, recipe, accelerator, {"group": group, "data": stream.images.fingerprint})
+    optimizer, weights = state.optimizer, list(state.weights.values())
+    peaks, rate = [g["lr"] for g in optimizer.param_groups], optim.learning_rate(cfg, total)
+    model, prepared = accelerator.prepare(recipe, optimizer)
+    state.restore(allow_change, say)
+    if state.step >= total and (out / "report.html").exists():
+        return say(f"{out}: trained for {state.step} steps already; --steps trains on, --overwrite starts anew")
+    say(
+        f"plan: {total} steps of {batch_size} images x {accumulation} accumulated x {world} processes = {group}; "
+        f"{stream.epoch_length} images an epoch, {total * group / stream.epoch_length:.1f} epochs; "
+        f"{sum(p.numel() for p in weights):,} parameters train"
+    )
+    metrics = Metrics(cfg, accelerator, state.step, total)
+    sampler = positions(state.step, total - state.step, batch_size, accumulation, rank, world)
+    pinned = accelerator.device.type == "cuda"
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=cfg.dataloader_num_workers, pin_memory=pinned)
+    batches = iter(loader)
+    window = Window(accelerator, group, state.skipped, cfg.max_bad_steps)
+
+    def look() -> None:
+        paused = time.perf_counter()
+        recipe.eval()
+        with state.evaluating():
+            if cfg.num_validation_images:
+                metrics.images(state.step, *preview.sample_images(recipe, dataset, accelerator))
+            if dataset.holdout:
+                metrics.log(state.step, {"holdout_loss": preview.holdout_loss(recipe, dataset, accelerator)})
+        recipe.train()
+        window.began += time.perf_counter() - paused  # images/s is of training alone
+
+    def report() -> None:
+        metrics.log(state.step, window.line(state.step, norm, optimizer.param_groups[0]["lr"]))
+        state.skipped = window.skipped
+
+    # Train
+    model.train()
+    if state.step == 0:
+        look()
+    while state.step < total and not stopping.agreed():
+        for parameters, peak in zip(optimizer.param_groups, peaks, strict=True):
+            parameters["lr"] = peak * rate(state.step)
+        for micro in range(accumulation):
+            asked = time.perf_counter()
+            batch = next(batches)
+            window.waited += time.perf_counter() - asked
+            samples = batch.pop("name")
+            torch.manual_seed(draws.key(cfg.seed, "model", state.step, rank * accumulation + micro))  # dropout
+            with accelerator.accumulate(model):
+                loss = model(send_to_device(batch, accelerator.device, non_blocking=True))
+                accelerator.backward(loss.mean())
+            window.add(loss, samples)
+        norm = accelerator.clip_grad_norm_(weights, cfg.max_grad_norm)
+        if accelerator.scaler:
+            prepared.step()
+        else:
+            optim.step_if_finite(optimizer, norm)
+        optimizer.zero_grad()
+        window.end_step(norm)
+        state.step += 1
+        recipe.after_step()
+        if state.average:
+            state.average.update(state.step)
+        metrics.advance(state.step)
+        saving = state.step == total or (cfg.checkpointing_steps and state.step % cfg.checkpointing_steps == 0)
+        if saving or state.step % cfg.log_steps == 0:
+            report()
+        if saving:
+            state.save()
+        if cfg.validation_steps and state.step % cfg.validation_steps == 0 and state.step < total:
+            look()
+
+    # Make way, or finish
+    del batches  # and its workers
+    if state.step < total:
+        if window.steps:
+            report()
+        state.save()
+        metrics.close()
+        again = same_command(cfg, ["sdtune", cfg.method])
+        say(f"interrupted at step {state.step} of {total} and saved; continue with: {again}")
+        sys.exit(128 + stopping.signal)
+    look()
+    metrics.close()
+    if main:
+        recipe.eval()
+        with state.evaluating():
+            files = recipe.export(out)
+        hub.write_card(cfg, files)
+        say(f"wrote {', '.join(map(str, files))}\nreport: {write_report(out)}")
+        hub.push_after_training(cfg, files)
+        lock.close()
+    accelerator.end_training()
+
+
+def start(cfg: Run) -> Accelerator:
+    """The processes of the run, its device and its precision."""
+    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
+    return Accelerator(
+        mixed_precision=precision_of(cfg),
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        log_with=cfg.report_to or None,
+        project_dir=cfg.output_dir / "logs",
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+
+
+def open_folder(cfg: Run, overwrite: bool, allow_change: bool) -> Any:
+    """The run's folder, locked, swept and described; see ``folder.open_run``."""
+    lock = folder.open_run(cfg, overwrite, allow_change)
+    root = cfg.output_dir / "checkpoints"
+    root.mkdir(exist_ok=True)
+    checkpoints.sweep(root)
+    (cfg.output_dir / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+    return lock
+
+
+def prepare_modules(recipe: Recipe, cfg: Run, device: torch.device) -> None:
+    """Trade memory for time, or compile, as the config asks."""
+    if cfg.compile and device.type == "cpu":
+        raise UserError("--compile: on a CPU torch.compile returns wrong gradients beside a right loss; leave it out")
+    for module in recipe.children():
+        if cfg.gradient_checkpointing:
+            getattr(module, "enable_gradient_checkpointing", getattr(module, "gradient_checkpointing_enable", None))()
+        if cfg.compile and hasattr(module, "compile_repeated_blocks"):
+            module.compile_repeated_blocks()

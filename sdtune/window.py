@@ -1,0 +1,80 @@
+"""What happened since the last line of metrics, kept on the device until that line is written.
+
+Reading a number off a GPU makes the host wait for it. So losses stay tensors, and whether a step was skipped is
+counted by the device; ``line`` is the one place that waits.
+"""
+
+import time
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from sdtune.checkpoints import RunFailed
+
+
+class Window:
+    """Losses, skipped steps and time of the steps since the last line.
+
+    Args:
+        group: images per optimizer step.
+        skipped: steps skipped earlier in the run.
+        limit: skipped steps in a row at which the run fails.
+    """
+
+    def __init__(self, accelerator: Accelerator, group: int, skipped: int, limit: int):
+        self.accelerator, self.group, self.skipped, self.limit = accelerator, group, skipped, limit
+        self.device = accelerator.device
+        self.counts = torch.tensor([skipped, 0], device=self.device)  # skipped steps: in all, and in a row
+        self.clear()
+
+    def clear(self) -> None:
+        self.losses: list[tuple[Tensor, list[str]]] = []
+        self.steps, self.waited, self.began = 0, 0.0, time.perf_counter()
+
+    def add(self, loss: Tensor, samples: list[str]) -> None:
+        """The losses of a micro-batch, and the names of its images."""
+        self.losses.append((loss.detach(), samples))
+
+    def end_step(self, norm: Tensor) -> None:
+        """A step whose gradient had this norm."""
+        bad = (~norm.isfinite()).to(self.counts)
+        self.counts = torch.stack([self.counts[0] + bad, (self.counts[1] + 1) * bad])
+        self.steps += 1
+
+    def line(self, step: int, norm: Tensor, learning_rate: float) -> dict[str, Any]:
+        """The numbers of the steps since the last line, over all processes.
+
+        Raises:
+            RunFailed: too many steps in a row had no finite gradient.
+        """
+        skipped, in_a_row = self.counts.tolist()
+        finite = [loss.float().mean() for loss, _ in self.losses if loss.isfinite().all()]
+        if skipped > self.skipped:
+            self._name_culprits(step, skipped - self.skipped)
+        if in_a_row >= self.limit:
+            raise RunFailed(
+                f"step {step}: no finite gradient for {in_a_row} steps in a row; the checkpoint before them is whole. "
+                f"Lower --learning-rate (now {learning_rate:g}), or train in bf16 or fp32"
+            )
+        total = torch.stack(finite).sum().item() if finite else 0.0
+        sums = torch.tensor([total, len(finite)], device=self.device)
+        total, count = self.accelerator.reduce(sums, "sum").tolist()
+        seconds = time.perf_counter() - self.began
+        self.skipped = skipped
+        values = {
+            "loss": total / count if count else None,
+            "learning_rate": learning_rate,
+            "grad_norm": norm.item() if norm.isfinite() else None,
+            "images_per_second": self.steps * self.group / seconds,
+            "data_wait": self.waited / seconds,
+            "skipped_steps": skipped,
+        }
+        self.clear()
+        return values
+
+    def _name_culprits(self, step: int, skipped: int) -> None:
+        names = sorted({n for loss, samples in self.losses if not loss.isfinite().all() for n in samples})
+        told = f"; no finite loss in batches with {', '.join(names[:8])}" if names else ""
+        print(f"step {step}: {skipped} of the last {self.steps} steps had no finite gradient and were skipped{told}")
