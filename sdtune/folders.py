@@ -1,0 +1,151 @@
+"""A folder of images with a metadata table or a caption file beside each image."""
+
+import difflib
+import os
+import re
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+from sdtune.configs import Data, UserError
+from sdtune.images import ACCEPTED, EXTENSIONS
+from sdtune.metadata import TABLES, Found, caption_column, parse_captions, problem_list, read_table, read_text
+from sdtune.probes import stamp
+
+
+def read_folder(cfg: Data, folder: Path, wanted: bool) -> Found:
+    """All images below the folder, sorted by name, with their captions if ``wanted``."""
+    files, ignored = _walk(folder)
+    images = {name: path for name, path in files.items() if path.suffix.lower() in EXTENSIONS}
+    if not images:
+        raise UserError(f"--dataset {cfg.dataset}: no images in {folder.absolute()}; accepted are {ACCEPTED}")
+    tables = {name: path for name, path in files.items() if path.name in TABLES}
+    stems = {name.rpartition(".")[0] for name in images}
+    texts = {name[:-4]: path for name, path in files.items() if name.endswith(".txt") and name[:-4] in stems}
+    ignored += files.keys() - images.keys() - tables.keys() - {f"{stem}.txt" for stem in texts}
+
+    if not wanted:
+        found: dict[str, tuple[str, ...]] = dict.fromkeys(images, ())
+    elif cfg.caption is not None:
+        found = dict.fromkeys(images, (cfg.caption,))
+    elif tables:
+        found = _from_tables(cfg, folder, images, tables)
+    elif texts:
+        found = _from_texts(folder, images, texts)
+    else:
+        raise UserError(
+            f"{folder}: the images have no captions; add metadata.jsonl with lines such as "
+            '{"file_name": "a.png", "text": "a cat"}, or a.txt beside a.png, or give --caption'
+        )
+    names = sorted(images)
+    return Found(
+        dataset=str(folder),
+        memo=str(folder.resolve()),
+        keys=[f"{name}:{stamp(images[name])}" for name in names],
+        names=names,
+        captions=[found[name] for name in names],
+        sources=[images[name] for name in names],
+        ignored=sorted(ignored),
+    )
+
+
+def _walk(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """Files by their name below the folder, and what is passed over: hidden, linked folders, devices."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    files, ignored = {}, []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        at = Path(parent)
+        for name in list(folders):
+            if name.startswith(".") or (at / name).is_symlink():
+                folders.remove(name)
+                ignored.append(_name(at / name, folder) + "/")
+        for name in names:
+            path = at / name
+            if name.startswith(".") or not path.is_file():
+                ignored.append(_name(path, folder))
+            else:
+                files[_name(path, folder)] = path
+    return files, ignored
+
+
+def _name(path: Path, folder: Path) -> str:
+    """Below the folder, with slashes; the same on file systems that compose accents and those that do not."""
+    readable = os.fsencode(path.relative_to(folder).as_posix()).decode("utf-8", "backslashreplace")
+    return unicodedata.normalize("NFC", readable)
+
+
+def _from_texts(folder: Path, images: dict[str, Path], texts: dict[str, Path]) -> dict[str, tuple[str, ...]]:
+    found, problems = {}, []
+    for name in sorted(images):
+        stem = name.rpartition(".")[0]
+        if stem not in texts:
+            problems.append(f"{name}: no {stem}.txt")
+            continue
+        try:
+            found[name] = parse_captions(" ".join(read_text(texts[stem]).split()))
+        except (OSError, ValueError) as error:
+            problems.append(f"{stem}.txt: {error}")
+    if problems:
+        raise problem_list(
+            f"{folder}: every image needs a caption; mend these, or give --caption for all", problems
+        )
+    return found
+
+
+def _from_tables(
+    cfg: Data, folder: Path, images: dict[str, Path], tables: dict[str, Path]
+) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    places: dict[str, str] = {}  # where an image was first named
+    problems: list[str] = []
+    for table, path in sorted(tables.items()):
+        columns, rows, broken = read_table(path, table)
+        problems += broken
+        if not rows:
+            problems += [] if broken else [f"{table}: no rows"]
+            continue
+        if "file_name" not in columns:
+            raise UserError(
+                f"{path}: no column file_name, which finds the image; it has {', '.join(columns)}"
+            )
+        column = caption_column(cfg, columns, "file_name")
+        for place, row in rows:
+            try:
+                name = _named(row.get("file_name"), path.parent, folder, images)
+                if name in places:
+                    raise ValueError(f"{name} has a row already at {places[name]}")
+                places[name] = place
+                found[name] = parse_captions(row.get(column))
+            except ValueError as error:
+                problems.append(f"{place}: {error}")
+    where = " or ".join(sorted(tables))
+    problems += [f"{name}: no row in {where}" for name in sorted(images.keys() - places.keys())]
+    if problems:
+        raise problem_list(
+            f"{folder}: images and metadata do not match; mend these, or give --caption", problems
+        )
+    return found
+
+
+def _named(file_name: Any, parent: Path, folder: Path, images: dict[str, Path]) -> str:
+    """The image that a row means. Raises: ValueError that says why there is none."""
+    if not isinstance(file_name, str) or not file_name:
+        raise ValueError("file_name is missing")
+    if "://" in file_name:
+        raise ValueError(f"{file_name} is an address; download the image into the folder")
+    outside = f"{file_name} leads out of the dataset folder; copy the image into it"
+    inside = os.path.relpath(os.path.normpath(parent / file_name), folder)
+    if inside.startswith("..") or Path(file_name).is_absolute() or re.match(r"[A-Za-z]:[\\/]", file_name):
+        raise ValueError(outside)
+    name = unicodedata.normalize("NFC", Path(inside).as_posix())
+    if name not in images:
+        if Path(name).suffix.lower() not in EXTENSIONS:
+            raise ValueError(f"{file_name} is not one of {ACCEPTED}")
+        close = difflib.get_close_matches(name, images, 1, 0.8)
+        raise ValueError(f"there is no image {file_name}" + (f"; did you mean {close[0]}?" if close else ""))
+    if not images[name].resolve().is_relative_to(folder.resolve()):
+        raise ValueError(outside)
+    return name

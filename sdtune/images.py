@@ -1,0 +1,172 @@
+"""Image files to pixels: one defined conversion for every mode and format that a folder of images may hold.
+
+Pillow's own ``convert("RGB")`` turns 16-bit grey white and float TIFF black, shows the colours hidden under
+full transparency, and leaves EXIF orientation to the caller. Here grey of any depth is scaled to 8 bits,
+transparency is laid on white, CMYK goes through its embedded profile, and every image comes out upright.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+"""What counts as an image in a folder, in lower case."""
+
+ACCEPTED = ", ".join(sorted(extension[1:] for extension in EXTENSIONS))
+"""The same for messages."""
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+"""What is opened, whatever the name says. An .eps in disguise would start Ghostscript."""
+
+MAX_PIXELS = 50_000_000
+"""A 12,000 x 12,000 1-bit PNG has 17 KB on disk and 1.5 GB in memory."""
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one look at a file tells: upright size in pixels, hash of its bytes, and what is wrong with it."""
+
+    width: int
+    height: int
+    sha256: str
+    problem: str | None = None
+
+
+def probe(data: Path | bytes, max_pixels: int = MAX_PIXELS) -> Probe:
+    """Look at a file as training will: decode all of it, since a header says nothing of a missing end.
+
+    A decompression bomb is refused from its header. Never raises: what is wrong is in ``problem``.
+    """
+    try:
+        content = data if isinstance(data, bytes) else data.read_bytes()
+    except OSError as error:
+        return Probe(0, 0, "", f"cannot be read ({error.strerror})")
+    digest = hashlib.sha256(content).hexdigest()
+    width = height = 0
+    too_large = f"more than {max_pixels / 1e6:g} million pixels; make it smaller"
+    try:
+        with Image.open(BytesIO(content), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                return Probe(width, height, digest, f"{width} x {height} are {too_large}")
+            width, height = _upright_rgb(image).size
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return Probe(width, height, digest, too_large)
+    except UnidentifiedImageError:
+        return Probe(width, height, digest, _not_an_image(content))
+    except Exception as error:  # Pillow's decoders raise whatever a broken file makes them trip over
+        return Probe(width, height, digest, f"truncated or corrupt ({error})")
+    return Probe(width, height, digest)
+
+
+def decode(data: Path | bytes) -> Image.Image:
+    """The image as 8-bit RGB, upright.
+
+    Raises: OSError (also for a file that is no image), ValueError or SyntaxError on a broken file.
+    """
+    with Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
+        return _upright_rgb(image)
+
+
+def cover(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:
+    """The size in pixels at which an image of ``size`` just covers ``width`` x ``height``."""
+    scale = max(width / size[0], height / size[1])
+    return max(width, round(size[0] * scale)), max(height, round(size[1] * scale))
+
+
+def corner(size: tuple[int, int], width: int, height: int, left: float, top: float) -> tuple[int, int]:
+    """The crop's upper left corner in pixels of the covering image; offsets in [0, 1], 0.5 is centred."""
+    covering = cover(size, width, height)
+    return round(left * (covering[0] - width)), round(top * (covering[1] - height))
+
+
+def to_tensor(
+    image: Image.Image, width: int, height: int, left: float, top: float, flip: bool, interpolation: str
+) -> torch.Tensor:
+    """Resize to cover ``width`` x ``height``, crop, then flip: float32 [3, height, width] in [-1, 1].
+
+    Args:
+        left, top: share of the slack that is cut away on that side, in [0, 1]; 0.5 is the centre.
+        interpolation: Pillow's name of the filter, in lower case.
+    """
+    covering = cover(image.size, width, height)
+    x, y = corner(image.size, width, height, left, top)
+    # Resizing only the box that is kept gives the pixels of resize-then-crop (the filter still sees past the
+    # box's edges) without the covering image, which is 850,000 pixels wide for one of 5000 x 3.
+    sx, sy = image.width / covering[0], image.height / covering[1]
+    right, bottom = min((x + width) * sx, image.width), min((y + height) * sy, image.height)
+    resample = Image.Resampling[interpolation.upper()]
+    image = image.resize((width, height), resample, box=(x * sx, y * sy, right, bottom))
+    if flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return pixels.float() / 127.5 - 1
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()  # first: TIFF turns itself and drops the tag here, PNG may carry EXIF after the pixels
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # broken EXIF says nothing of the pixels
+        orientation = 1
+    rgb = _rgb(image)
+    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_eight_bits(image)).convert("RGB")
+    if image.mode == "CMYK" and image.info.get("icc_profile"):
+        try:
+            profile = ImageCms.ImageCmsProfile(BytesIO(image.info["icc_profile"]))
+            return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError):  # a broken profile: as without one
+            return image.convert("RGB")
+    if image.has_transparency_data:
+        seen = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(seen, mask=seen.getchannel("A"))
+        return white
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> np.ndarray:
+    """Grey of more than 8 bits as uint8 [H, W].
+
+    ``I;16`` spans 0..65535. 32-bit integers and floats do not say what they span: the smallest of the usual
+    ranges (0..1 for floats, 0..255, 0..65535) that holds all values, else from the lowest to the highest.
+    """
+    grey = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
+    low, high = float(grey.min()), float(grey.max())
+    ranges = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
+    top = next((top for top in ranges if low >= 0 and high <= top), None)
+    if top is None:
+        grey, top = grey - low, max(high - low, 1e-9)
+    return np.rint(grey * (255 / top)).astype(np.uint8)
+
+
+def _not_an_image(content: bytes) -> str:
+    start = content[:512].lstrip().lower()
+    if not content:
+        return "an empty file"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the image; run `git lfs pull`"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "a web page, not an image"
+    return "not a PNG, JPEG, WebP, BMP or TIFF image"

@@ -1,0 +1,111 @@
+"""Where images and captions come from: a folder, a dataset saved by ``datasets``, or one on the Hub.
+
+Whatever the source, the result is the same list of rows: name, captions, upright size and hash of the image.
+All that is wrong with a dataset is found here, before training, and all problems of a kind are named at once.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdtune.buckets import candidates, nearest
+from sdtune.configs import Data
+from sdtune.draws import rng
+from sdtune.folders import read_folder
+from sdtune.metadata import Found, problem_list
+from sdtune.probes import probe_all
+from sdtune.tables import cell, is_table, read_table
+
+BUILT_IN = {"tiny-stars": Path(__file__).parent / "assets" / "tiny-stars"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image: its name in the dataset, its captions, its upright size in pixels, the hash of its bytes."""
+
+    name: str
+    captions: tuple[str, ...]
+    width: int
+    height: int
+    sha256: str
+
+
+@dataclass
+class Images:
+    """The images of a run, checked. ``read(i)`` gives the file or the bytes of ``rows[i]``."""
+
+    rows: list[Row]
+    ignored: list[str]
+    """Names of stray files that were left alone."""
+    skipped: list[tuple[str, str]]
+    """Names of bad images left out on request, and what is wrong with each."""
+    sources: list[Path] | list[int]
+    """Per row its file, or its row in ``table``."""
+    table: Any = None
+    """A ``datasets.Dataset`` of one column, or none for a folder."""
+    fingerprint: str = field(init=False)
+    """Hash of names, image bytes and captions; independent of where the dataset lies."""
+
+    def __post_init__(self) -> None:
+        listed = sorted((row.name, row.sha256, row.captions) for row in self.rows)
+        self.fingerprint = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+    def read(self, index: int) -> Path | bytes:
+        """The file of an image, or its bytes."""
+        source = self.sources[index]
+        return source if isinstance(source, Path) else cell(self.table, source)
+
+
+def load_images(cfg: Data, captions: bool = True) -> Images:
+    """Find, read and check the dataset of ``cfg``; ``captions=False`` wants none.
+
+    Raises: UserError for whatever is wrong with it.
+    """
+    folder = BUILT_IN.get(cfg.dataset) or Path(cfg.dataset).expanduser()
+    read = read_folder if folder.is_dir() and not is_table(folder) else read_table
+    return _checked(cfg, read(cfg, folder, captions))
+
+
+def _checked(cfg: Data, found: Found) -> Images:
+    count = len(found.names)
+    kept = list(range(count))
+    if cfg.max_train_samples is not None:
+        drawn = torch.randperm(count, generator=rng(cfg.seed, "max_train_samples"))
+        kept = sorted(drawn[: cfg.max_train_samples].tolist())
+
+    def read(index: int) -> Path | bytes:
+        source = found.sources[kept[index]]
+        return source if isinstance(source, Path) else cell(found.table, source)
+
+    probes = probe_all(found.memo, [found.keys[i] for i in kept], read)
+
+    shapes = candidates(cfg)
+    bad, small = {}, {}
+    for i, probe in zip(kept, probes, strict=True):
+        if probe.problem:
+            bad[i] = probe.problem
+            continue
+        width, height = nearest(shapes, probe.width, probe.height)
+        if max(width / probe.width, height / probe.height) > 4:
+            small[i] = f"{probe.width} x {probe.height} is less than a quarter of {width} x {height}"
+    skip = bad | small
+    for problems, head in (
+        (bad, "cannot be read: repair or remove them, or leave them out with --on-bad-image skip"),
+        (small, "too small: lower --resolution, or leave them out with --on-bad-image skip"),
+    ):
+        if problems and (cfg.on_bad_image == "error" or len(skip) == len(kept)):
+            lines = [f"{found.names[i]}: {problem}" for i, problem in problems.items()]
+            raise problem_list(f"{found.dataset}: {len(problems)} of {len(kept)} images {head}", lines)
+
+    rows = [
+        Row(found.names[i], found.captions[i], probe.width, probe.height, probe.sha256)
+        for i, probe in zip(kept, probes, strict=True)
+        if i not in skip
+    ]
+    skipped = [(found.names[i], skip[i]) for i in kept if i in skip]
+    sources = [found.sources[i] for i in kept if i not in skip]
+    return Images(rows, found.ignored, skipped, sources, found.table)

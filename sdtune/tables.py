@@ -1,0 +1,127 @@
+"""A table of images through ``datasets``: saved by ``save_to_disk``, downloaded, or on the Hub."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+from sdtune.configs import Data, UserError
+from sdtune.metadata import TABLES, Found, caption_column, parse_captions, problem_list
+from sdtune.probes import stamp
+
+_FORMS = (
+    "a folder of images, a Hub dataset id such as user/name, a dataset saved by save_to_disk, or tiny-stars"
+)
+
+
+def is_table(folder: Path) -> bool:
+    """Whether the folder is for ``datasets`` to load: a saved dataset, or a copy of a Hub repository."""
+    shards = (path for path in (folder / "data").glob("*.parquet") if path.name not in TABLES)
+    return _is_saved(folder) or any(shards)
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def read_table(cfg: Data, folder: Path, wanted: bool) -> Found:
+    """The split of a dataset, its images left undecoded, with their captions if ``wanted``."""
+    if not folder.is_dir() and not _is_hub_id(cfg.dataset):
+        raise UserError(f"--dataset {cfg.dataset}: {_missing(folder)}; give {_FORMS}")
+    import datasets  # a second; folders do without
+
+    try:
+        if folder.is_dir() and _is_saved(folder):
+            table = datasets.load_from_disk(str(folder))
+        else:
+            at = str(folder) if folder.is_dir() else cfg.dataset
+            # cache_dir is an option of the base model, which a recipe may be without.
+            cache_dir = getattr(cfg, "cache_dir", None)
+            table = datasets.load_dataset(
+                at,
+                cfg.dataset_config_name,
+                revision=cfg.dataset_revision,
+                cache_dir=cache_dir and str(cache_dir),
+            )
+    except Exception as error:  # the library's, the Hub's or the network's
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        here = "" if folder.is_dir() else ", and there is no such folder"
+        raise UserError(f"--dataset {cfg.dataset} cannot be loaded: {reason}{here}; give {_FORMS}") from error
+    if isinstance(table, datasets.DatasetDict):
+        if cfg.split not in table:
+            raise UserError(f"--split {cfg.split}: no such split in {cfg.dataset}; it has {', '.join(table)}")
+        table = table[cfg.split]
+    return _from_table(cfg, table.with_format(None), wanted)
+
+
+def _from_table(cfg: Data, table: Any, wanted: bool) -> Found:
+    import datasets
+
+    columns = ", ".join(table.column_names)
+    if cfg.image_column not in table.column_names:
+        raise UserError(
+            f"--image-column {cfg.image_column}: no such column in {cfg.dataset}; it has {columns}"
+        )
+    feature = table.features[cfg.image_column]
+    if not isinstance(feature, datasets.Image) and getattr(feature, "dtype", "") not in (
+        "binary",
+        "large_binary",
+    ):
+        raise UserError(
+            f"--image-column {cfg.image_column} of {cfg.dataset} holds no images; it has {columns}"
+        )
+    if not len(table):
+        raise UserError(f"--dataset {cfg.dataset}: no images in split {cfg.split}")
+
+    count = len(table)
+    if not wanted:
+        found: list[tuple[str, ...]] = [()] * count
+    elif cfg.caption is not None:
+        found = [(cfg.caption,)] * count
+    else:
+        found, problems = [], []
+        for number, cell in enumerate(table[caption_column(cfg, table.column_names, cfg.image_column)]):
+            try:
+                found.append(parse_captions(cell))
+            except ValueError as error:
+                problems.append(f"row {number}: {error}")
+        if problems:
+            raise problem_list(
+                f"{cfg.dataset}: every image needs a caption; or give --caption for all", problems
+            )
+    # The fingerprint alone is not enough: one made by `map` over files stays the same when the files change.
+    stamps = [stamp(Path(file["filename"])) for file in table.cache_files]
+    images = table.select_columns([cfg.image_column]).cast_column(
+        cfg.image_column, datasets.Image(decode=False)
+    )
+    return Found(
+        dataset=cfg.dataset,
+        memo=f"{table._fingerprint} {cfg.image_column} {stamps}",
+        keys=[str(i) for i in range(count)],
+        names=[f"row {i}" for i in range(count)],
+        captions=found,
+        sources=list(range(count)),
+        table=images,
+    )
+
+
+def cell(table: Any, row: int) -> Path | bytes:
+    """The bytes of an image in a table of undecoded images, or where its file is."""
+    (image,) = table[row].values()
+    if image is None:
+        return b""
+    return image["bytes"] if image["bytes"] is not None else Path(image["path"])
+
+
+def _is_hub_id(dataset: str) -> bool:
+    """``user/name``, unless there is a folder ``user`` here: then it is more likely a mistyped path."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", dataset)) and not Path(dataset).parent.is_dir()
+
+
+def _missing(folder: Path) -> str:
+    if folder.exists():
+        return "not a folder"
+    parent = folder.absolute().parent
+    siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+    close = difflib.get_close_matches(folder.name, siblings, 1)
+    return f"no such folder; did you mean {folder.parent / close[0]}?" if close else "no such folder"
