@@ -288,9 +288,50 @@ class LoraConfig(Adapter, Denoising, Model, Data, Optim, Preview, Hub, Run):
 
 
 class SampleConfig(Model):
-    """Make images from a base model and any adapters."""
+    """Images from a base model, any adapters, and prompts."""
 
     method: ClassVar[str] = "sample"
+
+    model: Annotated[str, also("pretrained_model_name_or_path")] = "auto"
+    """Base model, as for training; `auto` is what the adapter's run folder was trained on, else `tiny`."""
+    adapter: Annotated[Strings, also("lora")] = []
+    """Adapters: file, folder, run folder or Hub id, each with an optional =WEIGHT, such as runs/lora=0.8."""
+    prompt: Annotated[Strings, also("prompts")] = []
+    """What to show; several give one image each."""
+    prompt_file: Path | None = None
+    """UTF-8 file with a prompt on each line, after those of --prompt."""
+    negative_prompt: str = ""
+    """What not to show; needs guidance_scale above 1."""
+    num_images_per_prompt: Count = 1
+    """Images of each prompt."""
+    steps: Annotated[Count, also("num_inference_steps")] = 25
+    """Denoising steps."""
+    guidance_scale: NonNegative = 5.0
+    """Classifier-free guidance (Ho & Salimans 2022); 1 is none."""
+    guidance_rescale: Share = 0.0
+    """Pull the guided prediction back to the contrast of the plain one (Lin et al. 2023; 0.7 is usual)."""
+    seed: int = 0
+    """Image k starts from the noise of torch.Generator("cpu").manual_seed(seed + k)."""
+    scheduler: (
+        Literal["ddim", "ddpm", "dpm++", "euler", "euler-ancestral", "heun", "lms", "pndm", "unipc", "lcm"] | None
+    ) = None
+    """Sampler; none keeps the base's own."""
+    width: Annotated[int | None, Ge(8)] = None
+    """Width in pixels; none is the base's own."""
+    height: Annotated[int | None, Ge(8)] = None
+    """Height in pixels; none is the base's own."""
+    batch_size: Count = 4
+    """Images made at once; changes memory and speed."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of weights and computation; no is 32 bit."""
+    output_dir: Path = Path("samples")
+    """Folder of the images; numbering continues after what is there."""
+
+    @model_validator(mode="after")
+    def _some_prompt(self) -> Self:
+        if not self.prompt and self.prompt_file is None:
+            raise ValueError("nothing to show: give prompt or prompt_file")
+        return self
 
 
 METHODS: tuple[type[Run], ...] = (LoraConfig,)

@@ -90,9 +90,7 @@ class Stream:
     def _plain(self, index: int) -> Sample:
         """Centre crop, no flip, first caption."""
         row, (width, height) = self.images.rows[index], self.shapes[index]
-        return Sample(
-            index, row.name, width, height, 0.5, 0.5, False, row.captions[0] if row.captions else ""
-        )
+        return Sample(index, row.name, width, height, 0.5, 0.5, False, row.captions[0] if row.captions else "")
 
     def _caption(self, index: int, position: int) -> str:
         cfg, captions = self.cfg, self.images.rows[index].captions
@@ -100,9 +98,7 @@ class Stream:
             return ""
         caption = captions[0]
         if len(captions) > 1:
-            caption = captions[
-                torch.randint(len(captions), (), generator=self._rng("caption", position)).item()
-            ]
+            caption = captions[torch.randint(len(captions), (), generator=self._rng("caption", position)).item()]
         if not self._shuffles(caption):
             return caption
         tags = _tags(caption)
@@ -120,9 +116,7 @@ class Stream:
         try:
             image = decode(self.images.read(sample.index))
         except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(
-                f"{sample.name} could be read when training began, but not now: {error}"
-            ) from error
+            raise UserError(f"{sample.name} could be read when training began, but not now: {error}") from error
         return to_tensor(
             image,
             sample.width,

@@ -89,9 +89,7 @@ def _from_texts(folder: Path, images: dict[str, Path], texts: dict[str, Path]) -
         except (OSError, ValueError) as error:
             problems.append(f"{stem}.txt: {error}")
     if problems:
-        raise problem_list(
-            f"{folder}: every image needs a caption; mend these, or give --caption for all", problems
-        )
+        raise problem_list(f"{folder}: every image needs a caption; mend these, or give --caption for all", problems)
     return found
 
 
@@ -108,9 +106,7 @@ def _from_tables(
             problems += [] if broken else [f"{table}: no rows"]
             continue
         if "file_name" not in columns:
-            raise UserError(
-                f"{path}: no column file_name, which finds the image; it has {', '.join(columns)}"
-            )
+            raise UserError(f"{path}: no column file_name, which finds the image; it has {', '.join(columns)}")
         column = caption_column(cfg, columns, "file_name")
         for place, row in rows:
             try:
@@ -124,9 +120,7 @@ def _from_tables(
     where = " or ".join(sorted(tables))
     problems += [f"{name}: no row in {where}" for name in sorted(images.keys() - places.keys())]
     if problems:
-        raise problem_list(
-            f"{folder}: images and metadata do not match; mend these, or give --caption", problems
-        )
+        raise problem_list(f"{folder}: images and metadata do not match; mend these, or give --caption", problems)
     return found
 
 

@@ -55,17 +55,13 @@ def caption_column(cfg: Data, columns: list[str], other: str) -> str:
     if cfg.caption_column is not None:
         if cfg.caption_column in columns:
             return cfg.caption_column
-        raise UserError(
-            f"--caption-column {cfg.caption_column}: no such column in {cfg.dataset}; it has {there}"
-        )
+        raise UserError(f"--caption-column {cfg.caption_column}: no such column in {cfg.dataset}; it has {there}")
     if "text" in rest:
         return "text"
     if len(rest) == 1:
         return rest[0]
     if not rest:
-        raise UserError(
-            f"{cfg.dataset} has no captions (columns: {there}): add a column `text`, or give --caption"
-        )
+        raise UserError(f"{cfg.dataset} has no captions (columns: {there}): add a column `text`, or give --caption")
     raise UserError(f"{cfg.dataset}: say with --caption-column which column is the caption; it has {there}")
 
 
@@ -128,9 +124,7 @@ def _jsonl(text: str, shown: str) -> Table:
         if isinstance(row, dict):
             rows.append((f"{shown}:{number}", row))
         else:
-            problems.append(
-                f'{shown}:{number}: not an object such as {{"file_name": "a.png", "text": "a cat"}}'
-            )
+            problems.append(f'{shown}:{number}: not an object such as {{"file_name": "a.png", "text": "a cat"}}')
     return rows, problems
 
 

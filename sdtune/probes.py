@@ -43,9 +43,7 @@ def probe_all(dataset: str, keys: list[str], read: Callable[[int], Path | bytes]
         dataset: names the memo, e.g. the folder's absolute path.
         keys: one per image; must change when the image does.
     """
-    memo_file = (
-        cache_root() / "probes" / f"{hashlib.sha256(dataset.encode(errors='replace')).hexdigest()[:32]}.json"
-    )
+    memo_file = cache_root() / "probes" / f"{hashlib.sha256(dataset.encode(errors='replace')).hexdigest()[:32]}.json"
     memo = _load(memo_file)
     found = {key: Probe(*memo[key]) for key in keys if key in memo}
     missing = [index for index, key in enumerate(keys) if key not in found]
