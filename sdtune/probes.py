@@ -50,10 +50,9 @@ def probe_all(dataset: str, keys: list[str], read: Callable[[int], Path | bytes]
     found = {key: Probe(*memo[key]) for key in keys if key in memo}
     missing = [index for index, key in enumerate(keys) if key not in found]
 
-    console = Console(stderr=True)
-    progress = Progress(console=console, transient=True)
+    progress = Progress(console=Console(stderr=True), transient=True)
     task = progress.add_task("Reading images", total=len(missing))
-    start, shown = time.monotonic(), False
+    start = time.monotonic()
     # Pillow's warnings are about files that the full decode judges; the filter is set here, once, because
     # setting it in the threads would race.
     with warnings.catch_warnings(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -62,11 +61,10 @@ def probe_all(dataset: str, keys: list[str], read: Callable[[int], Path | bytes]
             for index, result in zip(missing, pool.map(lambda i: probe(read(i)), missing), strict=True):
                 found[keys[index]] = result
                 progress.advance(task)
-                if not shown and console.is_terminal and time.monotonic() - start > _PATIENCE:
-                    shown = True
-                    progress.start()
+                if progress.console.is_terminal and time.monotonic() - start > _PATIENCE:
+                    progress.start()  # does nothing when it runs
         finally:
-            progress.stop()
+            progress.live.stop()  # Progress.stop() would print an empty line even if it never ran
             pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
     if missing:
         _store(memo_file, found)
