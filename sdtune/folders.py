@@ -30,6 +30,8 @@ def read_folder(cfg: Data, folder: Path, wanted: bool) -> Found:
         found = dict.fromkeys(images, (cfg.caption,))
     elif tables:
         found = _from_tables(cfg, folder, images, tables)
+    elif texts and cfg.caption_column is not None:
+        raise UserError(f"--caption-column {cfg.caption_column}: {folder} has caption files, not metadata")
     elif texts:
         found = _from_texts(folder, images, texts)
     else:
@@ -146,6 +148,9 @@ def _named(file_name: Any, parent: Path, folder: Path, images: dict[str, Path]) 
             raise ValueError(f"{file_name} is not one of {ACCEPTED}")
         close = difflib.get_close_matches(name, images, 1, 0.8)
         raise ValueError(f"there is no image {file_name}" + (f"; did you mean {close[0]}?" if close else ""))
-    if not images[name].resolve().is_relative_to(folder.resolve()):
+    home = folder.resolve()
+    if home.parent.name == "snapshots":  # of the Hub's cache, where files are links to blobs/ two folders up
+        home = home.parent.parent
+    if not images[name].resolve().is_relative_to(home):
         raise ValueError(outside)
     return name

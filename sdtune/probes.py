@@ -67,7 +67,10 @@ def probe_all(dataset: str, keys: list[str], read: Callable[[int], Path | bytes]
             progress.live.stop()  # Progress.stop() would print an empty line even if it never ran
             pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
     if missing:
-        _store(memo_file, found)
+        # Good images only: a bad one may have had a bad moment, and there are few. What else the memo knows
+        # stays: another run may use another part of the dataset.
+        good = {key: (p.width, p.height, p.sha256) for key, p in found.items() if not p.problem}
+        _store(memo_file, memo | good)
     return [found[key] for key in keys]
 
 
@@ -81,16 +84,14 @@ def _load(memo_file: Path) -> dict[str, tuple[int, int, str]]:
         return {}
 
 
-def _store(memo_file: Path, found: dict[str, Probe]) -> None:
-    """Only good images are kept: a bad one may have had a bad moment, and there are few."""
-    good = {key: (p.width, p.height, p.sha256) for key, p in found.items() if not p.problem}
+def _store(memo_file: Path, memo: dict[str, tuple[int, int, str]]) -> None:
     # Nowhere to write only means to look again next time.
     with contextlib.suppress(OSError):
         memo_file.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=memo_file.parent, suffix=".tmp")
         try:
             with os.fdopen(handle, "w") as file:
-                json.dump({"version": _VERSION, "probes": good}, file)
+                json.dump({"version": _VERSION, "probes": memo}, file)
             Path(name).replace(memo_file)
         except BaseException:
             Path(name).unlink()

@@ -9,9 +9,9 @@ from sdtune.configs import Data, UserError
 from sdtune.metadata import TABLES, Found, caption_column, parse_captions, problem_list
 from sdtune.probes import stamp
 
-_FORMS = (
-    "a folder of images, a Hub dataset id such as user/name, a dataset saved by save_to_disk, or tiny-stars"
-)
+BUILT_IN = {"tiny-stars": Path(__file__).parent / "assets" / "tiny-stars"}
+
+_FORMS = "a folder of images, a Hub id such as user/name, a dataset saved by save_to_disk, or tiny-stars"
 
 
 def is_table(folder: Path) -> bool:
@@ -124,4 +124,7 @@ def _missing(folder: Path) -> str:
     parent = folder.absolute().parent
     siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
     close = difflib.get_close_matches(folder.name, siblings, 1)
-    return f"no such folder; did you mean {folder.parent / close[0]}?" if close else "no such folder"
+    if close:
+        return f"no such folder; did you mean {folder.parent / close[0]}?"
+    close = difflib.get_close_matches(str(folder), BUILT_IN, 1)
+    return f"no such folder; did you mean {close[0]}?" if close else "no such folder"

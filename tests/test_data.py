@@ -179,6 +179,37 @@ def test_null_images_and_captions_of_a_saved_dataset(tmp_path):
     assert "row 1: an empty file" in refusal(tmp_path / "saved", caption="x")
 
 
+def test_a_copy_of_a_hub_repository(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    image = {"bytes": paint(tmp_path / "a.png").read_bytes(), "path": None}
+    table = datasets.Dataset.from_dict({"image": [image] * 2, "text": ["x", "y"]})
+    (tmp_path / "copy" / "data").mkdir(parents=True)
+    table.cast_column("image", datasets.Image()).to_parquet(
+        tmp_path / "copy" / "data" / "train-0-of-1.parquet"
+    )
+    images = load_images(config(tmp_path / "copy", cache_dir=tmp_path / "cache"))
+    assert [row.captions for row in images.rows] == [("x",), ("y",)]
+
+
+def test_a_snapshot_in_the_hubs_cache(tmp_path):
+    snapshot = tmp_path / "datasets--a--b" / "snapshots" / "123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "a.png").symlink_to(paint(tmp_path / "datasets--a--b" / "blobs" / "a.png"))
+    (snapshot / "b.png").symlink_to(paint(tmp_path / "b.png"))
+    rows_to(snapshot / "metadata.jsonl", *({"file_name": name, "text": "x"} for name in ("a.png", "b.png")))
+    said = refusal(snapshot)
+    assert "b.png leads out" in said
+    assert "a.png" not in said
+
+
+def test_a_name_that_is_no_text(folder):
+    path = paint(folder / "a.png")
+    path.rename(os.fsdecode(os.fsencode(folder) + b"/\xff.png"))
+    images = load_images(config(folder, caption="x"))
+    assert images.rows[0].name == "\\xff.png"
+    assert len(images.fingerprint) == 64
+
+
 def test_max_train_samples_is_drawn_with_the_seed(folder):
     filled(folder, 40)
 
@@ -264,6 +295,7 @@ def test_a_missing_folder(folder, tmp_path):
     assert "save_to_disk" in said
     assert "no such folder" in refusal("./nowhere")
     assert "no such folder" in refusal("nowhere")
+    assert "did you mean tiny-stars?" in refusal("tiny_stars")
     assert "not a folder" in refusal(paint(tmp_path / "a.png"))
 
 
@@ -321,6 +353,7 @@ def test_some_without_caption_files_are_all_named(folder):
     assert "002.txt: the caption is empty" in said
     assert "003.txt: line 1 is not UTF-8" in said
     assert "000" not in said
+    assert "--caption-column text: " in refusal(filled(folder, 4), caption_column="text")
 
 
 BAD_ROWS = {
@@ -347,12 +380,13 @@ BAD_ROWS = {
     '{"file_name": "a.gif", "text": "x"}': "metadata.jsonl:2: a.gif is not one of bmp",
     '{"file_name": "a\\u0000.png", "text": "x"}': "metadata.jsonl:2: there is no image",
     '{"file_name": "a.png", "text": "x"': "metadata.jsonl:2: not JSON",
+    "[" * 100_000: "metadata.jsonl:2: not JSON",
     '["a.png", "x"]': "metadata.jsonl:2: not an object",
     "": "a.png: no row in metadata.jsonl",
 }
 
 
-@pytest.mark.parametrize(("row", "said"), BAD_ROWS.items())
+@pytest.mark.parametrize(("row", "said"), BAD_ROWS.items(), ids=BAD_ROWS.values())
 def test_each_bad_row_is_named_by_file_and_line(folder, row, said):
     paint(folder / "000.png")
     paint(folder / "a.png", shade=1)
