@@ -1,5 +1,6 @@
 """Datasets of every kind, bad ones named in full, and samples that depend on seed and position alone."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -219,6 +220,10 @@ def test_max_train_samples_is_drawn_with_the_seed(folder):
     assert len(drawn()) == 10
     assert drawn() == drawn() == sorted(drawn())
     assert drawn() != drawn(seed=1)
+    images = load_images(config(folder, max_train_samples=10, seed=2))  # ten that no run has looked at before
+    for index, row in enumerate(images.rows):
+        assert images.read(index) == folder / row.name
+        assert row.sha256 == hashlib.sha256((folder / row.name).read_bytes()).hexdigest()
 
 
 def test_the_fingerprint_tells_datasets_apart(folder, tmp_path):
