@@ -11,6 +11,7 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings
 
 import torch
 from diffusers.training_utils import cast_training_params
@@ -62,11 +63,15 @@ def is_target(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Conv2d)
 
 
+def peft_state(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
+    return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+
+
 def adapter_state(part: str, model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
     """The adapter of ``model`` under the key names of the published file."""
     down, up = ("lora.down", "lora.up") if part == "unet" else ("lora_linear_layer.down", "lora_linear_layer.up")
     state = {}
-    for name, tensor in get_peft_model_state_dict(model, adapter_name=adapter).items():
+    for name, tensor in peft_state(model, adapter).items():
         if part.startswith("text_encoder"):
             name = (
                 f"text_model.{name.removeprefix('text_model.')}"  # transformers 5.6 dropped the level, others want it
@@ -132,22 +137,20 @@ def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def verify(path: Path, parts: Mapping[str, nn.Module], loader: Any) -> None:
     """Load the file as a reader would, beside the adapter it came from, and compare every tensor and scale."""
     state, alphas, metadata = loader.lora_state_dict(path.parent, weight_name=path.name, return_lora_metadata=True)
-    was_training = {part: model.training for part, model in parts.items()}
-    for part, model in parts.items():
-        load = loader.load_lora_into_unet if part == "unet" else loader.load_lora_into_text_encoder
-        load(state, alphas, model, adapter_name="check", metadata=metadata)
-    try:
+    with catch_warnings(action="ignore", category=UserWarning):  # peft warns of a second adapter, which is the point
         for part, model in parts.items():
+            was_training = model.training
+            load = loader.load_lora_into_unet if part == "unet" else loader.load_lora_into_text_encoder
+            load(state, alphas, model, adapter_name="check", metadata=metadata)
             want, got = adapter_state(part, model), adapter_state(part, model, "check")
             wrong = [k for k in want if k not in got or not torch.equal(want[k].to(got[k].dtype), got[k])]
             scales = [m.scaling for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]
-            if wrong or any(s["check"] != s["default"] for s in scales):
-                raise RuntimeError(f"{path}: the adapter does not read back as it was trained: {wrong[:3]}")
-    finally:
-        for part, model in parts.items():
-            model.delete_adapters("check")
+            same_scale = all(s["check"] == s["default"] for s in scales)
+            (model.delete_adapters if hasattr(model, "delete_adapters") else model.delete_adapter)("check")
             model.set_adapter("default")
-            model.train(was_training[part])
+            model.train(was_training)
+            if wrong or not same_scale:
+                raise RuntimeError(f"{path}: the adapter of {part} does not read back as it was trained: {wrong[:3]}")
 
 
 def load_adapter(path: Path, parts: Mapping[str, nn.Module]) -> None:
@@ -163,6 +166,6 @@ def load_adapter(path: Path, parts: Mapping[str, nn.Module]) -> None:
             + "; give it the rank and target modules it was trained with"
         )
     for part, model in parts.items():
-        names = get_peft_model_state_dict(model)  # in the order of adapter_state
+        names = peft_state(model)  # in the order of adapter_state
         keys = adapter_state(part, model)
         set_peft_model_state_dict(model, {name: saved[key] for name, key in zip(names, keys, strict=True)})

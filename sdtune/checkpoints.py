@@ -17,13 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdtune.configs import UserError
+from sdtune.configs import RunFailed, UserError
 
 MANIFEST = "manifest.json"
-
-
-class RunFailed(Exception):
-    """The run cannot go on, through no mistake in its settings. Exit code 1."""
 
 
 def _flush(path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from sdtune import options
-from sdtune.configs import METHODS, Run, SampleConfig, Section, UserError
+from sdtune.configs import METHODS, Run, RunFailed, SampleConfig, Section, UserError
 
 app = typer.Typer(
     name="sdtune",
@@ -37,13 +37,15 @@ def command(config: type[Section], work: Callable[[Any, dict[str, Any]], None], 
     """The function behind a command: resolve ``config`` from file and flags, then call ``work(cfg, launch options)``."""
 
     def run(ctx: typer.Context, **values: Any) -> None:
-        flags = {
+        flags: dict[str, Any] = {
             name: value
             for name, value in values.items()
             if ctx.get_parameter_source(name).name == "COMMANDLINE"  # type: ignore[union-attr]
         }
         file, dry_run = flags.pop("config", None), flags.pop("dry_run", False)
-        launching = {name: flags.pop(name) for name in ("num_processes", "overwrite", "allow_change") if name in flags}
+        launching: dict[str, Any] = {
+            name: flags.pop(name) for name in ("num_processes", "overwrite", "allow_change") if name in flags
+        }
         cfg = options.resolve(config, file, flags, ctx.args)
         if dry_run:
             typer.echo(options.to_yaml(cfg), nl=False)
@@ -128,7 +130,8 @@ def train(words: list[str], entry: Callable[[], Any]) -> Callable[[Any, dict[str
         processes = launching.pop("num_processes", None)
         if processes and processes > 1 and not launch.launched():
             raise typer.Exit(launch.relaunch(words, cfg, processes, launching))
-        importlib.import_module("sdtune.train").train(entry(), cfg, **launching)
+        with launch.telling(cfg):
+            importlib.import_module("sdtune.train").train(entry(), cfg, **launching)
 
     return work
 
@@ -210,7 +213,7 @@ def env() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; every mistake of the user's ends in one line per problem and exit code 2."""
+    """Run the command line: exit code 2 and a line per problem for the user's mistakes, 1 for a run that failed."""
     words = list(sys.argv[1:] if argv is None else argv)
     by_name: dict[str, type[Section]] = {c.method: c for c in METHODS} | {"sample": SampleConfig}
     if words and (config := by_name.get(words[0].replace("_", "-"))):
@@ -220,3 +223,6 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except RunFailed as error:
+        typer.echo(f"failed: {error}", err=True)
+        sys.exit(1)

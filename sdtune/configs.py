@@ -23,6 +23,10 @@ class UserError(Exception):
     """Something the user has to change: one clear line that names the thing and the way out. Exit code 2."""
 
 
+class RunFailed(Exception):
+    """The run cannot go on, through no mistake in its settings; its last checkpoint is whole. Exit code 1."""
+
+
 def also(*names: str) -> Any:
     """Further names under which a field is accepted, as a flag and as a YAML key."""
     return Field(json_schema_extra={"also": list(names)})

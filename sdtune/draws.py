@@ -21,3 +21,13 @@ def key(*names: object) -> int:
 def rng(*names: object) -> torch.Generator:
     """A CPU generator whose whole stream is a function of ``names``."""
     return torch.Generator().manual_seed(key(*names))
+
+
+def seed_model(value: int, device: torch.device) -> None:
+    """Seed what modules draw from the global generators (dropout), on the CPU and on the run's own GPU.
+
+    ``torch.manual_seed`` does the same for every device there is, at a millisecond a call.
+    """
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)

@@ -30,6 +30,8 @@ def read_folder(cfg: Data, folder: Path, wanted: bool) -> Found:
         found = dict.fromkeys(images, (cfg.caption,))
     elif tables:
         found = _from_tables(cfg, folder, images, tables)
+    elif texts and cfg.caption_column is not None:
+        raise UserError(f"--caption-column {cfg.caption_column}: {folder} has caption files, not metadata")
     elif texts:
         found = _from_texts(folder, images, texts)
     else:
@@ -117,6 +119,12 @@ def _from_tables(
                 found[name] = parse_captions(row.get(column))
             except ValueError as error:
                 problems.append(f"{place}: {error}")
+            except LookupError:
+                # Comparing names is slow, and only the first problems are shown.
+                guesses = images if len(problems) < 10 and len(images) < 5000 else ()
+                close = difflib.get_close_matches(row["file_name"], guesses, 1, 0.8)
+                guess = f"; did you mean {close[0]}?" if close else ""
+                problems.append(f"{place}: there is no image {row['file_name']}{guess}")
     where = " or ".join(sorted(tables))
     problems += [f"{name}: no row in {where}" for name in sorted(images.keys() - places.keys())]
     if problems:
@@ -125,7 +133,7 @@ def _from_tables(
 
 
 def _named(file_name: Any, parent: Path, folder: Path, images: dict[str, Path]) -> str:
-    """The image that a row means. Raises: ValueError that says why there is none."""
+    """The image that a row means. Raises: ValueError that says why not, LookupError if there is none."""
     if not isinstance(file_name, str) or not file_name:
         raise ValueError("file_name is missing")
     if "://" in file_name:
@@ -138,8 +146,10 @@ def _named(file_name: Any, parent: Path, folder: Path, images: dict[str, Path]) 
     if name not in images:
         if Path(name).suffix.lower() not in EXTENSIONS:
             raise ValueError(f"{file_name} is not one of {ACCEPTED}")
-        close = difflib.get_close_matches(name, images, 1, 0.8)
-        raise ValueError(f"there is no image {file_name}" + (f"; did you mean {close[0]}?" if close else ""))
-    if not images[name].resolve().is_relative_to(folder.resolve()):
+        raise LookupError(name)
+    home = folder.resolve()
+    if home.parent.name == "snapshots":  # of the Hub's cache, where files are links to blobs/ two folders up
+        home = home.parent.parent
+    if not images[name].resolve().is_relative_to(home):
         raise ValueError(outside)
     return name

@@ -6,15 +6,37 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sdtune import options
-from sdtune.configs import Run
+from sdtune.configs import Run, UserError
+
+ENDED = "exit.json"
 
 
 def launched() -> bool:
     """Whether a launcher (accelerate, torchrun, Slurm under either) has started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def telling(cfg: Run) -> Iterator[None]:
+    """Leave the exit code of a launched run in its folder, since launchers turn every failure into 1."""
+    code = 1
+    try:
+        yield
+        code = 0
+    except UserError:
+        code = 2
+        raise
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+        raise
+    finally:
+        if launched() and os.environ["RANK"] == "0" and cfg.output_dir.is_dir():
+            (cfg.output_dir / ENDED).write_text(json.dumps({"code": code}), encoding="utf-8")
 
 
 def relaunch(words: list[str], cfg: Run, processes: int, launching: dict[str, Any]) -> int:
@@ -42,13 +64,13 @@ def relaunch(words: list[str], cfg: Run, processes: int, launching: dict[str, An
     flags = [options.flag(name) for name, on in launching.items() if on]
     argv = [sys.executable, "-m", *launcher, "sdtune", *words, "--config", str(resolved), *flags]
     print(shlex.join(["python", *argv[1:]]), file=sys.stderr)
-    ended = cfg.output_dir / "exit.json"
+    ended = cfg.output_dir / ENDED
     ended.unlink(missing_ok=True)
     child = subprocess.Popen(argv, env=environment, start_new_session=True)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: child.send_signal(number))
     code = child.wait()
     try:
-        return int(json.loads(ended.read_text(encoding="utf-8"))["code"])  # the launcher turns every failure into 1
+        return int(json.loads(ended.read_text(encoding="utf-8"))["code"])  # the training's own, not the launcher's
     except (FileNotFoundError, ValueError):
         return 128 - code if code < 0 else code

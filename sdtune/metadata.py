@@ -103,7 +103,7 @@ def read_table(path: Path, shown: str) -> tuple[list[str], list[tuple[str, dict[
         else:
             rows, problems = (_csv if path.suffix == ".csv" else _jsonl)(read_text(path), shown)
     except (OSError, ValueError) as error:
-        return [], [], [f"{shown}: {error}"]
+        return [], [], [f"{shown}: {str(error).splitlines()[0]}"]
     columns = list(dict.fromkeys(column for _, row in rows for column in row))
     return columns, rows, problems
 
@@ -118,7 +118,7 @@ def _jsonl(text: str, shown: str) -> Table:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problems.append(f"{shown}:{number}: not JSON ({error.args[0]})")
             continue
         if isinstance(row, dict):
@@ -153,4 +153,4 @@ def _parquet(path: Path, shown: str) -> Table:
     import pyarrow.parquet  # half a second, and only this format needs it
 
     table = pyarrow.parquet.read_table(path)
-    return [(f"{shown}: row {number}", row) for number, row in enumerate(table.to_pylist(), 1)], []
+    return [(f"{shown}: row {number}", row) for number, row in enumerate(table.to_pylist())], []

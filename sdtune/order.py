@@ -10,8 +10,8 @@ class Order:
 
     Each bucket is an endless stream: a permutation of its images (times ``repeats``), then another, with no
     seam at the end of an epoch, so that a bucket smaller than a group works too. In a round each bucket gives
-    the fewest groups that show all its images, and the groups of a round are permuted. With one bucket this
-    is the plain stream of permutations, whatever the group.
+    as many groups as its images fill, the last not quite, and the groups of a round are permuted. With one
+    bucket this is the plain stream of permutations, whatever the group.
 
     Args:
         buckets: the indices of the images of one shape, for each shape.

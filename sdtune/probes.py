@@ -48,10 +48,9 @@ def probe_all(dataset: str, keys: list[str], read: Callable[[int], Path | bytes]
     found = {key: Probe(*memo[key]) for key in keys if key in memo}
     missing = [index for index, key in enumerate(keys) if key not in found]
 
-    console = Console(stderr=True)
-    progress = Progress(console=console, transient=True)
+    progress = Progress(console=Console(stderr=True), transient=True)
     task = progress.add_task("Reading images", total=len(missing))
-    start, shown = time.monotonic(), False
+    start = time.monotonic()
     # Pillow's warnings are about files that the full decode judges; the filter is set here, once, because
     # setting it in the threads would race.
     with warnings.catch_warnings(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -60,14 +59,16 @@ def probe_all(dataset: str, keys: list[str], read: Callable[[int], Path | bytes]
             for index, result in zip(missing, pool.map(lambda i: probe(read(i)), missing), strict=True):
                 found[keys[index]] = result
                 progress.advance(task)
-                if not shown and console.is_terminal and time.monotonic() - start > _PATIENCE:
-                    shown = True
-                    progress.start()
+                if progress.console.is_terminal and time.monotonic() - start > _PATIENCE:
+                    progress.start()  # does nothing when it runs
         finally:
-            progress.stop()
+            progress.live.stop()  # Progress.stop() would print an empty line even if it never ran
             pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
     if missing:
-        _store(memo_file, found)
+        # Good images only: a bad one may have had a bad moment, and there are few. What else the memo knows
+        # stays: another run may use another part of the dataset.
+        good = {key: (p.width, p.height, p.sha256) for key, p in found.items() if not p.problem}
+        _store(memo_file, memo | good)
     return [found[key] for key in keys]
 
 
@@ -81,16 +82,14 @@ def _load(memo_file: Path) -> dict[str, tuple[int, int, str]]:
         return {}
 
 
-def _store(memo_file: Path, found: dict[str, Probe]) -> None:
-    """Only good images are kept: a bad one may have had a bad moment, and there are few."""
-    good = {key: (p.width, p.height, p.sha256) for key, p in found.items() if not p.problem}
+def _store(memo_file: Path, memo: dict[str, tuple[int, int, str]]) -> None:
     # Nowhere to write only means to look again next time.
     with contextlib.suppress(OSError):
         memo_file.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=memo_file.parent, suffix=".tmp")
         try:
             with os.fdopen(handle, "w") as file:
-                json.dump({"version": _VERSION, "probes": good}, file)
+                json.dump({"version": _VERSION, "probes": memo}, file)
             Path(name).replace(memo_file)
         except BaseException:
             Path(name).unlink()

@@ -18,9 +18,7 @@ from sdtune.draws import rng
 from sdtune.folders import read_folder
 from sdtune.metadata import Found, problem_list
 from sdtune.probes import probe_all
-from sdtune.tables import cell, is_table, read_table
-
-BUILT_IN = {"tiny-stars": Path(__file__).parent / "assets" / "tiny-stars"}
+from sdtune.tables import BUILT_IN, cell, is_table, read_table
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,9 @@ def train(kind: type[Recipe], cfg: Any, overwrite: bool = False, allow_change: b
             batch = next(batches)
             window.waited += time.perf_counter() - asked
             samples = batch.pop("name")
-            torch.manual_seed(draws.key(cfg.seed, "model", state.step, rank * accumulation + micro))  # dropout
+            draws.seed_model(
+                draws.key(cfg.seed, "dropout", state.step, rank * accumulation + micro), accelerator.device
+            )
             with accelerator.accumulate(model):
                 loss = model(send_to_device(batch, accelerator.device, non_blocking=True))
                 accelerator.backward(loss.mean())

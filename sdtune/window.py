@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sdtune.checkpoints import RunFailed
+from sdtune.configs import RunFailed
 
 
 class Window:

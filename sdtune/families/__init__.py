@@ -112,6 +112,7 @@ def model_index(source: str, cfg: Any) -> dict[str, Any]:
 
 def load(cfg: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """The family of ``cfg.model``, its denoiser on ``device`` in ``dtype``; other parts come when first used."""
+    hush()
     source = resolve_model(cfg.model)
     index = model_index(source, cfg)
     kind = index.get("_class_name", "")
@@ -119,3 +120,13 @@ def load(cfg: Any, device: torch.device, dtype: torch.dtype) -> Any:
         raise UserError(f"--model {cfg.model}: a {kind or 'model of unknown kind'}; known are {', '.join(CLASSES)}")
     module, _, name = CLASSES[kind].partition(":")
     return getattr(importlib.import_module(module), name)(cfg, source, index, device, dtype)
+
+
+def hush() -> None:
+    """Keep the libraries' bars and hints (a missing torchvision, a shard written) out of the user's sight."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
