@@ -130,6 +130,7 @@ def train(words: list[str], entry: Callable[[], Any]) -> Callable[[Any, dict[str
         processes = launching.pop("num_processes", None)
         if processes and processes > 1 and not launch.launched():
             raise typer.Exit(launch.relaunch(words, cfg, processes, launching))
+        importlib.import_module("sdtune.families").hush()
         with launch.telling(cfg):
             importlib.import_module("sdtune.train").train(entry(), cfg, **launching)
 
@@ -221,7 +222,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         app(words, prog_name="sdtune")
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        told = str(error).rpartition("UserError: ")[2]  # a loader's worker wraps it in its whole traceback
+        typer.echo(f"error: {told.rstrip()}", err=True)
         sys.exit(2)
     except RunFailed as error:
         typer.echo(f"failed: {error}", err=True)

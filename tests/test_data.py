@@ -13,10 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sdtune import probes
-from sdtune.buckets import nearest, shapes
 from sdtune.configs import LoraConfig, UserError
-from sdtune.data import Stream, load_images, positions, report
+from sdtune.data import Stream, load_images, positions, probes, report
+from sdtune.data.buckets import nearest, shapes
 
 
 @pytest.fixture(autouse=True)
@@ -139,9 +138,7 @@ def test_a_saved_dataset(folder, tmp_path):
     datasets = pytest.importorskip("datasets")
     filled(folder, 3)
     (folder / "bad.png").write_bytes(b"<html>")
-    features = datasets.Features(
-        {"picture": datasets.Image(), "label": datasets.List(datasets.Value("string"))}
-    )
+    features = datasets.Features({"picture": datasets.Image(), "label": datasets.List(datasets.Value("string"))})
     table = datasets.Dataset.from_dict(
         {
             "picture": [{"bytes": path.read_bytes(), "path": None} for path in sorted(folder.glob("*.png"))],
@@ -185,9 +182,7 @@ def test_a_copy_of_a_hub_repository(tmp_path):
     image = {"bytes": paint(tmp_path / "a.png").read_bytes(), "path": None}
     table = datasets.Dataset.from_dict({"image": [image] * 2, "text": ["x", "y"]})
     (tmp_path / "copy" / "data").mkdir(parents=True)
-    table.cast_column("image", datasets.Image()).to_parquet(
-        tmp_path / "copy" / "data" / "train-0-of-1.parquet"
-    )
+    table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "copy" / "data" / "train-0-of-1.parquet")
     images = load_images(config(tmp_path / "copy", cache_dir=tmp_path / "cache"))
     assert [row.captions for row in images.rows] == [("x",), ("y",)]
 
@@ -649,9 +644,7 @@ def test_tags_are_shuffled_behind_those_kept(folder):
     seen = {stream[p].caption for p in range(100)}
     assert len(seen) == 6
     assert all(caption.startswith("picture 0, ") for caption in seen)
-    assert {frozenset(caption.split(", ")) for caption in seen} == {
-        frozenset({"picture 0", "red", "blue", "green"})
-    }
+    assert {frozenset(caption.split(", ")) for caption in seen} == {frozenset({"picture 0", "red", "blue", "green"})}
     assert "shuffled" in stream.text_cacheable
     assert stream_of(folder, shuffle_tags=True, keep_tags=3).text_cacheable is None
 
@@ -689,9 +682,7 @@ def test_an_image_that_vanishes_is_named(folder):
 # ---- shapes
 
 
-@pytest.mark.parametrize(
-    ("resolution", "step", "aspect"), [(512, 64, 2.0), (64, 8, 2.0), (500, 64, 3.0), (64, 64, 2)]
-)
+@pytest.mark.parametrize(("resolution", "step", "aspect"), [(512, 64, 2.0), (64, 8, 2.0), (500, 64, 3.0), (64, 64, 2)])
 def test_shapes_keep_their_bounds(resolution, step, aspect):
     found = shapes(resolution, step, aspect)
     assert len(set(found)) == len(found)
@@ -780,9 +771,7 @@ def test_the_report_of_a_mixed_folder(folder):
 
 
 def test_a_clean_folder_has_a_short_report(folder):
-    assert report(stream_of(filled(folder, 4), group=2), len, 77) == [
-        "images: 4; an epoch is 2 steps of 2 images"
-    ]
+    assert report(stream_of(filled(folder, 4), group=2), len, 77) == ["images: 4; an epoch is 2 steps of 2 images"]
 
 
 def test_the_cache_root_follows_the_environment(monkeypatch):

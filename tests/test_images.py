@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from sdtune.images import MAX_PIXELS, decode, probe, to_tensor
+from sdtune.data.images import MAX_PIXELS, decode, probe, to_tensor
 
 SIZE = (20, 12)
 
@@ -243,15 +243,11 @@ def test_an_image_of_the_shape_is_untouched():
     tensor = to_tensor(picture(), *SIZE, 0.3, 0.9, False, "lanczos")
     assert tensor.dtype == torch.float32
     assert tensor.shape == (3, 12, 20)
-    assert torch.equal(
-        ((tensor + 1) * 127.5).round(), torch.tensor(pixels(picture())).permute(2, 0, 1).float()
-    )
+    assert torch.equal(((tensor + 1) * 127.5).round(), torch.tensor(pixels(picture())).permute(2, 0, 1).float())
 
 
 def test_range():
-    assert to_tensor(Image.new("RGB", SIZE, "white"), 8, 8, 0.5, 0.5, False, "bicubic").unique().tolist() == [
-        1.0
-    ]
+    assert to_tensor(Image.new("RGB", SIZE, "white"), 8, 8, 0.5, 0.5, False, "bicubic").unique().tolist() == [1.0]
     assert to_tensor(Image.new("RGB", SIZE), 8, 8, 0.5, 0.5, False, "bicubic").unique().tolist() == [-1.0]
 
 

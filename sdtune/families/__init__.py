@@ -112,7 +112,6 @@ def model_index(source: str, cfg: Any) -> dict[str, Any]:
 
 def load(cfg: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """The family of ``cfg.model``, its denoiser on ``device`` in ``dtype``; other parts come when first used."""
-    hush()
     source = resolve_model(cfg.model)
     index = model_index(source, cfg)
     kind = index.get("_class_name", "")

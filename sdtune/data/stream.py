@@ -13,15 +13,12 @@ from typing import Any
 
 import torch
 
-from sdtune.buckets import Shape, candidates, nearest
 from sdtune.configs import UserError
+from sdtune.data.buckets import Shape, candidates, nearest
+from sdtune.data.images import corner, cover, decode, to_tensor
+from sdtune.data.order import Order
+from sdtune.data.sources import Images, Row
 from sdtune.draws import rng
-from sdtune.images import corner, cover, decode, to_tensor
-from sdtune.order import Order
-from sdtune.probes import cache_root
-from sdtune.sources import Images, Row, load_images
-
-__all__ = ["Images", "Row", "Sample", "Stream", "cache_root", "load_images", "positions", "report"]
 
 
 @dataclass(frozen=True)

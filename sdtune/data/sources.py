@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from sdtune.buckets import candidates, nearest
 from sdtune.configs import Data
+from sdtune.data.buckets import candidates, nearest
+from sdtune.data.folders import read_folder
+from sdtune.data.metadata import Found, problem_list
+from sdtune.data.probes import probe_all
+from sdtune.data.tables import BUILT_IN, cell, is_table, read_table
 from sdtune.draws import rng
-from sdtune.folders import read_folder
-from sdtune.metadata import Found, problem_list
-from sdtune.probes import probe_all
-from sdtune.tables import BUILT_IN, cell, is_table, read_table
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from sdtune.configs import Data, UserError
-from sdtune.metadata import TABLES, Found, caption_column, parse_captions, problem_list
-from sdtune.probes import stamp
+from sdtune.data.metadata import TABLES, Found, caption_column, parse_captions, problem_list
+from sdtune.data.probes import stamp
 
-BUILT_IN = {"tiny-stars": Path(__file__).parent / "assets" / "tiny-stars"}
+BUILT_IN = {"tiny-stars": Path(__file__).parent.parent / "assets" / "tiny-stars"}
 
 _FORMS = "a folder of images, a Hub id such as user/name, a dataset saved by save_to_disk, or tiny-stars"
 
@@ -59,17 +59,13 @@ def _from_table(cfg: Data, table: Any, wanted: bool) -> Found:
 
     columns = ", ".join(table.column_names)
     if cfg.image_column not in table.column_names:
-        raise UserError(
-            f"--image-column {cfg.image_column}: no such column in {cfg.dataset}; it has {columns}"
-        )
+        raise UserError(f"--image-column {cfg.image_column}: no such column in {cfg.dataset}; it has {columns}")
     feature = table.features[cfg.image_column]
     if not isinstance(feature, datasets.Image) and getattr(feature, "dtype", "") not in (
         "binary",
         "large_binary",
     ):
-        raise UserError(
-            f"--image-column {cfg.image_column} of {cfg.dataset} holds no images; it has {columns}"
-        )
+        raise UserError(f"--image-column {cfg.image_column} of {cfg.dataset} holds no images; it has {columns}")
     if not len(table):
         raise UserError(f"--dataset {cfg.dataset}: no images in split {cfg.split}")
 
@@ -86,14 +82,10 @@ def _from_table(cfg: Data, table: Any, wanted: bool) -> Found:
             except ValueError as error:
                 problems.append(f"row {number}: {error}")
         if problems:
-            raise problem_list(
-                f"{cfg.dataset}: every image needs a caption; or give --caption for all", problems
-            )
+            raise problem_list(f"{cfg.dataset}: every image needs a caption; or give --caption for all", problems)
     # The fingerprint alone is not enough: one made by `map` over files stays the same when the files change.
     stamps = [stamp(Path(file["filename"])) for file in table.cache_files]
-    images = table.select_columns([cfg.image_column]).cast_column(
-        cfg.image_column, datasets.Image(decode=False)
-    )
+    images = table.select_columns([cfg.image_column]).cast_column(cfg.image_column, datasets.Image(decode=False))
     return Found(
         dataset=cfg.dataset,
         memo=f"{table._fingerprint} {cfg.image_column} {stamps}",

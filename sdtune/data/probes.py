@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from sdtune.images import Probe, probe
+from sdtune.data.images import Probe, probe
 
 _VERSION = 1
 _PATIENCE = 1.0  # seconds before a progress bar is worth its lines

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sdtune.configs import Data, UserError
-from sdtune.images import ACCEPTED, EXTENSIONS
-from sdtune.metadata import TABLES, Found, caption_column, parse_captions, problem_list, read_table, read_text
-from sdtune.probes import stamp
+from sdtune.data.images import ACCEPTED, EXTENSIONS
+from sdtune.data.metadata import TABLES, Found, caption_column, parse_captions, problem_list, read_table, read_text
+from sdtune.data.probes import stamp
 
 
 def read_folder(cfg: Data, folder: Path, wanted: bool) -> Found:

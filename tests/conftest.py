@@ -1,0 +1,83 @@
+"""What the tests share: a tiny pipeline, a folder of pictures, and the command line itself."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1"}
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdtune.cli import main
+from tests.tinysd import save_tiny_sd
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of the session's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["SDTUNE_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd(tmp_path_factory) -> Path:
+    """A Stable Diffusion pipeline of 256 k random parameters in a folder; 32 x 32 images, 16 x 16 latents."""
+    return save_tiny_sd(tmp_path_factory.mktemp("models") / "tiny-sd")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """Eleven captioned pictures, the last ones wider."""
+    folder = tmp_path_factory.mktemp("pictures")
+    numbers = np.random.default_rng(0)
+    with (folder / "metadata.jsonl").open("w") as lines:
+        for i in range(11):
+            pixels = numbers.integers(0, 256, (40, 40 + max(0, i - 5), 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+            lines.write(json.dumps({"file_name": f"{i:02d}.png", "text": f"a red circle {i}"}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def lora(sd, pictures, tmp_path):
+    """Run ``sdtune lora`` with small settings and more options, into ``tmp_path / name``; the run's folder."""
+
+    def run(name: str, *options: str) -> Path:
+        out = tmp_path / name
+        assert status(command(sd, pictures, out, *options)) == 0
+        return out
+
+    return run
+
+
+def command(sd: Path, pictures: Path, out: Path, *options: str) -> list[str]:
+    """``sdtune lora`` on the tiny pipeline; later options win over these."""
+    settings = {
+        "--model": sd,
+        "--dataset": pictures,
+        "--output-dir": out,
+        "--resolution": 32,
+        "--steps": 12,
+        "--train-batch-size": 2,
+        "--learning-rate": "1e-2",
+        "--dataloader-num-workers": 0,
+        "--num-validation-images": 0,
+        "--log-steps": 4,
+        "--checkpointing-steps": 4,
+    }
+    own = {option.partition("=")[0] for option in options}
+    words = [str(w) for pair in settings.items() if pair[0] not in own for w in pair]
+    return ["lora", *words, *options]
+
+
+def status(words: list[str]) -> int:
+    """Exit code of a command line run in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    return ended.value.code
