@@ -34,7 +34,7 @@ LENIENT = {
 
 
 def command(config: type[Section], work: Callable[[Any, dict[str, Any]], None], launch: bool) -> Callable[..., None]:
-    """The function behind a command: resolve ``config`` from file and flags, then call ``work(cfg, launch options)``."""
+    """The function behind a command: resolve ``config`` from file and flags, then call ``work(cfg, launching)``."""
 
     def run(ctx: typer.Context, **values: Any) -> None:
         flags: dict[str, Any] = {

@@ -72,6 +72,7 @@ def write_card(cfg: Any, files: list[Path]) -> None:
     )
     samples = sorted((out / "samples").glob("step-*.png"))
     picture = f"\n![samples](samples/{samples[-1].name})\n" if samples else ""
+    data_name = Path(cfg.dataset).name if Path(cfg.dataset).exists() else cfg.dataset  # no path of this machine
     settings = yaml.safe_dump(json.loads(cfg.model_dump_json()), sort_keys=False)
     text = f"""---
 {data.to_yaml()}
@@ -79,7 +80,7 @@ def write_card(cfg: Any, files: list[Path]) -> None:
 
 # {out.resolve().name}
 
-Trained from `{cfg.model}` on `{Path(cfg.dataset).name if Path(cfg.dataset).exists() else cfg.dataset}` with `sdtune {cfg.method}`.
+Trained from `{cfg.model}` on `{data_name}` with `sdtune {cfg.method}`.
 {picture}
 ```python
 from diffusers import DiffusionPipeline

@@ -16,7 +16,7 @@ from sdtune.configs import Section, UserError
 
 NEEDLESS = {
     "allow_tf32": "TF32 is on wherever the GPU has it; leave the flag out",
-    "enable_xformers_memory_efficient_attention": "torch's scaled-dot-product attention does the same; leave the flag out",
+    "enable_xformers_memory_efficient_attention": "torch's own attention does the same; leave the flag out",
     "hub_token": "a token on the command line ends up in logs; set HF_TOKEN or run `hf auth login`",
     "image_column_name": "use --image-column",
     "local_rank": "accelerate and torchrun say it in the environment; leave the flag out",

@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-import time
 from typing import Any
 
 import torch
@@ -59,7 +58,8 @@ def train(kind: type[Recipe], cfg: Any, overwrite: bool = False, allow_change: b
     model, prepared = accelerator.prepare(recipe, optimizer)
     state.restore(allow_change, say)
     if state.step >= total and (out / "report.html").exists():
-        return say(f"{out}: trained for {state.step} steps already; --steps trains on, --overwrite starts anew")
+        say(f"{out}: trained for {state.step} steps already; --steps trains on, --overwrite starts anew")
+        return
     say(
         f"plan: {total} steps of {batch_size} images x {accumulation} accumulated x {world} processes = {group}; "
         f"{stream.epoch_length} images an epoch, {total * group / stream.epoch_length:.1f} epochs; "
@@ -70,18 +70,16 @@ def train(kind: type[Recipe], cfg: Any, overwrite: bool = False, allow_change: b
     pinned = accelerator.device.type == "cuda"
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=cfg.dataloader_num_workers, pin_memory=pinned)
     batches = iter(loader)
-    window = Window(accelerator, group, state.skipped, cfg.max_bad_steps)
+    window = Window(accelerator, state.skipped, cfg.max_bad_steps)
 
     def look() -> None:
-        paused = time.perf_counter()
         recipe.eval()
-        with state.evaluating():
+        with metrics.paused(), state.evaluating():
             if cfg.num_validation_images:
                 metrics.images(state.step, *preview.sample_images(recipe, dataset, accelerator))
             if dataset.holdout:
                 metrics.log(state.step, {"holdout_loss": preview.holdout_loss(recipe, dataset, accelerator)})
         recipe.train()
-        window.began += time.perf_counter() - paused  # images/s is of training alone
 
     def report() -> None:
         metrics.log(state.step, window.line(state.step, norm, optimizer.param_groups[0]["lr"]))
@@ -95,9 +93,8 @@ def train(kind: type[Recipe], cfg: Any, overwrite: bool = False, allow_change: b
         for parameters, peak in zip(optimizer.param_groups, peaks, strict=True):
             parameters["lr"] = peak * rate(state.step)
         for micro in range(accumulation):
-            asked = time.perf_counter()
-            batch = next(batches)
-            window.waited += time.perf_counter() - asked
+            with metrics.waiting():
+                batch = next(batches)
             samples = batch.pop("name")
             draws.seed_model(
                 draws.key(cfg.seed, "dropout", state.step, rank * accumulation + micro), accelerator.device
@@ -122,7 +119,8 @@ def train(kind: type[Recipe], cfg: Any, overwrite: bool = False, allow_change: b
         if saving or state.step % cfg.log_steps == 0:
             report()
         if saving:
-            state.save()
+            with metrics.paused():
+                state.save()
         if cfg.validation_steps and state.step % cfg.validation_steps == 0 and state.step < total:
             look()
 

@@ -4,8 +4,7 @@ Reading a number off a GPU makes the host wait for it. So losses stay tensors, a
 counted by the device; ``line`` is the one place that waits.
 """
 
-import time
-from typing import Any
+import math
 
 import torch
 from accelerate import Accelerator
@@ -15,23 +14,22 @@ from sdtune.configs import RunFailed
 
 
 class Window:
-    """Losses, skipped steps and time of the steps since the last line.
+    """Losses and skipped steps since the last line.
 
     Args:
-        group: images per optimizer step.
         skipped: steps skipped earlier in the run.
         limit: skipped steps in a row at which the run fails.
     """
 
-    def __init__(self, accelerator: Accelerator, group: int, skipped: int, limit: int):
-        self.accelerator, self.group, self.skipped, self.limit = accelerator, group, skipped, limit
+    def __init__(self, accelerator: Accelerator, skipped: int, limit: int):
+        self.accelerator, self.skipped, self.limit = accelerator, skipped, limit
         self.device = accelerator.device
         self.counts = torch.tensor([skipped, 0], device=self.device)  # skipped steps: in all, and in a row
         self.clear()
 
     def clear(self) -> None:
         self.losses: list[tuple[Tensor, list[str]]] = []
-        self.steps, self.waited, self.began = 0, 0.0, time.perf_counter()
+        self.steps = 0
 
     def add(self, loss: Tensor, samples: list[str]) -> None:
         """The losses of a micro-batch, and the names of its images."""
@@ -43,7 +41,7 @@ class Window:
         self.counts = torch.stack([self.counts[0] + bad, (self.counts[1] + 1) * bad])
         self.steps += 1
 
-    def line(self, step: int, norm: Tensor, learning_rate: float) -> dict[str, Any]:
+    def line(self, step: int, norm: Tensor, learning_rate: float) -> dict[str, float]:
         """The numbers of the steps since the last line, over all processes.
 
         Raises:
@@ -61,14 +59,11 @@ class Window:
         total = torch.stack(finite).sum().item() if finite else 0.0
         sums = torch.tensor([total, len(finite)], device=self.device)
         total, count = self.accelerator.reduce(sums, "sum").tolist()
-        seconds = time.perf_counter() - self.began
         self.skipped = skipped
         values = {
-            "loss": total / count if count else None,
+            "loss": total / count if count else math.nan,
             "learning_rate": learning_rate,
-            "grad_norm": norm.item() if norm.isfinite() else None,
-            "images_per_second": self.steps * self.group / seconds,
-            "data_wait": self.waited / seconds,
+            "grad_norm": norm.item(),
             "skipped_steps": skipped,
         }
         self.clear()

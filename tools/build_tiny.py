@@ -131,7 +131,9 @@ class Vae(nn.Module):
 
     def forward(self, batch: Tensor, step: int) -> Tensor:
         posterior = self.vae.encode(batch).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=rng("vae", step, dist.get_rank() if dist.is_initialized() else 0))
+        noise = torch.randn(
+            posterior.mean.shape, generator=rng("vae", step, dist.get_rank() if dist.is_initialized() else 0)
+        )
         decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
         return (decoded - batch).abs().mean() + 1e-6 * posterior.kl().mean()
 
@@ -199,7 +201,7 @@ def latent_pool(work: Path) -> Tensor:
 
 
 def train(stage: nn.Module, work: Path, steps: int, batch: int, save_every: int = 250) -> None:
-    """AdamW, a short rise, a long plateau and a linear fall over the last quarter; averaged weights are kept."""
+    """AdamW, a short rise, a long plateau and a linear fall over the second half; averaged weights are kept."""
     accelerator = Accelerator(cpu=True)
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     torch.manual_seed(key("init", type(stage).__name__))
@@ -217,7 +219,7 @@ def train(stage: nn.Module, work: Path, steps: int, batch: int, save_every: int 
     model = accelerator.prepare(stage)
     began, losses = time.time(), []
     while step < steps:
-        rise, fall = min(1, (step + 1) / 100), min(1, (steps - step) / (0.25 * steps))
+        rise, fall = min(1, (step + 1) / 100), min(1, (steps - step) / (0.5 * steps))
         for group in optimizer.param_groups:
             group["lr"] = stage.learning_rate * rise * fall
         loss = model(stage.batch((step * world + rank) * batch, batch), step)
@@ -232,7 +234,10 @@ def train(stage: nn.Module, work: Path, steps: int, batch: int, save_every: int 
                 mean[name].lerp_(value, 1 - decay) if value.is_floating_point() else mean[name].copy_(value)
         losses.append(loss.item())
         if main and step % 50 == 0:
-            print(f"{type(stage).__name__} {step}/{steps} loss {np.mean(losses):.4f} {time.time() - began:.0f} s", flush=True)
+            print(
+                f"{type(stage).__name__} {step}/{steps} loss {np.mean(losses):.4f} {time.time() - began:.0f} s",
+                flush=True,
+            )
             losses.clear()
         if main and (step % save_every == 0 or step == steps):
             if not math.isfinite(loss.item()):
@@ -280,7 +285,7 @@ def export(work: Path, out: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of what is trained, kept between calls")
-    parser.add_argument("--vae-steps", type=int, default=1800)
+    parser.add_argument("--vae-steps", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=16, help="pictures per process and step")
     parser.add_argument("--export", type=Path, help="write the pipeline to this folder, and train nothing")

@@ -6,8 +6,6 @@ The loss is the base model's own (Rombach et al. 2022, equation 2): nothing abou
 weights may move. The adapters sit inside the base's own modules, so the base is a submodule here, and frozen.
 """
 
-import torch
-
 from sdtune import __version__, adapters, families
 from sdtune.configs import LoraConfig
 from sdtune.data import Stream, load_images
@@ -51,9 +49,18 @@ class Lora(Recipe):
             for name, part in self.trained.items()
         ]
 
-    @torch.no_grad()
     def sample(self, prompts, seeds):
-        images = generate(self.family.pipeline(), prompts, self.cfg, seeds)
+        cfg, pipeline = self.cfg, self.family.pipeline()
+        images = generate(
+            pipeline,
+            prompts,
+            seeds,
+            steps=cfg.validation_inference_steps,
+            guidance_scale=cfg.validation_guidance_scale,
+            negative_prompt=cfg.negative_prompt,
+            width=cfg.resolution,
+            height=cfg.resolution,
+        )
         self.family.release()
         return images
 
