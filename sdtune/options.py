@@ -213,15 +213,29 @@ def canonical(config: type[Section], words: list[str]) -> list[str]:
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as everybody but YAML 1.1 expects."""
+    """YAML in which 1e-4 is a number and 2024-01-31 a text, as everybody but YAML 1.1 expects."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # `!!int x`, or a number of five thousand digits
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
 
 
-Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class Dumper(yaml.SafeDumper):
+    """Quotes the texts that ``Loader``, or plain YAML 1.1, would take for something else."""
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if not tag.endswith(":timestamp")]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind in (Loader, Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
 
 
 def from_yaml_text(text: str) -> Any:
@@ -242,7 +256,7 @@ def read_yaml(path: Path) -> Iterator[tuple[str, Any, int]]:
             raise UserError(f"{path}: wants a mapping, one `option: value` a line")
         for key, value in node.value:
             line = key.start_mark.line + 1
-            yield str(loader.construct_object(key)), loader.construct_object(value, deep=True), line  # type: ignore[no-untyped-call]
+            yield str(loader.construct_object(key)), loader.construct_object(value, deep=True), line
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise UserError(
@@ -258,7 +272,7 @@ def plain(cfg: Section) -> dict[str, Any]:
 
 
 def to_yaml(cfg: Section) -> str:
-    return yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True, width=1000)
+    return str(yaml.dump(plain(cfg), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000))
 
 
 def shipped() -> dict[str, Path]:
