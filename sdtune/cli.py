@@ -82,7 +82,7 @@ LAUNCH: dict[str, tuple[Any, Any]] = {
     "num_processes": (
         Annotated[
             int | None,
-            typer.Option(help="Train on this many processes, a GPU each.", rich_help_panel="Launch"),
+            typer.Option(min=1, help="Train on this many processes, a GPU each.", rich_help_panel="Launch"),
         ],
         None,
     ),

@@ -16,6 +16,8 @@ Natural = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
+Precision = Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(lambda v: "no" if v is False else v)]
+"""A bare `no` is false in YAML 1.1."""
 Strings = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 
 
@@ -205,7 +207,7 @@ class Run(Section):
     """Forward passes per optimizer step."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    mixed_precision: Precision | None = None
     """Precision of frozen weights and forward pass; none takes accelerate launch's, else no."""
     seed: int = 0
     """Seed of everything random."""
@@ -326,7 +328,7 @@ class SampleConfig(Model):
     """Height in pixels; none is the base's own."""
     batch_size: Count = 4
     """Images made at once; changes memory and speed."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Precision = "no"
     """Precision of weights and computation; no is 32 bit."""
     output_dir: Path = Path("samples")
     """Folder of the images; numbering continues after what is there."""

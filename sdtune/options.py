@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from sdtune.configs import Section, UserError
+from sdtune.configs import Run, Section, UserError
 
 NEEDLESS = {
     "allow_tf32": "TF32 is on wherever the GPU has it; leave the flag out",
@@ -118,6 +118,12 @@ def resolve(config: type[Section], file: str | None, flags: Mapping[str, Any], u
             from_yaml_text(value) if get_origin(bare(config.model_fields[name].annotation)) is dict else value
         )
         origin[name] = flag(name)
+    for name, value in list(values.items()):
+        if isinstance(value, bool) and bare(config.model_fields[name].annotation) in (
+            int,
+            float,
+        ):  # pydantic: true is 1
+            problems.append(f"{origin[name]}: wants a number, not {values.pop(name)}")
     try:
         cfg = config.model_validate(values)
     except ValidationError as error:
@@ -152,7 +158,8 @@ def advice(config: type[Section], name: str, dash: str) -> str:
         return f"; {NEEDLESS[name]}"
     known = [
         *names_of(config),
-        *(["config", "dry_run", "num_processes", "overwrite", "allow_change"] if dash else []),
+        *(["config", "dry_run"] if dash else []),
+        *(["num_processes", "overwrite", "allow_change"] if dash and issubclass(config, Run) else []),
     ]
     close = difflib.get_close_matches(name, known, n=1)
     spelt = close[0].replace("_", "-") if dash and close else "".join(close)
