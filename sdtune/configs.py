@@ -69,7 +69,7 @@ class Data(Section):
     caption_column: str | None = None
     """Column that holds the caption (a list: one is drawn each time); none is `text`, or the only other one."""
     caption: str | None = None
-    """One caption for all images, in place of their own."""
+    """One caption for all images, in place of their own; none keeps those."""
     max_train_samples: Count | None = None
     """Use this many images, drawn with the seed; none is all."""
     repeats: Count = 1
@@ -200,7 +200,7 @@ class Run(Section):
     steps: Annotated[Count | None, also("max_train_steps")] = None
     """Optimizer steps; none with no num_train_epochs either is 1000."""
     num_train_epochs: Count | None = None
-    """Times the images are seen, in place of steps."""
+    """Times the images are seen, in place of steps; none goes by steps."""
     train_batch_size: Count = 4
     """Images per process and forward pass."""
     gradient_accumulation_steps: Count = 1

@@ -119,10 +119,7 @@ def resolve(config: type[Section], file: str | None, flags: Mapping[str, Any], u
         )
         origin[name] = flag(name)
     for name, value in list(values.items()):
-        if isinstance(value, bool) and bare(config.model_fields[name].annotation) in (
-            int,
-            float,
-        ):  # pydantic: true is 1
+        if isinstance(value, bool) and bare(config.model_fields[name].annotation) in (int, float):  # true would be 1
             problems.append(f"{origin[name]}: wants a number, not {values.pop(name)}")
     try:
         cfg = config.model_validate(values)
@@ -321,8 +318,11 @@ def _flag_words(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [flag(name) if value else "--no-" + name.replace("_", "-")]
     if isinstance(value, list):
+        if any(str(v).startswith("-") for v in value):
+            return [f"{flag(name)}={v}" for v in value]
         return [flag(name), *map(str, value)]
-    return [
-        flag(name),
-        yaml.safe_dump(value, default_flow_style=True).strip() if isinstance(value, dict) else str(value),
-    ]
+    if isinstance(value, dict):
+        flow: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True, "width": 10**9}
+        value = yaml.dump(value, Dumper=Dumper, **flow).strip()
+    text = str(value)
+    return [f"{flag(name)}={text}"] if text.startswith("-") else [flag(name), text]
