@@ -97,7 +97,8 @@ class Average:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move towards the weights that step ``step`` (counted from 1) has left."""
-        torch._foreach_lerp_(list(self.mean.values()), list(self.live.values()), 1 - self.decay(step))
+        # the first update counts as step 0 of the warm-up: its decay is 0, so the start is forgotten
+        torch._foreach_lerp_(list(self.mean.values()), list(self.live.values()), 1 - self.decay(step - 1))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
