@@ -392,7 +392,7 @@ def test_schedule_free_is_evaluated_at_its_average():
     pytest.importorskip("schedulefree")
     module = network()
     optimizer = optimizer_of(module, config(**KINDS["adamw_schedulefree"]))
-    advance(module, optimizer, 0, 4)
+    advance(module, optimizer, 0, 40)  # fewer often round to the same
     before = bits(module, optimizer)
     with optim.evaluation(optimizer):
         assert not same([p.detach() for p in module.parameters()], before[0])
