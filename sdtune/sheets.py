@@ -1,0 +1,110 @@
+"""Contact sheets: many images on one, each with its caption underneath. Pillow only."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+LEAST_SIDE = 160  # pixels: below this neither the image nor a caption under it can be read
+GAP, TEXT_SIZE, LINE, MOST_LINES = 12, 14, 19, 3
+FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "segoeui.ttf", "Arial.ttf")
+
+
+def grid(
+    images: Sequence[Image.Image], captions: Sequence[str] | None = None, columns: int | None = None
+) -> Image.Image:
+    """``images`` in rows, in order, on white, with ``captions`` underneath (at most three lines each).
+
+    Small images are enlarged by a whole factor without smoothing, to a width of at least 160 pixels; none is
+    made smaller. ``columns`` defaults to one row for up to four images, else to about a square. The sheet's
+    ``info["sdtune"]`` says where each image lies, for `cells`. Raises ValueError without images, or when
+    there are not as many captions.
+    """
+    if not images:
+        raise ValueError("a grid needs at least one image")
+    if captions is not None and len(captions) != len(images):
+        raise ValueError(f"{len(images)} images but {len(captions)} captions")
+    columns = columns or (len(images) if len(images) <= 4 else math.ceil(math.sqrt(len(images))))
+    columns = min(columns, len(images))
+    factors = [max(1, math.ceil(LEAST_SIDE / image.width)) for image in images]
+    shown = [
+        image.convert("RGB").resize((image.width * f, image.height * f), Image.Resampling.NEAREST)
+        for image, f in zip(images, factors, strict=True)
+    ]
+    width, height = max(i.width for i in shown), max(i.height for i in shown)
+    font = _font("".join(captions or []))
+    texts = [_wrap(c, width, font) for c in captions or [""] * len(images)]
+    below = LINE * max(len(t) for t in texts) + 4 if captions else 0
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new(
+        "RGB", (GAP + columns * (width + GAP), GAP + rows * (height + below + GAP)), (255, 255, 255)
+    )
+    draw = ImageDraw.Draw(sheet)
+    places = []
+    for k, (image, text) in enumerate(zip(shown, texts, strict=True)):
+        x = GAP + k % columns * (width + GAP)
+        y = GAP + k // columns * (height + below + GAP)
+        sheet.paste(image, (x, y))
+        for n, line in enumerate(text):
+            draw.text((x, y + height + 4 + n * LINE), line, fill=(40, 44, 52), font=font)
+        places.append([x, y, image.width, image.height, factors[k]])
+    sheet.info["sdtune"] = json.dumps({"places": places, "captions": list(captions or [])})
+    return sheet
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Write a sheet of `grid` as PNG, whole or not at all, keeping what `cells` needs in its text chunks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    info = PngInfo()
+    info.add_text("sdtune", sheet.info["sdtune"])
+    partial = path.with_name(path.name + ".partial")
+    sheet.save(partial, format="PNG", pnginfo=info)
+    partial.replace(path)
+
+
+def cells(sheet: Image.Image) -> list[tuple[Image.Image, str]]:
+    """The images of a sheet at their own size, with their captions; any other picture is its one cell."""
+    try:
+        layout = json.loads(sheet.info["sdtune"])
+    except (KeyError, ValueError):
+        return [(sheet.convert("RGB"), "")]
+    found = []
+    for k, (x, y, width, height, factor) in enumerate(layout["places"]):
+        image = sheet.convert("RGB").crop((x, y, x + width, y + height))
+        image = image.resize((width // factor, height // factor), Image.Resampling.NEAREST)
+        found.append((image, layout["captions"][k] if layout["captions"] else ""))
+    return found
+
+
+def _font(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font has the letters of ASCII alone; for others look for one of the system's."""
+    for name in () if text.isascii() else FONTS:
+        try:
+            return ImageFont.truetype(name, TEXT_SIZE - 1)
+        except OSError:
+            continue
+    return ImageFont.load_default(TEXT_SIZE)
+
+
+def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    """``text`` in at most three lines of ``width`` pixels; what is left over becomes an ellipsis."""
+    lines, line = [], ""
+    for word in text.split():
+        while font.getlength(word) > width:  # a word longer than a line is cut, not lost
+            fits = next(n for n in range(len(word), 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+            lines, line, word = [*lines, line] if line else lines, word[:fits], word[fits:]
+            lines, line = [*lines, line], ""
+        if font.getlength(f"{line} {word}".strip()) > width:
+            lines, line = [*lines, line], word
+        else:
+            line = f"{line} {word}".strip()
+    lines = [*lines, line] if line else lines
+    if len(lines) > MOST_LINES:
+        last = lines[MOST_LINES - 1]
+        while last and font.getlength(last + "…") > width:
+            last = last[:-1]
+        lines = [*lines[: MOST_LINES - 1], last.rstrip() + "…"]
+    return lines
