@@ -98,7 +98,8 @@ def _sheets(folder: Path) -> tuple[list[Sheet], int]:
 
 def _method(config: dict[str, Any]) -> type[Run] | None:
     """The config's class: the one that has all of its keys."""
-    return next((m for m in METHODS if config and set(config) <= set(m.model_fields)), None)
+    keys = set(config)
+    return next((m for m in METHODS if keys and keys <= set(m.model_fields)), None)
 
 
 def _state(folder: Path, config: dict[str, Any], lines: list[dict[str, Any]]) -> str:
@@ -234,10 +235,10 @@ def _config(config: dict[str, Any], method: type[Run] | None) -> str:
 
 def _plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(_plain, value))
+        return "\n".join(map(_plain, value)) or "none"
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
-    return number(value) if isinstance(value, float) else str(value)
+    return number(value) if isinstance(value, float) else str(value) or "empty"
 
 
 def _table(title: str, values: dict[str, Any], empty: str, look: str = "") -> str:
@@ -245,7 +246,8 @@ def _table(title: str, values: dict[str, Any], empty: str, look: str = "") -> st
     if not values:
         return f'{heading}<p class="none">{empty}</p>'
     rows = "".join(
-        f'<tr class="{look}"><th scope="row">{escape(str(k))}</th><td>{escape(_plain(v))}</td></tr>'
+        f'<tr class="{look}"><th scope="row">{escape(str(k)).replace("_", "_<wbr>")}</th>'
+        f"<td>{escape(_plain(v))}</td></tr>"
         for k, v in values.items()
     )
     return f'{heading}<table class="data"><tbody>{rows}</tbody></table>'
