@@ -179,7 +179,8 @@ def recipe_in(file: Path) -> Any:
 
 
 def sample(cfg: SampleConfig, _: dict[str, Any]) -> None:
-    importlib.import_module("sdtune.sample").sample(cfg)
+    files = importlib.import_module("sdtune.sample").sample(cfg)
+    typer.echo(f"{len(files)} images in {cfg.output_dir}, side by side in {cfg.output_dir / 'grid.png'}")
 
 
 app.command("sample", help=SampleConfig.__doc__, context_settings=LENIENT, rich_help_panel="Use")(

@@ -23,9 +23,7 @@ def chart(title: str, unit: str, series: dict[str, Points], from_zero: bool = Tr
     x_ticks, y_ticks = ticks(x0, x1, whole=True), ticks(y0, y1)
 
     def place(points: Sequence[tuple[float, float]]) -> str:
-        return "L".join(
-            f"{(x - x0) / (x1 - x0) * 1000:.1f} {(y1 - y) / (y1 - y0) * 1000:.1f}" for x, y in points
-        )
+        return "L".join(f"{(x - x0) / (x1 - x0) * 1000:.1f} {(y1 - y) / (y1 - y0) * 1000:.1f}" for x, y in points)
 
     paths = "".join(f'<path class="lines" d="M0 {(y1 - y) / (y1 - y0) * 1000:.1f}H1000"/>' for y in y_ticks)
     keys, looks = "", {"logged": "faint", "holdout": "second"}
@@ -38,9 +36,7 @@ def chart(title: str, unit: str, series: dict[str, Points], from_zero: bool = Tr
         keys += f'<span class="key {looks.get(name, "")}">{name}</span>' if len(series) > 1 else ""
     labels = "".join(
         f'<span class="y" style="top:{(y1 - y) / (y1 - y0) * 100:.2f}%">{number(y)}</span>' for y in y_ticks
-    ) + "".join(
-        f'<span class="x" style="left:{(x - x0) / (x1 - x0) * 100:.2f}%">{number(x)}</span>' for x in x_ticks
-    )
+    ) + "".join(f'<span class="x" style="left:{(x - x0) / (x1 - x0) * 100:.2f}%">{number(x)}</span>' for x in x_ticks)
     told = next(iter(series.values()))
     summary = f"{title}: {told[0][1]:.4g} at step {told[0][0]}, {told[-1][1]:.4g} at step {told[-1][0]}"
     shown = {name: [(x, float(f"{y:.4g}")) for x, y in thin(points)] for name, points in series.items()}

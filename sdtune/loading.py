@@ -1,21 +1,19 @@
 """From names to a pipeline: the base model, and adapters on it with their weights."""
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import huggingface_hub
-import safetensors
 import torch
-import transformers
 from diffusers import DiffusionPipeline
 
+from sdtune import families
+from sdtune.adapters import FILE
 from sdtune.configs import SampleConfig, UserError
-
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+from sdtune.precision import DTYPES
 
 
 def load_pipeline(cfg: SampleConfig) -> DiffusionPipeline:
@@ -23,52 +21,24 @@ def load_pipeline(cfg: SampleConfig) -> DiffusionPipeline:
 
     Raises `UserError` for a pickle, a missing folder and a folder that holds no pipeline.
     """
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[cfg.mixed_precision]
-    source = resolve_model(cfg.model)
+    families.hush()
+    dtype = DTYPES[cfg.mixed_precision]
+    device = best_device()
+    if cfg.mixed_precision == "fp16" and device == "cpu":
+        raise UserError("--mixed-precision fp16: needs a GPU; bf16 works on a CPU")
+    source = families.resolve_model(cfg.model)
     hub = {"revision": cfg.revision, "cache_dir": cfg.cache_dir}
     parts: dict[str, Any] = {}
     try:
         if cfg.vae:
             vae = diffusers.AutoencoderKL.from_pretrained(cfg.vae, dtype=dtype, cache_dir=cfg.cache_dir)
             parts["vae"] = vae
-        if source.endswith(".safetensors"):
+        if "safety_checker" in families.model_index(source, cfg):
             parts |= {"safety_checker": None, "requires_safety_checker": False}
-            pipe = diffusers.StableDiffusionPipeline.from_single_file(source, dtype=dtype, **hub, **parts)
-        else:
-            if "safety_checker" in DiffusionPipeline.load_config(source, **hub):
-                parts |= {"safety_checker": None, "requires_safety_checker": False}
-            pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=cfg.variant, **hub, **parts)
+        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=cfg.variant, **hub, **parts)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {cfg.model}: {str(error).splitlines()[0]}") from error
-    return pipe.to(best_device())
-
-
-def resolve_model(name: str) -> str:
-    """A folder, ``.safetensors`` file or Hub id for what ``--model`` says; else a `UserError`."""
-    if name == "tiny":
-        return str(Path(__file__).parent / "assets" / "tiny")
-    path = Path(name)
-    if path.suffix in {".ckpt", ".bin", ".pt", ".pth"}:
-        raise UserError(
-            f"--model {name}: a pickle, which can run code when it is read; make a .safetensors of it with "
-            f"safetensors.torch.save_file(torch.load('{path.name}', weights_only=True)['state_dict'], "
-            f"'{path.stem}.safetensors')"
-        )
-    if path.suffix == ".safetensors":
-        if not path.is_file():
-            raise UserError(f"--model {name}: no such file")
-        if any("lora" in key for key in _keys(path)):
-            raise UserError(f"--model {name}: this is an adapter; give it as --adapter {name}")
-        return name
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise UserError(f"--model {name}: not a pipeline folder, as it has no model_index.json")
-        return name
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise UserError(f"--model {name}: no such folder, and no Hub id either (user/name)")
-    return name
+    return pipe.to(device)
 
 
 def load_adapters(pipe: DiffusionPipeline, adapters: Sequence[str]) -> None:
@@ -110,16 +80,14 @@ def best_device() -> str:
 
 def _load_adapter(pipe: DiffusionPipeline, where: str, name: str) -> None:
     file = _adapter_file(where)
-    sent = [key for key in _keys(file) if not key.endswith(".alpha")]
+    sent = [key for key in families.tensor_names(file) if not key.endswith(".alpha")]
     verbosity = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity_error()  # it warns of each component that a file has nothing for
     try:
         pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
     except (ValueError, RuntimeError, KeyError, AttributeError) as error:
         why = next((line for line in str(error).splitlines() if "size mismatch" in line), str(error))
-        raise UserError(
-            f"--adapter {where}: does not fit this base: {why.strip().splitlines()[0]}"
-        ) from error
+        raise UserError(f"--adapter {where}: does not fit this base: {why.strip().splitlines()[0]}") from error
     finally:
         diffusers.utils.logging.set_verbosity(verbosity)
     modules = [c for c in pipe.components.values() if isinstance(c, torch.nn.Module)]
@@ -134,15 +102,13 @@ def _adapter_file(where: str) -> Path:
     """The ``.safetensors`` of an adapter given as file, folder, run folder or ``user/name[/file]`` (Hub)."""
     path = Path(where)
     if path.is_dir():
-        files = (
-            [path / ADAPTER_FILE] if (path / ADAPTER_FILE).is_file() else sorted(path.glob("*.safetensors"))
-        )
+        files = [path / FILE] if (path / FILE).is_file() else sorted(path.glob("*.safetensors"))
         if not files:
             raise UserError(f"--adapter {where}: no .safetensors in it; a run writes its own when it ends")
         if len(files) > 1:
             raise UserError(f"--adapter {where}: {len(files)} .safetensors in it; name the file")
         return files[0]
-    if path.suffix in {".bin", ".pt", ".ckpt", ".pth"}:
+    if path.suffix in families.PICKLES:
         raise UserError(f"--adapter {where}: a pickle, which can run code when it is read; only .safetensors")
     if path.is_file():
         return path
@@ -151,15 +117,7 @@ def _adapter_file(where: str) -> Path:
     if not (user and name) or where.startswith((".", "/")):
         raise UserError(f"--adapter {where}: no such file or folder")
     try:
-        return Path(huggingface_hub.hf_hub_download(f"{user}/{name}", file or ADAPTER_FILE))
+        return Path(huggingface_hub.hf_hub_download(f"{user}/{name}", file or FILE))
     except (OSError, ValueError) as error:
         why = str(error).splitlines()[0]
         raise UserError(f"--adapter {where}: no such file or folder, and not on the Hub: {why}") from error
-
-
-def _keys(file: Path) -> list[str]:
-    try:
-        with safetensors.safe_open(file, framework="pt") as tensors:
-            return list(tensors.keys())
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{file}: not a safetensors file, or cut short ({error})") from error

@@ -75,9 +75,7 @@ class Metrics:
         if not self.active:
             return
         self.cfg, self.accelerator, self.total_steps = cfg, accelerator, total_steps
-        self.images_per_step = (
-            cfg.train_batch_size * cfg.gradient_accumulation_steps * accelerator.num_processes
-        )
+        self.images_per_step = cfg.train_batch_size * cfg.gradient_accumulation_steps * accelerator.num_processes
         cfg.output_dir.mkdir(parents=True, exist_ok=True)
         self.path = cfg.output_dir / "metrics.jsonl"
         self.seconds_before = cut_off(self.path, first_step)
@@ -172,9 +170,7 @@ class Metrics:
             parts.append(f"{self.rate:.3g} images/s")
         done = self.step - self.first_step
         if done:  # wall time, pauses included: that is what the person waits for
-            parts.append(
-                f"{_clock((time.monotonic() - self.start) / done * (self.total_steps - self.step))} left"
-            )
+            parts.append(f"{_clock((time.monotonic() - self.start) / done * (self.total_steps - self.step))} left")
         return "  ".join(parts)
 
     def _live_line(self, first_step: int) -> Progress | None:

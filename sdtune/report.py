@@ -35,9 +35,7 @@ def write_report(folder: Path) -> Path:
     lines = _metrics(folder / "metrics.jsonl")
     sheets, count = _sheets(folder / "samples")
     method = _method(config)
-    names = [
-        str(x) for x in (method.method if method else None, config.get("model"), config.get("dataset")) if x
-    ]
+    names = [str(x) for x in (method.method if method else None, config.get("model"), config.get("dataset")) if x]
     page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(
         title=escape(" · ".join(names) or folder.resolve().name),
         heading=" <span>·</span> ".join(map(escape, names)) or escape(folder.resolve().name),

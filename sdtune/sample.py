@@ -35,16 +35,19 @@ def sample(cfg: SampleConfig, progress: Callable[[float], None] | None = None) -
     overwritten: a second call into the same folder goes on numbering where the first one ended.
     """
     prompts = [p for p in read_prompts(cfg) for _ in range(cfg.num_images_per_prompt)]
-    cfg.output_dir.mkdir(parents=True, exist_ok=True)
     cfg = _with_base(cfg)
     pipe = load_pipeline(cfg)
     load_adapters(pipe, cfg.adapter)
+    try:
+        cfg.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {cfg.output_dir}: cannot be written ({error.strerror})") from error
     if cfg.scheduler:
         pipe.scheduler = make_scheduler(cfg.scheduler, pipe.scheduler)
     images = generate(
         pipe,
         prompts,
-        seed=cfg.seed,
+        [cfg.seed + k for k in range(len(prompts))],
         steps=cfg.steps,
         guidance_scale=cfg.guidance_scale,
         negative_prompt=cfg.negative_prompt,
@@ -72,8 +75,8 @@ def sample(cfg: SampleConfig, progress: Callable[[float], None] | None = None) -
 def generate(
     pipe: DiffusionPipeline,
     prompts: Sequence[str],
+    seeds: Sequence[int],
     *,
-    seed: int,
     steps: int,
     guidance_scale: float,
     negative_prompt: str = "",
@@ -83,7 +86,7 @@ def generate(
     height: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> list[Image.Image]:
-    """One image for each prompt, in order; image k has the noise of ``seed + k``.
+    """One image for each prompt, in order; image k has the noise of ``seeds[k]``.
 
     Modules in training mode are put in evaluation mode, and back. ``progress`` is called with the share done,
     0 to 1. Raises `UserError` for what this pipeline cannot do: a size, a rescale, a number of steps.
@@ -107,14 +110,12 @@ def generate(
             batch = list(prompts[start : start + batch_size])
             if progress:
                 options["callback_on_step_end"] = _reporter(progress, len(images), len(batch), len(prompts))
-            generators = [
-                torch.Generator("cpu").manual_seed(seed + k) for k in range(start, start + len(batch))
-            ]
+            noise = [torch.Generator("cpu").manual_seed(s) for s in seeds[start : start + batch_size]]
             images += pipe(
                 batch,
                 # None, not "": SDXL takes zeros for an absent negative prompt, and so do its users
                 negative_prompt=[negative_prompt] * len(batch) if negative_prompt else None,
-                generator=generators,
+                generator=noise,
                 **options,
             ).images
     except ValueError as error:  # diffusers checks sizes and numbers of steps, in words that name them
@@ -162,9 +163,7 @@ def _reporter(progress: Callable[[float], None], done: int, batch: int, total: i
     return report
 
 
-def _parameters(
-    cfg: SampleConfig, pipe: DiffusionPipeline, prompt: str, seed: int, image: Image.Image
-) -> str:
+def _parameters(cfg: SampleConfig, pipe: DiffusionPipeline, prompt: str, seed: int, image: Image.Image) -> str:
     """How an image came about, in the layout that image viewers read from the text chunk ``parameters``."""
     facts = {"Steps": cfg.steps, "Sampler": type(pipe.scheduler).__name__, "CFG scale": cfg.guidance_scale}
     facts |= {"Seed": seed, "Size": f"{image.width}x{image.height}", "Model": cfg.model}

@@ -42,9 +42,7 @@ def make_scheduler(name: str, base: SchedulerMixin) -> SchedulerMixin:
     chosen = SCHEDULERS[name]
     process = {k: base.config[k] for k in PROCESS if k in base.config}
     if "beta_schedule" not in process:
-        raise UserError(
-            f"--scheduler {name} cannot sample a model made for {type(base).__name__}: leave it out"
-        )
+        raise UserError(f"--scheduler {name} cannot sample a model made for {type(base).__name__}: leave it out")
     if base.config.get("rescale_betas_zero_snr"):
         if "rescale_betas_zero_snr" not in inspect.signature(chosen.__init__).parameters:
             raise UserError(f"--scheduler {name} knows no zero-terminal-SNR schedule, which this base has")

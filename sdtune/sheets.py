@@ -39,9 +39,7 @@ def grid(
     texts = [_wrap(c, width, font) for c in captions or [""] * len(images)]
     below = LINE * max(len(t) for t in texts) + 4 if captions else 0
     rows = math.ceil(len(images) / columns)
-    sheet = Image.new(
-        "RGB", (GAP + columns * (width + GAP), GAP + rows * (height + below + GAP)), (255, 255, 255)
-    )
+    sheet = Image.new("RGB", (GAP + columns * (width + GAP), GAP + rows * (height + below + GAP)), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
     places = []
     for k, (image, text) in enumerate(zip(shown, texts, strict=True)):

@@ -117,7 +117,7 @@ def test_single_file_base_is_refused_with_a_reason_when_it_is_no_checkpoint(lora
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"\0" * 64)
     status_of_lora(lora, "run", "--model", str(file))
-    assert "single-file checkpoint" in capsys.readouterr().err
+    assert "not a safetensors file" in capsys.readouterr().err
 
 
 def test_another_base_is_not_silently_half_adapted(lora, sd, tmp_path, capsys):

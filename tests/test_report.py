@@ -60,17 +60,13 @@ def metrics(folder, count):
         out.write(json.dumps({"step": 0, "holdout_loss": 0.2}) + "\n")
         for step in range(1, count + 1):
             line = {"step": step, "loss": 1 / step, "learning_rate": 1e-4, "grad_norm": None, "seconds": step}
-            out.write(
-                json.dumps(line | {"images_per_second": 4.0, "peak_memory": 2**30, "data_wait": 0.01}) + "\n"
-            )
+            out.write(json.dumps(line | {"images_per_second": 4.0, "peak_memory": 2**30, "data_wait": 0.01}) + "\n")
 
 
 def read(folder):
     html = write_report(folder).read_text(encoding="utf-8")
     page = Page(html)
-    urls = [
-        value for _, name, value in page.attributes if name in ("src", "href", "srcset", "action", "data")
-    ]
+    urls = [value for _, name, value in page.attributes if name in ("src", "href", "srcset", "action", "data")]
     assert all(url.startswith("data:image/") for url in urls)
     assert not re.findall(r"https?:|url\(|@import|\bfetch\(", re.sub(r"data:image/[^\"]*", "", html))
     return html, page

@@ -11,7 +11,7 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tinysd import save_tiny_sd, tiny_sd
+from tests.tinysd import save_tiny_sd, tiny_sd
 
 from sdtune.configs import SampleConfig, UserError
 from sdtune.loading import load_adapters, load_pipeline, split_weight
@@ -44,10 +44,9 @@ def adapter(tmp_path_factory):
     return folder
 
 
-def draw(pipe, prompts=PROMPTS, **options):
-    return generate(
-        pipe, prompts, **{"seed": 7, "steps": 3, "guidance_scale": 4.0, "batch_size": 1} | options
-    )
+def draw(pipe, prompts=PROMPTS, seed=7, **options):
+    seeds = [seed + k for k in range(len(prompts))]
+    return generate(pipe, prompts, seeds, **{"steps": 3, "guidance_scale": 4.0, "batch_size": 1} | options)
 
 
 def pixels(images):
@@ -160,9 +159,7 @@ def test_the_command(base, adapter, tmp_path):
     ).images[0]
     again = Image.open(files[2])
     assert again.tobytes() == image.tobytes()
-    assert again.text["parameters"].startswith(
-        "a blue square\nSteps: 2, Sampler: DDIMScheduler, CFG scale: 5.0"
-    )
+    assert again.text["parameters"].startswith("a blue square\nSteps: 2, Sampler: DDIMScheduler, CFG scale: 5.0")
 
 
 def test_auto_takes_the_base_of_the_run(base, adapter, tmp_path):
@@ -212,9 +209,9 @@ def test_an_adapter_that_does_not_arrive_whole(adapter, tmp_path, rename, messag
     ("options", "message"),
     [
         ({"model": "nowhere/at/all"}, "--model nowhere/at/all: no such folder"),
-        ({"model": "EMPTY"}, "not a pipeline folder"),
+        ({"model": "EMPTY"}, "not a diffusers pipeline"),
         ({"model": "sd.ckpt"}, "--model sd.ckpt: a pickle"),
-        ({"model": "sd.safetensors"}, "--model sd.safetensors: no such file"),
+        ({"model": "sd.safetensors"}, "--model sd.safetensors: no such folder or"),
         ({"adapter": "./nowhere=0.5"}, "--adapter ./nowhere: no such file"),
         ({"adapter": "EMPTY"}, "no .safetensors in it"),
         ({"adapter": "a.bin"}, "--adapter a.bin: a pickle"),
@@ -242,5 +239,5 @@ def test_bad_input_is_one_line(base, tmp_path, options, message):
 
 
 def test_an_adapter_is_no_base(adapter):
-    with pytest.raises(UserError, match="this is an adapter; give it as --adapter"):
+    with pytest.raises(UserError, match="an adapter, not a base model"):
         load_pipeline(SampleConfig(model=str(adapter / "pytorch_lora_weights.safetensors"), prompt="a"))
