@@ -82,7 +82,7 @@ LAUNCH: dict[str, tuple[Any, Any]] = {
     "num_processes": (
         Annotated[
             int | None,
-            typer.Option(help="Train on this many processes, a GPU each.", rich_help_panel="Launch"),
+            typer.Option(min=1, help="Train on this many processes, a GPU each.", rich_help_panel="Launch"),
         ],
         None,
     ),
@@ -153,6 +153,9 @@ def run_file(
     ctx: typer.Context, file: Annotated[Path, typer.Argument(help="Python file with one Recipe of your own.")]
 ) -> None:
     """Train a recipe of your own, from a Python file: same flags, resume, processes and report."""
+    if str(file) in ("-h", "--help"):  # after a file, --help is about that recipe's options
+        typer.echo(ctx.get_help())
+        return
     recipe = recipe_in(file)
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     words = ["run", str(file)]

@@ -16,6 +16,8 @@ Natural = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
+Precision = Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(lambda v: "no" if v is False else v)]
+"""A bare `no` is false in YAML 1.1."""
 Strings = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 
 
@@ -67,7 +69,7 @@ class Data(Section):
     caption_column: str | None = None
     """Column that holds the caption (a list: one is drawn each time); none is `text`, or the only other one."""
     caption: str | None = None
-    """One caption for all images, in place of their own."""
+    """One caption for all images, in place of their own; none keeps those."""
     max_train_samples: Count | None = None
     """Use this many images, drawn with the seed; none is all."""
     repeats: Count = 1
@@ -198,14 +200,14 @@ class Run(Section):
     steps: Annotated[Count | None, also("max_train_steps")] = None
     """Optimizer steps; none with no num_train_epochs either is 1000."""
     num_train_epochs: Count | None = None
-    """Times the images are seen, in place of steps."""
+    """Times the images are seen, in place of steps; none goes by steps."""
     train_batch_size: Count = 4
     """Images per process and forward pass."""
     gradient_accumulation_steps: Count = 1
     """Forward passes per optimizer step."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    mixed_precision: Precision | None = None
     """Precision of frozen weights and forward pass; none takes accelerate launch's, else no."""
     seed: int = 0
     """Seed of everything random."""
@@ -326,7 +328,7 @@ class SampleConfig(Model):
     """Height in pixels; none is the base's own."""
     batch_size: Count = 4
     """Images made at once; changes memory and speed."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Precision = "no"
     """Precision of weights and computation; no is 32 bit."""
     output_dir: Path = Path("samples")
     """Folder of the images; numbering continues after what is there."""

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from sdtune.configs import Section, UserError
+from sdtune.configs import Run, Section, UserError
 
 NEEDLESS = {
     "allow_tf32": "TF32 is on wherever the GPU has it; leave the flag out",
@@ -118,6 +118,9 @@ def resolve(config: type[Section], file: str | None, flags: Mapping[str, Any], u
             from_yaml_text(value) if get_origin(bare(config.model_fields[name].annotation)) is dict else value
         )
         origin[name] = flag(name)
+    for name, value in list(values.items()):
+        if isinstance(value, bool) and bare(config.model_fields[name].annotation) in (int, float):  # true would be 1
+            problems.append(f"{origin[name]}: wants a number, not {values.pop(name)}")
     try:
         cfg = config.model_validate(values)
     except ValidationError as error:
@@ -152,7 +155,8 @@ def advice(config: type[Section], name: str, dash: str) -> str:
         return f"; {NEEDLESS[name]}"
     known = [
         *names_of(config),
-        *(["config", "dry_run", "num_processes", "overwrite", "allow_change"] if dash else []),
+        *(["config", "dry_run"] if dash else []),
+        *(["num_processes", "overwrite", "allow_change"] if dash and issubclass(config, Run) else []),
     ]
     close = difflib.get_close_matches(name, known, n=1)
     spelt = close[0].replace("_", "-") if dash and close else "".join(close)
@@ -213,15 +217,29 @@ def canonical(config: type[Section], words: list[str]) -> list[str]:
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as everybody but YAML 1.1 expects."""
+    """YAML in which 1e-4 is a number and 2024-01-31 a text, as everybody but YAML 1.1 expects."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # `!!int x`, or a number of five thousand digits
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
 
 
-Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class Dumper(yaml.SafeDumper):
+    """Quotes the texts that ``Loader``, or plain YAML 1.1, would take for something else."""
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if not tag.endswith(":timestamp")]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind in (Loader, Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
 
 
 def from_yaml_text(text: str) -> Any:
@@ -242,7 +260,7 @@ def read_yaml(path: Path) -> Iterator[tuple[str, Any, int]]:
             raise UserError(f"{path}: wants a mapping, one `option: value` a line")
         for key, value in node.value:
             line = key.start_mark.line + 1
-            yield str(loader.construct_object(key)), loader.construct_object(value, deep=True), line  # type: ignore[no-untyped-call]
+            yield str(loader.construct_object(key)), loader.construct_object(value, deep=True), line
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise UserError(
@@ -258,7 +276,7 @@ def plain(cfg: Section) -> dict[str, Any]:
 
 
 def to_yaml(cfg: Section) -> str:
-    return yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True, width=1000)
+    return str(yaml.dump(plain(cfg), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000))
 
 
 def shipped() -> dict[str, Path]:
@@ -300,8 +318,11 @@ def _flag_words(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [flag(name) if value else "--no-" + name.replace("_", "-")]
     if isinstance(value, list):
+        if any(str(v).startswith("-") for v in value):
+            return [f"{flag(name)}={v}" for v in value]
         return [flag(name), *map(str, value)]
-    return [
-        flag(name),
-        yaml.safe_dump(value, default_flow_style=True).strip() if isinstance(value, dict) else str(value),
-    ]
+    if isinstance(value, dict):
+        flow: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True, "width": 10**9}
+        value = yaml.dump(value, Dumper=Dumper, **flow).strip()
+    text = str(value)
+    return [f"{flag(name)}={text}"] if text.startswith("-") else [flag(name), text]

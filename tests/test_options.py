@@ -1,0 +1,339 @@
+"""From text to a config and back: every mistake told at once, everything told read again as it was."""
+
+import contextlib
+import random
+import shlex
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sdtune import options
+from sdtune.configs import METHODS, LoraConfig, Run, SampleConfig, UserError
+from tests.conftest import status
+
+CONFIGS = (*METHODS, SampleConfig)
+LEAST = {config: {"dataset": "d"} if issubclass(config, Run) else {"prompt": ["x"]} for config in CONFIGS}
+FIELDS = [(config, name) for config in CONFIGS for name in config.model_fields]
+TEXTS = ["1e-4", "no", "null", "~", "2024-13-01", "1:30", "0x_", " padded ", "ein Stern, größer", "赤い星 🌟", "a\nb"]
+TEXTS += ["- a", "#x: y", "'", '"', "{a: b}", "%x", "", "a=b", "-5 degrees", "--rank", "--no-such", "\\n", "7", "true"]
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Write a YAML file; its path."""
+
+    def write(text: str | bytes, name: str = "x.yaml") -> str:
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+def resolved(file: str | None = None, config=LoraConfig, **flags: str):
+    return options.resolve(config, file, LEAST[config] | flags, [])
+
+
+def refusal(file: str | None = None, config=LoraConfig, **flags: str) -> str:
+    with pytest.raises(UserError) as error:
+        resolved(file, config, **flags)
+    return str(error.value)
+
+
+def dry_run(capsys, *words: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command that only resolves its config."""
+    capsys.readouterr()
+    code = status([*words, "--dry-run"])
+    return code, *capsys.readouterr()
+
+
+def others(config, name):
+    """Values of a field that are not its default."""
+    field = config.model_fields[name]
+    kind, default = options.bare(field.annotation), field.get_default()
+    if typing.get_origin(kind) is typing.Literal:
+        return [choice for choice in typing.get_args(kind) if choice != default]
+    if options.is_list(field):
+        return [["a b", "c"], TEXTS]
+    if typing.get_origin(kind) is dict:
+        nested = {"d_coef": 2, "betas": [0.9, 0.99], "x": None, "on": True, "name": "1e-4", "small": 1e-9, "ü": "no"}
+        return [nested]
+    values = {bool: [not default], int: [1011], float: [0.5, 1e-5, 0.1 + 0.2]}
+    values[str] = TEXTS if name in ("caption", "prompt") else ["ein Stern, größer", "1e-4"]
+    values[Path] = [Path("größe/赤"), Path("a b"), Path("1e5"), Path("2024-01-31"), Path("~/x")]
+    if name == "bucket_max_aspect":
+        return [1.5]
+    return values[kind]
+
+
+# ---- round trips -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("config", "name"), FIELDS, ids=[f"{c.method}-{n}" for c, n in FIELDS])
+def test_what_dry_run_prints_is_the_same_config_again(config, name, written):
+    for value in others(config, name):
+        cfg = config.model_validate(LEAST[config] | {name: value})
+        again = options.resolve(config, written(options.to_yaml(cfg)), {}, [])
+        assert again == cfg
+        assert options.to_yaml(again) == options.to_yaml(cfg)
+        assert yaml.safe_load(options.to_yaml(cfg)) == options.plain(cfg)  # to readers of plain YAML as well
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.method)
+def test_the_command_that_continues_a_run_gives_the_same_config(config, capsys):
+    for name in config.model_fields:
+        for value in others(config, name)[-1:]:
+            cfg = config.model_validate(LEAST[config] | {name: value})
+            _, *words = shlex.split(options.same_command(cfg, ["sdtune", config.method]))
+            code, out, err = dry_run(capsys, *words)
+            assert (code, err, out) == (0, "", options.to_yaml(cfg)), words
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_any_text_survives_the_command_that_continues_a_run(text, capsys):
+    cfg = LoraConfig(dataset=text, caption=text, validation_prompt=[text, "b", text], optimizer_args={"a": text})
+    _, *words = shlex.split(options.same_command(cfg, ["sdtune", "lora"]))
+    code, out, err = dry_run(capsys, *words)
+    assert (code, err, out) == (0, "", options.to_yaml(cfg)), words
+
+
+@pytest.mark.parametrize("config", METHODS, ids=lambda c: c.method)
+def test_dry_run_of_a_dry_run(config, capsys, written):
+    words = [config.method, "--dataset", "ein Ordner/größe", "--validation-prompt", "赤い星", "- b", "1e-4"]
+    words += ["--optimizer-args", "{betas: [0.9, 0.99], eps: 1e-5}", "--cache-dir", "~/a b", "--learning-rate", "3e-5"]
+    words += ["--no-center-crop", "--report-to", "tensorboard", "--num-train-epochs", "3"]
+    code, first, err = dry_run(capsys, *words)
+    assert (code, err) == (0, "")
+    assert yaml.safe_load(first)["validation_prompt"] == ["赤い星", "- b", "1e-4"]
+    assert dry_run(capsys, config.method, "--config", written(first)) == (0, first, "")
+
+
+# ---- precedence and spelling -------------------------------------------------------------------------
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(written):
+    file = written("rank: 8\nresolution: 256\ncenter_crop: false\nvalidation_prompt: [a, b]\n")
+    cfg = resolved(file, resolution="64", validation_prompt=["c"])
+    assert (cfg.rank, cfg.resolution, cfg.center_crop, cfg.validation_prompt) == (8, 64, False, ["c"])
+    assert cfg.train_batch_size == LoraConfig.model_fields["train_batch_size"].default
+
+
+def test_a_flag_may_say_the_default_again(capsys, written):
+    file = written("rank: 8\ncenter_crop: false\nseed: 3\n")
+    _, out, _ = dry_run(
+        capsys, "lora", "--dataset", "d", "--config", file, "--rank", "4", "--center-crop", "--seed", "0"
+    )
+    assert {"rank": 4, "center_crop": True, "seed": 0}.items() <= yaml.safe_load(out).items()
+
+
+def test_hyphens_and_other_names_in_the_file(written):
+    cfg = resolved(written("pretrained-model-name-or-path: m\nmax_train_steps: 3\nlora_alpha: 2\nrandom-flip: yes\n"))
+    assert (cfg.model, cfg.steps, cfg.alpha, cfg.random_flip) == ("m", 3, 2.0, True)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.method)
+def test_no_two_fields_share_a_spelling(config):
+    spellings = [s.replace("-", "_") for n, f in config.model_fields.items() for s in (n, *options.other_names(f))]
+    assert len(spellings) == len(set(spellings))
+    taken = {"config", "dry_run", "num_processes", "overwrite", "allow_change", "help", *options.NEEDLESS}
+    assert taken.isdisjoint(spellings)
+    negated = {f"no_{n}" for n, f in config.model_fields.items() if f.annotation is bool}
+    assert negated.isdisjoint(spellings)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.method)
+def test_every_field_says_what_it_is_for(config):
+    for name, field in config.model_fields.items():
+        assert (field.description or "").rstrip().endswith((".", "'")), name
+        if field.get_default() is None and not field.is_required() and "PATH" not in options.metavar(field):
+            assert any(w in field.description for w in ("none", "None")), f"{name}: what does None stand for?"
+
+
+def test_options_that_may_change_exist():
+    from sdtune.configs import MAY_CHANGE
+
+    assert {n for config in METHODS for n in config.model_fields} >= MAY_CHANGE
+
+
+# ---- YAML --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spelt", ["1e-4", "1E-4", "1.0e-4", "0.0001", "+1e-4", "'1e-4'"])
+def test_numbers_as_people_write_them(spelt, written):
+    assert resolved(written(f"learning_rate: {spelt}")).learning_rate == 1e-4
+
+
+def test_whole_numbers_as_people_write_them(written):
+    cfg = resolved(written("steps: 1e3\nresolution: '64'\nrank: 8.0\nseed: -3\n"))
+    assert (cfg.steps, cfg.resolution, cfg.rank, cfg.seed) == (1000, 64, 8, -3)
+
+
+def test_words_of_yaml_1_1_that_are_texts_to_everybody_else(written):
+    cfg = resolved(written("mixed_precision: no\noutput_dir: 2024-01-31\ncaption: 2024-13-01\npush_to_hub: off\n"))
+    assert (cfg.mixed_precision, cfg.output_dir, cfg.caption) == ("no", Path("2024-01-31"), "2024-13-01")
+    assert cfg.push_to_hub is False
+    assert resolved(written("mixed_precision: no"), SampleConfig).mixed_precision == "no"
+
+
+def test_an_empty_file_is_defaults_and_a_byte_order_mark_is_ignored(written):
+    assert resolved(written("# nothing\n")) == resolved()
+    assert resolved(written(b"\xef\xbb\xbfrank: 9\n")).rank == 9
+    assert resolved(written(b"rank: 9\r\nseed: 1\r\n")).seed == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    {
+        "rank: 1\n\nragk: 2": "x.yaml:3: unknown key ragk; did you mean rank?",
+        "lora_rank: 2": "x.yaml:1: unknown key lora_rank; use --rank",
+        "hub_token: secret": "HF_TOKEN",
+        "qqqqqq: 2": "x.yaml:1: unknown key qqqqqq; --help lists them",
+        "num_processes: 2": "x.yaml:1: unknown key num_processes",
+        "5: 2": "x.yaml:1: unknown key 5",
+        "rank: 1\nrank: 2": "x.yaml:2: rank: given twice",
+        "steps: 1\nmax_train_steps: 2": "x.yaml:2: max_train_steps: given twice",
+        "- rank": "x.yaml: wants a mapping",
+        "rank 3": "x.yaml: wants a mapping",
+        "3": "x.yaml: wants a mapping",
+        "rank: 1\nseed: [": "not valid YAML",
+        "rank: 1\n\tseed: 1": "x.yaml:2: not valid YAML",
+        "rank: 1\n---\nrank: 2": "x.yaml:2: not valid YAML",
+        "rank: !!python/object:x.y {}": "x.yaml:1: not valid YAML",
+        "rank: *a": "x.yaml:1: not valid YAML",
+        "optimizer_args: &a {b: *a}": "x.yaml:1: not valid YAML",
+        "a\x00b": "x.yaml: not valid YAML",
+        "seed: !!int x": "x.yaml:1: not valid YAML",
+        "seed: 0x_": "x.yaml:1: not valid YAML",
+        f"seed: {'9' * 5000}": "x.yaml:1: not valid YAML",
+        "rank: four": "x.yaml:1: rank: wants a whole number, not 'four'",
+        "rank: 4.5": "x.yaml:1: rank: wants a whole number, not 4.5",
+        "rank: null": "x.yaml:1: rank: wants a whole number, not None",
+        "rank: [4]": "x.yaml:1: rank: wants a whole number, not [4]",
+        "rank: true": "x.yaml:1: rank: wants a number, not True",
+        "snr_gamma: yes": "x.yaml:1: snr_gamma: wants a number, not True",
+        "learning_rate: fast": "x.yaml:1: learning_rate: wants a number, not 'fast'",
+        "learning_rate: .nan": "x.yaml:1: learning_rate: wants a number, not nan",
+        "learning_rate: .inf": "x.yaml:1: learning_rate: wants a number, not inf",
+        "learning_rate: 1e999": "x.yaml:1: learning_rate: wants a number, not inf",
+        "learning_rate: -1": "x.yaml:1: learning_rate: should be greater than 0, not -1",
+        "cache: maybe": "x.yaml:1: cache: wants true or false, not 'maybe'",
+        "split: 3": "x.yaml:1: split: should be a valid string, not 3",
+        "validation_prompt: [a, 1]": "x.yaml:1: validation_prompt: should be a valid string, not 1",
+        "validation_prompt: {a: b}": "x.yaml:1: validation_prompt: should be a valid list",
+        "optimizer_args: [a]": "x.yaml:1: optimizer_args: should be a valid dictionary",
+        "lr_scheduler: cosin": "did you mean cosine?",
+        "steps: 3\nnum_train_epochs: 2": "give one",
+    }.items(),
+)
+def test_a_mistake_in_the_file_is_one_line_with_its_place(text, told, written):
+    said = refusal(written(text))
+    assert told in said
+    assert len(said.splitlines()) <= 2 if "\x00" in text else len(said.splitlines()) == 1
+
+
+def test_a_file_that_is_no_text(written):
+    assert refusal(written(b"rank: \xff\n")).endswith("x.yaml: not UTF-8 text")
+    assert "x.yaml: not UTF-8 text" in refusal(written("rank: 3\n".encode("utf-16")))
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    assert refusal("nope.yaml") == "--config nope.yaml: no such file or recipe; `sdtune ls` lists them"
+    assert "no such file or recipe" in refusal(str(tmp_path))
+
+
+def test_the_most_harmless_mistake_does_not_hide_the_others(written):
+    file = written("ragk: 1\nrank: x\nseed: 1\nseed: 2\n")
+    with pytest.raises(UserError) as error:
+        options.resolve(LoraConfig, file, {"resolution": "7", "cache": "perhaps"}, ["--foo=1", "bar"])
+    lines = [line.strip() for line in str(error.value).splitlines()]
+    starts = ["--foo: no such option", "bar: unexpected", f"{file}:1: unknown key ragk", f"{file}:4: seed: given twice"]
+    starts += [f"{file}:2: rank: wants", "--resolution: should be", "--cache: wants true", "--dataset: is required"]
+    assert [sum(line.startswith(start) for line in lines) for start in starts] == [1] * len(lines)
+
+
+def test_shipped_recipes_resolve_by_name_and_path():
+    shipped = options.shipped()
+    methods = {config.method: config for config in METHODS}
+    for name, path in shipped.items():
+        config = methods[name.partition("/")[0]]
+        assert options.resolve(config, name, {}, []) == options.resolve(config, str(path), {}, [])
+
+
+def test_a_recipe_is_found_by_its_name(tmp_path, monkeypatch, capsys):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "sd15-naruto.yaml").write_text("# sd15 on naruto\nrank: 13\ndataset: d\n")
+    named = {"lora/sd15-naruto": tmp_path / "lora" / "sd15-naruto.yaml"}
+    monkeypatch.setattr(options, "shipped", lambda: named)
+    assert resolved("lora/sd15-naruto").rank == 13
+    assert (
+        refusal("lora/sd15-narut") == "--config lora/sd15-narut: no such file or recipe; did you mean lora/sd15-naruto?"
+    )
+    code, out, _ = dry_run(capsys, "lora", "--config=lora/sd15-naruto", "--rank=2")
+    assert code == 0
+    assert yaml.safe_load(out)["rank"] == 2
+
+
+# ---- anything at all ---------------------------------------------------------------------------------
+
+PIECES = [
+    *TEXTS,
+    *(f"{n}: " for n in LoraConfig.model_fields),
+    "\n",
+    "\n",
+    "\n",
+    " ",
+    "[",
+    "]",
+    "{",
+    "}",
+    ":",
+    "&a ",
+    "*a",
+]
+PIECES += [
+    "!!float ",
+    "!!binary x",
+    "<<: ",
+    "? ",
+    "| ",
+    "> ",
+    "\t",
+    "\u2028",
+    "\x85",
+    "\ufeff",
+    "0b_",
+    "1_000",
+    "0o7",
+    ".inf",
+]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_file_gives_a_config_or_lines_of_advice(seed, written):
+    numbers = random.Random(seed)
+    for _ in range(150):
+        file = written("".join(numbers.choices(PIECES, k=numbers.randrange(1, 12))))
+        cfg = LoraConfig(dataset="d")
+        with contextlib.suppress(UserError):
+            cfg = resolved(file)
+        assert options.resolve(LoraConfig, written(options.to_yaml(cfg)), {}, []) == cfg
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_command_line_ends_in_a_config_or_lines_of_advice(seed, capsys):
+    numbers = random.Random(seed)
+    flags = [options.flag(n) for n in LoraConfig.model_fields]
+    flags += ["--no-center-crop", "--no-rank", "--ragk", "-x", "--", "-", "--num-processes", "--scale_lr", "--config"]
+    values = [*TEXTS, "nan", "inf", "-1", "0", "0.5", "3", "1e9", "9" * 5000, "[", "{a: 0x_}"]
+    for _ in range(25):
+        words = ["--dataset", "d"]
+        for flag in numbers.choices(flags, k=numbers.randrange(1, 5)):
+            value = numbers.choice(values)
+            words += [f"{flag}={value}"] if numbers.random() < 0.4 else [flag, value][: numbers.randrange(1, 3)]
+        code, out, err = dry_run(capsys, "lora", *words)
+        assert code in (0, 2), words
+        assert bool(err) == (code == 2), words
+        assert bool(out) == (code == 0), words
+        assert "Traceback" not in err
