@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sdtune import options
-from sdtune.configs import METHODS, SampleConfig
+from sdtune.configs import MAY_CHANGE, METHODS, SampleConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PART = re.compile(r"(<!-- made: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -127,7 +127,13 @@ def files_of(folder: Path) -> Iterator[tuple[str, str]]:
         yield f"[`{name}`]({name})", " ".join(first.split()).replace("``", "`")
 
 
-PARTS = {"options": option_tables, "recipes": recipe_table, "files": file_table}
+def may_change() -> str:
+    """The options that are free when a run is continued, sorted."""
+    cut = {"train_batch_size", "gradient_accumulation_steps"}
+    return ", ".join(f"`{name}`" for name in sorted(MAY_CHANGE - cut)) + "."
+
+
+PARTS = {"options": option_tables, "recipes": recipe_table, "files": file_table, "may-change": may_change}
 
 
 def main() -> None:
