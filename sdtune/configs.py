@@ -337,6 +337,12 @@ class SampleConfig(Model):
             raise ValueError("nothing to show: give prompt or prompt_file")
         return self
 
+    @model_validator(mode="after")
+    def _whole_size(self) -> Self:
+        if (self.width is None) != (self.height is None):
+            raise ValueError("width and height: give both, or neither for the base's own")
+        return self
+
 
 METHODS: tuple[type[Run], ...] = (LoraConfig,)
 """The commands that train, in the order in which --help lists them."""

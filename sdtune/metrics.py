@@ -1,7 +1,7 @@
 """What a run shows while it trains: ``metrics.jsonl``, a progress line, trackers, sample sheets.
 
-The first process writes; on the others every method does nothing, so the loop calls them without asking. Torch
-is imported only by a run on a GPU, so that `check_trackers` can run before anything slow does.
+The first process writes; on the others every method does nothing, so the loop calls them without asking.
+Torch is imported only by a run on a GPU, so that `check_trackers` can run before anything slow does.
 """
 
 import json
@@ -58,9 +58,10 @@ class Metrics:
     """Where a run's numbers and pictures go.
 
     ``metrics.jsonl`` gets an object a line: ``step``, ``seconds`` (wall time since step 0, summed over
-    continuations) and what `log` is given; beside a ``loss`` also ``images_per_second`` (all processes, without
-    the time of `paused`), ``data_wait`` (share of that time spent in `waiting`, 0 to 1) and ``peak_memory`` (bytes
-    of this process: on the GPU if there is one, else resident). Numbers that are not finite become ``null``.
+    continuations) and what `log` is given; beside a ``loss`` also ``images_per_second`` (of all processes,
+    without the time in `paused`), ``data_wait`` (share of that time spent in `waiting`, 0 to 1) and
+    ``peak_memory`` (bytes of this process: on the GPU if there is one, else resident). Numbers that are not
+    finite become ``null``.
 
     Args:
         cfg: the run; its ``output_dir`` receives the files.
@@ -74,7 +75,9 @@ class Metrics:
         if not self.active:
             return
         self.cfg, self.accelerator, self.total_steps = cfg, accelerator, total_steps
-        self.images_per_step = cfg.train_batch_size * cfg.gradient_accumulation_steps * accelerator.num_processes
+        self.images_per_step = (
+            cfg.train_batch_size * cfg.gradient_accumulation_steps * accelerator.num_processes
+        )
         cfg.output_dir.mkdir(parents=True, exist_ok=True)
         self.path = cfg.output_dir / "metrics.jsonl"
         self.seconds_before = cut_off(self.path, first_step)
@@ -116,7 +119,7 @@ class Metrics:
             print(f"step {step}/{self.total_steps}  {self._text()}", file=sys.stderr, flush=True)
 
     def images(self, step: int, images: list[Image.Image], prompts: list[str]) -> None:
-        """Save ``samples/step-000200.png``, a sheet with the prompts as captions, and give it to the trackers."""
+        """Save ``samples/step-000200.png``, a sheet with the prompts as captions, and give it to trackers."""
         if not self.active or not images:
             return
         sheet = grid(images, prompts)
@@ -169,7 +172,9 @@ class Metrics:
             parts.append(f"{self.rate:.3g} images/s")
         done = self.step - self.first_step
         if done:  # wall time, pauses included: that is what the person waits for
-            parts.append(f"{_clock((time.monotonic() - self.start) / done * (self.total_steps - self.step))} left")
+            parts.append(
+                f"{_clock((time.monotonic() - self.start) / done * (self.total_steps - self.step))} left"
+            )
         return "  ".join(parts)
 
     def _live_line(self, first_step: int) -> Progress | None:
@@ -215,7 +220,7 @@ def plain(values: dict[str, Any]) -> dict[str, str | int | float | bool]:
 
 
 def cut_off(path: Path, first_step: int) -> float:
-    """Keep the whole lines of ``path`` up to ``first_step``, none for 0; return the ``seconds`` of the last one.
+    """Keep the lines of ``path`` up to ``first_step``, none for 0; return the ``seconds`` of the last one.
 
     The rest is what an interrupted run wrote after its last checkpoint, perhaps with half a line at the end.
     """
