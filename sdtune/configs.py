@@ -57,7 +57,7 @@ class Model(Section):
 
 class Data(Section):
     dataset: Annotated[str, also("dataset_name", "train_data_dir")]
-    """Folder of images, Hub dataset id, dataset saved by `save_to_disk`, or `tiny-stars` (built in)."""
+    """Folder of images, Hub dataset id, dataset saved by `save_to_disk`, or `tiny-hearts` (built in)."""
     dataset_config_name: str | None = None
     """Configuration of a Hub dataset; none is its default."""
     dataset_revision: str | None = None

@@ -50,7 +50,7 @@ def sheets(folder, steps, size=64):
 
 
 def config(folder, **options):
-    cfg = LoraConfig(dataset="tiny-stars", output_dir=folder, **options)
+    cfg = LoraConfig(dataset="tiny-hearts", output_dir=folder, **options)
     record = yaml.safe_dump(json.loads(cfg.model_dump_json()), sort_keys=False)
     (folder / "config.yaml").write_text(record, encoding="utf-8")
 
@@ -85,7 +85,7 @@ def test_a_finished_run(tmp_path):
     assert [t for t in page.text.splitlines() if t in titles] == titles
     assert html.count("<script>") == 1  # the page's own
     assert EVIL in page.text
-    for text in ("tiny-stars", "step 20", "1.00", "A\nB", "pytorch_lora_weights.safetensors", "holdout"):
+    for text in ("tiny-hearts", "step 20", "1.00", "A\nB", "pytorch_lora_weights.safetensors", "holdout"):
         assert text in page.text
     quoted = "'" + str(folder).replace("'", "'\"'\"'")
     assert f"sdtune lora --config {quoted}/config.yaml'" in page.text
