@@ -221,9 +221,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line: exit code 2 and a line per problem for the user's mistakes, 1 for a run that failed."""
     words = list(sys.argv[1:] if argv is None else argv)
     by_name: dict[str, type[Section]] = {c.method: c for c in METHODS} | {"sample": SampleConfig}
-    if words and (config := by_name.get(words[0].replace("_", "-"))):
-        words = options.canonical(config, words)
     try:
+        if words and (config := by_name.get(words[0].replace("_", "-"))):
+            words = options.canonical(config, words)
         app(words, prog_name="sdtune")
     except UserError as error:
         told = str(error).rpartition("UserError: ")[2]  # a loader's worker wraps it in its whole traceback

@@ -197,14 +197,19 @@ def canonical(config: type[Section], words: list[str]) -> list[str]:
 
     ``--dataset_name d`` becomes ``--dataset d``, and ``--validation-prompt a b``, as argparse's nargs="+" takes it,
     becomes ``--validation-prompt a --validation-prompt b``.
+
+    Raises:
+        UserError: a flag stands where the value of another is due.
     """
     known = names_of(config)
     spelt: list[str] = []
     repeating = ""
-    for word in words:
+    for word, following in zip(words, [*words[1:], ""], strict=True):
         if word.startswith("--"):
             given, equals, value = word.partition("=")
             name = known.get(given[2:].replace("-", "_"))
+            if name and not equals and following.startswith("--") and config.model_fields[name].annotation is not bool:
+                raise UserError(f"{given}: wants a value before {following}; if that is the value, {given}={following}")
             word = f"{flag(name)}{equals}{value}" if name else word
             repeating = flag(name) if name and not equals and is_list(config.model_fields[name]) else ""
         elif repeating and spelt[-1] != repeating:

@@ -45,7 +45,7 @@ def refusal(file: str | None = None, config=LoraConfig, **flags: str) -> str:
 def dry_run(capsys, *words: str) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of a command that only resolves its config."""
     capsys.readouterr()
-    code = status([*words, "--dry-run"])
+    code = status([words[0], "--dry-run", *words[1:]])
     return code, *capsys.readouterr()
 
 

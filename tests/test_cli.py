@@ -1,0 +1,455 @@
+"""The command line as people meet it: names, mistakes, verbs, and what it loads before it answers."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from sdtune import cli, options
+from sdtune.configs import METHODS, LoraConfig, RunFailed, SampleConfig, UserError
+from tests.conftest import status
+
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "numpy", "PIL", "huggingface_hub")
+
+DIFFUSERS = shlex.split("""
+--pretrained_model_name_or_path=m --revision=r --variant=fp16 --dataset_name=d --dataset_config_name=c
+--train_data_dir=d --image_column=i --caption_column=c --validation_prompt=p --num_validation_images=3
+--validation_epochs=2 --max_train_samples=9 --output_dir=o --cache_dir=c --seed=7 --resolution=64
+--center_crop --random_flip --train_batch_size=3 --num_train_epochs=5 --max_train_steps=6
+--gradient_accumulation_steps=2 --gradient_checkpointing --learning_rate=2e-4 --scale_lr --lr_scheduler=cosine
+--lr_warmup_steps=3 --snr_gamma=5.0 --use_8bit_adam --allow_tf32 --dataloader_num_workers=1 --adam_beta1=0.8
+--adam_beta2=0.99 --adam_weight_decay=1e-3 --adam_epsilon=1e-7 --max_grad_norm=0.5 --push_to_hub --hub_token=t
+--prediction_type=v_prediction --hub_model_id=u/m --logging_dir=l --mixed_precision=bf16 --report_to=wandb
+--local_rank=0 --checkpointing_steps=50 --checkpoints_total_limit=3 --resume_from_checkpoint=latest
+--enable_xformers_memory_efficient_attention --noise_offset=0.05 --rank=8 --image_interpolation_mode=bicubic
+""")
+"""The 51 flags of diffusers' train_text_to_image_lora.py, with values."""
+
+RENAMED = {
+    "pretrained_model_name_or_path": "model",
+    "dataset_name": "dataset",
+    "train_data_dir": "dataset",
+    "max_train_steps": "steps",
+}
+
+PUBLISHED = """
+accelerate launch --mixed_precision="fp16" -m sdtune lora --pretrained_model_name_or_path=$MODEL_NAME
+--dataset_name=$DATASET_NAME --dataloader_num_workers=8 --resolution=512 --center_crop --random_flip
+--train_batch_size=1 --gradient_accumulation_steps=4 --max_train_steps=15000 --learning_rate=1e-04 --max_grad_norm=1
+--lr_scheduler="cosine" --lr_warmup_steps=0 --output_dir=${OUTPUT_DIR} --push_to_hub --hub_model_id=${HUB_MODEL_ID}
+--report_to=wandb --checkpointing_steps=500 --validation_prompt="Totoro" --seed=1337
+"""
+"""The command of diffusers' LoRA guide, its script's name replaced."""
+
+
+def answer(capsys, *words: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command line."""
+    capsys.readouterr()
+    return status(list(words)), *capsys.readouterr()
+
+
+def dry(capsys, *words: str) -> dict:
+    """The config that a ``sdtune lora`` command line resolves to."""
+    code, out, err = answer(capsys, "lora", "--dry-run", *words)
+    assert (code, err) == (0, "")
+    return yaml.safe_load(out)
+
+
+def refused(capsys, *words: str) -> list[str]:
+    """The lines with which ``sdtune lora`` refuses a command line."""
+    code, out, err = answer(capsys, "lora", "--dry-run", *words)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    return [line.strip() for line in err.removeprefix("error: ").splitlines()]
+
+
+def flat(text: str) -> str:
+    """A message without the box that Typer draws around it."""
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+
+
+# ---- the flags of diffusers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", DIFFUSERS, ids=lambda w: w.partition("=")[0][2:])
+def test_each_flag_of_the_diffusers_script_is_honoured_or_answered(word, capsys):
+    name, _, text = word[2:].partition("=")
+    data = [] if name in ("dataset_name", "train_data_dir") else ["--dataset", "d"]
+    if name in options.NEEDLESS:
+        (line,) = refused(capsys, *data, word)
+        assert line == f"--{name}: no such option; {options.NEEDLESS[name]}"
+        assert text == "" or not re.search(rf"\b{text}\b", line.partition(";")[0])
+        return
+    field = RENAMED.get(name, name)
+    value = dry(capsys, *data, word)[field]
+    if not text:
+        assert value is True
+    elif isinstance(value, list):
+        assert value == [text]
+    else:
+        assert value == (float(text) if isinstance(value, int | float) else text)
+    if text:  # argparse's other spelling, and hyphens
+        assert dry(capsys, *data, f"--{name.replace('_', '-')}", text)[field] == value
+
+
+def test_all_51_flags_are_here():
+    assert len({w.partition("=")[0] for w in DIFFUSERS}) == len(DIFFUSERS) == 51
+
+
+def test_the_flags_that_sdtune_does_without_are_answered_together(capsys):
+    without = [w for w in DIFFUSERS if w[2:].partition("=")[0] in options.NEEDLESS]
+    lines = refused(capsys, "--dataset", "d", *without)
+    assert [line.partition(":")[0] for line in lines] == [w.partition("=")[0] for w in without]
+    assert not any("lists them" in line or "did you mean" in line for line in lines)
+
+
+def test_advice_names_flags_that_exist():
+    spelt = {options.flag(n) for n in LoraConfig.model_fields} | {"--overwrite"}
+    for name, told in options.NEEDLESS.items():
+        assert name not in options.names_of(LoraConfig)
+        assert set(re.findall(r"--[a-z-]+", told)) <= spelt, name
+
+
+def test_a_token_is_never_printed_back(capsys):
+    for words in (["--hub_token=hf_secret"], ["--hub-token", "hf_secret"]):
+        (line,) = refused(capsys, "--dataset", "d", *words)
+        assert "HF_TOKEN" in line
+        assert "secret" not in line
+
+
+def test_the_published_command_of_diffusers_resolves_as_it_stands(capsys, monkeypatch):
+    given = {"MODEL_NAME": "some/model", "DATASET_NAME": "lambdalabs/naruto", "OUTPUT_DIR": "o", "HUB_MODEL_ID": "u/m"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    words = shlex.split(os.path.expandvars(PUBLISHED))
+    cfg = dry(capsys, *words[words.index("lora") + 1 :])
+    expected = {
+        "model": "some/model",
+        "dataset": "lambdalabs/naruto",
+        "dataloader_num_workers": 8,
+        "resolution": 512,
+        "center_crop": True,
+        "random_flip": True,
+        "train_batch_size": 1,
+        "gradient_accumulation_steps": 4,
+        "steps": 15000,
+        "learning_rate": 1e-4,
+        "max_grad_norm": 1.0,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 0,
+        "output_dir": "o",
+        "push_to_hub": True,
+        "hub_model_id": "u/m",
+        "report_to": ["wandb"],
+        "checkpointing_steps": 500,
+        "validation_prompt": ["Totoro"],
+        "seed": 1337,
+    }
+    assert expected.items() <= cfg.items()
+
+
+# ---- spelling ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--validation-prompt", "a star", "b"],
+        ["--validation_prompts", "a star", "b"],
+        ["--validation_prompt=a star", "--validation-prompt", "b"],
+        ["--validation-prompt", "a star", "b", "--rank", "4"],
+    ],
+)
+def test_lists_are_spelt_at_length_or_repeated(words, capsys):
+    assert dry(capsys, "--dataset", "d", *words)["validation_prompt"] == ["a star", "b"]
+
+
+def test_aliases(capsys):
+    words = ["--train_data_dir=d", "--lora-alpha=2", "--lora_dropout", "0.1", "--hub-private-repo", "--init_lora", "f"]
+    cfg = dry(capsys, *words, "--pretrained-vae-model-name-or-path=v", "--lora_target_modules", "to_q", "to_k")
+    expected = {"dataset": "d", "alpha": 2.0, "dropout": 0.1, "hub_private": True, "init_adapter": "f", "vae": "v"}
+    assert (expected | {"target_modules": ["to_q", "to_k"]}).items() <= cfg.items()
+
+
+def test_switches(capsys):
+    assert dry(capsys, "--dataset=d", "--no_center_crop", "--no-cache")["center_crop"] is False
+    assert dry(capsys, "--dataset=d", "--no-center-crop", "--center_crop")["center_crop"] is True
+
+
+def test_the_last_of_two_flags_wins(capsys):
+    assert dry(capsys, "--dataset=d", "--rank=1", "--rank", "2")["rank"] == 2
+
+
+@pytest.mark.parametrize("config", [*METHODS, SampleConfig], ids=lambda c: c.method)
+def test_help_lists_each_field_once(config, capsys, monkeypatch):
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 250)
+    code, out, _ = answer(capsys, config.method, "--help")
+    assert code == 0
+    listed = re.findall(r"^│ +(?:\* +)?(--[a-z0-9-]+)", out, re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    assert {options.flag(n) for n in config.model_fields} <= set(listed)
+    shown = " ".join(re.sub("[│]", " ", out).split())
+    for field in config.model_fields.values():
+        assert re.sub(r"[*`]", "", field.description)[:20] in re.sub(r"[*`]", "", shown)
+
+
+@pytest.mark.parametrize("config", [*METHODS, SampleConfig], ids=lambda c: c.method)
+def test_no_flag_has_two_meanings(config):
+    command = typer.main.get_command(cli.app).commands[config.method]
+    flags = [flag for p in command.params for flag in (*p.opts, *p.secondary_opts)]
+    assert len(flags) == len(set(flags))
+    assert all(p.help for p in command.params)
+
+
+# ---- mistakes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    {
+        "--ragk 4": "--ragk: no such option; did you mean --rank?",
+        "--resolutoin=4": "--resolutoin: no such option; did you mean --resolution?",
+        "--overwrit": "--overwrit: no such option; did you mean --overwrite?",
+        "--learning_rte=1": "--learning_rte: no such option; did you mean --learning-rate?",
+        "--qqqqq": "--qqqqq: no such option; --help lists them",
+        "-r": "-r: no such option; --help lists them",
+        "stray": "stray: unexpected argument; options start with --",
+        "--push-to-hub true": "true: unexpected argument; options start with --",
+        "--rank 4.5": "--rank: wants a whole number, not '4.5'",
+        "--rank=": "--rank: wants a whole number, not ''",
+        "--max_train_steps 0": "--steps: should be greater than or equal to 1, not 0",
+        "--learning-rate nan": "--learning-rate: wants a number, not 'nan'",
+        "--learning-rate inf": "--learning-rate: wants a number, not 'inf'",
+        "--noise-offset=-inf": "--noise-offset: wants a number, not '-inf'",
+        "--learning-rate fast": "--learning-rate: wants a number, not 'fast'",
+        "--learning-rate 0": "--learning-rate: should be greater than 0, not 0",
+        "--caption-dropout 1.5": "--caption-dropout: should be less than or equal to 1, not 1.5",
+        "--ema-decay 1": "--ema-decay: should be less than 1, not 1",
+        "--resolution 7": "--resolution: should be greater than or equal to 8, not 7",
+        "--checkpoints-total-limit 1": "--checkpoints-total-limit: should be greater than or equal to 2, not 1",
+        "--lr-scheduler cosin": "did you mean cosine?",
+        "--mixed-precision fp32": "--mixed-precision: 'fp32' is none of no, fp16, bf16",
+        "--optimizer-args '{a: 1'": "--optimizer-args: should be a valid dictionary, not '{a: 1'",
+        "--optimizer-args 3": "--optimizer-args: should be a valid dictionary, not 3",
+        "--optimizer-args '{a: !!int x}'": "--optimizer-args: should be a valid dictionary",
+        "--steps 3 --num-train-epochs 2": "steps and num_train_epochs both say how long to train: give one",
+        "--rescale-betas-zero-snr --prediction-type epsilon": "use prediction_type v_prediction",
+        "--timestep-bias-strategy range --timestep-bias-begin 9 --timestep-bias-end 9": "must be smaller",
+        "--output-dir --push-to-hub": "--output-dir: wants a value before --push-to-hub; if that is the value, "
+        "--output-dir=--push-to-hub",
+        "--config nope.yaml": "--config nope.yaml: no such file or recipe; `sdtune ls` lists them",
+    }.items(),
+)
+def test_a_mistake_is_one_line_under_the_name_of_its_flag(words, told, capsys):
+    (line,) = refused(capsys, "--dataset", "d", *shlex.split(words))
+    assert told in line
+
+
+def test_every_mistake_at_once(capsys, tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("seeed: 1\nresolution: big\n")
+    words = ["--config", str(file), "--ragk=4", "--learning_rate", "fast", "--lr-scheduler=cosin", "stray", "--steps=0"]
+    lines = refused(capsys, *words)
+    starts = ["stray:", "--ragk:", f"{file}:1: unknown key seeed", f"{file}:2: resolution:", "--learning-rate:"]
+    starts += ["--lr-scheduler:", "--steps:", "--dataset: is required"]
+    assert sorted(starts) == sorted(s for s in starts for line in lines if line.startswith(s))
+    assert len(lines) == len(starts)
+
+
+def test_nothing_is_written_by_a_mistake_or_a_dry_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, "--ragk=4")
+    dry(capsys, "--dataset", "d")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    {
+        "lroa --rank 4": "No such command 'lroa'. Did you mean 'lora'?",
+        "--version-of-what": "No such option: --version-of-what",
+        "lora --dataset": "requires an argument",
+        "lora --dataset d --num-processes 0": "greater than or equal to 1",
+        "lora --dataset d --num-processes two": "--num-processes",
+        "lora --dataset d --overwrite=yes": "does not take a value",
+        "cp": "Missing argument",
+        "ls extra": "unexpected extra argument",
+        "run": "Missing argument",
+        "run nope.py": "error: nope.py: not a Python file with a Recipe",
+        "cp nope": "nope: no such file or recipe",
+        "sample": "error: nothing to show: give prompt or prompt_file",
+        "sample --prompt x --num-processes 2": "--num-processes: no such option",
+        "sample --prompt x --guidance 3": "did you mean --guidance-scale?",
+    }.items(),
+)
+def test_other_mistakes_end_with_code_2(words, told, capsys):
+    code, _, err = answer(capsys, *words.split())
+    assert code == 2
+    assert told in flat(err)
+
+
+def test_advice_is_never_the_word_itself(capsys):
+    _, _, err = answer(capsys, "sample", "--prompt", "x", "--num-processes", "2", "--overwrite")
+    for given, meant in re.findall(r"(--[a-z-]+): no such option; did you mean (--[a-z-]+)\?", err):
+        assert given != meant
+
+
+# ---- exit codes of what a command does -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "told"),
+    [
+        (UserError("--rank: too much"), 2, "error: --rank: too much\n"),
+        (
+            UserError("Traceback ...\nsdtune.configs.UserError: a.png: is truncated\n"),
+            2,
+            "error: a.png: is truncated\n",
+        ),
+        (RunFailed("step 3: no finite gradient"), 1, "failed: step 3: no finite gradient\n"),
+        (SystemExit(143), 143, ""),
+    ],
+)
+def test_the_exit_code_is_the_works_own(raised, code, told, capsys, monkeypatch):
+    def work(*_):
+        raise raised
+
+    monkeypatch.setattr(cli.options, "shipped", work)
+    assert answer(capsys, "ls") == (code, "", told)
+
+
+# ---- verbs ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipes(tmp_path, monkeypatch) -> Path:
+    """Ready-made recipes of the test's own."""
+    file = tmp_path / "shipped" / "lora" / "sd15-naruto.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("# SD 1.5 on 1,200 pictures\nrank: 13\ndataset: d\n")
+    monkeypatch.setattr(options, "shipped", lambda: {"lora/sd15-naruto": file})
+    return file
+
+
+def test_ls_lists_recipes_with_their_first_line(recipes, capsys):
+    code, out, _ = answer(capsys, "ls")
+    assert (code, out.split(maxsplit=1)) == (0, ["lora/sd15-naruto", "SD 1.5 on 1,200 pictures\n"])
+
+
+def test_cp_copies_a_recipe_once(recipes, tmp_path, capsys):
+    code, out, _ = answer(capsys, "cp", "lora/sd15-naruto", str(tmp_path))
+    copy = tmp_path / "sd15-naruto.yaml"
+    assert (code, copy.read_bytes()) == (0, recipes.read_bytes())
+    assert f"sdtune lora --config {copy}" in out
+    assert dry(capsys, "--config", str(copy))["rank"] == 13
+    copy.write_text("rank: 1")
+    code, _, err = answer(capsys, "cp", "lora/sd15-naruto", str(tmp_path))
+    assert (code, copy.read_text()) == (2, "rank: 1")
+    assert "exists; name another file" in err
+    assert answer(capsys, "cp", "lora/sd15-narut", str(tmp_path))[0] == 2
+
+
+def test_env_prints_versions(capsys):
+    code, out, _ = answer(capsys, "env")
+    assert code == 0
+    assert {"sdtune", "python", "torch", "diffusers", "cpu", "gpu"} <= {
+        line.partition(":")[0] for line in out.splitlines()
+    }
+
+
+OWN = '''
+from sdtune.configs import LoraConfig
+from sdtune.recipes.lora import Lora
+
+class MineConfig(LoraConfig):
+    """Mine."""
+    method = "mine"
+    strength: float = 0.5
+    """How much."""
+
+class Mine(Lora):
+    """My own method."""
+    Config = MineConfig
+'''
+
+
+def test_run_takes_the_flags_of_a_recipe_of_ones_own(tmp_path, capsys):
+    file = tmp_path / "mine_alone.py"
+    file.write_text(OWN)
+    words = ["run", str(file), "--dataset_name", "d", "--strength", "0.7", "--validation-prompt", "a", "b"]
+    code, out, err = answer(capsys, *words, "--dry-run")
+    assert (code, err) == (0, "")
+    assert {"strength": 0.7, "dataset": "d", "validation_prompt": ["a", "b"]}.items() <= yaml.safe_load(out).items()
+    code, _, err = answer(capsys, "run", str(file), "--dataset", "d", "--strenth", "0.7", "--dry-run")
+    assert (code, err) == (2, "error: --strenth: no such option; did you mean --strength?\n")
+    code, out, _ = answer(capsys, "run", str(file), "--help")
+    assert code == 0
+    assert "--strength" in out
+    assert "My own method." in out
+
+
+def test_run_wants_exactly_one_recipe(tmp_path, capsys):
+    for text, found in (("", 0), (OWN + OWN.replace("Mine", "Yours"), 2)):
+        file = tmp_path / f"own_{found}.py"
+        file.write_text(text)
+        code, _, err = answer(capsys, "run", str(file))
+        assert (code, err) == (2, f"error: {file}: wants exactly one class that derives from Recipe, found {found}\n")
+    (tmp_path / "own.txt").write_text(OWN)
+    assert answer(capsys, "run", str(tmp_path / "own.txt"))[0] == 2
+
+
+# ---- what it loads -------------------------------------------------------------------------------------
+
+QUICK = {
+    "--help": 0,
+    "lora --help": 0,
+    "sample -h": 0,
+    "run --help": 0,
+    "cp --help": 0,
+    "env --help": 0,
+    "lora --ragk 4": 2,
+    "lora --dataset d --rank x": 2,
+    "lora --dataset d --dry-run": 0,
+    "sample --prompt x --dry-run": 0,
+    "lroa": 2,
+    "ls": 0,
+    "run nope.py": 2,
+}
+
+
+@pytest.mark.parametrize("words", QUICK)
+def test_answers_come_before_anything_heavy_is_imported(words):
+    code = "import sys; from sdtune.cli import main\ntry: main()\nfinally: print('loaded', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True)
+    assert done.returncode == QUICK[words], done.stderr
+    assert "Traceback" not in done.stderr
+    loaded = done.stdout.rpartition("loaded ")[2].split()
+    assert "sdtune.cli" in loaded
+    assert [name for name in HEAVY if name in loaded] == []
+
+
+def test_the_module_and_the_installed_command_answer_alike():
+    words = ["lora", "--ragk", "4"]
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "sdtune", *words], capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said == ["error: --ragk: no such option; did you mean --rank?", "       --dataset: is required"]
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "sdtune.options" in loaded
+    assert loaded.isdisjoint(HEAVY)
+    entry = Path(sys.executable).with_name("sdtune")
+    if entry.exists():
+        done = subprocess.run([entry, *words], capture_output=True, text=True)
+        assert (done.returncode, done.stderr.splitlines()) == (2, said)
+
+
+def test_no_words_show_the_help():
+    done = subprocess.run([sys.executable, "-m", "sdtune"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert all(f" {verb} " in done.stdout + done.stderr for verb in ("lora", "sample", "run", "ls", "cp", "env"))
