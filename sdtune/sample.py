@@ -20,6 +20,8 @@ import yaml
 from diffusers import DiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from rich.console import Console
+from rich.progress import Progress
 
 from sdtune.configs import SampleConfig, UserError
 from sdtune.loading import load_adapters, load_pipeline, split_weight
@@ -27,7 +29,7 @@ from sdtune.samplers import make_scheduler
 from sdtune.sheets import grid
 
 
-def sample(cfg: SampleConfig, progress: Callable[[float], None] | None = None) -> list[Path]:
+def sample(cfg: SampleConfig) -> list[Path]:
     """Make the images of ``cfg`` and return their files.
 
     ``output_dir`` receives ``00000.png``, ``00001.png``, ...; ``prompts.jsonl`` with the ``file_name``,
@@ -44,19 +46,21 @@ def sample(cfg: SampleConfig, progress: Callable[[float], None] | None = None) -
         raise UserError(f"--output-dir {cfg.output_dir}: cannot be written ({error.strerror})") from error
     if cfg.scheduler:
         pipe.scheduler = make_scheduler(cfg.scheduler, pipe.scheduler)
-    images = generate(
-        pipe,
-        prompts,
-        [cfg.seed + k for k in range(len(prompts))],
-        steps=cfg.steps,
-        guidance_scale=cfg.guidance_scale,
-        negative_prompt=cfg.negative_prompt,
-        guidance_rescale=cfg.guidance_rescale,
-        batch_size=cfg.batch_size,
-        width=cfg.width,
-        height=cfg.height,
-        progress=progress,
-    )
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Sampling", total=1.0)
+        images = generate(
+            pipe,
+            prompts,
+            [cfg.seed + k for k in range(len(prompts))],
+            steps=cfg.steps,
+            guidance_scale=cfg.guidance_scale,
+            negative_prompt=cfg.negative_prompt,
+            guidance_rescale=cfg.guidance_rescale,
+            batch_size=cfg.batch_size,
+            width=cfg.width,
+            height=cfg.height,
+            progress=lambda share: bar.update(task, completed=share),
+        )
     taken = [int(p.stem) for p in cfg.output_dir.glob("*.png") if re.fullmatch(r"\d{5,}", p.stem)]
     first, files = max(taken, default=-1) + 1, []
     with (cfg.output_dir / "prompts.jsonl").open("a", encoding="utf-8") as out:
