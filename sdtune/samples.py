@@ -114,8 +114,8 @@ def text_to_image(
         if pixels % family.downscale and (option == "resolution" or cfg.buckets):
             raise UserError(f"--{option.replace('_', '-')} {pixels}: this base wants a multiple of {family.downscale}")
     if cfg.resolution > 2 * family.resolution:
-        say(
-            f"this base was made for images of {family.resolution} pixels; --resolution {cfg.resolution} is far from that"
+        native = f"this base was made for {family.resolution} pixels"
+        say(f"{native}; --resolution {cfg.resolution} is far from that")
         )
     tokens = Tokens(family.tokenizer())
     for line in report(stream, tokens.count, tokens.window):
