@@ -116,7 +116,6 @@ def text_to_image(
     if cfg.resolution > 2 * family.resolution:
         native = f"this base was made for {family.resolution} pixels"
         say(f"{native}; --resolution {cfg.resolution} is far from that")
-        )
     tokens = Tokens(family.tokenizer())
     for line in report(stream, tokens.count, tokens.window):
         say(line)
