@@ -113,6 +113,10 @@ def text_to_image(
     for option, pixels in {"resolution": cfg.resolution, "bucket_step": cfg.bucket_step}.items():
         if pixels % family.downscale and (option == "resolution" or cfg.buckets):
             raise UserError(f"--{option.replace('_', '-')} {pixels}: this base wants a multiple of {family.downscale}")
+    if cfg.resolution > 2 * family.resolution:
+        say(
+            f"this base was made for images of {family.resolution} pixels; --resolution {cfg.resolution} is far from that"
+        )
     tokens = Tokens(family.tokenizer())
     for line in report(stream, tokens.count, tokens.window):
         say(line)

@@ -35,6 +35,8 @@ class Family(Protocol):
     latent_channels: int
     downscale: int
     """Pixels of an image per element of a latent, along a side."""
+    resolution: int
+    """Side in pixels of the images that the base was made for."""
 
     def tokenizer(self) -> Any: ...
     def moments(self, pixels: Tensor) -> Tensor: ...

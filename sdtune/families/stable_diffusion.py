@@ -98,6 +98,10 @@ class StableDiffusion:
     def downscale(self) -> int:
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
+    @property
+    def resolution(self) -> int:
+        return self.denoiser.config.sample_size * self.downscale
+
     def tokenizer(self) -> Any:
         return self._read(CLIPTokenizer, "tokenizer")
 
