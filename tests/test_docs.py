@@ -11,7 +11,7 @@ import pytest
 
 from sdtune import options
 from sdtune.configs import METHODS
-from tests.conftest import command, status
+from tests.conftest import status
 from tools.make_docs import ROOT, header, made, pages, shipped
 
 NAMES = [str(page.relative_to(ROOT)) for page in pages()]
@@ -36,14 +36,6 @@ def commands(text):
     yield from (shlex.split(quoted) for quoted in re.findall(r"`((?:sdtune|make) [^`]+)`", prose))
 
 
-def recipe_of_readme(folder):
-    """The recipe that the README shows, as the file that its first line names."""
-    (source,) = blocks(read("README.md"), "python")
-    file = folder / re.match(r"# (\S+\.py)\n", source)[1]
-    file.write_text(source, encoding="utf-8")
-    return file
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_generated_parts_are_up_to_date(name):
     assert made(read(name)) == read(name), "run `make docs`"
@@ -58,7 +50,7 @@ def test_links_lead_somewhere(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_commands_parse(name, tmp_path, monkeypatch, capsys):
-    recipe_of_readme(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     verbs = re.findall(r"^(\w+):", read("Makefile"), re.MULTILINE)
     for words in commands(read(name)):
@@ -90,15 +82,6 @@ def test_transcripts_are_what_is_printed(name, tmp_path):
 def test_python_blocks_compile(name):
     for source in blocks(read(name), "python"):
         compile(source, name, "exec")
-
-
-def test_the_recipe_of_the_readme_trains(sd, pictures, tmp_path, monkeypatch):
-    recipe_of_readme(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    words = command(sd, pictures, tmp_path / "run", "--steps", "2", "--gain", "3")
-    assert status(["run", "my_lora.py", *words[1:]]) == 0
-    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
-    assert "gain: 3.0\n" in (tmp_path / "run" / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize("name", shipped())

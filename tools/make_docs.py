@@ -1,4 +1,4 @@
-"""Write the generated parts of the documentation: tables of options, recipes and files, each from its one source.
+"""Write the generated parts of the documentation: options, recipes, files, code, each from its one source.
 
     python tools/make_docs.py            # or `make docs`
 
@@ -133,7 +133,18 @@ def may_change() -> str:
     return ", ".join(f"`{name}`" for name in sorted(MAY_CHANGE - cut)) + "."
 
 
-PARTS = {"options": option_tables, "recipes": recipe_table, "files": file_table, "may-change": may_change}
+def code(name: str) -> str:
+    """A Python file as it is."""
+    return f"```python\n{(ROOT / name).read_text(encoding='utf-8')}```"
+
+
+PARTS = {
+    "options": option_tables,
+    "recipes": recipe_table,
+    "files": file_table,
+    "may-change": may_change,
+    "code": code,
+}
 
 
 def main() -> None:
