@@ -132,7 +132,7 @@ def train(words: list[str], entry: Callable[[], Any]) -> Callable[[Any, dict[str
             raise typer.Exit(launch.relaunch(words, cfg, processes, launching))
         importlib.import_module("sdtune.families").hush()
         with launch.telling(cfg):
-            importlib.import_module("sdtune.train").train(entry(), cfg, **launching)
+            importlib.import_module("sdtune.train").train(entry(), cfg, words, **launching)
 
     return work
 

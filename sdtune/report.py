@@ -95,9 +95,16 @@ def _sheets(folder: Path) -> tuple[list[Sheet], int]:
 
 
 def _method(config: dict[str, Any]) -> type[Run] | None:
-    """The config's class: the one that has all of its keys."""
-    keys = set(config)
-    return next((m for m in METHODS if keys and keys <= set(m.model_fields)), None)
+    """The config's class, or what a recipe of one's own is closest to: the one that shares most of its keys."""
+    shared = {m: len(config.keys() & m.model_fields.keys()) for m in METHODS}
+    return max(shared, key=shared.__getitem__) if any(shared.values()) else None
+
+
+def _again(record: Path, method: type[Run] | None) -> str:
+    """The command that continues the run, from the first line of its record."""
+    first = record.read_text(encoding="utf-8").partition("\n")[0] if record.exists() else ""
+    written = first.removeprefix("# ") if first.startswith("# sdtune ") else ""
+    return written or f"sdtune {method.method if method else 'METHOD'} --config {shlex.quote(str(record))}"
 
 
 def _state(folder: Path, config: dict[str, Any], lines: list[dict[str, Any]]) -> str:
@@ -201,11 +208,10 @@ def _charts(lines: list[dict[str, Any]]) -> str:
 
 
 def _commands(folder: Path, config: dict[str, Any], method: type[Run] | None) -> str:
-    name = method.method if method else "METHOD"
-    path, record = shlex.quote(str(folder)), shlex.quote(str(folder / "config.yaml"))
+    path = shlex.quote(str(folder))
     prompts = config.get("validation_prompt") or ["..."]
     shown = [
-        ("Continue, or see that it is complete", f"sdtune {name} --config {record}"),
+        ("Continue, or see that it is complete", _again(folder / "config.yaml", method)),
         ("Draw with it", f"sdtune sample --adapter {path} --prompt {shlex.quote(str(prompts[0]))}"),
         ("Publish it", f"sdtune push {path}"),
     ]

@@ -26,8 +26,11 @@ from sdtune.state import State
 from sdtune.window import Window
 
 
-def train(kind: type[Recipe], cfg: Any, overwrite: bool = False, allow_change: bool = False) -> None:
+def train(kind: type[Recipe], cfg: Any, words: list[str], overwrite: bool = False, allow_change: bool = False) -> None:
     """Train a recipe and write its artefact to ``cfg.output_dir``; continue the run that is already there.
+
+    Args:
+        words: the command that trains this recipe, such as ``["lora"]``, to tell how to continue.
 
     Raises:
         UserError: something in the settings, the data or the folder has to change; nothing was lost.
@@ -37,13 +40,13 @@ def train(kind: type[Recipe], cfg: Any, overwrite: bool = False, allow_change: b
     check_trackers(cfg.report_to)
     accelerator = start(cfg)
     hub.check(cfg, accelerator.is_main_process)
-    with open_folder(cfg, overwrite, allow_change) if accelerator.is_main_process else nullcontext():
+    with open_folder(cfg, words, overwrite, allow_change) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
-        fit(kind, cfg, accelerator, allow_change)
+        fit(kind, cfg, accelerator, words, allow_change)
     accelerator.end_training()
 
 
-def fit(kind: type[Recipe], cfg: Any, accelerator: Accelerator, allow_change: bool) -> None:
+def fit(kind: type[Recipe], cfg: Any, accelerator: Accelerator, words: list[str], allow_change: bool) -> None:
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     say = print if main else lambda line: None
     stopping, out = Stopping(world), cfg.output_dir
@@ -136,7 +139,7 @@ def fit(kind: type[Recipe], cfg: Any, accelerator: Accelerator, allow_change: bo
             report()
         state.save()
         metrics.close()
-        again = same_command(cfg, ["sdtune", cfg.method])
+        again = same_command(cfg, ["sdtune", *words])
         say(f"interrupted at step {state.step} of {total} and saved; continue with: {again}")
         sys.exit(128 + stopping.signal)
     look()
@@ -167,9 +170,9 @@ def start(cfg: Run) -> Accelerator:
     )
 
 
-def open_folder(cfg: Run, overwrite: bool, allow_change: bool) -> Any:
+def open_folder(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) -> Any:
     """The run's folder, locked, swept and described; see ``folder.open_run``."""
-    lock = folder.open_run(cfg, overwrite, allow_change)
+    lock = folder.open_run(cfg, words, overwrite, allow_change)
     root = cfg.output_dir / "checkpoints"
     root.mkdir(exist_ok=True)
     checkpoints.sweep(root)
