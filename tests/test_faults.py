@@ -310,6 +310,24 @@ def test_full_disk_costs_the_run_nothing(lora, tmp_path, monkeypatch, capfd):
     assert_same_bits(whole, lora("cut"))
 
 
+def test_disk_too_small_for_the_checkpoints_is_said_before_step_0(refused, monkeypatch, tmp_path):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    assert "MB are free" in refused()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_full_disk_of_the_cache_leaves_nothing_half_written(refused, monkeypatch, tmp_path):
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sdtune.cache.save_file", full)
+    assert "--no-cache" in refused()
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.suffix in (".tmp", ".safetensors")]
+
+
 # ---- numbers that are none -----------------------------------------------------------------------------
 
 POISON = """
