@@ -41,10 +41,15 @@ def make_optimizer(cfg: Optim, groups: list[dict[str, Any]]) -> Optimizer:
         }
     if chosen == "adamw":
         options["fused"] = True  # one kernel, and the only one that can skip a step without asking the GPU
+    if chosen == "prodigy" and len({group.get("lr") for group in groups}) > 1:
+        raise UserError("--optimizer prodigy: finds one learning rate for all that trains; give no part one of its own")
     try:
-        return kind(groups, **options | cfg.optimizer_args)
+        optimizer = kind(groups, **options | cfg.optimizer_args)
     except (TypeError, ValueError) as error:
         raise UserError(f"--optimizer {chosen}: {error}") from None
+    if hasattr(optimizer, "train"):  # Schedule-Free is made ready to evaluate
+        optimizer.train()
+    return optimizer
 
 
 def learning_rate(cfg: Optim, total: int) -> Callable[[int], float]:
@@ -97,7 +102,8 @@ class Average:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move towards the weights that step ``step`` (counted from 1) has left."""
-        torch._foreach_lerp_(list(self.mean.values()), list(self.live.values()), 1 - self.decay(step))
+        # the first update counts as step 0 of the warm-up: its decay is 0, so the start is forgotten
+        torch._foreach_lerp_(list(self.mean.values()), list(self.live.values()), 1 - self.decay(step - 1))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -159,8 +165,13 @@ def evaluation(optimizer: Any) -> Iterator[None]:
     if not hasattr(optimizer, "eval"):
         yield
         return
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    kept = [w.detach().clone() for w in weights]
     optimizer.eval()
     try:
         yield
     finally:
         optimizer.train()
+        with torch.no_grad():  # there and back is exact up to rounding, and a look must not change the run
+            for w, before in zip(weights, kept, strict=True):
+                w.copy_(before)

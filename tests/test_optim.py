@@ -1,0 +1,416 @@
+"""Learning rates, steps that are skipped, averages and saved states, against torch and diffusers."""
+
+import copy
+import json
+
+import pytest
+import torch
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load, save
+from torch import nn
+
+from sdtune import optim
+from sdtune.configs import Optim, UserError
+
+
+def config(**fields) -> Optim:
+    return Optim(**{"learning_rate": 1e-2} | fields)
+
+
+def network(seed=0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(5, 7), nn.SiLU(), nn.Linear(7, 3))
+
+
+def optimizer_of(module, cfg):
+    """Its first layer at one rate and its last, where the optimizer can, at another."""
+    rates = (1e-2, 1e-2 if cfg.optimizer == "prodigy" else 5e-3)
+    parts = zip((module[0], module[2]), rates, strict=True)
+    return optim.make_optimizer(cfg, [{"params": list(part.parameters()), "lr": rate} for part, rate in parts])
+
+
+def backward(module, step):
+    """The gradient of step ``step``, a function of the step alone; its norm."""
+    numbers = torch.Generator().manual_seed(step)
+    x, y = torch.randn(8, 5, generator=numbers), torch.randn(8, 3, generator=numbers)
+    module.zero_grad()
+    (module(x) - y).square().mean().backward()
+    return torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+
+
+def advance(module, optimizer, first, last):
+    for step in range(first, last):
+        optim.step_if_finite(optimizer, backward(module, step))
+
+
+def bits(module, optimizer):
+    """All that moves, as bytes and numbers."""
+    state = copy.deepcopy(optimizer.state_dict())
+    return [p.detach().clone() for p in module.parameters()], state
+
+
+def same(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+# ---- learning rate ---------------------------------------------------------------------------------------
+
+SCHEDULES = {
+    "constant": {},
+    "constant_with_warmup": {"lr_warmup_steps": 5},
+    "linear": {"lr_warmup_steps": 5},
+    "linear without warm-up": {"lr_scheduler": "linear"},
+    "cosine": {"lr_warmup_steps": 5},
+    "cosine_with_restarts": {"lr_warmup_steps": 5, "lr_num_cycles": 3},
+    "polynomial": {"lr_warmup_steps": 5, "lr_power": 2.0},
+    "piecewise_constant": {"lr_step_rules": "1:10,0.1:20,0.01"},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_learning_rates_are_those_of_diffusers(name):
+    cfg = config(**{"lr_scheduler": name} | SCHEDULES[name])
+    total = 40
+    reference = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=cfg.learning_rate)
+    schedule = get_scheduler(
+        cfg.lr_scheduler,
+        reference,
+        step_rules=cfg.lr_step_rules,
+        num_warmup_steps=cfg.lr_warmup_steps,
+        num_training_steps=total,
+        num_cycles=cfg.lr_num_cycles,
+        power=cfg.lr_power,
+    )
+    rate = optim.learning_rate(cfg, total)
+    # diffusers lets `polynomial` end at 1e-7, here it ends at 1e-7 of the peak, since every group has its own
+    off = 1e-7 if name == "polynomial" else 0
+    for step in range(total):
+        assert cfg.learning_rate * rate(step) == pytest.approx(reference.param_groups[0]["lr"], rel=1e-12, abs=off)
+        reference.step()
+        schedule.step()
+
+
+def test_schedules_have_their_shapes():
+    """Written out, so that they do not rest on diffusers alone."""
+    cosine = optim.learning_rate(config(lr_scheduler="cosine", lr_warmup_steps=10), 110)
+    assert [cosine(t) for t in (0, 5, 10, 60, 110)] == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-12)
+    linear = optim.learning_rate(config(lr_scheduler="linear", lr_warmup_steps=10), 110)
+    assert [linear(t) for t in (0, 5, 10, 60, 110)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    steps = optim.learning_rate(config(lr_scheduler="piecewise_constant", lr_step_rules="1:10,0.1:20,0.01"), 30)
+    assert [steps(t) for t in (0, 9, 10, 19, 20, 29)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    constant = optim.learning_rate(config(lr_warmup_steps=10), 30)
+    assert {constant(t) for t in range(30)} == {1}  # plain `constant` has no warm-up
+
+
+def test_the_rate_is_a_function_of_the_step():
+    rate = optim.learning_rate(config(lr_scheduler="cosine", lr_warmup_steps=3), 20)
+    forwards = [rate(t) for t in range(20)]
+    assert [rate(t) for t in reversed(range(20))] == forwards[::-1]
+
+
+def test_piecewise_constant_wants_its_rules():
+    with pytest.raises(UserError, match="--lr-scheduler piecewise_constant: wants --lr-step-rules"):
+        optim.learning_rate(config(lr_scheduler="piecewise_constant"), 10)
+
+
+# ---- which optimizer -------------------------------------------------------------------------------------
+
+
+def test_adamw_gets_every_setting():
+    cfg = config(
+        adam_beta1=0.8, adam_beta2=0.95, adam_weight_decay=0.1, adam_epsilon=1e-6, optimizer_args={"amsgrad": True}
+    )
+    optimizer = optimizer_of(network(), cfg)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    expected = {"betas": (0.8, 0.95), "weight_decay": 0.1, "eps": 1e-6, "amsgrad": True, "fused": True}
+    for group, rate in zip(optimizer.param_groups, (1e-2, 5e-3), strict=True):
+        assert {k: group[k] for k in expected} == expected
+        assert group["lr"] == rate
+
+
+def test_an_optimizer_of_ones_own():
+    cfg = config(optimizer="torch.optim:SGD", optimizer_args={"momentum": 0.5})
+    optimizer = optimizer_of(network(), cfg)
+    assert type(optimizer) is torch.optim.SGD
+    assert optimizer.param_groups[0]["momentum"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        (
+            {"optimizer": "adam"},
+            "--optimizer adam: is none of adamw, adamw8bit, prodigy, adamw_schedulefree, nor written",
+        ),
+        ({"optimizer": "torch.optim:AdamX"}, "--optimizer torch.optim:AdamX: .*AdamX"),
+        ({"optimizer": "no_such_module:Adam"}, "--optimizer no_such_module:Adam: No module named 'no_such_module'"),
+        ({"optimizer_args": {"momentun": 1}}, "--optimizer adamw: .*momentun"),
+        (
+            {"optimizer": "torch.optim:SGD", "optimizer_args": {"momentum": -1}},
+            "--optimizer torch.optim:SGD: .*momentum",
+        ),
+    ],
+)
+def test_an_optimizer_that_cannot_be_made_is_told_in_a_line(fields, told):
+    with pytest.raises(UserError, match=told) as error:
+        optimizer_of(network(), config(**fields))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "module", "extra"),
+    [
+        ({"use_8bit_adam": True}, "bitsandbytes", "bnb"),
+        ({"optimizer": "adamw8bit"}, "bitsandbytes", "bnb"),
+        ({"optimizer": "prodigy"}, "prodigyopt", "optimizers"),
+        ({"optimizer": "adamw_schedulefree"}, "schedulefree", "optimizers"),
+    ],
+)
+def test_a_missing_extra_is_named(fields, module, extra, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, module, None)
+    monkeypatch.setitem(__import__("sys").modules, f"{module}.optim", None)
+    with pytest.raises(UserError, match="--optimizer") as error:
+        optimizer_of(network(), config(**fields))
+    assert str(error.value).endswith(f"; pip install 'sdtune[{extra}]'")
+
+
+# ---- steps that are skipped ------------------------------------------------------------------------------
+
+KINDS = {
+    "adamw": {},
+    "amsgrad": {"optimizer_args": {"amsgrad": True}},
+    "plain adamw": {"optimizer": "torch.optim:AdamW", "optimizer_args": {"fused": False, "foreach": False}},
+    "sgd": {"optimizer": "torch.optim:SGD", "optimizer_args": {"momentum": 0.9}},
+    "prodigy": {"optimizer": "prodigy", "adam_weight_decay": 0.0},
+    "adamw_schedulefree": {"optimizer": "adamw_schedulefree", "optimizer_args": {"warmup_steps": 3}},
+    "adamw8bit": {"optimizer": "adamw8bit"},
+}
+NEEDS = {"prodigy": "prodigyopt", "adamw_schedulefree": "schedulefree", "adamw8bit": "bitsandbytes"}
+
+
+@pytest.fixture(params=KINDS)
+def cfg(request) -> Optim:
+    """Settings of each kind of optimizer that is installed."""
+    if request.param in NEEDS:
+        pytest.importorskip(NEEDS[request.param])
+    if request.param == "adamw8bit" and not torch.cuda.is_available():
+        pytest.skip("8-bit Adam wants a GPU")
+    return config(**KINDS[request.param])
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_a_step_without_a_finite_gradient_changes_nothing(cfg, bad):
+    module = network()
+    optimizer = optimizer_of(module, cfg)
+    advance(module, optimizer, 0, 3)
+    before = bits(module, optimizer)
+    norm = backward(module, 3)
+    next(module.parameters()).grad[0, 0] = bad
+    norm = torch.nn.utils.get_total_norm(p.grad for p in module.parameters())
+    assert not norm.isfinite()
+    optim.step_if_finite(optimizer, norm)
+    assert same(bits(module, optimizer), before)
+    assert not hasattr(optimizer, "found_inf")
+    advance(module, optimizer, 4, 5)
+    assert not same(bits(module, optimizer)[0], before[0])
+
+
+def test_a_skipped_step_is_as_if_it_had_not_been(cfg):
+    runs = []
+    for skip in (False, True):
+        module = network()
+        optimizer = optimizer_of(module, cfg)
+        advance(module, optimizer, 0, 3)
+        if skip:
+            backward(module, 99)
+            optim.step_if_finite(optimizer, torch.tensor(float("nan")))
+        advance(module, optimizer, 3, 6)
+        runs.append(bits(module, optimizer))
+    assert same(*runs)
+
+
+def test_a_first_step_may_be_skipped(cfg):
+    module = network()
+    optimizer = optimizer_of(module, cfg)
+    before = [p.detach().clone() for p in module.parameters()]
+    backward(module, 0)
+    optim.step_if_finite(optimizer, torch.tensor(float("inf")))
+    assert same([p.detach() for p in module.parameters()], before)
+    advance(module, optimizer, 0, 2)
+    other = network()
+    advance(other, optimizer_of(other, cfg), 0, 2)
+    assert same(list(module.parameters()), list(other.parameters()))
+
+
+def test_finite_steps_are_those_of_torch():
+    module, reference = network(), network()
+    optimizer = optimizer_of(module, config())
+    groups = [{"params": reference[0].parameters()}, {"params": reference[2].parameters(), "lr": 5e-3}]
+    plain = torch.optim.AdamW(groups, lr=1e-2, weight_decay=1e-2)
+    for step in range(5):
+        optim.step_if_finite(optimizer, backward(module, step))
+        backward(reference, step)
+        plain.step()
+    for one, other in zip(module.parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_the_norm_that_decides_is_the_one_before_clipping():
+    module = network()
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    x = torch.full((1, 5), 1e3)
+    module(x).square().sum().backward()
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), 1e-3)
+    clipped = torch.nn.utils.get_total_norm(p.grad for p in module.parameters())
+    assert norm > 1
+    assert clipped.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+# ---- the average -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"ema_power": 0.75},
+        {"ema_inv_gamma": 3.0, "ema_power": 1.0},
+        {"ema_decay": 0.5},
+        {"ema_decay": 0.0},
+    ],
+    ids=str,
+)
+def test_the_average_is_that_of_diffusers(settings):
+    """Both count the first update as step 0 of the warm-up: its decay is 0, and the start is forgotten."""
+    cfg = config(**settings)
+    weights = {"a": torch.randn(3, 4), "b": torch.randn(5)}
+    average = optim.Average(cfg, weights)
+    reference = EMAModel(
+        [nn.Parameter(w.clone()) for w in weights.values()],
+        decay=cfg.ema_decay,
+        use_ema_warmup=True,
+        inv_gamma=cfg.ema_inv_gamma,
+        power=cfg.ema_power,
+    )
+    for step in range(1, 21):
+        for w in weights.values():
+            w.add_(torch.randn_like(w))
+        average.update(step)
+        reference.step([nn.Parameter(w.clone()) for w in weights.values()])
+        for mean, expected in zip(average.mean.values(), reference.shadow_params, strict=True):
+            assert torch.allclose(mean, expected, atol=1e-6, rtol=1e-6), step
+
+
+def test_power_1_is_the_mean_of_all_steps():
+    weights = {"a": torch.zeros(1, dtype=torch.float64)}
+    average = optim.Average(config(ema_power=1.0), weights)
+    for step in range(1, 11):
+        weights["a"].fill_(step)
+        average.update(step)
+        assert average.mean["a"].item() == pytest.approx(sum(range(1, step + 1)) / step)
+
+
+def test_the_decay_ends_at_its_limit():
+    average = optim.Average(config(ema_decay=0.99), {"a": torch.zeros(1)})
+    decays = [average.decay(step) for step in range(0, 100_000, 1000)]
+    assert decays[0] == 0
+    assert decays == sorted(decays)
+    assert decays[-1] == 0.99
+
+
+def test_the_average_takes_the_models_place_and_gives_it_back():
+    module = network()
+    weights = dict(module.named_parameters())
+    average = optim.Average(config(), weights)
+    optimizer = optimizer_of(module, config())
+    for step in range(4):
+        advance(module, optimizer, step, step + 1)
+        average.update(step + 1)
+    live = {name: w.detach().clone() for name, w in weights.items()}
+    mean = {name: w.clone() for name, w in average.mean.items()}
+    assert not same(live, mean)
+    with average.in_place():
+        assert same({n: p.detach() for n, p in module.named_parameters()}, mean)
+    assert same({n: p.detach() for n, p in module.named_parameters()}, live)
+    with pytest.raises(KeyboardInterrupt), average.in_place():
+        raise KeyboardInterrupt
+    assert same({n: p.detach() for n, p in module.named_parameters()}, live)
+    assert same(average.mean, mean)
+    assert all(not w.requires_grad for w in average.mean.values())
+
+
+# ---- saved and put back ----------------------------------------------------------------------------------
+
+
+def through_files(tensors, numbers):
+    """What a checkpoint does with a state: safetensors and JSON."""
+    return load(save(tensors)), json.loads(json.dumps(numbers))
+
+
+def named(module):
+    return {p: n for n, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4])
+def test_a_run_put_back_goes_on_as_if_it_had_not_stopped(cfg, stop):
+    module = network()
+    optimizer = optimizer_of(module, cfg)
+    advance(module, optimizer, 0, stop)
+    tensors, numbers = through_files(*optim.save_state(optimizer, named(module)))
+    other = network(seed=1)
+    with torch.no_grad():
+        for mine, theirs in zip(other.parameters(), module.parameters(), strict=True):
+            mine.copy_(theirs)
+    resumed = optimizer_of(other, cfg)
+    optim.load_state(resumed, named(other), tensors, numbers)
+    assert same(bits(other, resumed), bits(module, optimizer))
+    advance(module, optimizer, stop, stop + 4)
+    advance(other, resumed, stop, stop + 4)
+    assert same(bits(other, resumed), bits(module, optimizer))
+
+
+def test_saving_changes_nothing(cfg):
+    module = network()
+    optimizer = optimizer_of(module, cfg)
+    advance(module, optimizer, 0, 2)
+    before = bits(module, optimizer)
+    tensors, _ = optim.save_state(optimizer, named(module))
+    assert same(bits(module, optimizer), before)
+    names = {key.partition("|")[0] for key in tensors} - {""}
+    assert names <= set(named(module).values())
+
+
+def test_schedule_free_is_evaluated_at_its_average():
+    pytest.importorskip("schedulefree")
+    module = network()
+    optimizer = optimizer_of(module, config(**KINDS["adamw_schedulefree"]))
+    advance(module, optimizer, 0, 40)  # fewer often round to the same
+    before = bits(module, optimizer)
+    with optim.evaluation(optimizer):
+        assert not same([p.detach() for p in module.parameters()], before[0])
+        assert not any(g["train_mode"] for g in optimizer.param_groups)
+    assert all(g["train_mode"] for g in optimizer.param_groups)
+    assert same(bits(module, optimizer), before)  # to look changes nothing
+
+
+def test_prodigy_wants_one_rate():
+    pytest.importorskip("prodigyopt")
+    groups = [{"params": [w], "lr": lr} for lr, w in zip((1.0, 0.5), network()[0].parameters(), strict=True)]
+    with pytest.raises(UserError, match="--optimizer prodigy: finds one learning rate"):
+        optim.make_optimizer(config(optimizer="prodigy"), groups)
+
+
+def test_the_others_are_evaluated_as_they_are():
+    module = network()
+    optimizer = optimizer_of(module, config())
+    before = bits(module, optimizer)
+    with optim.evaluation(optimizer):
+        assert same(bits(module, optimizer), before)
