@@ -8,6 +8,7 @@ alpha of each part stand in its metadata, since a reader without them takes alph
 import json
 import re
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,11 @@ def add_adapter(model: nn.Module, cfg: Adapter, targets: list[str], what: str) -
         model.requires_grad_(False)
         model.add_adapter(adapter)
     except (ValueError, re.error) as error:
-        names = sorted({re.sub(r"^.*\.(?=[a-z_]+(\.\d+)?$)", "", n) for n, m in model.named_modules() if is_target(m)})
+        ends = (re.search(r"[^.]*[a-z][^.]*(\.\d+)*$", n) for n, m in model.named_modules() if is_target(m))
+        names = [name for name, _ in Counter(end.group() for end in ends if end).most_common(12)]
         raise UserError(
             f"--target-modules {' '.join(targets)}: matches no linear or convolution layer of the {what} "
-            f"({type(error).__name__}); there are {', '.join(names[:16])}, ..."
+            f"({type(error).__name__}); there are {', '.join(names)}, ..."
         ) from None
     cast_training_params(model, torch.float32)
 

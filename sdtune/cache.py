@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sdtune.configs import UserError
+
 CHUNK = 64
 """Tensors in a file: what a run that dies loses at most."""
 
@@ -62,6 +64,20 @@ class Store(Mapping[str, Tensor]):
         return self.__dict__ | {"opened": {}}  # an open file does not travel to a loader's worker
 
 
+def write(file: Path, tensors: dict[str, Tensor]) -> None:
+    """A file of the store, whole or not at all."""
+    new = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        save_file(tensors, new)
+        new.replace(file)
+    except (OSError, SafetensorError) as error:  # a full disk is either
+        new.unlink(missing_ok=True)
+        raise UserError(
+            f"{file.parent}: the cache cannot be written ({error}); make room, set SDTUNE_CACHE to a folder on "
+            "another disk, or train with --no-cache"
+        ) from None
+
+
 def fill(folder: Path, keys: Iterable[str], compute: Callable[[str], Tensor], title: str) -> Store:
     """The store at ``folder`` once it holds ``keys``; each process computes its share of what is missing.
 
@@ -79,10 +95,7 @@ def fill(folder: Path, keys: Iterable[str], compute: Callable[[str], Tensor], ti
     for chunk, key in track(todo, f"{title} ({len(missing)} of them)", total=len(mine), disable=quiet, transient=True):
         done[key] = compute(key).cpu().contiguous()
         if len(done) == len(chunk):
-            file = folder / f"{digest(*chunk)}.safetensors"
-            new = file.with_suffix(f".{os.getpid()}.tmp")
-            save_file(done, new)
-            new.replace(file)
+            write(folder / f"{digest(*chunk)}.safetensors", done)
             done = {}
     state.wait_for_everyone()
     return Store(folder)

@@ -92,6 +92,20 @@ def _room(root: Path, new: Path, needed: int) -> Iterator[None]:
         raise
 
 
+def require_room(root: Path, size: int, keep: int) -> None:
+    """Refuse to begin a run whose checkpoints, ``keep`` of ``size`` bytes and one being written, cannot fit.
+
+    Raises:
+        UserError: with the megabytes needed and free.
+    """
+    needed, free = (keep + 1 - min(keep, len(found(root)))) * size, shutil.disk_usage(root).free
+    if needed > free:
+        raise UserError(
+            f"--output-dir {root.parent}: its checkpoints need {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; "
+            "make room or name a folder on another disk"
+        )
+
+
 def found(root: Path) -> list[Path]:
     return sorted(root.glob("step-*"))
 

@@ -132,7 +132,7 @@ def train(words: list[str], entry: Callable[[], Any]) -> Callable[[Any, dict[str
             raise typer.Exit(launch.relaunch(words, cfg, processes, launching))
         importlib.import_module("sdtune.families").hush()
         with launch.telling(cfg):
-            importlib.import_module("sdtune.train").train(entry(), cfg, **launching)
+            importlib.import_module("sdtune.train").train(entry(), cfg, words, **launching)
 
     return work
 
@@ -182,7 +182,8 @@ def recipe_in(file: Path) -> Any:
 
 
 def sample(cfg: SampleConfig, _: dict[str, Any]) -> None:
-    importlib.import_module("sdtune.sample").sample(cfg)
+    files = importlib.import_module("sdtune.sample").sample(cfg)
+    typer.echo(f"{len(files)} images in {cfg.output_dir}, side by side in {cfg.output_dir / 'grid.png'}")
 
 
 app.command("sample", help=SampleConfig.__doc__, context_settings=LENIENT, rich_help_panel="Use")(

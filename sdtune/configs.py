@@ -57,7 +57,7 @@ class Model(Section):
 
 class Data(Section):
     dataset: Annotated[str, also("dataset_name", "train_data_dir")]
-    """Folder of images, Hub dataset id, dataset saved by `save_to_disk`, or `tiny-stars` (built in)."""
+    """Folder of images, Hub dataset id, dataset saved by `save_to_disk`, or `tiny-hearts` (built in)."""
     dataset_config_name: str | None = None
     """Configuration of a Hub dataset; none is its default."""
     dataset_revision: str | None = None
@@ -337,6 +337,12 @@ class SampleConfig(Model):
     def _some_prompt(self) -> Self:
         if not self.prompt and self.prompt_file is None:
             raise ValueError("nothing to show: give prompt or prompt_file")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_size(self) -> Self:
+        if (self.width is None) != (self.height is None):
+            raise ValueError("width and height: give both, or neither for the base's own")
         return self
 
 

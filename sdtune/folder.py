@@ -17,7 +17,7 @@ OWN = ("config.yaml", "metrics.jsonl", "report.html", "environment.json", "READM
 OWN_FOLDERS = ("checkpoints", "samples", "logs")
 
 
-def open_run(cfg: Run, overwrite: bool, allow_change: bool) -> IO[str]:
+def open_run(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) -> IO[str]:
     """Create ``cfg.output_dir``, or make sure that the run in it is this one.
 
     Returns:
@@ -51,7 +51,7 @@ def open_run(cfg: Run, overwrite: bool, allow_change: bool) -> IO[str]:
         )
     new = out / f".config-{os.getpid()}.yaml"
     try:
-        new.write_text(f"# sdtune {cfg.method} --config {shlex.quote(str(written))}\n{options.to_yaml(cfg)}")
+        new.write_text(f"# {shlex.join(['sdtune', *words, '--config', str(written)])}\n{options.to_yaml(cfg)}")
         new.replace(written)
     except OSError as error:
         new.unlink(missing_ok=True)

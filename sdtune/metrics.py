@@ -1,7 +1,7 @@
 """What a run shows while it trains: ``metrics.jsonl``, a progress line, trackers, sample sheets.
 
-The first process writes; on the others every method does nothing, so the loop calls them without asking. Torch
-is imported only by a run on a GPU, so that `check_trackers` can run before anything slow does.
+The first process writes; on the others every method does nothing, so the loop calls them without asking.
+Torch is imported only by a run on a GPU, so that `check_trackers` can run before anything slow does.
 """
 
 import json
@@ -58,9 +58,10 @@ class Metrics:
     """Where a run's numbers and pictures go.
 
     ``metrics.jsonl`` gets an object a line: ``step``, ``seconds`` (wall time since step 0, summed over
-    continuations) and what `log` is given; beside a ``loss`` also ``images_per_second`` (all processes, without
-    the time of `paused`), ``data_wait`` (share of that time spent in `waiting`, 0 to 1) and ``peak_memory`` (bytes
-    of this process: on the GPU if there is one, else resident). Numbers that are not finite become ``null``.
+    continuations) and what `log` is given; beside a ``loss`` also ``images_per_second`` (of all processes,
+    without the time in `paused`), ``data_wait`` (share of that time spent in `waiting`, 0 to 1) and
+    ``peak_memory`` (bytes of this process: on the GPU if there is one, else resident). Numbers that are not
+    finite become ``null``.
 
     Args:
         cfg: the run; its ``output_dir`` receives the files.
@@ -116,7 +117,7 @@ class Metrics:
             print(f"step {step}/{self.total_steps}  {self._text()}", file=sys.stderr, flush=True)
 
     def images(self, step: int, images: list[Image.Image], prompts: list[str]) -> None:
-        """Save ``samples/step-000200.png``, a sheet with the prompts as captions, and give it to the trackers."""
+        """Save ``samples/step-000200.png``, a sheet with the prompts as captions, and give it to trackers."""
         if not self.active or not images:
             return
         sheet = grid(images, prompts)
@@ -215,7 +216,7 @@ def plain(values: dict[str, Any]) -> dict[str, str | int | float | bool]:
 
 
 def cut_off(path: Path, first_step: int) -> float:
-    """Keep the whole lines of ``path`` up to ``first_step``, none for 0; return the ``seconds`` of the last one.
+    """Keep the lines of ``path`` up to ``first_step``, none for 0; return the ``seconds`` of the last one.
 
     The rest is what an interrupted run wrote after its last checkpoint, perhaps with half a line at the end.
     """

@@ -285,7 +285,7 @@ def to_yaml(cfg: Section) -> str:
 
 
 def shipped() -> dict[str, Path]:
-    """Name, such as lora/tiny-stars, to the file of each ready-made recipe."""
+    """Name, such as lora/tiny-hearts, to the file of each ready-made recipe."""
     here = Path(__file__).parent
     root = here / "_recipes" if (here / "_recipes").is_dir() else here.parent / "recipes"
     return {str(p.relative_to(root).with_suffix("")): p for p in sorted(root.glob("*/*.yaml"))}

@@ -1,44 +1,85 @@
-"""Images from a pipeline: the grids of a training run, and ``sdtune sample``."""
+"""``sdtune sample``: a base model, adapters with weights, and prompts, to images.
 
+`generate` also draws the previews of training, so a preview is what the artefact will give. Image k of a call
+starts from the noise of ``torch.Generator("cpu").manual_seed(seed + k)``, whatever the batch size, so stock
+diffusers repeats any one of them:
+
+    pipe(prompt, num_inference_steps=25, guidance_scale=5.0,
+         generator=torch.Generator("cpu").manual_seed(seed + k)).images[0]
+"""
+
+import inspect
 import json
 import re
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from diffusers import DiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from rich.progress import track
+from rich.console import Console
+from rich.progress import Progress
 
-from sdtune import adapters, families
 from sdtune.configs import SampleConfig, UserError
-from sdtune.precision import DTYPES
-from sdtune.sheets import grid, save_sheet
+from sdtune.loading import load_adapters, load_pipeline, split_weight
+from sdtune.samplers import make_scheduler
+from sdtune.sheets import grid
 
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler-ancestral": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "lms": "LMSDiscreteScheduler",
-    "pndm": "PNDMScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "lcm": "LCMScheduler",
-}
-CANNOT_END_IN_NOISE = ("heun", "lms", "pndm")
-"""Schedulers that do not know a schedule rescaled to zero terminal SNR: they would start from the wrong noise."""
+
+def sample(cfg: SampleConfig) -> list[Path]:
+    """Make the images of ``cfg`` and return their files.
+
+    ``output_dir`` receives ``00000.png``, ``00001.png``, ...; ``prompts.jsonl`` with the ``file_name``,
+    ``text`` and ``seed`` of each; and ``grid.png``, a sheet of this call's images. Nothing but the sheet is
+    overwritten: a second call into the same folder goes on numbering where the first one ended.
+    """
+    prompts = [p for p in read_prompts(cfg) for _ in range(cfg.num_images_per_prompt)]
+    cfg = _with_base(cfg)
+    pipe = load_pipeline(cfg)
+    load_adapters(pipe, cfg.adapter)
+    try:
+        cfg.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {cfg.output_dir}: cannot be written ({error.strerror})") from error
+    if cfg.scheduler:
+        pipe.scheduler = make_scheduler(cfg.scheduler, pipe.scheduler)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Sampling", total=1.0)
+        images = generate(
+            pipe,
+            prompts,
+            [cfg.seed + k for k in range(len(prompts))],
+            steps=cfg.steps,
+            guidance_scale=cfg.guidance_scale,
+            negative_prompt=cfg.negative_prompt,
+            guidance_rescale=cfg.guidance_rescale,
+            batch_size=cfg.batch_size,
+            width=cfg.width,
+            height=cfg.height,
+            progress=lambda share: bar.update(task, completed=share),
+        )
+    taken = [int(p.stem) for p in cfg.output_dir.glob("*.png") if re.fullmatch(r"\d{5,}", p.stem)]
+    first, files = max(taken, default=-1) + 1, []
+    with (cfg.output_dir / "prompts.jsonl").open("a", encoding="utf-8") as out:
+        for k, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+            files.append(cfg.output_dir / f"{first + k:05d}.png")
+            info = PngInfo()
+            info.add_text("parameters", _parameters(cfg, pipe, prompt, cfg.seed + k, image))
+            image.save(files[-1], pnginfo=info)
+            line = {"file_name": files[-1].name, "text": prompt, "seed": cfg.seed + k}
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+    grid(images, prompts).save(cfg.output_dir / "grid.png")
+    return files
 
 
 @torch.no_grad()
 def generate(
-    pipeline: Any,
+    pipe: DiffusionPipeline,
     prompts: Sequence[str],
-    seeds: Iterable[int],
+    seeds: Sequence[int],
     *,
     steps: int,
     guidance_scale: float,
@@ -47,194 +88,92 @@ def generate(
     batch_size: int = 4,
     width: int | None = None,
     height: int | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> list[Image.Image]:
-    """An image of each prompt; image k starts from the noise of ``torch.Generator("cpu").manual_seed(seeds[k])``.
+    """One image for each prompt, in order; image k has the noise of ``seeds[k]``.
 
-    So stock diffusers gives the same image from the same prompt and seed, on any device and in any batch.
-
-    Args:
-        width, height: pixels; ``None`` is the size the base was made for.
+    Modules in training mode are put in evaluation mode, and back. ``progress`` is called with the share done,
+    0 to 1. Raises `UserError` for what this pipeline cannot do: a size, a rescale, a number of steps.
     """
-    pipeline.set_progress_bar_config(disable=True)
+    if (width is None) != (height is None):  # diffusers would take its own for both
+        raise UserError("width and height: give both, or neither for the base's own")
+    accepted = inspect.signature(pipe.__call__).parameters
+    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    options |= {"width": width, "height": height, "guidance_rescale": guidance_rescale or None}
+    options = {k: v for k, v in options.items() if v is not None}
+    if refused := [k for k in options if k not in accepted]:
+        raise UserError(f"{type(pipe).__name__} has no {', '.join(refused)}: leave it out")
+    pipe.set_progress_bar_config(disable=True)
+    modules = [m for c in pipe.components.values() if isinstance(c, torch.nn.Module) for m in c.modules()]
+    training = [m for m in modules if m.training]
     images: list[Image.Image] = []
-    wanted = list(zip(prompts, seeds, strict=True))
-    for first in range(0, len(wanted), batch_size):
-        batch = wanted[first : first + batch_size]
-        images += pipeline(
-            [prompt for prompt, _ in batch],
-            negative_prompt=[negative_prompt] * len(batch) if guidance_scale > 1 else None,
-            generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in batch],
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            width=width,
-            height=height,
-        ).images
+    try:
+        for m in training:
+            m.training = False
+        for start in range(0, len(prompts), batch_size):
+            batch = list(prompts[start : start + batch_size])
+            if progress:
+                options["callback_on_step_end"] = _reporter(progress, len(images), len(batch), len(prompts))
+            noise = [torch.Generator("cpu").manual_seed(s) for s in seeds[start : start + batch_size]]
+            images += pipe(
+                batch,
+                # None, not "": SDXL takes zeros for an absent negative prompt, and so do its users
+                negative_prompt=[negative_prompt] * len(batch) if negative_prompt else None,
+                generator=noise,
+                **options,
+            ).images
+    except ValueError as error:  # diffusers checks sizes and numbers of steps, in words that name them
+        raise UserError(f"{type(pipe).__name__}: {str(error).splitlines()[0]}") from error
+    finally:
+        for m in training:
+            m.training = True
     return images
 
 
-def sample(cfg: SampleConfig) -> None:
-    """What ``sdtune sample`` does: numbered images, ``grid.png`` and ``prompts.jsonl`` in ``cfg.output_dir``.
-
-    Numbering goes on after the images that are there, so that nothing is written over but the grid.
-    """
-    prompts = [p for p in [*cfg.prompt, *read_prompts(cfg.prompt_file)] for _ in range(cfg.num_images_per_prompt)]
-    found = [parse_adapter(text) for text in cfg.adapter]
-    model = base_of(cfg, found)
-    try:
-        cfg.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {cfg.output_dir}: cannot be written ({error.strerror})") from None
-    pipeline = load_pipeline(cfg, model)
-    load_adapters(pipeline, found)
-    seeds = [cfg.seed + k for k in range(len(prompts))]
-    chunks = range(0, len(prompts), cfg.batch_size)
-    taken = [int(p.stem) for p in cfg.output_dir.glob("*.png") if re.fullmatch(r"\d{5,}", p.stem)]
-    number = max(taken, default=-1) + 1
-    images: list[Image.Image] = []
-    with (cfg.output_dir / "prompts.jsonl").open("a", encoding="utf-8") as listed:
-        for first in track(chunks, "Sampling", transient=True, disable=not sys.stderr.isatty()):
-            here = slice(first, first + cfg.batch_size)
-            drawn = generate(
-                pipeline,
-                prompts[here],
-                seeds[here],
-                steps=cfg.steps,
-                guidance_scale=cfg.guidance_scale,
-                negative_prompt=cfg.negative_prompt,
-                guidance_rescale=cfg.guidance_rescale,
-                batch_size=cfg.batch_size,
-                width=cfg.width,
-                height=cfg.height,
-            )
-            for image, prompt, seed in zip(drawn, prompts[here], seeds[here], strict=True):
-                name = f"{number + len(images):05d}.png"
-                image.save(cfg.output_dir / name, pnginfo=described(cfg, model, prompt, seed))
-                listed.write(json.dumps({"file_name": name, "text": prompt, "seed": seed}, ensure_ascii=False) + "\n")
-                images.append(image)
-    save_sheet(grid(images, prompts), cfg.output_dir / "grid.png")
-    print(f"{len(images)} images in {cfg.output_dir}, side by side in {cfg.output_dir / 'grid.png'}")
-
-
-def described(cfg: SampleConfig, model: str, prompt: str, seed: int) -> PngInfo:
-    """How an image was made, as text in its PNG."""
-    info = PngInfo()
-    made = {"prompt": prompt, "seed": seed, "model": model, "adapter": cfg.adapter, "scheduler": cfg.scheduler}
-    made |= {"steps": cfg.steps, "guidance_scale": cfg.guidance_scale, "negative_prompt": cfg.negative_prompt}
-    info.add_itxt("parameters", json.dumps(made, ensure_ascii=False))
-    return info
-
-
-def read_prompts(file: Path | None) -> list[str]:
-    """The lines of a prompt file that hold something."""
-    if file is None:
-        return []
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError:
-        raise UserError(f"--prompt-file {file}: not UTF-8 text") from None
-    except OSError as error:
-        raise UserError(f"--prompt-file {file}: {error.strerror}") from None
-    if not any(lines):
-        raise UserError(f"--prompt-file {file}: holds no prompt")
-    return [line for line in lines if line]
-
-
-# ---- the base ------------------------------------------------------------------------------------------
-
-
-def base_of(cfg: SampleConfig, found: list[tuple[str, float]]) -> str:
-    """The base to use: the one asked for, else the one that an adapter's run folder was trained on, else tiny."""
-    if cfg.model != "auto":
-        return cfg.model
-    for place, _ in found:
-        config = Path(place) / "config.yaml"
-        if config.is_file():
-            return yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
-    return "tiny"
-
-
-def load_pipeline(cfg: SampleConfig, model: str) -> Any:
-    """A stock text-to-image pipeline on the best device there is, with the scheduler that ``cfg`` asks for."""
-    from diffusers import AutoencoderKL, DiffusionPipeline
-
-    families.hush()
-    source = families.resolve_model(model)
-    dtype = DTYPES[cfg.mixed_precision]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if cfg.mixed_precision == "fp16" and device == "cpu":
-        raise UserError("--mixed-precision fp16: needs a GPU; bf16 works on a CPU")
-    more: dict[str, Any] = {"safety_checker": None} if "safety_checker" in families.model_index(source, cfg) else {}
-    try:
-        if cfg.vae:
-            more["vae"] = AutoencoderKL.from_pretrained(cfg.vae, dtype=dtype, cache_dir=cfg.cache_dir)
-        pipeline = DiffusionPipeline.from_pretrained(
-            source, revision=cfg.revision, variant=cfg.variant, cache_dir=cfg.cache_dir, dtype=dtype, **more
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {model}: {str(error).splitlines()[0]}") from None
-    if cfg.scheduler:
-        pipeline.scheduler = other_scheduler(cfg.scheduler, pipeline.scheduler)
-    return pipeline.to(device)
-
-
-def other_scheduler(name: str, own: Any) -> Any:
-    """Scheduler ``name`` with the base's betas, prediction type, spacing and zero terminal SNR."""
-    import diffusers
-
-    if own.config.get("rescale_betas_zero_snr") and name in CANNOT_END_IN_NOISE:
-        raise UserError(f"--scheduler {name}: cannot do this base's zero terminal SNR; ddim, dpm++ and euler can")
-    return getattr(diffusers, SCHEDULERS[name]).from_config(own.config)
-
-
-# ---- adapters ------------------------------------------------------------------------------------------
-
-
-def parse_adapter(text: str) -> tuple[str, float]:
-    """``runs/lora=0.8`` as (``runs/lora``, 0.8); the weight is 1 where there is none."""
-    place, equals, weight = text.rpartition("=")
-    if not equals:
-        return text, 1.0
-    try:
-        return place, float(weight)
-    except ValueError:
-        raise UserError(f"--adapter {text}: the weight after = must be a number") from None
-
-
-def load_adapters(pipeline: Any, found: list[tuple[str, float]]) -> None:
-    """Put adapters on a pipeline, each with its weight.
-
-    Raises:
-        UserError: a file is missing, a pickle, or fits none or only some of the model's modules; diffusers would
-            load such a file with no effect and no word.
-    """
-    for number, (place, _) in enumerate(found):
-        path = Path(place)
-        name = f"adapter_{number}"
-        if path.suffix in families.PICKLES:
-            raise UserError(f"--adapter {place}: a pickle can run code when it is read; ask for a .safetensors file")
-        if path.is_dir() and not (path / adapters.FILE).is_file():
-            raise UserError(f"--adapter {place}: no {adapters.FILE} in that folder")
-        if not path.exists() and (place.count("/") != 1 or place[0] in "./~"):
-            raise UserError(f"--adapter {place}: no such file or folder; a Hub id is written user/name")
-        file = path / adapters.FILE if path.is_dir() else path
+def read_prompts(cfg: SampleConfig) -> list[str]:
+    """The prompts of ``cfg`` and then those of its file, blank lines left out; never empty."""
+    prompts = list(cfg.prompt)
+    if cfg.prompt_file:
         try:
-            if file.is_file():
-                saved, _ = adapters.read_adapter(file)
-                pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
-                modules = count_adapted(pipeline, name)
-                wanted = len({key.split(".lora")[0] for key in saved})
-                if modules < wanted:
-                    raise UserError(f"--adapter {place}: {modules} of its {wanted} modules are in this base")
-            else:
-                pipeline.load_lora_weights(place, adapter_name=name)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"--adapter {place}: {str(error).strip().splitlines()[0]}") from None
-    if found:
-        pipeline.set_adapters([f"adapter_{k}" for k in range(len(found))], [weight for _, weight in found])
+            lines = cfg.prompt_file.read_text(encoding="utf-8-sig").splitlines()
+        except OSError as error:
+            raise UserError(f"--prompt-file {cfg.prompt_file}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompt-file {cfg.prompt_file}: not UTF-8 at byte {error.start}") from error
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompt-file {cfg.prompt_file}: no prompt in it")
+    return prompts
 
 
-def count_adapted(pipeline: Any, name: str) -> int:
-    """How many modules carry adapter ``name``."""
-    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    return sum(name in getattr(m, "lora_A", {}) for part in parts for m in part.modules())
+def _with_base(cfg: SampleConfig) -> SampleConfig:
+    """``cfg`` with what ``auto`` stands for: the model of the first run among the adapters, with its VAE."""
+    if cfg.model != "auto":
+        return cfg
+    for text in cfg.adapter:
+        record = Path(split_weight(text)[0]) / "config.yaml"
+        if record.is_file():
+            run = yaml.safe_load(record.read_text(encoding="utf-8"))
+            base = {k: run[k] for k in ("model", "revision", "variant", "vae") if run.get(k) is not None}
+            return cfg.model_copy(update=base)
+    return cfg.model_copy(update={"model": "tiny"})
+
+
+def _reporter(progress: Callable[[float], None], done: int, batch: int, total: int) -> Callable[..., dict]:
+    def report(pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict) -> dict:
+        progress((done + batch * (step + 1) / pipe.num_timesteps) / total)
+        return tensors
+
+    return report
+
+
+def _parameters(cfg: SampleConfig, pipe: DiffusionPipeline, prompt: str, seed: int, image: Image.Image) -> str:
+    """How an image came about, in the layout that image viewers read from the text chunk ``parameters``."""
+    facts = {"Steps": cfg.steps, "Sampler": type(pipe.scheduler).__name__, "CFG scale": cfg.guidance_scale}
+    facts |= {"Seed": seed, "Size": f"{image.width}x{image.height}", "Model": cfg.model}
+    if cfg.guidance_rescale:
+        facts["CFG rescale"] = cfg.guidance_rescale
+    if cfg.adapter:
+        facts["Adapters"] = " ".join(cfg.adapter)
+    negative = f"Negative prompt: {cfg.negative_prompt}\n" if cfg.negative_prompt else ""
+    return f"{prompt}\n{negative}{', '.join(f'{k}: {v}' for k, v in facts.items())}"

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sdtune import cache, draws
-from sdtune.data import Stream, cache_root
+from sdtune.configs import UserError
+from sdtune.data import Stream, cache_root, report
 
 HOLDOUT_QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Where in the training distribution of timesteps the loss of held-out images is measured."""
@@ -109,7 +110,15 @@ def text_to_image(
     Args:
         trains_text: the text encoder is trained, so that its output cannot be kept.
     """
+    for option, pixels in {"resolution": cfg.resolution, "bucket_step": cfg.bucket_step}.items():
+        if pixels % family.downscale and (option == "resolution" or cfg.buckets):
+            raise UserError(f"--{option.replace('_', '-')} {pixels}: this base wants a multiple of {family.downscale}")
+    if cfg.resolution > 2 * family.resolution:
+        native = f"this base was made for {family.resolution} pixels"
+        say(f"{native}; --resolution {cfg.resolution} is far from that")
     tokens = Tokens(family.tokenizer())
+    for line in report(stream, tokens.count, tokens.window):
+        say(line)
     moments = texts = None
     if cfg.cache and (reason := stream.pixels_cacheable):
         say(f"VAE moments are not cached: {reason}")

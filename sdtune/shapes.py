@@ -229,7 +229,7 @@ def read(image: Image.Image, least_match: float = 0.7) -> Reading:
     contrast = np.quantile(distance, 0.985)
     speckled = Image.fromarray((distance > contrast / 2).astype(np.uint8) * 255)
     mask = np.asarray(speckled.filter(ImageFilter.MedianFilter(3))) > 127
-    if contrast < 40 or mask.sum() < 9:
+    if contrast < 40 or mask.sum() < 9 or mask.mean() > 0.6:  # flat, or no ground left: noise
         return Reading(None, ground, ground, "small", False, 0.0)
     core = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.MinFilter(3))) > 127
     colour = nearest_colour(np.median(pixels[core if core.sum() >= 9 else mask], 0), COLOURS)

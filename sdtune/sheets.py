@@ -10,6 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 
 LEAST_SIDE = 160  # pixels: below this neither the image nor a caption under it can be read
 GAP, TEXT_SIZE, LINE, MOST_LINES = 12, 14, 19, 3
+FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "segoeui.ttf", "Arial.ttf")
 
 
 def grid(
@@ -17,10 +18,10 @@ def grid(
 ) -> Image.Image:
     """``images`` in rows, in order, on white, with ``captions`` underneath (at most three lines each).
 
-    Small images are enlarged by a whole factor without smoothing, to a width of at least 160 pixels; none is made
-    smaller. ``columns`` defaults to one row for up to four images, else to about a square. The sheet's
-    ``info["sdtune"]`` says where each image lies, for `cells`. Raises ValueError without images, or when there
-    are not as many captions.
+    Small images are enlarged by a whole factor without smoothing, to a width of at least 160 pixels; none is
+    made smaller. ``columns`` defaults to one row for up to four images, else to about a square. The sheet's
+    ``info["sdtune"]`` says where each image lies, for `cells`. Raises ValueError without images, or when
+    there are not as many captions.
     """
     if not images:
         raise ValueError("a grid needs at least one image")
@@ -34,7 +35,7 @@ def grid(
         for image, f in zip(images, factors, strict=True)
     ]
     width, height = max(i.width for i in shown), max(i.height for i in shown)
-    font = ImageFont.load_default(TEXT_SIZE)
+    font = _font("".join(captions or []))
     texts = [_wrap(c, width, font) for c in captions or [""] * len(images)]
     below = LINE * max(len(t) for t in texts) + 4 if captions else 0
     rows = math.ceil(len(images) / columns)
@@ -63,7 +64,7 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
 
 
 def cells(sheet: Image.Image) -> list[tuple[Image.Image, str]]:
-    """The images of a sheet at their own size, with their captions; a picture that is no sheet is its one cell."""
+    """The images of a sheet at their own size, with their captions; any other picture is its one cell."""
     try:
         layout = json.loads(sheet.info["sdtune"])
     except (KeyError, ValueError):
@@ -74,6 +75,16 @@ def cells(sheet: Image.Image) -> list[tuple[Image.Image, str]]:
         image = image.resize((width // factor, height // factor), Image.Resampling.NEAREST)
         found.append((image, layout["captions"][k] if layout["captions"] else ""))
     return found
+
+
+def _font(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font has the letters of ASCII alone; for others look for one of the system's."""
+    for name in () if text.isascii() else FONTS:
+        try:
+            return ImageFont.truetype(name, TEXT_SIZE - 1)
+        except OSError:
+            continue
+    return ImageFont.load_default(TEXT_SIZE)
 
 
 def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:

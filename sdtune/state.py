@@ -36,6 +36,10 @@ class State:
         self.names = {p: name for name, p in self.weights.items()}
         self.average = optim.Average(cfg, self.weights) if cfg.use_ema else None
         self.step, self.skipped = 0, 0
+        if accelerator.is_main_process:
+            copies = 4 if self.average else 3  # the weights, their two moments, their average
+            size = copies * sum(w.numel() * w.element_size() for w in self.weights.values())
+            checkpoints.require_room(self.root, size, cfg.checkpoints_total_limit)
 
     def evaluating(self) -> Any:
         """Context in which the model holds the weights to sample and export: the average, if one is kept."""

@@ -3,11 +3,13 @@
 import json
 import math
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import send_to_device
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sdtune import checkpoints, draws, folder, hub, optim, preview
@@ -24,24 +26,30 @@ from sdtune.state import State
 from sdtune.window import Window
 
 
-def train(kind: type[Recipe], cfg: Any, overwrite: bool = False, allow_change: bool = False) -> None:
+def train(kind: type[Recipe], cfg: Any, words: list[str], overwrite: bool = False, allow_change: bool = False) -> None:
     """Train a recipe and write its artefact to ``cfg.output_dir``; continue the run that is already there.
+
+    Args:
+        words: the command that trains this recipe, such as ``["lora"]``, to tell how to continue.
 
     Raises:
         UserError: something in the settings, the data or the folder has to change; nothing was lost.
         RunFailed: the run cannot go on; its last checkpoint is whole.
-        SystemExit: 143 or 130 when SIGTERM or Ctrl-C came; the run was saved first.
+        SystemExit: 143 or 130 when SIGTERM or Ctrl-C came, and the run was saved; 3 when the upload failed.
     """
-    # Processes and the run's folder
+    check_trackers(cfg.report_to)
     accelerator = start(cfg)
+    hub.check(cfg, accelerator.is_main_process)
+    with open_folder(cfg, words, overwrite, allow_change) if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()
+        fit(kind, cfg, accelerator, words, allow_change)
+    accelerator.end_training()
+
+
+def fit(kind: type[Recipe], cfg: Any, accelerator: Accelerator, words: list[str], allow_change: bool) -> None:
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     say = print if main else lambda line: None
-    stopping = Stopping(world)
-    check_trackers(cfg.report_to)
-    hub.check(cfg, main)
-    out = cfg.output_dir
-    lock = open_folder(cfg, overwrite, allow_change) if main else None
-    accelerator.wait_for_everyone()
+    stopping, out = Stopping(world), cfg.output_dir
 
     # What trains, on what, and where the run stands
     torch.manual_seed(draws.key(cfg.seed, "init"))
@@ -101,7 +109,7 @@ def train(kind: type[Recipe], cfg: Any, overwrite: bool = False, allow_change: b
             )
             with accelerator.accumulate(model):
                 loss = model(send_to_device(batch, accelerator.device, non_blocking=True))
-                accelerator.backward(loss.mean())
+                accelerator.backward(loss.mean() * finite_or_nan(loss))
             window.add(loss, samples)
         norm = accelerator.clip_grad_norm_(weights, cfg.max_grad_norm)
         if accelerator.scaler:
@@ -131,7 +139,7 @@ def train(kind: type[Recipe], cfg: Any, overwrite: bool = False, allow_change: b
             report()
         state.save()
         metrics.close()
-        again = same_command(cfg, ["sdtune", cfg.method])
+        again = same_command(cfg, ["sdtune", *words])
         say(f"interrupted at step {state.step} of {total} and saved; continue with: {again}")
         sys.exit(128 + stopping.signal)
     look()
@@ -143,8 +151,11 @@ def train(kind: type[Recipe], cfg: Any, overwrite: bool = False, allow_change: b
         hub.write_card(cfg, files)
         say(f"wrote {', '.join(map(str, files))}\nreport: {write_report(out)}")
         hub.push_after_training(cfg, files)
-        lock.close()
-    accelerator.end_training()
+
+
+def finite_or_nan(loss: Tensor) -> Tensor:
+    """1, or NaN where a loss is not finite, so that the gradient tells every process, whatever its own loss is."""
+    return torch.where(loss.detach().isfinite().all(), 1.0, torch.nan)
 
 
 def start(cfg: Run) -> Accelerator:
@@ -159,9 +170,9 @@ def start(cfg: Run) -> Accelerator:
     )
 
 
-def open_folder(cfg: Run, overwrite: bool, allow_change: bool) -> Any:
+def open_folder(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) -> Any:
     """The run's folder, locked, swept and described; see ``folder.open_run``."""
-    lock = folder.open_run(cfg, overwrite, allow_change)
+    lock = folder.open_run(cfg, words, overwrite, allow_change)
     root = cfg.output_dir / "checkpoints"
     root.mkdir(exist_ok=True)
     checkpoints.sweep(root)

@@ -111,7 +111,7 @@ def test_caption_files_and_strays(folder):
 
 def test_one_caption_for_all_and_none_at_all(folder):
     paint(folder / "a.png")
-    assert load_images(config(folder, caption="a star")).rows[0].captions == ("a star",)
+    assert load_images(config(folder, caption="a heart")).rows[0].captions == ("a heart",)
     assert load_images(config(folder), captions=False).rows[0].captions == ()
 
 
@@ -295,7 +295,7 @@ def test_a_missing_folder(folder, tmp_path):
     assert "save_to_disk" in said
     assert "no such folder" in refusal("./nowhere")
     assert "no such folder" in refusal("nowhere")
-    assert "did you mean tiny-stars?" in refusal("tiny_stars")
+    assert "did you mean tiny-hearts?" in refusal("tiny_hearts")
     assert "not a folder" in refusal(paint(tmp_path / "a.png"))
 
 

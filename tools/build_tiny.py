@@ -135,7 +135,7 @@ class Vae(nn.Module):
             posterior.mean.shape, generator=rng("vae", step, dist.get_rank() if dist.is_initialized() else 0)
         )
         decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
-        return (decoded - batch).abs().mean() + 1e-6 * posterior.kl().mean()
+        return (decoded - batch).abs().mean() + 1e-7 * posterior.kl().mean()
 
     def batch(self, start: int, count: int) -> Tensor:
         return pixels(start, count)[0]
@@ -194,7 +194,7 @@ def latent_pool(work: Path) -> Tensor:
                     vae.encode(pixels(k, 100)[0]).latent_dist.parameters.half()
                     for k in range(i * half, (i + 1) * half, 100)
                 ]
-            save_file({"moments": torch.cat(parts)}, share)
+            save_file({"moments": torch.cat(parts).contiguous()}, share)
     if world > 1:
         dist.barrier()
     return torch.cat([load_file(share)["moments"] for share in shares])
@@ -285,8 +285,8 @@ def export(work: Path, out: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of what is trained, kept between calls")
-    parser.add_argument("--vae-steps", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--vae-steps", type=int, default=4400)
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--batch", type=int, default=16, help="pictures per process and step")
     parser.add_argument("--export", type=Path, help="write the pipeline to this folder, and train nothing")
     given = parser.parse_args()

@@ -9,9 +9,9 @@ from sdtune.configs import Data, UserError
 from sdtune.data.metadata import TABLES, Found, caption_column, parse_captions, problem_list
 from sdtune.data.probes import stamp
 
-BUILT_IN = {"tiny-stars": Path(__file__).parent.parent / "assets" / "tiny-stars"}
+BUILT_IN = {"tiny-hearts": Path(__file__).parent.parent / "assets" / "tiny-hearts"}
 
-_FORMS = "a folder of images, a Hub id such as user/name, a dataset saved by save_to_disk, or tiny-stars"
+_FORMS = "a folder of images, a Hub id such as user/name, a dataset saved by save_to_disk, or tiny-hearts"
 
 
 def is_table(folder: Path) -> bool:

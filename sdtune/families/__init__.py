@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sdtune.configs import UserError
@@ -34,6 +35,8 @@ class Family(Protocol):
     latent_channels: int
     downscale: int
     """Pixels of an image per element of a latent, along a side."""
+    resolution: int
+    """Side in pixels of the images that the base was made for."""
 
     def tokenizer(self) -> Any: ...
     def moments(self, pixels: Tensor) -> Tensor: ...
@@ -63,6 +66,8 @@ def resolve_model(name: str) -> str:
             raise UserError(f"--model {name}: no model_index.json in that folder, so it is not a diffusers pipeline")
         return str(path)
     if path.is_file() and path.suffix == ".safetensors":
+        if any("lora" in key for key in tensor_names(path)):
+            raise UserError(f"--model {name}: an adapter, not a base model; to sample with it, give --adapter {name}")
         return unpacked(path)
     if path.exists() or name.count("/") != 1 or name[0] in "./~":
         near = [p.name for p in path.parent.glob("*/")] if path.parent.is_dir() else []
@@ -72,6 +77,15 @@ def resolve_model(name: str) -> str:
             + (f"; did you mean {close[0]}?" if close else "; a Hub id is written user/name")
         )
     return name
+
+
+def tensor_names(file: Path) -> list[str]:
+    """The names of the tensors in a safetensors file."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except SafetensorError as error:
+        raise UserError(f"{file}: not a safetensors file, or cut short ({error})") from None
 
 
 def unpacked(file: Path) -> str:

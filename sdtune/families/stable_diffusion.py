@@ -13,6 +13,12 @@ from sdtune.configs import UserError
 from sdtune.diffusion import DDPM, bias_timesteps
 
 
+class VaeConfig:
+    """Reads what an AutoencoderKL is, and not its weights."""
+
+    from_pretrained = AutoencoderKL.load_config
+
+
 class StableDiffusion:
     """Parts load when first used, so that a run whose cache is full never holds a VAE or a frozen text encoder.
 
@@ -46,7 +52,8 @@ class StableDiffusion:
         try:
             return kind.from_pretrained(source or self.source, cache_dir=self.cfg.cache_dir, **where, **more)
         except (OSError, ValueError) as error:
-            raise UserError(f"--model {source or self.cfg.model}: {part}: {str(error).splitlines()[0]}") from None
+            asked = f"--vae {source}" if source else f"--model {self.cfg.model}: {part}"
+            raise UserError(f"{asked}: {str(error).strip().splitlines()[0]}") from None
 
     def part(self, name: str) -> nn.Module:
         """A frozen part of the base on the run's device, in evaluation mode."""
@@ -85,10 +92,8 @@ class StableDiffusion:
 
     @property
     def vae_config(self) -> Any:
-        if "vae" in self.parts:
-            return self.parts["vae"].config
-        where = {"subfolder": "vae", "revision": self.cfg.revision} if self.cfg.vae is None else {}
-        return AutoencoderKL.load_config(self.cfg.vae or self.source, cache_dir=self.cfg.cache_dir, **where)
+        """The VAE's configuration, without its weights."""
+        return self.parts["vae"].config if "vae" in self.parts else self._read(VaeConfig, "vae", self.cfg.vae)
 
     @property
     def latent_channels(self) -> int:
@@ -97,6 +102,10 @@ class StableDiffusion:
     @property
     def downscale(self) -> int:
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @property
+    def resolution(self) -> int:
+        return self.denoiser.config.sample_size * self.downscale
 
     def tokenizer(self) -> Any:
         return self._read(CLIPTokenizer, "tokenizer")

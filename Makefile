@@ -1,0 +1,31 @@
+# Verbs only; what they do is in the files they call. Another interpreter: make demo PYTHON=python3.12
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.installed
+
+.PHONY: demo test check docs clean
+
+demo: $(READY)  ## train the shipped recipe on the built-in model, then score it
+	$(BIN)/python examples/demo.py
+
+test: $(READY)  ## the tests: offline, on the CPU
+	$(BIN)/python -m pytest
+
+check: $(READY)  ## what CI runs: format, lint, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+docs: $(READY)  ## write the generated tables anew
+	$(BIN)/python tools/make_docs.py
+
+clean:  ## remove the environment, builds and caches; runs stay
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+	find sdtune tests tools -name __pycache__ -prune -exec rm -rf {} +
+
+# Done again only when what is to be installed has changed.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,32 @@
+"""Score a model of the shapes world on seeded held-out captions.
+
+python bench/score_tiny.py                                # the base, on shapes it knows
+python bench/score_tiny.py --lora runs/tiny-hearts --shape heart
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from sdtune.configs import SampleConfig
+from sdtune.loading import load_adapters, load_pipeline
+from sdtune.scores import GUIDANCE, STEPS, score
+from sdtune.sheets import grid
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--lora", nargs="*", default=[], help="adapters, each with an optional =WEIGHT")
+    parser.add_argument("--shape", help="ask for this shape alone")
+    parser.add_argument("-n", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--guidance-scale", type=float, default=GUIDANCE)
+    parser.add_argument("--sheet", type=Path, help="write the first pictures side by side to this PNG")
+    given = parser.parse_args()
+    pipeline = load_pipeline(SampleConfig(model=given.model, prompt=["unused"]))
+    load_adapters(pipeline, given.lora)
+    shares, images, captions = score(pipeline, given.n, given.shape, given.seed, given.steps, given.guidance_scale)
+    print(json.dumps({"n": given.n, "guidance_scale": given.guidance_scale, "steps": given.steps} | shares))
+    if given.sheet:
+        grid(images[:32], captions[:32], columns=8).save(given.sheet)

@@ -1,0 +1,38 @@
+"""Teach the base `tiny` a shape that it has never seen, and measure what it knew before and after.
+
+python examples/demo.py [--overwrite]
+"""
+
+import sys
+import time
+
+from sdtune.cli import main
+from sdtune.configs import SampleConfig
+from sdtune.loading import load_adapters, load_pipeline
+from sdtune.scores import score
+
+RUN = "runs/tiny-hearts"
+PICTURES = 100
+
+
+def measure(adapters: list[str]) -> tuple[float, float]:
+    """Share of pictures read as hearts when hearts are asked for, and of right shapes among those it knows."""
+    pipeline = load_pipeline(SampleConfig(model="tiny", prompt=["unused"]))
+    load_adapters(pipeline, adapters)
+    concept, known = (score(pipeline, PICTURES, shape)[0]["shape"] for shape in ("heart", None))
+    return concept, known
+
+
+if __name__ == "__main__":
+    began = time.monotonic()
+    before = measure([])
+    try:
+        main(["lora", "--config", "lora/tiny-hearts", "--output-dir", RUN, *sys.argv[1:]])
+    except SystemExit as ended:
+        if ended.code:
+            raise
+    after = measure([RUN])
+    print(f"\n{PICTURES} pictures each      before   after")
+    print(f"asked for hearts         {before[0]:6.0%}  {after[0]:6.0%}   are read as hearts")
+    print(f"asked for known shapes   {before[1]:6.0%}  {after[1]:6.0%}   show the shape asked for")
+    print(f"{time.monotonic() - began:.0f} seconds. What it looked like: {RUN}/report.html")

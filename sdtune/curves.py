@@ -1,0 +1,100 @@
+"""Curves as SVG stretched over the plot, ticks as HTML: so text keeps its size on any screen."""
+
+import json
+import math
+from collections.abc import Sequence
+from html import escape
+
+MOST_POINTS = 600  # of a curve: more than a screen has pixels for
+
+Points = list[tuple[int, float]]  # (optimizer step, value)
+
+
+def chart(title: str, unit: str, series: dict[str, Points], from_zero: bool = True) -> str:
+    """A ``figure`` with the curves of ``series``, by name; ``logged`` is drawn faint, ``holdout`` with dots.
+
+    At least one must have a point. ``data-points`` holds what the page's script shows under the pointer.
+    """
+    series = {name: points for name, points in series.items() if points}
+    steps = [step for points in series.values() for step, _ in points]
+    x0, x1 = min(steps), max(steps)
+    x1 += x1 == x0
+    y0, y1 = _range([value for points in series.values() for _, value in points], from_zero)
+    x_ticks, y_ticks = ticks(x0, x1, whole=True), ticks(y0, y1)
+
+    def place(points: Sequence[tuple[float, float]]) -> str:
+        return "L".join(f"{(x - x0) / (x1 - x0) * 1000:.1f} {(y1 - y) / (y1 - y0) * 1000:.1f}" for x, y in points)
+
+    paths = "".join(f'<path class="lines" d="M0 {(y1 - y) / (y1 - y0) * 1000:.1f}H1000"/>' for y in y_ticks)
+    keys, looks = "", {"logged": "faint", "holdout": "second"}
+    for name, points in sorted(series.items(), key=lambda s: s[0] != "logged"):  # the faint one lies below
+        d = place(thin(points))
+        paths += f'<path class="{looks.get(name, "main")}" d="M{d}"/>'
+        if name == "holdout" or len(points) == 1:  # a line of no length with round ends is a dot
+            dots = "".join(f"M{p}h0" for p in d.split("L"))
+            paths += f'<path class="{"dots" if name == "holdout" else "main"}" d="{dots}"/>'
+        keys += f'<span class="key {looks.get(name, "")}">{name}</span>' if len(series) > 1 else ""
+    labels = "".join(
+        f'<span class="y" style="top:{(y1 - y) / (y1 - y0) * 100:.2f}%">{number(y)}</span>' for y in y_ticks
+    ) + "".join(f'<span class="x" style="left:{(x - x0) / (x1 - x0) * 100:.2f}%">{number(x)}</span>' for x in x_ticks)
+    told = next(iter(series.values()))
+    summary = f"{title}: {told[0][1]:.4g} at step {told[0][0]}, {told[-1][1]:.4g} at step {told[-1][0]}"
+    shown = {name: [(x, float(f"{y:.4g}")) for x, y in thin(points)] for name, points in series.items()}
+    data = escape(json.dumps({"x": [x0, x1], "series": shown}, separators=(",", ":")))
+    return (
+        f'<figure class="chart card{" first" if title == "Loss" else ""}" data-points="{data}">'
+        f'<figcaption><h3>{title}</h3><span>{unit}</span>{keys}</figcaption><div class="plot">'
+        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{escape(summary)}">'
+        f'{paths}</svg>{labels}<span class="unit">optimizer step</span></div></figure>'
+    )
+
+
+def smooth(points: Points) -> Points:
+    """Each value averaged with its neighbours, a twentieth of the curve in all and fewer at the ends."""
+    half = max(1, len(points) // 40)
+    sums = [0.0]
+    for _, value in points:
+        sums.append(sums[-1] + value)
+    out = []
+    for k, (step, _) in enumerate(points):
+        reach = min(half, k, len(points) - 1 - k)
+        out.append((step, (sums[k + reach + 1] - sums[k - reach]) / (2 * reach + 1)))
+    return out
+
+
+def thin(points: Points) -> Points:
+    """At most `MOST_POINTS` of ``points``: the least and greatest of each stretch, so no spike is lost."""
+    if len(points) <= MOST_POINTS:
+        return points
+    size = math.ceil(len(points) / (MOST_POINTS // 2))
+    kept = []
+    for k in range(0, len(points), size):
+        stretch = points[k : k + size]
+        kept += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
+    return kept
+
+
+def ticks(low: float, high: float, whole: bool = False) -> list[float]:
+    """Three to seven round numbers from ``low`` to ``high``."""
+    raw = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    step = max(1.0, step) if whole else step
+    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def number(value: float) -> str:
+    """Short: 12,000, 0.05, 1e-4."""
+    if value and abs(value) <= 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:,.10g}" if abs(value) >= 1000 else f"{float(f'{value:.6g}'):g}"
+
+
+def _range(values: list[float], from_zero: bool) -> tuple[float, float]:
+    """Lower and upper end of an axis; of many values the outermost hundredth may lie outside."""
+    values = sorted(values)
+    spare = len(values) // 100
+    low, high = values[spare], values[-1 - spare]
+    margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    return (0.0 if low >= 0 and (from_zero or low < high / 2) else low - margin), high + margin

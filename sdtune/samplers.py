@@ -1,0 +1,63 @@
+"""Samplers by name, made to fit the model they sample."""
+
+import inspect
+from importlib.util import find_spec
+
+import diffusers
+import torch
+from diffusers import SchedulerMixin
+
+from sdtune.configs import UserError
+
+SCHEDULERS = {
+    "ddim": diffusers.DDIMScheduler,
+    "ddpm": diffusers.DDPMScheduler,
+    "dpm++": diffusers.DPMSolverMultistepScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "euler-ancestral": diffusers.EulerAncestralDiscreteScheduler,
+    "heun": diffusers.HeunDiscreteScheduler,
+    "lms": diffusers.LMSDiscreteScheduler,
+    "pndm": diffusers.PNDMScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+    "lcm": diffusers.LCMScheduler,
+}
+PROCESS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+)
+"""What defines the forward process that the model was trained on."""
+
+
+def make_scheduler(name: str, base: SchedulerMixin) -> SchedulerMixin:
+    """The sampler ``name`` for a model that ``base`` samples; raises `UserError` where it cannot.
+
+    As ``from_config``, which however puts the new class's defaults in place of those of the base's class:
+    here what defines the forward process is kept, latents are not clipped to [-1, 1], and PNDM starts as in
+    Stable Diffusion.
+    """
+    chosen = SCHEDULERS[name]
+    process = {k: base.config[k] for k in PROCESS if k in base.config}
+    if "beta_schedule" not in process:
+        raise UserError(f"--scheduler {name} cannot sample a model made for {type(base).__name__}: leave it out")
+    if base.config.get("rescale_betas_zero_snr"):
+        if "rescale_betas_zero_snr" not in inspect.signature(chosen.__init__).parameters:
+            raise UserError(f"--scheduler {name} knows no zero-terminal-SNR schedule, which this base has")
+        process["rescale_betas_zero_snr"] = True
+    if name == "lms" and find_spec("scipy") is None:
+        raise UserError("--scheduler lms needs scipy: pip install scipy")
+    given = {k: v for k, v in base.config.items() if k not in base.config.get("_use_default_values", ())}
+    usual = {"skip_prk_steps": True} if name == "pndm" else {"clip_sample": False}
+    scheduler = chosen.from_config({**usual, **given, **process})
+    try:  # what a class can predict from, only its step tells
+        probe = torch.zeros(1, 1, 1, 1)
+        trial = chosen.from_config(scheduler.config)
+        trial.set_timesteps(4)
+        trial.step(probe, trial.timesteps[0], probe)
+    except (ValueError, NotImplementedError) as error:
+        predicts = process["prediction_type"]
+        raise UserError(f"--scheduler {name} cannot sample a model that predicts {predicts}") from error
+    return scheduler

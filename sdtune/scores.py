@@ -1,0 +1,41 @@
+"""How well a pipeline follows captions of the world of ``shapes``: generate, read the pictures, count."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from PIL.Image import Image
+
+from sdtune import shapes
+from sdtune.sample import generate
+
+GUIDANCE = 3.0
+STEPS = 25
+
+
+def score(
+    pipeline: Any, n: int = 200, shape: str | None = None, seed: int = 0, steps: int = STEPS, guidance: float = GUIDANCE
+) -> tuple[dict[str, float], list[Image], list[str]]:
+    """Shares of ``n`` pictures of held-out captions that show what was asked for, the pictures, and the captions.
+
+    Args:
+        shape: ask for this shape alone, in every colour and on every ground; its share is the concept score.
+    """
+    captions, scenes = zip(*shapes.held_out_captions(n, seed, shape), strict=True)
+    seeds = [seed + k for k in range(n)]
+    images = generate(pipeline, captions, seeds, steps=steps, guidance_scale=guidance, batch_size=25)
+    found = [(shapes.read(image), scene) for image, scene in zip(images, scenes, strict=True)]
+    shares = {
+        "shape": share(reading.shape == scene.shape for reading, scene in found),
+        "colour": share(reading.colour == scene.colour for reading, scene in found),
+        "ground": share(reading.ground == scene.ground for reading, scene in found),
+        "size": share(reading.size == scene.size for reading, scene in found),
+    }
+    shares["all"] = share(
+        (r.shape, r.colour, r.ground) == (s.shape, s.colour, s.ground) for r, s in found
+    )  # of shape, colour and ground
+    return shares, images, list(captions)
+
+
+def share(hits: Iterable[bool]) -> float:
+    counted = [bool(hit) for hit in hits]
+    return sum(counted) / len(counted)

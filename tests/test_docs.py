@@ -1,0 +1,139 @@
+"""The documentation is true: its commands parse, its recipes validate, its tables and links are up to date."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from sdtune import options
+from sdtune.configs import METHODS
+from tests.conftest import status
+from tools.make_docs import ROOT, header, made, pages, shipped
+
+NAMES = [str(page.relative_to(ROOT)) for page in pages()]
+VERBS = {c.method for c in METHODS} | {"sample", "run", "ls", "cp", "env"}
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(text):
+    """The command lines of a page: those of its shell blocks, and those quoted in its sentences."""
+    for block in blocks(text, "sh"):
+        yield from (
+            shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines() if line.strip()
+        )
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    yield from (shlex.split(quoted) for quoted in re.findall(r"`((?:sdtune|make) [^`]+)`", prose))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generated_parts_are_up_to_date(name):
+    assert made(read(name)) == read(name), "run `make docs`"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name):
+    targets = re.findall(r"\]\(([^)\s]+)\)", read(name))
+    local = [t.partition("#")[0] for t in targets if not t.startswith(("http", "#"))]
+    assert [t for t in local if not (ROOT / name).parent.joinpath(t).exists()] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_parse(name, tmp_path, monkeypatch, capsys):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    verbs = re.findall(r"^(\w+):", read("Makefile"), re.MULTILINE)
+    for words in commands(read(name)):
+        if words[0] == "make":
+            assert words[1] in verbs
+        if "sdtune" not in words:
+            continue
+        verb, *rest = words[words.index("sdtune") + 1 :]
+        assert verb in VERBS
+        if verb in ("ls", "cp") and (rest or verb == "ls"):
+            assert status([verb, *rest]) == 0
+        elif any(word.startswith("-") for word in rest):
+            assert status([verb, *rest, "--dry-run"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_transcripts_are_what_is_printed(name, tmp_path):
+    told = "import sys; print('torch' in sys.modules or 'diffusers' in sys.modules)"
+    run = f"import atexit; atexit.register(lambda: exec({told!r})); from sdtune.cli import main; main()"
+    for block in blocks(read(name), "console"):
+        line, _, printed = block.partition("\n")
+        words = [sys.executable, "-c", run, *shlex.split(line.removeprefix("$ sdtune "))]
+        ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert (ended.returncode, ended.stderr) == (2, printed)
+        assert ended.stdout == "False\n", "torch was imported"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_python_blocks_compile(name):
+    for source in blocks(read(name), "python"):
+        compile(source, name, "exec")
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes(name):
+    method = name.partition("/")[0]
+    head = header(ROOT / "recipes" / f"{name}.yaml")
+    assert head.keys() == {"title", "command", "hardware", "time", "memory", "result"}
+    assert head["command"].startswith(f"sdtune {method} --config {name}")
+    assert status([*shlex.split(head["command"])[1:], "--dry-run"]) == 0
+
+
+def test_recipes_are_found_by_name():
+    assert list(options.shipped()) == shipped()
+
+
+def test_citations_are_in_the_index_of_papers():
+    papers = read("docs/papers.md")
+    cited = {
+        (" ".join(who.split()), year)
+        for file in (ROOT / "sdtune").rglob("*.py")
+        for who, year in re.findall(
+            r"\(?([A-Z][a-z]+(?:\s+et\s+al\.|\s+&\s+[A-Z][a-z]+)?)\s+((?:19|20)\d\d)\b",
+            file.read_text(encoding="utf-8"),
+        )
+    }
+    assert cited
+    assert sorted(f"{who} {year}" for who, year in cited if f"{who} {year}" not in papers) == []
+
+
+def test_imports_go_one_way():
+    """The floors in docs/architecture.md: a file imports from its own or from one below."""
+    listed = re.findall(r"^(\d)  (.*?)(?:   *|$)", read("docs/architecture.md"), re.MULTILINE)
+    floors = {name: int(floor) for floor, names in listed for name in names.split()}
+    wrong = []
+    for file in (ROOT / "sdtune").rglob("*.py"):
+        own = file.relative_to(ROOT / "sdtune").with_suffix("").parts[0]
+        if own.startswith("__"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sdtune":
+                parts = node.module.split(".")[1:2] or [alias.name for alias in node.names]
+                used = [part for part in parts if part != "__version__"]
+                assert [part for part in (own, *used) if part not in floors] == [], "give it a floor"
+                wrong += [f"{file.name} imports {part}" for part in used if floors[part] > floors[own]]
+    assert wrong == []
+
+
+def test_what_is_needed_is_pinned():
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    lines = [line for line in read("constraints.txt").splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
+    pinned = {re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower() for line in lines}
+    names = [re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", spec)[0]).lower() for spec in needed]
+    assert [name for name in names if name not in pinned] == []

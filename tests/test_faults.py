@@ -1,0 +1,386 @@
+"""What goes wrong gets one line that names it and the way out, exit code 2, and costs nothing."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from sdtune import checkpoints
+from tests.conftest import command, status
+from tests.test_resume import assert_same_bits, start_then_kill
+
+
+@pytest.fixture
+def refused(sd, pictures, tmp_path, capfd):
+    """Run ``sdtune lora`` with options that must be refused; what it said, and that it wrote no artefact."""
+
+    def run(*options, out=None):
+        out = out or tmp_path / "run"
+        capfd.readouterr()
+        assert status(command(sd, pictures, out, *options)) == 2
+        said = capfd.readouterr().err
+        assert said.startswith("error: ")
+        assert "Traceback" not in said
+        assert not list(out.glob("*.safetensors")) if out.is_dir() else True
+        return said
+
+    return run
+
+
+# ---- model ---------------------------------------------------------------------------------------------
+
+
+def test_model_folder_that_is_no_pipeline(refused, tmp_path):
+    assert "model_index.json" in refused("--model", str(tmp_path))
+
+
+def test_model_that_is_not_there(refused, tmp_path):
+    assert "no such folder" in refused("--model", str(tmp_path / "nothing"))
+
+
+def test_mistyped_built_in_model(refused):
+    assert "did you mean tiny" in refused("--model", "tinny")
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.bin", "model.pt"])
+def test_pickle_is_refused_unread(refused, tmp_path, name):
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch /tmp/never'\ntR.")
+    assert "pickle" in refused("--model", str(tmp_path / name))
+
+
+def test_model_without_text_encoder(refused, sd, tmp_path):
+    index = json.loads((sd / "model_index.json").read_text())
+    index["text_encoder"] = [None, None]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+    assert "text_encoder" in refused("--model", str(tmp_path / "model"))
+
+
+def test_model_of_an_unknown_kind(refused, tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
+    assert "PixArtAlphaPipeline" in refused("--model", str(tmp_path))
+
+
+def test_inpainting_model(refused, sd, tmp_path):
+    copy = shutil.copytree(sd, tmp_path / "model")
+    config = json.loads((copy / "vae" / "config.json").read_text())
+    (copy / "vae" / "config.json").write_text(json.dumps(config | {"latent_channels": 5}))
+    assert "channels" in refused("--model", str(copy))
+
+
+def test_damaged_weights_name_the_part(refused, sd, tmp_path):
+    copy = shutil.copytree(sd, tmp_path / "model")
+    (copy / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
+    assert "unet" in refused("--model", str(copy))
+
+
+def test_target_modules_that_match_nothing(refused):
+    said = refused("--target-modules", "to_nothing")
+    assert "--target-modules to_nothing" in said
+    assert "to_q" in said
+
+
+def test_expression_that_is_none(refused):
+    assert "--target-modules" in refused("--target-modules", "to_(q")
+
+
+def test_resolution_that_the_vae_cannot_halve(refused):
+    assert "multiple of 2" in refused("--resolution", "33")
+
+
+def test_zero_snr_with_an_epsilon_base(refused):
+    assert "--prediction-type v_prediction" in refused("--rescale-betas-zero-snr")
+
+
+def test_fp16_without_a_gpu(refused):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert "needs a GPU" in refused("--mixed-precision", "fp16")
+
+
+def test_precision_that_the_launcher_was_told_otherwise(refused, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert "accelerate launch was told bf16" in refused("--mixed-precision", "fp16")
+
+
+def test_compile_on_a_cpu(refused):
+    assert "wrong gradients" in refused("--compile")
+
+
+@pytest.mark.parametrize("name", ["adamw9", "torch.optim:AdamV", "nothing_here:At"])
+def test_unknown_optimizer(refused, name):
+    assert f"--optimizer {name}" in refused("--optimizer", name)
+
+
+def test_tracker_that_is_not_installed(refused):
+    assert "--report-to aim" in refused("--report-to", "aim")
+
+
+# ---- data ----------------------------------------------------------------------------------------------
+
+
+def test_truncated_image_is_named_and_can_be_skipped(refused, lora, pictures, tmp_path, capfd):
+    copy = shutil.copytree(pictures, tmp_path / "pictures")
+    whole = (copy / "03.png").read_bytes()
+    (copy / "03.png").write_bytes(whole[: len(whole) // 2])
+    assert "03.png" in refused("--dataset", str(copy))
+    lora("skipping", "--dataset", str(copy), "--on-bad-image", "skip")
+    assert "03.png" in capfd.readouterr().out
+
+
+SPOIL = """
+from pathlib import Path
+from sdtune.recipes.lora import Lora
+
+class Spoil(Lora):
+    def dataset(self, group, say):
+        found = super().dataset(group, say)
+        for file in Path(self.cfg.dataset).glob("*.png"):
+            file.write_bytes(b"gone")
+        return found
+"""
+
+
+def test_image_that_goes_bad_while_training(sd, pictures, tmp_path, capfd):
+    """It was whole when it was checked; a loader's worker meets it, and the message is still one line."""
+    copy = shutil.copytree(pictures, tmp_path / "pictures")
+    (tmp_path / "spoil.py").write_text(SPOIL)
+    options = ["--dataset", str(copy), "--no-cache", "--dataloader-num-workers", "1"]
+    words = command(sd, copy, tmp_path / "run", *options)
+    assert status(["run", str(tmp_path / "spoil.py"), *words[1:]]) == 2
+    said = capfd.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ")
+    assert ".png could be read when training began" in said
+
+
+def test_long_captions_are_counted(lora, pictures, tmp_path, capfd):
+    copy = shutil.copytree(pictures, tmp_path / "pictures")
+    with (copy / "metadata.jsonl").open("a") as lines:
+        Image.new("RGB", (40, 40)).save(copy / "long.png")
+        lines.write(json.dumps({"file_name": "long.png", "text": "red circle " * 60}) + "\n")
+    lora("run", "--dataset", str(copy))
+    said = capfd.readouterr().out
+    assert "long.png" in said
+    assert "77" in said
+
+
+def test_fewer_images_than_a_batch(lora, pictures, tmp_path):
+    one = tmp_path / "one"
+    one.mkdir()
+    shutil.copy(pictures / "00.png", one)
+    lora("run", "--dataset", str(one), "--caption", "a red circle", "--train-batch-size", "4")
+
+
+# ---- the run's folder ----------------------------------------------------------------------------------
+
+
+def test_output_that_is_a_file(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refused(out=tmp_path / "file")
+    assert "is a file" in refused(out=tmp_path / "file" / "below")
+
+
+def test_output_that_cannot_be_written(refused):
+    assert "cannot be written" in refused(out=Path("/proc/sdtune"))
+
+
+def test_run_of_another_config_names_the_options_and_stays(lora, capfd):
+    artefact = lora("run") / "pytorch_lora_weights.safetensors"
+    before = artefact.read_bytes()
+    with pytest.raises(AssertionError, match="assert 2 == 0"):
+        lora("run", "--rank", "8", "--seed", "3")
+    said = capfd.readouterr().err
+    assert "--rank was 4, is 8" in said
+    assert "--seed was 0, is 3" in said
+    assert artefact.read_bytes() == before
+
+
+def test_overwrite_discards_the_run_and_nothing_else(lora, tmp_path):
+    lora("run")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    lora("run", "--overwrite", "--rank", "8")
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert "rank: 8" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_changed_data_is_noticed(lora, pictures, tmp_path, capfd):
+    copy = shutil.copytree(pictures, tmp_path / "pictures")
+    lora("run", "--dataset", str(copy), "--steps", "4")
+    Image.new("RGB", (40, 40), "blue").save(copy / "04.png")
+    with pytest.raises(AssertionError, match="assert 2 == 0"):
+        lora("run", "--dataset", str(copy), "--steps", "8")
+    assert "--allow-change" in capfd.readouterr().err
+    lora("run", "--dataset", str(copy), "--steps", "8", "--allow-change")
+
+
+def test_another_number_of_images_per_step(lora, capfd):
+    lora("run", "--steps", "4")
+    with pytest.raises(AssertionError, match="assert 2 == 0"):
+        lora("run", "--steps", "8", "--train-batch-size", "3")
+    assert "2 images" in capfd.readouterr().err
+
+
+def test_finished_run_is_left_alone(lora, capfd):
+    run = lora("run")
+    before = (run / "metrics.jsonl").read_bytes()
+    lora("run")
+    assert "already" in capfd.readouterr().out
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------
+
+
+def damage(folder, how):
+    weights = folder / "weights.safetensors"
+    match how:
+        case "cut short":
+            weights.write_bytes(weights.read_bytes()[:-10])
+        case "one bit":
+            content = bytearray(weights.read_bytes())
+            content[-5] ^= 1
+            weights.write_bytes(content)
+        case "file missing":
+            weights.unlink()
+        case "manifest missing":
+            (folder / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("how", ["cut short", "one bit", "file missing", "manifest missing"])
+def test_damaged_checkpoint_is_passed_over(how, lora, tmp_path, capfd):
+    whole = lora("whole")
+    lora("cut", "--steps", "8")
+    damage(tmp_path / "cut" / "checkpoints" / "step-000008", how)
+    cut = lora("cut")
+    said = capfd.readouterr().out
+    assert "passed over" in said
+    assert "step-000004" in said
+    assert_same_bits(whole, cut)
+
+
+def test_never_starts_anew_when_no_checkpoint_is_whole(lora, tmp_path, capfd):
+    lora("run", "--steps", "8")
+    for folder in checkpoints.found(tmp_path / "run" / "checkpoints"):
+        damage(folder, "one bit")
+    with pytest.raises(AssertionError, match="assert 2 == 0"):
+        lora("run")
+    said = capfd.readouterr().err
+    assert said.count("does not match its checksum") == 2
+    assert "--overwrite" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_first(number, lora, sd, pictures, tmp_path):
+    options = ["--steps", "60", "--checkpointing-steps", "0", "--log-steps", "5"]
+    whole = lora("whole", *options)
+    out = tmp_path / "cut"
+    words = command(sd, pictures, out, *options)
+    metrics = out / "metrics.jsonl"
+    code, said = start_then_kill(words, out, number, lambda: metrics.exists() and metrics.stat().st_size > 50)
+    assert code == 128 + number
+    assert "continue with: sdtune lora" in said
+    assert len(checkpoints.found(out / "checkpoints")) == 1
+    assert status(words) == 0
+    assert_same_bits(whole, out)
+
+
+def test_full_disk_costs_the_run_nothing(lora, tmp_path, monkeypatch, capfd):
+    """The second checkpoint meets a full disk; what was saved stays, and the same command goes on."""
+    whole = lora("whole")
+    real = checkpoints.save_file
+
+    def full(tensors, path):
+        if "000008" in str(path):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(AssertionError, match="assert 1 == 0"):
+        lora("cut")
+    assert "MB are free" in capfd.readouterr().err
+    assert [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-000004"]
+    monkeypatch.setattr(checkpoints, "save_file", real)
+    assert_same_bits(whole, lora("cut"))
+
+
+def test_disk_too_small_for_the_checkpoints_is_said_before_step_0(refused, monkeypatch, tmp_path):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    assert "MB are free" in refused()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_full_disk_of_the_cache_leaves_nothing_half_written(refused, monkeypatch, tmp_path):
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sdtune.cache.save_file", full)
+    assert "--no-cache" in refused()
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.suffix in (".tmp", ".safetensors")]
+
+
+# ---- numbers that are none -----------------------------------------------------------------------------
+
+POISON = """
+import torch
+from sdtune.recipes.lora import Lora
+
+class Poisoned(Lora):
+    '''LoRA whose loss is not a number for one image.'''
+
+    def forward(self, batch):
+        loss = super().forward(batch)
+        return loss * torch.where(batch["u"] > {above}, torch.nan, 1.0)
+"""
+
+
+@pytest.fixture
+def poisoned(sd, pictures, tmp_path):
+    def run(above, *options):
+        file = tmp_path / f"poison{int(above * 100)}.py"
+        file.write_text(POISON.format(above=above))
+        words = command(sd, pictures, tmp_path / "run", *options)
+        return status(["run", str(file), *words[1:]])
+
+    yield run
+    for name in [n for n in sys.modules if n.startswith("poison")]:
+        del sys.modules[name]
+
+
+def test_steps_without_finite_gradient_are_skipped_counted_and_named(poisoned, tmp_path, capfd):
+    assert poisoned(0.8, "--steps", "20", "--max-bad-steps", "20") == 0
+    said = capfd.readouterr().out
+    assert "were skipped" in said
+    assert ".png" in said
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < lines[-1]["skipped_steps"] < 20
+    groups, _ = checkpoints.load(checkpoints.found(tmp_path / "run" / "checkpoints")[-1])
+    assert all(t.isfinite().all() for named in groups.values() for t in named.values())
+
+
+def test_too_many_bad_steps_end_the_run(poisoned, tmp_path, capfd):
+    assert poisoned(-1, "--steps", "20", "--max-bad-steps", "4") == 1
+    assert "4 steps in a row" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
+
+
+# ---- secrets -------------------------------------------------------------------------------------------
+
+
+def test_no_token_is_written(lora, monkeypatch, tmp_path):
+    token = "hf_" + "planted" * 5
+    monkeypatch.setenv("HF_TOKEN", token)
+    run = lora("run", "--report-to", "tensorboard")
+    files = [p for p in run.rglob("*") if p.is_file()]
+    assert any(p.name.startswith("events.out") for p in files)
+    assert [p for p in files if token.encode() in p.read_bytes()] == []
+    assert os.environ["HF_TOKEN"] == token

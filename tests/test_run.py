@@ -1,0 +1,73 @@
+"""Many processes and recipes of one's own: the same code path, the true exit code."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from sdtune import checkpoints
+from tests.conftest import command, status
+from tests.test_cuts import difference
+from tests.test_resume import assert_same_bits, start_then_kill
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "my_lora.py"
+
+
+@pytest.fixture(autouse=True)
+def forget_example():
+    yield
+    sys.modules.pop("my_lora", None)
+
+
+def own(sd, pictures, out, *options):
+    return ["run", str(EXAMPLE), *command(sd, pictures, out, *options)[1:]]
+
+
+def test_recipe_out_of_tree_has_flags_resume_and_record(sd, pictures, tmp_path, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert status(own(sd, pictures, whole, "--gain", "3")) == 0
+    assert status(own(sd, pictures, cut, "--gain", "3", "--steps", "8")) == 0
+    assert status(own(sd, pictures, cut, "--gain", "3")) == 0
+    assert "continuing at step 8" in capsys.readouterr().out
+    assert_same_bits(whole, cut)
+    assert "gain: 3.0" in (cut / "config.yaml").read_text()
+    assert status(own(sd, pictures, cut, "--gian", "3")) == 2
+    assert "did you mean --gain" in capsys.readouterr().err
+
+
+def test_recipe_out_of_tree_runs_on_two_processes(sd, pictures, tmp_path):
+    assert status(own(sd, pictures, tmp_path / "one", "--learning-rate", "1e-4")) == 0
+    options = ["--learning-rate", "1e-4", "--train-batch-size", "1", "--num-processes", "2"]
+    words = own(sd, pictures, tmp_path / "two", *options)
+    done = subprocess.run([sys.executable, "-m", "sdtune", *words], env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / run / "pytorch_lora_weights.safetensors") for run in ("one", "two"))
+    assert difference(one, two) < 1e-6
+
+
+def test_two_processes_stop_together_when_told(sd, pictures, tmp_path):
+    out = tmp_path / "run"
+    words = command(sd, pictures, out, "--steps", "200", "--num-processes", "2", "--checkpointing-steps", "0")
+    metrics = out / "metrics.jsonl"
+    code, said = start_then_kill(words, out, signal.SIGTERM, lambda: metrics.exists() and metrics.stat().st_size > 50)
+    assert code == 143
+    assert "continue with: sdtune lora" in said
+    assert len(checkpoints.found(out / "checkpoints")) == 1
+
+
+def test_mistake_found_by_a_launched_process_is_exit_code_2(sd, pictures, tmp_path):
+    words = command(sd, pictures, tmp_path / "run", "--target-modules", "to_nothing", "--num-processes", "2")
+    done = subprocess.run([sys.executable, "-m", "sdtune", *words], env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--target-modules to_nothing" in done.stderr
+
+
+def test_file_without_one_recipe(tmp_path, capsys):
+    empty = tmp_path / "empty_recipe.py"
+    empty.write_text("x = 1\n")
+    assert status(["run", str(empty)]) == 2
+    assert "exactly one class" in capsys.readouterr().err

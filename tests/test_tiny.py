@@ -1,0 +1,63 @@
+"""The embedded base: a whole pipeline in the published layout, which follows its captions."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+import sdtune
+from sdtune.configs import SampleConfig
+from sdtune.loading import load_pipeline
+from sdtune.scores import score
+from tests.conftest import status
+
+ASSETS = Path(sdtune.__file__).parent / "assets"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_pipeline(SampleConfig(model="tiny", prompt=["unused"]))
+
+
+def test_it_is_small_enough_to_ship():
+    assert sum(p.stat().st_size for p in (ASSETS / "tiny").rglob("*")) < 10e6
+    assert sum(p.stat().st_size for p in (ASSETS / "tiny-hearts").rglob("*")) < 4e5
+
+
+def test_layout_is_the_published_one():
+    with safe_open(ASSETS / "tiny" / "text_encoder" / "model.safetensors", framework="pt") as file:
+        assert all(key.startswith("text_model.") for key in file.keys())  # noqa: SIM118
+    tokenizer = {p.name for p in (ASSETS / "tiny" / "tokenizer").iterdir()}
+    assert {"vocab.json", "merges.txt", "tokenizer_config.json"} <= tokenizer
+    index = json.loads((ASSETS / "tiny" / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+
+
+def test_words_of_the_world_are_single_tokens(tiny):
+    assert tiny.tokenizer.tokenize("a big red heart on a blue background") == [
+        f"{word}</w>" for word in "a big red heart on a blue background".split()
+    ]
+
+
+def test_it_follows_captions_it_never_saw(tiny):
+    """The figure is taken of 200 captions by ``bench/score_tiny.py``; here of 60, to be quick."""
+    shares, _, _ = score(tiny, n=60)
+    assert shares["shape"] >= 0.9
+    assert shares["colour"] >= 0.9
+
+
+def test_it_does_not_know_the_heart(tiny):
+    shares, _, _ = score(tiny, n=24, shape="heart")
+    assert shares["shape"] <= 0.2
+
+
+def test_the_shipped_recipe_learns_something_within_forty_steps(tmp_path):
+    """All of the demo's path, cut short: the loss of held-out hearts falls."""
+    out = tmp_path / "run"
+    options = ["--steps", "40", "--num-validation-images", "1", "--validation-steps", "0"]
+    assert status(["lora", "--config", "lora/tiny-hearts", "--output-dir", str(out), *options]) == 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    held_out = [line["holdout_loss"] for line in lines if "holdout_loss" in line]
+    assert held_out[-1] < held_out[0]
+    assert (out / "report.html").stat().st_size > 10_000

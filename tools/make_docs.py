@@ -1,0 +1,159 @@
+"""Write the generated parts of the documentation: options, recipes, files, code, each from its one source.
+
+    python tools/make_docs.py            # or `make docs`
+
+A part stands between two comments in a Markdown file, such as ``<!-- made: options lora -->`` and ``<!-- end -->``;
+what is between them is replaced. ``tests/test_docs.py`` fails when a file is not as this script would write it.
+"""
+
+import ast
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from sdtune import options
+from sdtune.configs import MAY_CHANGE, METHODS, SampleConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+PART = re.compile(r"(<!-- made: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+ON_THE_COMMAND = {
+    "--config FILE": "YAML file of these options, or the name of a shipped one.",
+    "--dry-run": "Print the resolved config and stop.",
+    "--num-processes N": "Train on this many processes, a GPU each; without GPUs, on the CPU.",
+    "--overwrite": "Discard the run in `output_dir`.",
+    "--allow-change": "Continue though config or data changed.",
+}
+"""Options that describe the launch, so they are no fields of a config."""
+
+
+def pages() -> list[Path]:
+    """The Markdown files of the repository."""
+    return sorted(p for place in ("*.md", "docs/**/*.md", "recipes/**/*.md") for p in ROOT.glob(place))
+
+
+def made(text: str) -> str:
+    """``text`` with its generated parts as they should be."""
+
+    def part(found: re.Match[str]) -> str:
+        kind, *names = found[2].split()
+        return f"{found[1]}\n{PARTS[kind](*names)}\n\n{found[3]}"
+
+    return PART.sub(part, text)
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def option_tables(method: str) -> str:
+    """A table for each section of a command's config, and one of what the command itself takes."""
+    config = {c.method: c for c in (*METHODS, SampleConfig)}[method]
+    sections: dict[str, list[tuple[str, ...]]] = {}
+    for name, field in options.by_section(config):
+        other = ", ".join(f"`{options.flag(n)}`" for n in options.other_names(field))
+        meaning = (field.description or "") + (f" Also {other}." if other else "")
+        row = (f"`{options.flag(name)}`", choices(field), default(field), meaning)
+        sections.setdefault(options.section_of(config, name), []).append(row)
+    parts = [
+        f"**{section}**\n\n{table(('Option', 'Takes', 'Default', 'Meaning'), rows)}"
+        for section, rows in sections.items()
+    ]
+    taken = ON_THE_COMMAND if config is not SampleConfig else dict(list(ON_THE_COMMAND.items())[:2])
+    own = table(("Option", "Meaning"), ((f"`{name}`", meaning) for name, meaning in taken.items()))
+    return "\n\n".join([*parts, f"**On the command line only**\n\n{own}"])
+
+
+def choices(field: options.FieldInfo) -> str:
+    if field.annotation is bool:
+        return "flag, `--no-...`"
+    shown = options.metavar(field)
+    return ", ".join(f"`{choice}`" for choice in shown.split("|")) if "|" in shown else shown.lower()
+
+
+def default(field: options.FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default()
+    match value:
+        case None | "" | [] | {}:
+            return "none"
+        case bool():
+            return "on" if value else "off"
+        case float():
+            return f"`{value:g}`"
+        case list():
+            return f"`{' '.join(value)}`"
+        case _:
+            return f"`{value}`"
+
+
+def recipe_table() -> str:
+    """The shipped recipes, from the comment at the head of each file."""
+    rows = []
+    for name in shipped():
+        head = header(ROOT / "recipes" / f"{name}.yaml")
+        keys = ("hardware", "time", "memory", "result")
+        rows.append((f"[`{name}`]({name}.yaml)", head["title"], *(head[key] for key in keys)))
+    return table(("Recipe", "What it is", "Hardware", "Time", "Memory", "Result"), rows)
+
+
+def shipped() -> list[str]:
+    root = ROOT / "recipes"
+    return [str(p.relative_to(root).with_suffix("")) for p in sorted(root.glob("*/*.yaml"))]
+
+
+def header(file: Path) -> dict[str, str]:
+    """The comment that a recipe begins with: its title, then ``key: value`` lines."""
+    lines = [line[1:].strip() for line in file.read_text(encoding="utf-8").partition("\n\n")[0].splitlines()]
+    pairs = (line.partition(":") for line in lines[1:])
+    return {"title": lines[0]} | {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def file_table(*folders: str) -> str:
+    """A line per Python file: the first sentence of its docstring."""
+    return table(("File", "What it is"), (row for folder in folders for row in files_of(ROOT / folder)))
+
+
+def files_of(folder: Path) -> Iterator[tuple[str, str]]:
+    for file in sorted(folder.rglob("*.py")):
+        text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+        if text is None:
+            continue  # an entry point or a package with nothing to say
+        first = re.split(r"(?<=\.)\s+(?=[A-Z])", text.partition("\n\n")[0])[0]
+        shown = file.parent if file.name == "__init__.py" else file
+        name = f"{shown.relative_to(ROOT)}{'/' if shown.is_dir() else ''}"
+        yield f"[`{name}`]({name})", " ".join(first.split()).replace("``", "`")
+
+
+def may_change() -> str:
+    """The options that are free when a run is continued, sorted."""
+    cut = {"train_batch_size", "gradient_accumulation_steps"}
+    return ", ".join(f"`{name}`" for name in sorted(MAY_CHANGE - cut)) + "."
+
+
+def code(name: str) -> str:
+    """A Python file as it is."""
+    return f"```python\n{(ROOT / name).read_text(encoding='utf-8')}```"
+
+
+PARTS = {
+    "options": option_tables,
+    "recipes": recipe_table,
+    "files": file_table,
+    "may-change": may_change,
+    "code": code,
+}
+
+
+def main() -> None:
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if (new := made(text)) != text:
+            page.write_text(new, encoding="utf-8")
+            print(page.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
