@@ -15,6 +15,7 @@ from tests.conftest import status
 
 CONFIGS = (*METHODS, SampleConfig)
 LEAST = {config: {"dataset": "d"} if issubclass(config, Run) else {"prompt": ["x"]} for config in CONFIGS}
+LEAST_WITH = {"width": {"height": 64}, "height": {"width": 64}}
 FIELDS = [(config, name) for config in CONFIGS for name in config.model_fields]
 TEXTS = ["1e-4", "no", "null", "~", "2024-13-01", "1:30", "0x_", " padded ", "ein Stern, größer", "赤い星 🌟", "a\nb"]
 TEXTS += ["- a", "#x: y", "'", '"', "{a: b}", "%x", "", "a=b", "-5 degrees", "--rank", "--no-such", "\\n", "7", "true"]
@@ -74,7 +75,7 @@ def others(config, name):
 @pytest.mark.parametrize(("config", "name"), FIELDS, ids=[f"{c.method}-{n}" for c, n in FIELDS])
 def test_what_dry_run_prints_is_the_same_config_again(config, name, written):
     for value in others(config, name):
-        cfg = config.model_validate(LEAST[config] | {name: value})
+        cfg = config.model_validate(LEAST[config] | LEAST_WITH.get(name, {}) | {name: value})
         again = options.resolve(config, written(options.to_yaml(cfg)), {}, [])
         assert again == cfg
         assert options.to_yaml(again) == options.to_yaml(cfg)
@@ -85,7 +86,7 @@ def test_what_dry_run_prints_is_the_same_config_again(config, name, written):
 def test_the_command_that_continues_a_run_gives_the_same_config(config, capsys):
     for name in config.model_fields:
         for value in others(config, name)[-1:]:
-            cfg = config.model_validate(LEAST[config] | {name: value})
+            cfg = config.model_validate(LEAST[config] | LEAST_WITH.get(name, {}) | {name: value})
             _, *words = shlex.split(options.same_command(cfg, ["sdtune", config.method]))
             code, out, err = dry_run(capsys, *words)
             assert (code, err, out) == (0, "", options.to_yaml(cfg)), words
@@ -310,10 +311,10 @@ PIECES += [
 ]
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_any_file_gives_a_config_or_lines_of_advice(seed, written):
     numbers = random.Random(seed)
-    for _ in range(150):
+    for _ in range(60):
         file = written("".join(numbers.choices(PIECES, k=numbers.randrange(1, 12))))
         cfg = LoraConfig(dataset="d")
         with contextlib.suppress(UserError):
