@@ -107,6 +107,7 @@ def test_dry_run_of_a_dry_run(config, capsys, written):
     words += ["--no-center-crop", "--report-to", "tensorboard", "--num-train-epochs", "3"]
     code, first, err = dry_run(capsys, *words)
     assert (code, err) == (0, "")
+    assert "赤い星" in first  # readable
     assert yaml.safe_load(first)["validation_prompt"] == ["赤い星", "- b", "1e-4"]
     assert dry_run(capsys, config.method, "--config", written(first)) == (0, first, "")
 
