@@ -13,17 +13,25 @@ from typing import Annotated, Any
 
 import typer
 
-from sdtune import options
+from sdtune import __version__, options
 from sdtune.configs import METHODS, Run, RunFailed, SampleConfig, Section, UserError
 
 app = typer.Typer(
     name="sdtune",
     no_args_is_help=True,
-    rich_markup_mode="markdown",
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Fine-tune diffusion models: `sdtune lora --dataset FOLDER --rank 4`, then `sdtune sample`.",
+    help="Fine-tune diffusion models: sdtune lora --dataset FOLDER --rank 4, then sdtune sample.",
 )
+
+
+@app.callback(no_args_is_help=True)
+def top(version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"sdtune {__version__}")
+        raise typer.Exit
+
 
 # Unknown flags are collected, not refused one at a time, so that every mistake is reported at once.
 LENIENT = {
@@ -69,7 +77,7 @@ COMMON: dict[str, tuple[Any, Any]] = {
     "config": (
         Annotated[
             str | None,
-            typer.Option(help="YAML file of these options, or the name of a shipped one (`sdtune ls`)."),
+            typer.Option(help="YAML file of these options, or the name of a shipped one (sdtune ls)."),
         ],
         None,
     ),

@@ -80,14 +80,14 @@ def help_of(field: FieldInfo) -> str:
     """The description with the default; what None stands for is told by the description itself."""
     text = field.description or ""
     if field.is_required():
-        return f"{text} [required]"
+        return f"{text} (required)"
     default = field.get_default()
     if default in (None, "", [], {}):
         return text
     shown = (
         " ".join(default) if isinstance(default, list) else f"{default:g}" if isinstance(default, float) else default
     )
-    return f"{text} [default: {str(shown).lower() if isinstance(default, bool) else shown}]"
+    return f"{text} (default {str(shown).lower() if isinstance(default, bool) else shown})"
 
 
 # ---- from text to a config ---------------------------------------------------------------------------
