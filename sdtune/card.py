@@ -17,6 +17,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 from PIL import Image
 
 from sdtune import options
+from sdtune.configs import Hub
 from sdtune.sheets import cells
 
 FAMILY_TAGS = {
@@ -92,10 +93,10 @@ def model_card(cfg: Any, out: Path, repo: str | None, base: Base, weights: str) 
         model += ", which is not on the Hub"
     parts = [
         f"# {name}",
-        f"{_article(cfg)} on {model}, trained on `{shown.dataset}` with [sdtune](https://pypi.org/project/sdtune/).",
+        f"{_article(cfg)} on {model}, trained on `{shown.dataset}` with `sdtune {cfg.method}`.",
         "<Gallery />" if widget else "",
         f"## Trigger words\n\nUse `{trigger}` in the prompt." if trigger else "",
-        _usage(shown, base, repo or name, weights, widget),
+        _usage(cfg, shown.model, base, repo or name, weights, widget),
         _before_after(sheets),
         _training(shown, out, lines, holdout),
         _again(shown),
@@ -119,9 +120,10 @@ def save(text: str, path: Path) -> None:
 
 
 def public(cfg: Any) -> Any:
-    """``cfg`` without this machine's paths: files and folders by their last name, no cache folder."""
-    changed: dict[str, Any] = {"cache_dir": None}
-    for name in type(cfg).model_fields:
+    """``cfg`` without this machine's paths (files and folders by their last name), nor where it was published."""
+    fields = type(cfg).model_fields
+    changed = {name: fields[name].get_default() for name in ("cache_dir", *Hub.model_fields) if name in fields}
+    for name in fields:
         value = getattr(cfg, name)
         if isinstance(value, Path):
             changed.setdefault(name, Path(value.resolve().name))
@@ -137,7 +139,7 @@ def hide_paths(text: str, cfg: Any) -> str:
     for name in type(cfg).model_fields:
         value = getattr(cfg, name)
         if isinstance(value, Path | str) and Path(value).is_absolute() and getattr(shown, name) != value:
-            known[str(value)] = str(getattr(shown, name) or "cache")
+            known[str(value)] = str(getattr(shown, name) or name)
     for path in sorted(known, key=len, reverse=True):
         text = text.replace(path, known[path]) if len(path) > 1 else text
     return text
@@ -210,19 +212,22 @@ def _results(shown: Any, data_on_hub: bool, loss: float) -> list[EvalResult]:
     ]
 
 
-def _usage(shown: Any, base: Base, repo: str, weights: str, widget: list[dict[str, Any]]) -> str:
-    where = shown.model if base.on_hub else f"path/to/{shown.model}"
-    revision = f", revision={shown.revision!r}" if base.on_hub and shown.revision else ""
-    prompt = widget[0]["text"] if widget else "..."
-    at = f", revision={shown.hub_revision!r}" if shown.hub_revision else ""
+def _usage(cfg: Any, model: str, base: Base, repo: str, weights: str, widget: list[dict[str, Any]]) -> str:
+    where = model if base.on_hub else f"path/to/{model}"
+    revision = f", revision={json.dumps(cfg.revision)}" if base.on_hub and cfg.revision else ""
+    prompt = json.dumps(widget[0]["text"] if widget else "...", ensure_ascii=False)
+    at = f", revision={json.dumps(cfg.hub_revision)}" if cfg.hub_revision else ""
+    reader = "DiffusionPipeline.from_pretrained"
+    if where.endswith(".safetensors"):
+        reader = "StableDiffusionPipeline.from_single_file"
     return f"""## Use
 
 ```python
-from diffusers import DiffusionPipeline
+from diffusers import {reader.partition(".")[0]}
 
-pipe = DiffusionPipeline.from_pretrained("{where}"{revision})
+pipe = {reader}("{where}"{revision})
 pipe.load_lora_weights("{repo}", weight_name="{weights}"{at})
-image = pipe({prompt!r}).images[0]
+image = pipe({prompt}).images[0]
 ```"""
 
 

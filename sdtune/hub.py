@@ -4,6 +4,7 @@ One ``HfApi`` goes through everything. Its token is that of ``HF_TOKEN`` or of t
 so that no config, log or checkpoint can hold it. What a push consists of is in ``publish``.
 """
 
+import inspect
 import json
 import mmap
 import re
@@ -72,7 +73,8 @@ def repository(api: HfApi, cfg: Any) -> str:
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UserError("cannot push to the Hub: this token may only read; make one with the role `write`")
     repo = api.create_repo(name, private=cfg.hub_private or None, exist_ok=True).repo_id
-    api.auth_check(repo, write=not cfg.hub_create_pr)
+    asks = "write" in inspect.signature(api.auth_check).parameters  # older clients can only ask whether it is there
+    api.auth_check(repo, **({"write": True} if asks and not cfg.hub_create_pr else {}))
     if cfg.hub_revision and not cfg.hub_revision.startswith("refs/"):
         api.create_branch(repo, branch=cfg.hub_revision, exist_ok=True)
     return repo

@@ -130,6 +130,7 @@ class Publisher:
         self.cfg, self.main = cfg, main
         self.api = hub.connect() if main and getattr(cfg, "push_to_hub", False) else None
         if self.api:
+            hub.refuse_secrets({"config.yaml": options.to_yaml(cfg).encode()})
             self.repo, self.base = hub.ready(self.api, cfg), base_of(self.api, cfg)
         self.lock, self.closing = Lock(), Event()
         self.waiting: Snapshot | None = None
