@@ -28,35 +28,41 @@ FAMILY_TAGS = {
 MOST_WIDGETS = 8
 
 
-class Base(NamedTuple):
-    """What is known of the base model. ``on_hub`` only when its name is a Hub repository, not a folder here."""
+class Origin(NamedTuple):
+    """What the Hub knows of a run's base and data. One is on the Hub only when its name is no folder here."""
 
-    on_hub: bool = False
+    base_on_hub: bool = False
+    data_on_hub: bool = False
     license: str | None = None
     license_name: str | None = None
     license_link: str | None = None
 
 
-def base_of(api: HfApi | None, cfg: Any) -> Base:
-    """What the Hub says of the run's base; without ``api``, only whether its name can be a Hub id."""
-    if not _may_be_hub_id(cfg.model):
-        return Base()
+def origin_of(api: HfApi | None, cfg: Any) -> Origin:
+    """What the Hub says of base and data; without ``api``, only whether their names can be ids."""
+    origin = Origin(_may_be_hub_id(cfg.model), _may_be_hub_id(cfg.dataset))
     if api is None:
-        return Base(on_hub=True)
+        return origin
+    if origin.data_on_hub:
+        origin = origin._replace(data_on_hub=api.repo_exists(cfg.dataset, repo_type="dataset"))
+    if not origin.base_on_hub:
+        return origin
     try:
         told = api.model_info(cfg.model, revision=cfg.revision, timeout=20).card_data
     except GatedRepoError:
-        return Base(on_hub=True)
+        return origin
     except (RepositoryNotFoundError, HFValidationError):
-        return Base()
+        return origin._replace(base_on_hub=False)
     known = told.to_dict() if told else {}
     license = known.get("license")
     if isinstance(license, list):  # two licenses are no license that one could carry over
         license = license[0] if len(license) == 1 else None
-    return Base(True, license, *(known.get(k) if license else None for k in ("license_name", "license_link")))
+    if license is None:
+        return origin
+    return origin._replace(license=license, **{k: known.get(k) for k in ("license_name", "license_link")})
 
 
-def model_card(cfg: Any, out: Path, repo: str | None, base: Base, weights: str) -> tuple[str, dict[str, bytes]]:
+def model_card(cfg: Any, out: Path, repo: str | None, origin: Origin, weights: str) -> tuple[str, dict[str, bytes]]:
     """The card of the run in ``out``, and the pictures it shows beside the sample sheets.
 
     Args:
@@ -71,32 +77,31 @@ def model_card(cfg: Any, out: Path, repo: str | None, base: Base, weights: str) 
     sheets = sorted((out / "samples").glob("step-*.png"))
     pictures, widget = _widgets(sheets)
     trigger = getattr(cfg, "instance_prompt", None) or cfg.caption
-    data_on_hub = _may_be_hub_id(cfg.dataset)
     holdout = [line["holdout_loss"] for line in lines if isinstance(line.get("holdout_loss"), float)]
     data = ModelCardData(
-        base_model=cfg.model if base.on_hub else None,
-        base_model_relation="adapter" if base.on_hub else None,
-        license=cfg.license or base.license,
-        license_name=None if cfg.license else base.license_name,
-        license_link=None if cfg.license else base.license_link,
+        base_model=cfg.model if origin.base_on_hub else None,
+        base_model_relation="adapter" if origin.base_on_hub else None,
+        license=cfg.license or origin.license,
+        license_name=None if cfg.license else origin.license_name,
+        license_link=None if cfg.license else origin.license_link,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=_tags(cfg, base),
+        tags=_tags(cfg, origin),
         instance_prompt=trigger,
         widget=widget or None,
-        datasets=[cfg.dataset] if data_on_hub else None,
+        datasets=[cfg.dataset] if origin.data_on_hub else None,
         model_name=name if holdout else None,
-        eval_results=_results(shown, data_on_hub, holdout[-1]) if holdout else None,
+        eval_results=_results(shown, origin.data_on_hub, holdout[-1]) if holdout else None,
     )
     model = f"`{shown.model}`" + (f" (revision `{cfg.revision}`)" if cfg.revision else "")
-    if not base.on_hub:
+    if not origin.base_on_hub:
         model += ", which is not on the Hub"
     parts = [
         f"# {name}",
         f"{_article(cfg)} on {model}, trained on `{shown.dataset}` with `sdtune {cfg.method}`.",
         "<Gallery />" if widget else "",
         f"## Trigger words\n\nUse `{trigger}` in the prompt." if trigger else "",
-        _usage(cfg, shown.model, base, repo or name, weights, widget),
+        _usage(cfg, shown.model, origin, repo or name, weights, widget),
         _before_after(sheets),
         _training(shown, out, lines, holdout),
         _again(shown),
@@ -160,19 +165,19 @@ def _may_be_hub_id(name: str) -> bool:
 # ---- the parts ---------------------------------------------------------------------------------------
 
 
-def _tags(cfg: Any, base: Base) -> list[str]:
+def _tags(cfg: Any, origin: Origin) -> list[str]:
     tags = ["text-to-image", "diffusers", "diffusers-training"]
     if hasattr(cfg, "rank"):
         tags += ["dora" if getattr(cfg, "use_dora", False) else "lora", "template:sd-lora"]
-    return [*tags, *FAMILY_TAGS.get(_pipeline_class(cfg, base), []), "sdtune"]
+    return [*tags, *FAMILY_TAGS.get(_pipeline_class(cfg, origin), []), "sdtune"]
 
 
-def _pipeline_class(cfg: Any, base: Base) -> str:
+def _pipeline_class(cfg: Any, origin: Origin) -> str:
     """From the base's ``model_index.json``, as far as it lies on this machine; a single file is Stable Diffusion."""
     if cfg.model == "tiny" or cfg.model.endswith(".safetensors"):
         return "StableDiffusionPipeline"
     file: Any = Path(cfg.model).expanduser() / "model_index.json"
-    if base.on_hub:
+    if origin.base_on_hub:
         file = try_to_load_from_cache(cfg.model, "model_index.json", cfg.cache_dir, cfg.revision)
     try:
         return json.loads(Path(file).read_text(encoding="utf-8")).get("_class_name", "")
@@ -212,9 +217,9 @@ def _results(shown: Any, data_on_hub: bool, loss: float) -> list[EvalResult]:
     ]
 
 
-def _usage(cfg: Any, model: str, base: Base, repo: str, weights: str, widget: list[dict[str, Any]]) -> str:
-    where = model if base.on_hub else f"path/to/{model}"
-    revision = f", revision={json.dumps(cfg.revision)}" if base.on_hub and cfg.revision else ""
+def _usage(cfg: Any, model: str, origin: Origin, repo: str, weights: str, widget: list[dict[str, Any]]) -> str:
+    where = model if origin.base_on_hub else f"path/to/{model}"
+    revision = f", revision={json.dumps(cfg.revision)}" if origin.base_on_hub and cfg.revision else ""
     prompt = json.dumps(widget[0]["text"] if widget else "...", ensure_ascii=False)
     at = f", revision={json.dumps(cfg.hub_revision)}" if cfg.hub_revision else ""
     reader = "DiffusionPipeline.from_pretrained"

@@ -7,9 +7,10 @@ dataset can be among them. The same files make no commit, so a push may be repea
 import os
 import shlex
 import shutil
+import signal
 from pathlib import Path
 from threading import Event, Lock, Thread
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import pydantic
 from huggingface_hub import HfApi, get_session
@@ -28,15 +29,18 @@ def artefact(out: Path) -> list[Path]:
     return sorted(out.glob("*.safetensors"))
 
 
-def contents(cfg: Any, out: Path, repo: str, base: card.Base, weights: list[Path], report: bool = True) -> hub.Files:
+def contents(
+    cfg: Any, out: Path, repo: str, origin: card.Origin, weights: list[Path], report: bool = True
+) -> hub.Files:
     """All that a push uploads, and nothing else: no checkpoint, optimizer state, log, cache or dataset."""
-    text, pictures = card.model_card(cfg, out, repo, base, weights[0].name)
+    text, pictures = card.model_card(cfg, out, repo, origin, weights[0].name)
     write_card(text, out)
     files: hub.Files = {path.name: path for path in weights}
     for name in ("config.yaml", "metrics.jsonl", *(["report.html"] if report else [])):
         if (out / name).is_file():
             files[name] = card.hide_paths((out / name).read_text(encoding="utf-8"), cfg).encode()
-    files |= {f"samples/{path.name}": path for path in sorted((out / "samples").glob("step-*.png"))}
+    sheets = sorted((out / "samples").glob("step-*.png"))
+    files |= {f"samples/{path.name}": path for path in (*sheets[:1], *sheets[-1:])}  # the report has those between
     return files | pictures | {"README.md": text.encode()}
 
 
@@ -69,7 +73,7 @@ def push_run(asked: PushConfig) -> None:
         raise UserError(f"{asked.run}: no artefact in it yet; the run writes it when it ends")
     api = hub.connect()
     repo = hub.ready(api, cfg)
-    publish(api, cfg, repo, base_of(api, cfg), weights)
+    publish(api, cfg, repo, origin_of(api, cfg), weights)
 
 
 def config_of(run: Path) -> Any:
@@ -86,28 +90,32 @@ def config_of(run: Path) -> Any:
         raise UserError(f"{written}: not the config of a run: {error.errors()[0]['msg']}") from None
 
 
-def base_of(api: HfApi, cfg: Any) -> card.Base:
-    """The base as the Hub knows it; when it does not answer, the card does without."""
+def origin_of(api: HfApi, cfg: Any) -> card.Origin:
+    """Base and data as the Hub knows them; when it does not answer, the card does without."""
     try:
-        return hub.retrying(lambda: card.base_of(api, cfg), hub.TRIES_BEFORE)
+        return hub.retrying(lambda: card.origin_of(api, cfg), hub.TRIES_BEFORE)
     except Exception as error:
         hub.warn(f"the card carries no license: {hub.why(error)}")
-        return card.base_of(None, cfg)
+        return card.origin_of(None, cfg)
 
 
-def publish(api: HfApi, cfg: Any, repo: str, base: card.Base, weights: list[Path]) -> None:
+def publish(api: HfApi, cfg: Any, repo: str, origin: card.Origin, weights: list[Path]) -> None:
     """The final push; SystemExit with `PUSH_FAILED` and the command that finishes it when it cannot be done."""
     out = cfg.output_dir
-    files = contents(cfg, out, repo, base, weights)
+    files = contents(cfg, out, repo, origin, weights)
     try:
         url = hub.retrying(lambda: hub.upload(api, cfg, repo, files, f"sdtune {cfg.method}"), hub.TRIES)
     except UserError:
         raise
     except Exception as error:
-        again = shlex.join(["sdtune", "push", str(out)])
-        hub.warn(f"not pushed: {hub.why(error)}\nthe run is complete in {out}; this finishes the push: {again}")
-        raise SystemExit(PUSH_FAILED) from None
+        give_up(out, hub.why(error))
     print(f"pushed: {url}")
+
+
+def give_up(out: Path, reason: str) -> NoReturn:
+    again = shlex.join(["sdtune", "push", str(out)])
+    hub.warn(f"not pushed: {reason}\nthe run is complete in {out}; this finishes the push: {again}")
+    raise SystemExit(PUSH_FAILED) from None
 
 
 # ---- during training ---------------------------------------------------------------------------------
@@ -131,7 +139,7 @@ class Publisher:
         self.api = hub.connect() if main and getattr(cfg, "push_to_hub", False) else None
         if self.api:
             hub.refuse_secrets({"config.yaml": options.to_yaml(cfg).encode()})
-            self.repo, self.base = hub.ready(self.api, cfg), base_of(self.api, cfg)
+            self.repo, self.origin = hub.ready(self.api, cfg), origin_of(self.api, cfg)
         self.lock, self.closing = Lock(), Event()
         self.waiting: Snapshot | None = None
         self.thread: Thread | None = None
@@ -150,7 +158,7 @@ class Publisher:
                 weights = recipe.export(stage)
             for path in weights:
                 link(path, out / path.relative_to(stage))
-            files = contents(self.cfg, out, self.repo, self.base, weights, report=False)
+            files = contents(self.cfg, out, self.repo, self.origin, weights, report=False)
         except Exception as error:  # a full disk, say; what matters to the run meets it on its own way
             shutil.rmtree(stage, ignore_errors=True)
             hub.warn(f"step {state.step} is not pushed: {error}")
@@ -196,15 +204,20 @@ class Publisher:
         out, weights = self.cfg.output_dir, artefact(self.cfg.output_dir)
         if not self.main or not weights:
             return
-        self.closing.set()
-        if thread := self.thread:
-            thread.join()
-        for stale in out.glob(f"{STAGE}*"):
-            shutil.rmtree(stale, ignore_errors=True)
-        if self.api:
-            publish(self.api, self.cfg, self.repo, self.base, weights)
-        else:
-            write_card(card.model_card(self.cfg, out, None, card.base_of(None, self.cfg), weights[0].name)[0], out)
+        if not self.api:
+            write_card(card.model_card(self.cfg, out, None, card.origin_of(None, self.cfg), weights[0].name)[0], out)
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):  # no step is left to finish first
+            signal.signal(number, signal.default_int_handler)
+        try:
+            self.closing.set()
+            if thread := self.thread:
+                thread.join()
+            for stale in out.glob(f"{STAGE}*"):
+                shutil.rmtree(stale, ignore_errors=True)
+            publish(self.api, self.cfg, self.repo, self.origin, weights)
+        except KeyboardInterrupt:
+            give_up(out, "interrupted")
 
 
 def link(source: Path, target: Path) -> None:

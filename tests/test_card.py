@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
 
 from sdtune import card, publish
-from sdtune.card import Base
+from sdtune.card import Origin
 from sdtune.configs import LoraConfig
 from tests.conftest import status
 from tests.tinyhub import TinyHub
@@ -30,13 +30,13 @@ def run(lora):
     return lora("cards", *prompts, *options)
 
 
-LOCAL = Base()
+LOCAL = Origin()
 
 
-def made(run, base=LOCAL, **changed):
+def made(run, origin=LOCAL, **changed):
     """Front matter, text and pictures of a card."""
     cfg = publish.config_of(run).model_copy(update={"output_dir": run} | changed)
-    text, pictures = card.model_card(cfg, run, "tester/cards", base, "pytorch_lora_weights.safetensors")
+    text, pictures = card.model_card(cfg, run, "tester/cards", origin, "pytorch_lora_weights.safetensors")
     return ModelCard(text).data.to_dict(), text, pictures
 
 
@@ -77,14 +77,12 @@ def test_command_gives_the_config_again(run, capsys):
 
 def test_usage_is_python(run):
     for changes in ({}, {"model": "user/base", "revision": "v1", "hub_revision": "b"}, {"model": "a/b/c.safetensors"}):
-        (source,) = re.findall(
-            r"```python\n(.*?)```", made(run, Base(on_hub="user" in str(changes)), **changes)[1], re.S
-        )
+        (source,) = re.findall(r"```python\n(.*?)```", made(run, Origin("user" in str(changes)), **changes)[1], re.S)
         compile(source, "card", "exec")
         assert 'load_lora_weights("tester/cards", weight_name="pytorch_lora_weights.safetensors"' in source
     assert (
         'DiffusionPipeline.from_pretrained("user/base", revision="v1")'
-        in made(run, Base(True), model="user/base", revision="v1")[1]
+        in made(run, Origin(True), model="user/base", revision="v1")[1]
     )
 
 
@@ -92,9 +90,10 @@ def test_license_is_carried_over_from_the_base(api, run):
     api.create_repo("tester/base")
     front = "---\nlicense: other\nlicense_name: rail\nlicense_link: https://example.org\n---\n"
     api.create_commit("tester/base", [CommitOperationAdd("README.md", front.encode())], commit_message="card")
-    cfg = SimpleNamespace(model="tester/base", revision=None)
-    base = card.base_of(api, cfg)
-    assert base == Base(True, "other", "rail", "https://example.org")
+    cfg = SimpleNamespace(model="tester/base", revision=None, dataset="tester/images")
+    api.create_repo("tester/images", repo_type="dataset")
+    base = card.origin_of(api, cfg)
+    assert base == Origin(True, True, "other", "rail", "https://example.org")
     data, text, _ = made(run, base, model="tester/base", dataset="user/images")
     assert (data["license"], data["license_name"]) == ("other", "rail")
     assert (data["base_model"], data["base_model_relation"]) == ("tester/base", "adapter")
@@ -106,11 +105,13 @@ def test_license_is_carried_over_from_the_base(api, run):
 
 def test_base_that_the_hub_does_not_know_is_no_base_model(api, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert card.base_of(api, SimpleNamespace(model="models/mine", revision=None)) == Base()
+    assert card.origin_of(api, SimpleNamespace(model="models/mine", revision=None, dataset="user/images")) == Origin()
     (tmp_path / "models").mkdir()
     for name in ("models/mine", "tiny", "/models/mine", "~/mine", "./mine"):
-        assert card.base_of(None, SimpleNamespace(model=name, revision=None)) == Base()
-    assert card.base_of(None, SimpleNamespace(model="user/base", revision=None)) == Base(on_hub=True)
+        assert card.origin_of(None, SimpleNamespace(model=name, revision=None, dataset=name)) == Origin()
+    assert card.origin_of(None, SimpleNamespace(model="user/base", revision=None, dataset="user/images")) == Origin(
+        True, True
+    )
 
 
 def test_prompts_and_long_texts_are_no_paths(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -234,6 +235,17 @@ def test_hub_killed_during_the_final_push(here, sd, pictures, tmp_path, capfd):
     assert status(["push", str(out)]) == 0
     assert here.files("tester/run")["pytorch_lora_weights.safetensors"] == read(out)
     assert here.titles("tester/run") == ["sdtune lora", "initial commit"]
+
+
+def test_interrupted_final_push(here, sd, pictures, tmp_path, capfd):
+    here.fail("POST .*/commit/", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    try:
+        assert status(command(sd, pictures, tmp_path / "run", "--push-to-hub")) == publish.PUSH_FAILED
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
+    assert "not pushed: interrupted" in capfd.readouterr().err
 
 
 def test_hub_that_fails_while_training_costs_nothing(here, lora, capfd):
