@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from sdtune import __version__, options
-from sdtune.configs import METHODS, Run, RunFailed, SampleConfig, Section, UserError
+from sdtune.configs import METHODS, PushConfig, Run, RunFailed, SampleConfig, Section, UserError
 
 app = typer.Typer(
     name="sdtune",
@@ -54,7 +54,15 @@ def command(config: type[Section], work: Callable[[Any, dict[str, Any]], None], 
         launching: dict[str, Any] = {
             name: flags.pop(name) for name in ("num_processes", "overwrite", "allow_change") if name in flags
         }
-        cfg = options.resolve(config, file, flags, ctx.args)
+        words = [*(flags.pop(name) for name in config.positional if name in flags), *ctx.args]
+        for name in config.positional:  # an unknown flag may stand where Typer looks for the first plain word
+            word = next((word for word in words if not word.startswith("-")), None)
+            if word is not None:
+                flags[name] = word
+                words.remove(word)
+            elif file is None and not words:
+                raise UserError(f"sdtune {ctx.info_name}: wants {name.upper()}; --help tells of it")
+        cfg = options.resolve(config, file, flags, words)
         if dry_run:
             typer.echo(options.to_yaml(cfg), nl=False)
         else:
@@ -124,7 +132,11 @@ def flags_of(config: type[Section]) -> Iterator[inspect.Parameter]:
             annotation = list[str] if options.is_list(field) else str
             annotation, default = annotation | None, None
             shown["metavar"] = options.metavar(field)
-        option = typer.Option(spelt, show_default=False, **shown)
+        if name in config.positional:
+            del shown["rich_help_panel"]
+            option = typer.Argument(show_default=False, **shown | {"metavar": name.upper()})
+        else:
+            option = typer.Option(spelt, show_default=False, **shown)
         yield inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
         )
@@ -199,6 +211,15 @@ app.command("sample", help=SampleConfig.__doc__, context_settings=LENIENT, rich_
 )
 
 
+def push(cfg: PushConfig, _: dict[str, Any]) -> None:
+    importlib.import_module("sdtune.publish").push_run(cfg)
+
+
+app.command("push", help=PushConfig.__doc__, context_settings=LENIENT, rich_help_panel="Use")(
+    command(PushConfig, push, launch=False)
+)
+
+
 @app.command("ls", rich_help_panel="Look")
 def list_recipes() -> None:
     """List the ready-made recipes that --config knows by name."""
@@ -228,7 +249,8 @@ def env() -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line: exit code 2 and a line per problem for the user's mistakes, 1 for a run that failed."""
     words = list(sys.argv[1:] if argv is None else argv)
-    by_name: dict[str, type[Section]] = {c.method: c for c in METHODS} | {"sample": SampleConfig}
+    by_name: dict[str, type[Section]] = {c.method: c for c in METHODS}
+    by_name |= {"sample": SampleConfig, "push": PushConfig}
     try:
         if words and (config := by_name.get(words[0].replace("_", "-"))):
             words = options.canonical(config, words)

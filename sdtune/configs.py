@@ -41,6 +41,9 @@ class Section(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
 
+    positional: ClassVar[tuple[str, ...]] = ()
+    """Fields that the command takes as plain words, in this order, in place of flags."""
+
 
 class Model(Section):
     model: Annotated[str, also("pretrained_model_name_or_path")] = "tiny"
@@ -253,13 +256,30 @@ class Preview(Section):
     """Classifier-free guidance of the samples (Ho & Salimans 2022); 1 is none."""
 
 
-class Hub(Section):
-    push_to_hub: bool = False
-    """Upload the artefact, card, samples and config when training ends."""
+class Repository(Section):
     hub_model_id: str | None = None
     """Repository to push to, as user/name; none is the name of output_dir under your account."""
     hub_private: Annotated[bool, also("hub_private_repo")] = False
     """Create the repository private."""
+    hub_revision: str | None = None
+    """Branch to push to, made if it is not there; none is main."""
+    hub_create_pr: bool = False
+    """Open a pull request, or add to the run's open one, in place of writing to a branch."""
+    license: str | None = None
+    """License on the model card, as the Hub spells it; none carries over that of the base."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if self.hub_revision and self.hub_create_pr:
+            raise ValueError("hub_revision and hub_create_pr: a pull request is a branch of its own; give one")
+        return self
+
+
+class Hub(Repository):
+    push_to_hub: bool = False
+    """Upload artefact, card, samples, config, metrics and report when training ends."""
+    hub_strategy: Literal["end", "checkpoint"] = "end"
+    """Upload when training ends, or after each checkpoint as well, beside training."""
 
 
 class Adapter(Section):
@@ -346,6 +366,16 @@ class SampleConfig(Model):
         return self
 
 
+class PushConfig(Repository):
+    """Upload a run to the Hugging Face Hub: artefact, card, samples, config, metrics and report."""
+
+    method: ClassVar[str] = "push"
+    positional: ClassVar[tuple[str, ...]] = ("run",)
+
+    run: Path
+    """Folder of the run; what its config says of the Hub holds unless an option here says otherwise."""
+
+
 METHODS: tuple[type[Run], ...] = (LoraConfig,)
 """The commands that train, in the order in which --help lists them."""
 
@@ -353,7 +383,8 @@ MAY_CHANGE = frozenset(
     "steps num_train_epochs output_dir dataloader_num_workers cache cache_dir gradient_checkpointing "
     "checkpointing_steps checkpoints_total_limit max_bad_steps log_steps report_to tracker_project_name "
     "train_batch_size gradient_accumulation_steps validation_prompt negative_prompt num_validation_images "
-    "validation_steps validation_inference_steps validation_guidance_scale push_to_hub hub_model_id hub_private".split()
+    "validation_steps validation_inference_steps validation_guidance_scale push_to_hub hub_model_id hub_private "
+    "hub_revision hub_create_pr hub_strategy license".split()
 )
 """What may differ when a run is continued: none of it touches an image, a draw or the mathematics of a step.
 

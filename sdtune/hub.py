@@ -1,98 +1,185 @@
-"""The Hugging Face Hub: a repository that is ready before training, a card, and an upload of named files."""
+"""The Hugging Face Hub: a repository that is ready before training, one commit at a time, and patience.
 
+One ``HfApi`` goes through everything. Its token is that of ``HF_TOKEN`` or of the stored login and never an option,
+so that no config, log or checkpoint can hold it. What a push consists of is in ``publish``.
+"""
+
+import inspect
 import json
+import mmap
+import re
+import sys
+import time
+from collections.abc import Callable
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError
-from rich.console import Console
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, get_token
+from huggingface_hub import logging as hub_logging
+from huggingface_hub.utils import disable_progress_bars
 
+from sdtune import __version__
 from sdtune.configs import UserError
 
-PUSH_FAILED = 3
-"""Exit code of a run that is complete on disk but not on the Hub."""
+TRIES_BEFORE, TRIES = 3, 6
+"""Tries before training, where somebody waits, and at its end."""
+FIRST_WAIT, LONGEST_WAIT = 1.0, 300.0
+"""Seconds between two tries: twice as long each time, or what the server asks for."""
+PATIENCE = 600.0
+"""Seconds after which nothing is tried again, other than during training."""
+SILENCE = 60.0
+"""Seconds without a byte after which a connection counts as dead; the library itself waits for ever."""
+SECRET = re.compile(rb"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")
+PASSING = (408, 409, 412, 425, 429)
+"""Statuses below 500 that another try may not meet again."""
+
+Files = dict[str, Path | bytes]
+"""Path in the repository to a file, or to its content."""
+T = TypeVar("T")
 
 
-def check(cfg: Any, main: bool) -> None:
-    """Make sure, before hours are spent, that the repository exists and may be written to."""
-    if not getattr(cfg, "push_to_hub", False) or not main:
-        return
+def connect() -> HfApi:
+    disable_progress_bars()
+    hub_logging.set_verbosity_error()
+    return HfApi(library_name="sdtune", library_version=__version__)
+
+
+def ready(api: HfApi, cfg: Any) -> str:
+    """The full name of the run's repository: there, or made, and known to be writable.
+
+    Raises:
+        UserError: no token, a bad one, one that may not write there, or a Hub that cannot be reached.
+    """
+    login = "set HF_TOKEN or run `hf auth login`"
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("cannot push to the Hub: HF_HUB_OFFLINE is set; unset it, or push later with `sdtune push`")
+    if api.token is None and get_token() is None:
+        raise UserError(f"cannot push to the Hub: there is no token; {login}")
     try:
-        repository(HfApi(), cfg)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"--push-to-hub: {first}; set HF_TOKEN or run `hf auth login`, and see --hub-model-id"
-        ) from None
+        return retrying(lambda: repository(api, cfg), TRIES_BEFORE)
+    except UserError:
+        raise
+    except Exception as error:
+        advice = {401: f"; {login}", 403: "; see --hub-model-id", 404: "; see --hub-model-id"}
+        raise UserError(f"cannot push to the Hub: {why(error)}{advice.get(status_of(error) or 0, '')}") from None
 
 
 def repository(api: HfApi, cfg: Any) -> str:
-    """The full name of the run's repository, created if need be."""
-    user = api.whoami()["name"]
+    """Create the run's repository and branch if need be, and ask whether they may be written to."""
+    user = api.whoami()
     name = cfg.hub_model_id or cfg.output_dir.resolve().name
-    name = name if "/" in name else f"{user}/{name}"
-    return api.create_repo(name, private=cfg.hub_private or None, exist_ok=True).repo_id
+    name = name if "/" in name else f"{user['name']}/{name}"
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise UserError("cannot push to the Hub: this token may only read; make one with the role `write`")
+    repo = api.create_repo(name, private=cfg.hub_private or None, exist_ok=True).repo_id
+    asks = "write" in inspect.signature(api.auth_check).parameters  # older clients can only ask whether it is there
+    api.auth_check(repo, **({"write": True} if asks and not cfg.hub_create_pr else {}))
+    if cfg.hub_revision and not cfg.hub_revision.startswith("refs/"):
+        api.create_branch(repo, branch=cfg.hub_revision, exist_ok=True)
+    return repo
 
 
-def push_after_training(cfg: Any, files: list[Path]) -> None:
-    """Upload a finished run; a failure costs nothing but the upload."""
-    write_card(cfg, files)
-    if not cfg.push_to_hub:
-        return
-    try:
-        url = push(cfg, files)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        Console(stderr=True).print(f"not pushed: {first}\nthe run is complete in {cfg.output_dir}", highlight=False)
-        raise SystemExit(PUSH_FAILED) from None
-    print(f"pushed: {url}")
+def upload(api: HfApi, cfg: Any, repo: str, files: Files, message: str) -> str:
+    """One commit of those ``files`` that differ, none when none does; where it can be seen.
+
+    Raises:
+        UserError: a file holds what looks like a token; nothing was sent.
+    """
+    refuse_secrets(files)
+    revision, opens = cfg.hub_revision, False
+    if cfg.hub_create_pr:
+        title, user = f"sdtune {cfg.method}: {cfg.output_dir.resolve().name}", api.whoami()["name"]
+        asked = api.get_repo_discussions(repo, author=user, discussion_type="pull_request", discussion_status="open")
+        mine = next((request for request in asked if request.title == title), None)
+        revision, opens, message = (mine.git_reference, False, message) if mine else (None, True, title)
+    operations = [CommitOperationAdd(path, content) for path, content in files.items()]
+    for operation in operations:  # one at a time: the library's pool of threads would hold up an interrupted run
+        if operation.path_in_repo.endswith((".safetensors", ".png")):
+            api.preupload_lfs_files(repo, [operation], revision=revision, create_pr=opens, free_memory=False)
+    commit = api.create_commit(repo, operations, commit_message=message, revision=revision, create_pr=opens)
+    return str(commit.pr_url or commit.commit_url)
 
 
-def push(cfg: Any, files: list[Path]) -> str:
-    """One commit of the artefact, the card, the config, the metrics and the samples; never a checkpoint or a log."""
-    api, out = HfApi(), cfg.output_dir
-    known = [out / name for name in ("README.md", "config.yaml", "metrics.jsonl", "report.html")]
-    known += sorted((out / "samples").glob("*.png"))
-    named = [f for f in (*files, *known) if f.is_file()]
-    operations = [CommitOperationAdd(str(f.relative_to(out)), f) for f in named]
-    return api.create_commit(repository(api, cfg), operations, commit_message=f"sdtune {cfg.method}").commit_url
+def refuse_secrets(files: Files) -> None:
+    token = (get_token() or "").encode()
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            found = SECRET.search(content) or (token and token in content)
+        elif not content.stat().st_size:
+            continue
+        else:
+            with content.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+                found = SECRET.search(whole) or (token and whole.find(token) >= 0)
+        if found:
+            raise UserError(f"{name}: holds what looks like an access token (hf_...), so nothing was pushed; remove it")
 
 
-def write_card(cfg: Any, files: list[Path]) -> None:
-    """README.md of the run: what it is, how to use it, how it was made."""
-    out = cfg.output_dir
-    on_hub = cfg.model.count("/") == 1 and not Path(cfg.model).exists()
-    data = ModelCardData(
-        base_model=cfg.model if on_hub else None,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", "diffusers-training", cfg.method, "sdtune"],
+# ---- failures ----------------------------------------------------------------------------------------
+
+
+def retrying(work: Callable[[], T], tries: int) -> T:
+    """``work()``, tried again after failures that may pass; the last failure is raised."""
+    start, wait = time.monotonic(), FIRST_WAIT
+    for attempt in range(1, tries + 1):
+        try:
+            get_session().timeout = SILENCE
+            return work()
+        except Exception as error:
+            pause = max(wait, retry_after(error))
+            if permanent(error) or attempt == tries or time.monotonic() - start + pause > PATIENCE:
+                raise
+            warn(f"{why(error)}; trying again in {pause:.0f} s")
+            time.sleep(pause)
+            wait = min(2 * wait, LONGEST_WAIT)
+    raise AssertionError("unreachable")
+
+
+def response_of(error: BaseException | None) -> Any:
+    """The HTTP response behind an error; ``None`` for a connection that failed."""
+    while error is not None:
+        if getattr(error, "response", None) is not None:
+            return error.response  # type: ignore[attr-defined]
+        error = error.__cause__
+    return None
+
+
+def status_of(error: BaseException) -> int | None:
+    response = response_of(error)
+    return None if response is None else int(response.status_code)
+
+
+def permanent(error: Exception) -> bool:
+    """Whether another try would meet the same: a refusal, or something wrong on this side."""
+    status = status_of(error)
+    if status is not None:
+        return 400 <= status < 500 and status not in PASSING
+    # An overloaded server may answer with a page where the library expects JSON
+    return isinstance(error, UserError | FileNotFoundError | TypeError) or (
+        isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
     )
-    samples = sorted((out / "samples").glob("step-*.png"))
-    picture = f"\n![samples](samples/{samples[-1].name})\n" if samples else ""
-    data_name = Path(cfg.dataset).name if Path(cfg.dataset).exists() else cfg.dataset  # no path of this machine
-    settings = yaml.safe_dump(json.loads(cfg.model_dump_json()), sort_keys=False)
-    text = f"""---
-{data.to_yaml()}
----
 
-# {out.resolve().name}
 
-Trained from `{cfg.model}` on `{data_name}` with `sdtune {cfg.method}`.
-{picture}
-```python
-from diffusers import DiffusionPipeline
+def retry_after(error: Exception) -> float:
+    """Seconds that the server asks to wait (RFC 9110, 10.2.3: a number, or a date); 0 when it does not."""
+    response = response_of(error)
+    text = response.headers.get("Retry-After", "") if response is not None else ""
+    try:
+        return float(text) if text.isdigit() else max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return 0.0
 
-pipe = DiffusionPipeline.from_pretrained("{cfg.model}")
-pipe.load_lora_weights("{cfg.hub_model_id or out.resolve().name}")
-```
 
-<details><summary>Settings</summary>
+def why(error: Exception) -> str:
+    """A failure in a line."""
+    response = response_of(error)
+    if response is None:
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        first = next(iter(str(cause).strip().splitlines()), "")
+        return f"{type(cause).__name__}: {first}" if first else type(cause).__name__
+    told = getattr(error, "server_message", None) or response.headers.get("X-Error-Message") or response.reason_phrase
+    return f"{constants.ENDPOINT} answers {response.status_code}: {str(told).strip().splitlines()[0]}"
 
-```yaml
-{settings}```
-</details>
-"""
-    ModelCard(text).save(out / "README.md")
+
+def warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr, flush=True)

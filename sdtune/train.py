@@ -12,13 +12,14 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sdtune import checkpoints, draws, folder, hub, optim, preview
+from sdtune import checkpoints, draws, folder, optim, preview
 from sdtune.configs import Run, UserError
 from sdtune.data import positions
 from sdtune.environment import environment
 from sdtune.metrics import Metrics, check_trackers
 from sdtune.options import same_command
 from sdtune.precision import precision_of
+from sdtune.publish import Publisher
 from sdtune.recipe import Recipe
 from sdtune.report import write_report
 from sdtune.signals import Stopping
@@ -39,14 +40,22 @@ def train(kind: type[Recipe], cfg: Any, words: list[str], overwrite: bool = Fals
     """
     check_trackers(cfg.report_to)
     accelerator = start(cfg)
-    hub.check(cfg, accelerator.is_main_process)
+    publisher = Publisher(cfg, accelerator.is_main_process)
     with open_folder(cfg, words, overwrite, allow_change) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
-        fit(kind, cfg, accelerator, words, allow_change)
-    accelerator.end_training()
+        fit(kind, cfg, accelerator, publisher, words, allow_change)
+        accelerator.end_training()
+        publisher.finish()  # the other processes are free by now: none waits for an upload
 
 
-def fit(kind: type[Recipe], cfg: Any, accelerator: Accelerator, words: list[str], allow_change: bool) -> None:
+def fit(
+    kind: type[Recipe],
+    cfg: Any,
+    accelerator: Accelerator,
+    publisher: Publisher,
+    words: list[str],
+    allow_change: bool,
+) -> None:
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     say = print if main else lambda line: None
     stopping, out = Stopping(world), cfg.output_dir
@@ -129,6 +138,7 @@ def fit(kind: type[Recipe], cfg: Any, accelerator: Accelerator, words: list[str]
         if saving:
             with metrics.paused():
                 state.save()
+                publisher.checkpoint(recipe, state)
         if cfg.validation_steps and state.step % cfg.validation_steps == 0 and state.step < total:
             look()
 
@@ -148,9 +158,7 @@ def fit(kind: type[Recipe], cfg: Any, accelerator: Accelerator, words: list[str]
         recipe.eval()
         with state.evaluating():
             files = recipe.export(out)
-        hub.write_card(cfg, files)
         say(f"wrote {', '.join(map(str, files))}\nreport: {write_report(out)}")
-        hub.push_after_training(cfg, files)
 
 
 def finite_or_nan(loss: Tensor) -> Tensor:

@@ -1,0 +1,234 @@
+"""Publishing a run: which files, when, and what happens when it fails, which is never the run's end.
+
+A push is one commit of named files (`contents`), never of a folder: no checkpoint, optimizer state, log, cache or
+dataset can be among them. The same files make no commit, so a push may be repeated at will.
+"""
+
+import os
+import shlex
+import shutil
+import signal
+from pathlib import Path
+from threading import Event, Lock, Thread
+from typing import Any, NamedTuple, NoReturn
+
+import pydantic
+from huggingface_hub import HfApi, get_session
+
+from sdtune import card, hub, options
+from sdtune.configs import METHODS, PushConfig, RunFailed, UserError
+
+PUSH_FAILED = 3
+"""Exit code of a run that is complete on disk but not on the Hub."""
+STAGE = ".push-"
+"""Folders, within a run's, of artefacts on their way to the Hub."""
+
+
+def artefact(out: Path) -> list[Path]:
+    """The files of a run that diffusers loads."""
+    return sorted(out.glob("*.safetensors"))
+
+
+def contents(
+    cfg: Any, out: Path, repo: str, origin: card.Origin, weights: list[Path], report: bool = True
+) -> hub.Files:
+    """All that a push uploads, and nothing else: no checkpoint, optimizer state, log, cache or dataset."""
+    text, pictures = card.model_card(cfg, out, repo, origin, weights[0].name)
+    write_card(text, out)
+    files: hub.Files = {path.name: path for path in weights}
+    for name in ("config.yaml", "metrics.jsonl", *(["report.html"] if report else [])):
+        if (out / name).is_file():
+            files[name] = card.hide_paths((out / name).read_text(encoding="utf-8"), cfg).encode()
+    sheets = sorted((out / "samples").glob("step-*.png"))
+    files |= {f"samples/{path.name}": path for path in (*sheets[:1], *sheets[-1:])}  # the report has those between
+    return files | pictures | {"README.md": text.encode()}
+
+
+def write_card(text: str, out: Path) -> None:
+    try:
+        card.save(text, out / "README.md")
+    except OSError as error:
+        raise RunFailed(
+            f"{out / 'README.md'}: cannot be written ({error.strerror}); the artefact is complete; "
+            f"when there is room, `{shlex.join(['sdtune', 'push', str(out)])}` writes the card and uploads"
+        ) from error
+
+
+def push_run(asked: PushConfig) -> None:
+    """``sdtune push RUN``: upload a run that is on disk, as its config says, or ``asked`` where that says otherwise.
+
+    Raises:
+        UserError: there is no run, no artefact yet, no access, or a file holds a secret.
+        SystemExit: `PUSH_FAILED` when the Hub could not be reached, or did not take it.
+    """
+    cfg = config_of(asked.run)
+    given = {name: getattr(asked, name) for name in asked.model_fields_set - {"run"}}
+    if given.get("hub_revision"):
+        given.setdefault("hub_create_pr", False)
+    if given.get("hub_create_pr"):
+        given.setdefault("hub_revision", None)
+    cfg = cfg.model_copy(update=given | {"output_dir": asked.run})
+    weights = artefact(asked.run)
+    if not weights:
+        raise UserError(f"{asked.run}: no artefact in it yet; the run writes it when it ends")
+    api = hub.connect()
+    repo = hub.ready(api, cfg)
+    publish(api, cfg, repo, origin_of(api, cfg), weights)
+
+
+def config_of(run: Path) -> Any:
+    """The config of the run in a folder; settings of a recipe of one's own are kept as they are."""
+    written = run / "config.yaml"
+    if not written.is_file():
+        raise UserError(f"{run}: no config.yaml in it, so no run")
+    known: dict[str, Any] = {key: value for key, value, _ in options.read_yaml(written)}
+    method = max(METHODS, key=lambda m: len(known.keys() & m.model_fields.keys()))
+    own: dict[str, Any] = dict.fromkeys(known.keys() - method.model_fields.keys(), (Any, None))
+    try:
+        return (pydantic.create_model("Config", __base__=method, **own) if own else method).model_validate(known)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{written}: not the config of a run: {error.errors()[0]['msg']}") from None
+
+
+def origin_of(api: HfApi, cfg: Any) -> card.Origin:
+    """Base and data as the Hub knows them; when it does not answer, the card does without."""
+    try:
+        return hub.retrying(lambda: card.origin_of(api, cfg), hub.TRIES_BEFORE)
+    except Exception as error:
+        hub.warn(f"the card carries no license: {hub.why(error)}")
+        return card.origin_of(None, cfg)
+
+
+def publish(api: HfApi, cfg: Any, repo: str, origin: card.Origin, weights: list[Path]) -> None:
+    """The final push; SystemExit with `PUSH_FAILED` and the command that finishes it when it cannot be done."""
+    out = cfg.output_dir
+    files = contents(cfg, out, repo, origin, weights)
+    try:
+        url = hub.retrying(lambda: hub.upload(api, cfg, repo, files, f"sdtune {cfg.method}"), hub.TRIES)
+    except UserError:
+        raise
+    except Exception as error:
+        give_up(out, hub.why(error))
+    print(f"pushed: {url}")
+
+
+def give_up(out: Path, reason: str) -> NoReturn:
+    again = shlex.join(["sdtune", "push", str(out)])
+    hub.warn(f"not pushed: {reason}\nthe run is complete in {out}; this finishes the push: {again}")
+    raise SystemExit(PUSH_FAILED) from None
+
+
+# ---- during training ---------------------------------------------------------------------------------
+
+
+class Snapshot(NamedTuple):
+    step: int
+    folder: Path
+    files: hub.Files
+
+
+class Publisher:
+    """The uploads of a run; idle unless the run asks for them, and on all but the main process.
+
+    Raises:
+        UserError: the run asks for uploads that cannot succeed; see `ready`.
+    """
+
+    def __init__(self, cfg: Any, main: bool):
+        self.cfg, self.main = cfg, main
+        self.api = hub.connect() if main and getattr(cfg, "push_to_hub", False) else None
+        if self.api:
+            hub.refuse_secrets({"config.yaml": options.to_yaml(cfg).encode()})
+            self.repo, self.origin = hub.ready(self.api, cfg), origin_of(self.api, cfg)
+        self.lock, self.closing = Lock(), Event()
+        self.waiting: Snapshot | None = None
+        self.thread: Thread | None = None
+
+    def checkpoint(self, recipe: Any, state: Any) -> None:
+        """Export the artefact as it is now and have it uploaded beside training; the newest waits, older ones drop."""
+        if not self.api or self.cfg.hub_strategy != "checkpoint":
+            return
+        out = self.cfg.output_dir
+        stage = out / f"{STAGE}{state.step:06d}"
+        try:
+            shutil.rmtree(stage, ignore_errors=True)
+            stage.mkdir()
+            recipe.eval()
+            with state.evaluating():
+                weights = recipe.export(stage)
+            for path in weights:
+                link(path, out / path.relative_to(stage))
+            files = contents(self.cfg, out, self.repo, self.origin, weights, report=False)
+        except Exception as error:  # a full disk, say; what matters to the run meets it on its own way
+            shutil.rmtree(stage, ignore_errors=True)
+            hub.warn(f"step {state.step} is not pushed: {error}")
+            return
+        finally:
+            recipe.train()
+        with self.lock:
+            dropped, self.waiting = self.waiting, Snapshot(state.step, stage, files)
+            if self.thread is None:
+                self.thread = Thread(target=self._uploads, name="push", daemon=True)
+                self.thread.start()
+        if dropped:
+            shutil.rmtree(dropped.folder, ignore_errors=True)
+
+    def _uploads(self) -> None:
+        """The thread: upload what waits, until nothing does; after a failure the newest is tried again, later."""
+        wait = hub.FIRST_WAIT
+        while True:
+            with self.lock:
+                now, self.waiting = self.waiting, None
+                if now is None or self.closing.is_set():
+                    self.thread = None
+                    break
+            try:
+                get_session().timeout = hub.SILENCE
+                assert self.api is not None
+                hub.upload(self.api, self.cfg, self.repo, now.files, f"sdtune {self.cfg.method}: step {now.step}")
+                wait = hub.FIRST_WAIT
+            except Exception as error:  # whatever it is, it is not worth a run
+                hub.warn(f"step {now.step} is not pushed: {hub.why(error)}; training goes on")
+                with self.lock:
+                    if self.waiting is None and not hub.permanent(error):
+                        self.waiting, now = now, None
+                self.closing.wait(max(wait, hub.retry_after(error)))
+                wait = min(2 * wait, hub.LONGEST_WAIT)
+            if now:
+                shutil.rmtree(now.folder, ignore_errors=True)
+        if now:
+            shutil.rmtree(now.folder, ignore_errors=True)
+
+    def finish(self) -> None:
+        """Write the card of a run that has ended and push it, when one asks for that; see `publish`."""
+        out, weights = self.cfg.output_dir, artefact(self.cfg.output_dir)
+        if not self.main or not weights:
+            return
+        if not self.api:
+            write_card(card.model_card(self.cfg, out, None, card.origin_of(None, self.cfg), weights[0].name)[0], out)
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):  # no step is left to finish first
+            signal.signal(number, signal.default_int_handler)
+        try:
+            self.closing.set()
+            if thread := self.thread:
+                thread.join()
+            for stale in out.glob(f"{STAGE}*"):
+                shutil.rmtree(stale, ignore_errors=True)
+            publish(self.api, self.cfg, self.repo, self.origin, weights)
+        except KeyboardInterrupt:
+            give_up(out, "interrupted")
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a file another place, whole or not at all, without a second copy where the disk allows it."""
+    new = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, new)
+        except OSError:
+            shutil.copyfile(source, new)
+        new.replace(target)
+    finally:
+        new.unlink(missing_ok=True)

@@ -1,0 +1,127 @@
+"""The model card: what the Hub is told is true, valid, and tells nothing of this machine."""
+
+import re
+import shlex
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
+
+from sdtune import card, publish
+from sdtune.card import Origin
+from sdtune.configs import LoraConfig
+from tests.conftest import status
+from tests.tinyhub import TinyHub
+
+
+@pytest.fixture
+def api(monkeypatch):
+    with TinyHub() as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        yield HfApi(endpoint=server.url, token=server.token)
+
+
+@pytest.fixture
+def run(lora):
+    prompts = ["--validation-prompt", "a red circle", 'a "blue" square: 2', "--validation-inference-steps", "2"]
+    options = ["--num-validation-images", "2", "--num-holdout-images", "2", "--caption", "a sks circle"]
+    return lora("cards", *prompts, *options)
+
+
+LOCAL = Origin()
+
+
+def made(run, origin=LOCAL, **changed):
+    """Front matter, text and pictures of a card."""
+    cfg = publish.config_of(run).model_copy(update={"output_dir": run} | changed)
+    text, pictures = card.model_card(cfg, run, "tester/cards", origin, "pytorch_lora_weights.safetensors")
+    return ModelCard(text).data.to_dict(), text, pictures
+
+
+def test_card_of_a_run(run, api):
+    data, text, pictures = made(run)
+    ModelCard(text).validate()
+    assert data["tags"][-3:] == ["stable-diffusion", "stable-diffusion-diffusers", "sdtune"]
+    assert (data["library_name"], data["pipeline_tag"]) == ("diffusers", "text-to-image")
+    assert data["instance_prompt"] == "a sks circle"
+    assert not {"license", "base_model", "datasets"} & data.keys()
+    assert [entry["text"] for entry in data["widget"]] == ["a red circle", 'a "blue" square: 2']
+    assert {entry["output"]["url"] for entry in data["widget"]} == pictures.keys()
+    assert all(content.startswith(b"\x89PNG") for content in pictures.values())
+    (result,) = data["model-index"][0]["results"]
+    assert result["metrics"][0]["type"] == "loss"
+    for picture in re.findall(r"\]\((.*?)\)", text):
+        assert (run / picture).is_file()
+    assert text == made(run)[1]
+
+
+def test_nothing_of_this_machine(run, tmp_path):
+    _, text, _ = made(run)
+    assert str(tmp_path) not in text
+    assert "/tmp" not in text and "/home" not in text
+    assert "on `tiny-sd`, which is not on the Hub" in text
+    for name in ("config.yaml", "report.html"):
+        hidden = card.hide_paths((run / name).read_text(), publish.config_of(run))
+        assert str(tmp_path) not in hidden and str(publish.config_of(run).model) not in hidden
+
+
+def test_command_gives_the_config_again(run, capsys):
+    _, text, _ = made(run)
+    (line,) = re.findall(r"```sh\n(.*)\n```", text)
+    (settings,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert status([*shlex.split(line)[1:], "--dry-run"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(settings)
+
+
+def test_usage_is_python(run):
+    for changes in ({}, {"model": "user/base", "revision": "v1", "hub_revision": "b"}, {"model": "a/b/c.safetensors"}):
+        (source,) = re.findall(r"```python\n(.*?)```", made(run, Origin("user" in str(changes)), **changes)[1], re.S)
+        compile(source, "card", "exec")
+        assert 'load_lora_weights("tester/cards", weight_name="pytorch_lora_weights.safetensors"' in source
+    assert (
+        'DiffusionPipeline.from_pretrained("user/base", revision="v1")'
+        in made(run, Origin(True), model="user/base", revision="v1")[1]
+    )
+
+
+def test_license_is_carried_over_from_the_base(api, run):
+    api.create_repo("tester/base")
+    front = "---\nlicense: other\nlicense_name: rail\nlicense_link: https://example.org\n---\n"
+    api.create_commit("tester/base", [CommitOperationAdd("README.md", front.encode())], commit_message="card")
+    cfg = SimpleNamespace(model="tester/base", revision=None, dataset="tester/images")
+    api.create_repo("tester/images", repo_type="dataset")
+    base = card.origin_of(api, cfg)
+    assert base == Origin(True, True, "other", "rail", "https://example.org")
+    data, text, _ = made(run, base, model="tester/base", dataset="user/images")
+    assert (data["license"], data["license_name"]) == ("other", "rail")
+    assert (data["base_model"], data["base_model_relation"]) == ("tester/base", "adapter")
+    assert data["datasets"] == ["user/images"]
+    ModelCard(text).validate()
+    data, _, _ = made(run, base, model="tester/base", license="mit")
+    assert data["license"] == "mit" and "license_name" not in data
+
+
+def test_base_that_the_hub_does_not_know_is_no_base_model(api, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert card.origin_of(api, SimpleNamespace(model="models/mine", revision=None, dataset="user/images")) == Origin()
+    (tmp_path / "models").mkdir()
+    for name in ("models/mine", "tiny", "/models/mine", "~/mine", "./mine"):
+        assert card.origin_of(None, SimpleNamespace(model=name, revision=None, dataset=name)) == Origin()
+    assert card.origin_of(None, SimpleNamespace(model="user/base", revision=None, dataset="user/images")) == Origin(
+        True, True
+    )
+
+
+def test_prompts_and_long_texts_are_no_paths(tmp_path):
+    cfg = LoraConfig(dataset="user/images", caption="x" * 5000, output_dir=tmp_path, negative_prompt="/imagine a/b")
+    shown = card.public(cfg)
+    assert (shown.caption, shown.negative_prompt) == (cfg.caption, cfg.negative_prompt)
+    assert (shown.dataset, shown.output_dir.name) == ("user/images", tmp_path.name)
+
+
+def test_run_of_a_recipe_of_ones_own(run):
+    with (run / "config.yaml").open("a") as file:
+        file.write("gain: 3.0\n")
+    assert "gain: 3.0" in made(run)[1]

@@ -1,0 +1,54 @@
+"""No token leaves the place where it belongs."""
+
+import pytest
+
+from tests.conftest import command, status
+from tests.test_hub import SAMPLES, elsewhere, here, server  # noqa: F401
+
+
+def test_planted_token_is_nowhere(server, elsewhere, sd, pictures, tmp_path):  # noqa: F811
+    """Train, sample and push with a token in the environment; then look through all that was written and sent."""
+    out = tmp_path / "run"
+    said = ""
+    for words in (
+        command(
+            sd, pictures, out, *SAMPLES, "--push-to-hub", "--hub-strategy", "checkpoint", "--report-to", "tensorboard"
+        ),
+        ["sample", "--adapter", str(out), "--prompt", "a red circle", "--output-dir", str(tmp_path / "images")],
+        ["push", str(out), "--license", "mit"],
+    ):
+        code, told = elsewhere("-m", "sdtune", *words, SDTUNE_CACHE=str(tmp_path / "cache"))
+        assert code == 0, told
+        said += told
+    token = server.token.encode()
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("events.out" in path.name for path in written)
+    assert any(path.name == "state.json" for path in written)
+    assert [path for path in written if token in path.read_bytes()] == []
+    assert token.decode() not in said
+    assert server.sent
+    assert [body for body in server.sent if token in body] == []
+    repo = server.repos["models", "tester/run"]
+    for oid in repo.commits:
+        repo.refs["any"] = oid
+        assert [name for name, content in server.files("tester/run", "any").items() if token in content] == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "metrics.jsonl"])
+def test_token_in_a_file_stops_the_push(name, here, lora, sd, pictures, capfd):  # noqa: F811
+    secret = "hf_" + "Abcd1234" * 4
+    prompt = secret if name == "README.md" else "a red circle"
+    run = lora("run", *SAMPLES[:2], "--validation-inference-steps", "2", "--validation-prompt", prompt)
+    if name == "metrics.jsonl":
+        with (run / name).open("a") as file:
+            file.write(f'{{"step": 12, "note": "{secret}"}}\n')
+    assert status(["push", str(run)]) == 2
+    said = capfd.readouterr().err
+    assert "looks like an access token" in said
+    assert name in said or name == "README.md"
+    assert secret not in said
+    assert [body for body in here.sent if secret.encode() in body] == []
+    if name == "README.md":
+        assert status(command(sd, pictures, run.parent / "new", "--push-to-hub", "--validation-prompt", secret)) == 2
+        assert not (run.parent / "new").exists()
+    assert here.titles("tester/run") == ["initial commit"]
