@@ -38,9 +38,9 @@ def loha(out, inner, alpha, core=False):
     return Module("loha", tensors | ({"t1": normal(4, 4, 3, 3), "t2": normal(4, 4, 3, 3)} if core else {}), alpha, 4)
 
 
-def lokr(alpha, first=("w1",), second=("w2_a", "w2_b"), columns=16):
-    sides = {"w1": (4, 4), "w1_a": (4, 4), "w1_b": (4, 4), "w2": (16, columns), "w2_a": (16, 4), "w2_b": (4, columns)}
-    return Module("lokr", {n: normal(*sides[n]) for n in (*first, *second)}, alpha, 4)
+def lokr(alpha, rank=4, first=("w1",), second=("w2_a", "w2_b")):
+    sides = {"w1": (4, 4), "w1_a": (4, rank), "w1_b": (rank, 4), "w2": (16, 16), "w2_a": (16, rank), "w2_b": (rank, 16)}
+    return Module("lokr", {n: normal(*sides[n]) for n in (*first, *second)}, alpha, rank)
 
 
 KINDS = {
@@ -51,8 +51,8 @@ KINDS = {
     "loha": lambda a: {ATTENTION: loha(16, 16, a), CONVOLUTION: loha(16, 8 * 9, a)},
     "loha core": lambda a: {CONVOLUTION: loha(16, 8, a, core=True)},
     "lokr": lambda a: {ATTENTION: lokr(a)},
-    "lokr both": lambda a: {ATTENTION: Module("lokr", lokr(a).tensors, a, 4)},
-    "lokr full": lambda a: {ATTENTION: Module("lokr", {"w1": normal(4, 4), "w2": normal(4, 4)}, a, 4)},
+    "lokr both": lambda a: {ATTENTION: lokr(a, 1, ("w1_a", "w1_b"))},
+    "lokr full": lambda a: {ATTENTION: lokr(a, 4, ("w1",), ("w2",))},
 }
 MATRIX = list(itertools.product(KINDS, FILES, FILES, (False, True), (4, 6)))
 
