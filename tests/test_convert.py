@@ -48,7 +48,7 @@ def test_stock_diffusers_gives_the_same_image_of_every_file(trained, sd, tmp_pat
         told = capsys.readouterr().out
         assert f"{new}: {to}, lora of" in told
         assert f"the model's output as {'PEFT' if to == 'peft' else 'diffusers'} reads it" in told
-        if to != "peft":
+        if to in ("kohya", "diffusers"):
             assert np.abs(stock(sd, new) - want).max() <= 1  # a factor in other weights moves a last bit
         at = new
     assert np.abs(plain - want).max() > 8

@@ -1,6 +1,7 @@
 """Reading and writing by format."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,7 +92,7 @@ def read_peft(path: Path, folders: dict[str | None, Path]) -> AdapterFile:
             config: dict[str, Any] = json.loads((folder / peft_folder.CONFIG).read_text(encoding="utf-8"))
             tensors, own = load(file)
             parts |= peft_folder.read(file, part, tensors, config)
-        except (ValueError, AttributeError, TypeError) as error:
+        except (ValueError, AttributeError, TypeError, re.error) as error:
             raise UserError(f"{folder / peft_folder.CONFIG}: cannot be read ({error})") from None
         about |= own
     return AdapterFile(parts, about, "peft")
