@@ -8,13 +8,14 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sdtune import __version__, options
-from sdtune.configs import METHODS, PushConfig, Run, RunFailed, SampleConfig, Section, UserError
+from sdtune.configs import METHODS, VERBS, Run, RunFailed, Section, UserError, Verb
 
 app = typer.Typer(
     name="sdtune",
@@ -54,15 +55,10 @@ def command(config: type[Section], work: Callable[[Any, dict[str, Any]], None], 
         launching: dict[str, Any] = {
             name: flags.pop(name) for name in ("num_processes", "overwrite", "allow_change") if name in flags
         }
-        words = [*(flags.pop(name) for name in config.positional if name in flags), *ctx.args]
-        for name in config.positional:  # an unknown flag may stand where Typer looks for the first plain word
-            word = next((word for word in words if not word.startswith("-")), None)
-            if word is not None:
-                flags[name] = word
-                words.remove(word)
-            elif file is None and not words:
-                raise UserError(f"sdtune {ctx.info_name}: wants {name.upper()}; --help tells of it")
-        cfg = options.resolve(config, file, flags, words)
+        loose = list(ctx.args)
+        if strays := [n for n in flags if options.positional(config.model_fields[n]) and flags[n].startswith("--")]:
+            loose = [flags.pop(n) for n in strays] + loose  # an unknown flag has taken the place of an argument
+        cfg = options.resolve(config, file, flags, loose)
         if dry_run:
             typer.echo(options.to_yaml(cfg), nl=False)
         else:
@@ -132,9 +128,8 @@ def flags_of(config: type[Section]) -> Iterator[inspect.Parameter]:
             annotation = list[str] if options.is_list(field) else str
             annotation, default = annotation | None, None
             shown["metavar"] = options.metavar(field)
-        if name in config.positional:
-            del shown["rich_help_panel"]
-            option = typer.Argument(show_default=False, **shown | {"metavar": name.upper()})
+        if place := options.positional(field):
+            option = typer.Argument(metavar=place, help=shown["help"], show_default=False)
         else:
             option = typer.Option(spelt, show_default=False, **shown)
         yield inspect.Parameter(
@@ -157,14 +152,15 @@ def train(words: list[str], entry: Callable[[], Any]) -> Callable[[Any, dict[str
     return work
 
 
-def entry_of(config: type[Run]) -> Callable[[], Any]:
-    module, _, name = config.entry.partition(":")
-    return lambda: getattr(importlib.import_module(module), name)
+def function(entry: str) -> Any:
+    """What ``module:name`` stands for."""
+    module, _, name = entry.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 for method in METHODS:
     app.command(method.method, help=method.__doc__, context_settings=LENIENT, rich_help_panel="Train")(
-        command(method, train([method.method], entry_of(method)), launch=True)
+        command(method, train([method.method], partial(function, method.entry)), launch=True)
     )
 
 
@@ -201,23 +197,20 @@ def recipe_in(file: Path) -> Any:
     return own[0]
 
 
-def sample(cfg: SampleConfig, _: dict[str, Any]) -> None:
-    files = importlib.import_module("sdtune.sample").sample(cfg)
-    typer.echo(f"{len(files)} images in {cfg.output_dir}, side by side in {cfg.output_dir / 'grid.png'}")
+def told(verb: type[Verb]) -> Callable[[Any, dict[str, Any]], None]:
+    """What a verb's command does: call its function and print the line that it returns."""
+
+    def work(cfg: Any, _: dict[str, Any]) -> None:
+        if line := function(verb.entry)(cfg):
+            typer.echo(line)
+
+    return work
 
 
-app.command("sample", help=SampleConfig.__doc__, context_settings=LENIENT, rich_help_panel="Use")(
-    command(SampleConfig, sample, launch=False)
-)
-
-
-def push(cfg: PushConfig, _: dict[str, Any]) -> None:
-    importlib.import_module("sdtune.publish").push_run(cfg)
-
-
-app.command("push", help=PushConfig.__doc__, context_settings=LENIENT, rich_help_panel="Use")(
-    command(PushConfig, push, launch=False)
-)
+for verb in VERBS:
+    app.command(verb.method, help=verb.__doc__, context_settings=LENIENT, rich_help_panel=verb.panel)(
+        command(verb, told(verb), launch=False)
+    )
 
 
 @app.command("ls", rich_help_panel="Look")
@@ -250,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line: exit code 2 and a line per problem for the user's mistakes, 1 for a run that failed."""
     words = list(sys.argv[1:] if argv is None else argv)
     by_name: dict[str, type[Section]] = {c.method: c for c in METHODS}
-    by_name |= {"sample": SampleConfig, "push": PushConfig}
+    by_name |= {c.method: c for c in VERBS}
     try:
         if words and (config := by_name.get(words[0].replace("_", "-"))):
             words = options.canonical(config, words)

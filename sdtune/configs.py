@@ -34,6 +34,11 @@ def also(*names: str) -> Any:
     return Field(json_schema_extra={"also": list(names)})
 
 
+def positional(name: str) -> Any:
+    """A field that is given by its place on the command line, shown as ``name``, and has no flag."""
+    return Field(json_schema_extra={"positional": name})
+
+
 class Section(BaseModel):
     """A group of options that belong together; ``--help`` shows each under its section's name."""
 
@@ -41,8 +46,14 @@ class Section(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
 
-    positional: ClassVar[tuple[str, ...]] = ()
-    """Fields that the command takes as plain words, in this order, in place of flags."""
+
+class Verb(Section):
+    method: ClassVar[str]
+    """Name of the command."""
+    entry: ClassVar[str]
+    """`module:function` that does it; a text it returns is printed."""
+    panel: ClassVar[str] = "Use"
+    """Where --help lists it."""
 
 
 class Model(Section):
@@ -313,10 +324,11 @@ class LoraConfig(Adapter, Denoising, Model, Data, Optim, Preview, Hub, Run):
     """The run's folder: config, metrics, report, checkpoints and the artefact."""
 
 
-class SampleConfig(Model):
+class SampleConfig(Model, Verb):
     """Images from a base model, any adapters, and prompts."""
 
     method: ClassVar[str] = "sample"
+    entry: ClassVar[str] = "sdtune.sample:tell"
 
     model: Annotated[str, also("pretrained_model_name_or_path")] = "auto"
     """Base model, as for training; `auto` is what the adapter's run folder was trained on, else `tiny`."""
@@ -366,18 +378,54 @@ class SampleConfig(Model):
         return self
 
 
-class PushConfig(Repository):
+class PushConfig(Repository, Verb):
     """Upload a run to the Hugging Face Hub: artefact, card, samples, config, metrics and report."""
 
     method: ClassVar[str] = "push"
-    positional: ClassVar[tuple[str, ...]] = ("run",)
+    entry: ClassVar[str] = "sdtune.publish:push_run"
 
-    run: Path
+    run: Annotated[Path, positional("RUN")]
     """Folder of the run; what its config says of the Hub holds unless an option here says otherwise."""
+
+
+class ConvertConfig(Verb):
+    """An adapter file in another format, checked to do the same."""
+
+    method: ClassVar[str] = "convert"
+    entry: ClassVar[str] = "sdtune.convert:convert"
+
+    input: Annotated[Path, positional("IN")]
+    """Adapter in any known format: .safetensors file, run folder, or folder in PEFT's layout."""
+    output: Annotated[Path, positional("OUT")]
+    """New .safetensors file; for peft a new folder."""
+    to: Literal["diffusers", "peft", "kohya", "comfyui"]
+    """Format to write: kohya is what A1111, Forge and sd-scripts read as well."""
+    model: Annotated[str | None, also("pretrained_model_name_or_path")] = None
+    """Base model to compare the outputs in; none is the file's own base if it is on this machine."""
+    token: str | None = None
+    """Word that a textual inversion stands for; none is what the file or its name says."""
+
+
+class InspectConfig(Verb):
+    """What an adapter file is: kind, base, rank, targets, how it was trained, and where it changes the model."""
+
+    method: ClassVar[str] = "inspect"
+    entry: ClassVar[str] = "sdtune.inspect_adapter:inspect"
+    panel: ClassVar[str] = "Look"
+
+    input: Annotated[Path, positional("FILE")]
+    """Adapter in any known format: .safetensors file, run folder, or folder in PEFT's layout."""
+    as_json: Annotated[bool, also("json")] = False
+    """Print JSON."""
+    png: Path | None = None
+    """Write the norms of the change as a picture to this file as well; none writes no picture."""
 
 
 METHODS: tuple[type[Run], ...] = (LoraConfig,)
 """The commands that train, in the order in which --help lists them."""
+
+VERBS: tuple[type[Verb], ...] = (SampleConfig, PushConfig, ConvertConfig, InspectConfig)
+"""The commands that do not train, likewise."""
 
 MAY_CHANGE = frozenset(
     "steps num_train_epochs output_dir dataloader_num_workers cache cache_dir gradient_checkpointing "

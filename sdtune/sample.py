@@ -75,6 +75,11 @@ def sample(cfg: SampleConfig) -> list[Path]:
     return files
 
 
+def tell(cfg: SampleConfig) -> str:
+    files = sample(cfg)
+    return f"{len(files)} images in {cfg.output_dir}, side by side in {cfg.output_dir / 'grid.png'}"
+
+
 @torch.no_grad()
 def generate(
     pipe: DiffusionPipeline,

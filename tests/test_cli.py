@@ -12,7 +12,7 @@ import typer
 import yaml
 
 from sdtune import cli, options
-from sdtune.configs import METHODS, LoraConfig, RunFailed, SampleConfig, UserError
+from sdtune.configs import METHODS, VERBS, LoraConfig, RunFailed, UserError
 from tests.conftest import status
 
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "numpy", "PIL", "huggingface_hub")
@@ -186,7 +186,7 @@ def test_the_last_of_two_flags_wins(capsys):
     assert dry(capsys, "--dataset=d", "--rank=1", "--rank", "2")["rank"] == 2
 
 
-@pytest.mark.parametrize("config", [*METHODS, SampleConfig], ids=lambda c: c.method)
+@pytest.mark.parametrize("config", [*METHODS, *VERBS], ids=lambda c: c.method)
 def test_help_lists_each_field_once(config, capsys, monkeypatch):
     monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 250)
     code, out, _ = answer(capsys, config.method, "--help")
@@ -199,7 +199,7 @@ def test_help_lists_each_field_once(config, capsys, monkeypatch):
         assert re.sub(r"[*`]", "", field.description)[:20] in re.sub(r"[*`]", "", shown)
 
 
-@pytest.mark.parametrize("config", [*METHODS, SampleConfig], ids=lambda c: c.method)
+@pytest.mark.parametrize("config", [*METHODS, *VERBS], ids=lambda c: c.method)
 def test_no_flag_has_two_meanings(config):
     command = typer.main.get_command(cli.app).commands[config.method]
     flags = [flag for p in command.params for flag in (*p.opts, *p.secondary_opts)]

@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from sdtune import options
-from sdtune.configs import METHODS, LoraConfig, Run, SampleConfig, UserError
+from sdtune.configs import METHODS, VERBS, LoraConfig, Run, SampleConfig, UserError
 from tests.conftest import status
 
-CONFIGS = (*METHODS, SampleConfig)
+CONFIGS = (*METHODS, *VERBS)
 LEAST = {config: {"dataset": "d"} if issubclass(config, Run) else {"prompt": ["x"]} for config in CONFIGS}
 LEAST_WITH = {"width": {"height": 64}, "height": {"width": 64}}
 FIELDS = [(config, name) for config in CONFIGS for name in config.model_fields]
