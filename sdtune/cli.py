@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from sdtune import options
-from sdtune.configs import METHODS, Run, RunFailed, SampleConfig, Section, UserError
+from sdtune.configs import METHODS, MergeConfig, Run, RunFailed, SampleConfig, Section, UserError
 
 app = typer.Typer(
     name="sdtune",
@@ -44,7 +44,9 @@ def command(config: type[Section], work: Callable[[Any, dict[str, Any]], None], 
         }
         file, dry_run = flags.pop("config", None), flags.pop("dry_run", False)
         launching: dict[str, Any] = {
-            name: flags.pop(name) for name in ("num_processes", "overwrite", "allow_change") if name in flags
+            name: flags.pop(name)
+            for name in ("num_processes", "overwrite", "allow_change")
+            if name in flags and name not in config.model_fields
         }
         cfg = options.resolve(config, file, flags, ctx.args)
         if dry_run:
@@ -191,6 +193,16 @@ app.command("sample", help=SampleConfig.__doc__, context_settings=LENIENT, rich_
 )
 
 
+def merge(cfg: MergeConfig, _: dict[str, Any]) -> None:
+    for line in importlib.import_module("sdtune.merge").merge(cfg):
+        typer.echo(line)
+
+
+app.command("merge", help=MergeConfig.__doc__, context_settings=LENIENT, rich_help_panel="Use")(
+    command(MergeConfig, merge, launch=False)
+)
+
+
 @app.command("ls", rich_help_panel="Look")
 def list_recipes() -> None:
     """List the ready-made recipes that --config knows by name."""
@@ -220,7 +232,7 @@ def env() -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line: exit code 2 and a line per problem for the user's mistakes, 1 for a run that failed."""
     words = list(sys.argv[1:] if argv is None else argv)
-    by_name: dict[str, type[Section]] = {c.method: c for c in METHODS} | {"sample": SampleConfig}
+    by_name: dict[str, type[Section]] = {c.method: c for c in (*METHODS, SampleConfig, MergeConfig)}
     try:
         if words and (config := by_name.get(words[0].replace("_", "-"))):
             words = options.canonical(config, words)

@@ -346,6 +346,77 @@ class SampleConfig(Model):
         return self
 
 
+class MergeConfig(Model):
+    """Adapters into a base, several adapters into one, two models into an adapter, a rank into a smaller one."""
+
+    method: ClassVar[str] = "merge"
+
+    adapter: Annotated[Strings, also("lora")] = []
+    """Adapters: file, folder, run folder or Hub id, each with an optional =WEIGHT, such as runs/lora=0.8."""
+    output: Path | None = None
+    """Adapter file to write, in diffusers' format."""
+    output_dir: Path | None = None
+    """Pipeline folder to write: the base with the adapters folded into its weights."""
+    combine: Annotated[Literal["concat", "svd"], also("method")] = "concat"
+    """Several adapters into one: concat adds their ranks up and is exact, svd is the closest of a rank."""
+    resize: bool = False
+    """Bring one adapter to another rank."""
+    extract: bool = False
+    """Make an adapter of what sets --tuned apart from --model."""
+    tuned: str | None = None
+    """Model with the changes to extract: folder, Hub id or single .safetensors file."""
+    rank: Annotated[Count | None, also("new_rank", "dim")] = None
+    """Rank of svd, resize and extract; with energy, the largest."""
+    energy: Annotated[float | None, Interval(gt=0, le=1)] = None
+    """Smallest rank of each module that retains this share of the change's squared norm, in place of one rank."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Precision of what is written; everything is computed in 64 bits."""
+    overwrite: bool = False
+    """Replace what output or output_dir names, once the new one is verified."""
+
+    model: Annotated[str, also("pretrained_model_name_or_path")] = ""
+    """Base model, as for training; adapters other than plain LoRA need it, and so does all that writes a model."""
+
+    @property
+    def work(self) -> Literal["fold", "concat", "svd", "resize", "extract"]:
+        """What is to be done."""
+        if self.extract or self.resize:
+            return "extract" if self.extract else "resize"
+        return "fold" if self.output_dir else self.combine
+
+    @model_validator(mode="after")
+    def _one_work(self) -> Self:
+        if self.extract and self.resize:
+            raise ValueError("extract and resize: give one of them")
+        if (self.output is None) == (self.output_dir is None):
+            raise ValueError(
+                "give output, a file for an adapter, or output_dir, a folder for a model with it folded in"
+            )
+        if self.output_dir and (self.work != "fold" or "combine" in self.model_fields_set):
+            raise ValueError("output_dir is for a base with adapters folded in; an adapter goes to output")
+        if self.output and self.output.suffix != ".safetensors":
+            raise ValueError(f"output {self.output}: an adapter file is named *.safetensors")
+        return self
+
+    @model_validator(mode="after")
+    def _what_it_needs(self) -> Self:
+        needed = {"fold": "adapter model", "extract": "model tuned"}.get(self.work, "adapter").split()
+        if missing := [f"--{name}" for name in needed if not getattr(self, name)]:
+            raise ValueError(f"{self.work if self.work != 'fold' else 'output_dir'} needs {' and '.join(missing)}")
+        if self.work == "resize" and len(self.adapter) > 1:
+            raise ValueError(f"resize takes one adapter, not {len(self.adapter)}; several become one by combine svd")
+        if self.extract and self.adapter:
+            raise ValueError("extract compares two models and takes no adapter")
+        if self.tuned and not self.extract:
+            raise ValueError("tuned is for extract: add --extract")
+        sized = self.rank is not None or self.energy is not None
+        if self.work in ("fold", "concat") and sized:
+            raise ValueError("rank and energy are for svd, resize and extract; concat keeps every rank")
+        if self.work not in ("fold", "concat") and not sized:
+            raise ValueError(f"{self.work} needs --rank or --energy")
+        return self
+
+
 METHODS: tuple[type[Run], ...] = (LoraConfig,)
 """The commands that train, in the order in which --help lists them."""
 

@@ -1,0 +1,227 @@
+"""Adapters folded into the weights of a base, ``W' = W + sum_i dW_i``, and the base that adapters are compared with.
+
+The folder is a whole pipeline. It takes its name once every weight reads back as computed and once the image that
+stock diffusers draws from it is the one that base and adapters give at run time, by their factors.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from sdtune import formats
+from sdtune.adapters import is_target
+from sdtune.configs import MergeConfig, SampleConfig, UserError
+from sdtune.formats import PARTS, AdapterFile, Module
+from sdtune.loading import load_adapters, load_pipeline
+from sdtune.sample import generate
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PIXELS = {"fp32": 4e-3, "fp16": 1e-2, "bf16": 6e-2}
+"""Root mean square by which an image in [0, 1] may differ: sums in another order, and the rounding of the weights."""
+SIDE = 256
+"""Largest side of the image that is compared; the layers are the same at any size."""
+
+Change = tuple[str, float, AdapterFile, dict[tuple[str, str], Module]]
+"""An adapter: where from, weight, as it was read, and its modules with the weight in their scale."""
+
+
+class Base:
+    """The layers of a pipeline in fp32, by part and by the names of the published checkpoints."""
+
+    def __init__(self, pipe: DiffusionPipeline, where: str):
+        self.pipe, self.where = pipe, where
+
+    def _named(self) -> Iterator[tuple[str, nn.Module]]:
+        for part in PARTS:
+            if isinstance(module := self.pipe.components.get(part), nn.Module):
+                yield part, module
+
+    def layers(self) -> dict[tuple[str, str], nn.Module]:
+        """Every linear and convolution layer that an adapter can change."""
+        return {
+            (part, _published(part, name)): layer
+            for part, module in self._named()
+            for name, layer in module.named_modules()
+            if is_target(layer) and getattr(layer, "groups", 1) == 1
+        }
+
+    def rest(self) -> dict[str, Tensor]:
+        """Every other parameter: norms, biases, embeddings."""
+        ours = {f"{part}.{name}.weight" for part, name in self.layers()}
+        named = {f"{p}.{_published(p, n)}": t.detach() for p, m in self._named() for n, t in m.named_parameters()}
+        return {name: tensor for name, tensor in named.items() if name not in ours}
+
+    def weight(self, part: str, name: str) -> Tensor:
+        return self.layers()[part, name].weight.detach().cpu()  # type: ignore[union-attr]
+
+    def fits(self, where: str, modules: Mapping[tuple[str, str], Module]) -> None:
+        """Make sure that the base has a layer of the right shape for every module.
+
+        Raises:
+            UserError: it has not.
+        """
+        layers = self.layers()
+        if strange := [key for key in modules if key not in layers]:
+            raise UserError(
+                f"--adapter {where}: {len(modules) - len(strange)} of its {len(modules)} modules are layers of "
+                f"--model {self.where}; it has no {'.'.join(strange[0])}"
+            )
+        for key, module in modules.items():
+            shape, made = layers[key].weight.shape, module.product().shape
+            if made[0] != shape[0] or made.numel() != shape.numel():
+                told = ("x".join(map(str, s)) for s in (shape, made))
+                raise UserError(f"--adapter {where}: {'.'.join(key)} is {' in the base, '.join(told)} in the adapter")
+
+    def check_loaded(self, file: Path, modules: Mapping[tuple[str, str], Module]) -> None:
+        """Load an adapter file as stock diffusers does and compare the change that it applies to each layer."""
+        load_adapters(self.pipe, [str(file)])
+        for part, module in self._named():
+            for name, layer in module.named_modules():
+                if not hasattr(layer, "get_delta_weight"):
+                    continue
+                key = part, _published(part, name)
+                got = layer.get_delta_weight("adapter_0").double().cpu()
+                if not formats.close(modules[key].delta(got.shape), got, 1e-5):
+                    raise RuntimeError(f"{file}: {'.'.join(key)} has another change in diffusers")
+        self.pipe.unload_lora_weights()
+
+
+def open_base(cfg: MergeConfig, model: str, flag: str = "--model") -> Base:
+    """The pipeline of ``model`` in fp32; revision, variant and VAE are those of ``--model`` alone."""
+    own = {k: getattr(cfg, k) for k in ("revision", "variant", "vae")} if flag == "--model" else {}
+    try:
+        return Base(load_pipeline(SampleConfig(model=model, prompt=[""], cache_dir=cfg.cache_dir, **own)), model)
+    except UserError as error:
+        raise UserError(str(error).replace("--model", flag, 1)) from None
+
+
+def fold(cfg: MergeConfig, changes: Sequence[Change], provenance: Mapping[str, Any]) -> list[str]:
+    """Write the pipeline of ``cfg.model`` with the adapters in its weights to ``cfg.output_dir``.
+
+    Raises:
+        UserError: an adapter that does not fit the base, or a folder that cannot be written.
+        RuntimeError: what was written is not what was meant; nothing is left.
+    """
+    out, dtype = cfg.output_dir, DTYPES[cfg.dtype]
+    assert out is not None
+    base = open_base(cfg, cfg.model)
+    for where, _, _, modules in changes:
+        base.fits(where, modules)
+    layers = base.layers()
+    with torch.no_grad():
+        for key, layer in layers.items():
+            own = [modules[key] for _, _, _, modules in changes if key in modules]
+            if own:  # DoRA's change is of the base's weight, whatever the others add: as at run time
+                weight = layer.weight.cpu().double()
+                layer.weight.copy_(weight + sum(m.delta(base=weight) for m in own))
+    wanted = base.pipe.to("cpu", dtype)
+    if broken := [n for part, m in base._named() for n, p in m.named_parameters() if not bool(p.isfinite().all())]:
+        raise UserError(f"--dtype {cfg.dtype}: {broken[0]} is out of its range")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with formats.staged(out) as new:
+            shutil.rmtree(new, ignore_errors=True)
+            wanted.save_pretrained(new)
+            (new / "merge.json").write_text(json.dumps(provenance, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            _forget_paths(new)
+            told = _verify(cfg, changes, base, new)
+            if out.exists():
+                folder_of(out, cfg)
+                shutil.rmtree(out)
+    except OSError as error:
+        raise UserError(f"--output-dir {out}: cannot be written ({error.strerror or error})") from None
+    return [f"{out}: {cfg.model} with {len(changes)} adapters in {cfg.dtype}; {told}"]
+
+
+def folder_of(out: Path, cfg: MergeConfig) -> None:
+    """Make sure that a folder to be replaced is a pipeline, and not the one that is merged into."""
+    if any(out.iterdir()) and not (out / "model_index.json").is_file():
+        raise UserError(f"--output-dir {out}: holds something else than a pipeline; name another folder")
+    if Path(cfg.model).exists() and out.samefile(cfg.model):
+        raise UserError(f"--output-dir {out}: is the base itself; name another folder")
+
+
+def _verify(cfg: MergeConfig, changes: Sequence[Change], base: Base, folder: Path) -> str:
+    """Compare every weight of the folder with what was computed, and its image with that of base and adapters."""
+    merged = load_pipeline(SampleConfig(model=str(folder), prompt=[""]))
+    for part, module in base._named():
+        state = merged.components[part].state_dict()
+        wrong = [k for k, v in module.state_dict().items() if not torch.equal(v.float(), state[k].cpu())]
+        if wrong:
+            raise RuntimeError(f"{folder}: {part}.{wrong[0]} does not read back as computed")
+    image = draw(merged)
+    del merged
+    pipe = open_base(cfg, cfg.model).pipe
+    plain = draw(pipe)
+    with at_run_time(pipe, changes):
+        wanted = draw(pipe)
+    error, effect = (float(np.sqrt(np.mean((other - wanted) ** 2))) for other in (image, plain))
+    if not error <= PIXELS[cfg.dtype]:
+        raise RuntimeError(f"{folder}: its image differs from that of base and adapters by {error:.2g}")
+    return (
+        f"its image is within {error:.2g} of base and adapters at run time, which differ from the base by {effect:.2g}"
+    )
+
+
+def draw(pipe: DiffusionPipeline) -> np.ndarray:
+    """A seeded image in [0, 1], of two steps."""
+    side = min(int(np.max(pipe.unet.config.sample_size)) * pipe.vae_scale_factor, SIDE)
+    (image,) = generate(pipe, ["a photo"], [0], steps=2, guidance_scale=5.0, width=side, height=side)
+    return np.asarray(image, dtype=np.float64) / 255
+
+
+@contextmanager
+def at_run_time(pipe: DiffusionPipeline, changes: Sequence[Change]) -> Iterator[None]:
+    """Adapters beside the weights: LoRA and DoRA through diffusers' own loader, others added to a layer's output."""
+    hooks = []
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = []
+        layers = Base(pipe, "").layers()
+        for k, (_, weight, adapter, modules) in enumerate(changes):
+            if all(m.kind == "lora" for m in modules.values()):
+                file = Path(folder) / f"{k}.safetensors"
+                formats.write(file, adapter, "diffusers")
+                loaded.append(f"{file}={weight!r}")
+            else:
+                hooks += [layers[key].register_forward_hook(_adding(modules[key], layers[key])) for key in modules]
+        load_adapters(pipe, loaded)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _adding(module: Module, layer: nn.Module) -> Any:
+    weight = layer.weight
+    change = module.delta(base=weight.detach().cpu()).to(weight)  # type: ignore[arg-type, union-attr]
+
+    def hook(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if isinstance(layer, nn.Conv2d):
+            return output + F.conv2d(inputs[0], change, None, layer.stride, layer.padding, layer.dilation)
+        return output + F.linear(inputs[0], change)
+
+    return hook
+
+
+def _published(part: str, name: str) -> str:
+    """transformers 5.6 dropped the level ``text_model.``, which published names have."""
+    return f"text_model.{name.removeprefix('text_model.')}" if part.startswith("text_encoder") else name
+
+
+def _forget_paths(folder: Path) -> None:
+    """Take the place that the base was read from, a path of this machine, out of the saved configs."""
+    for file in (folder / "model_index.json", *folder.glob("*/config.json")):
+        told = json.loads(file.read_text(encoding="utf-8"))
+        if told.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
