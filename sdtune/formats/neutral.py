@@ -40,22 +40,22 @@ class Module:
     def scale(self) -> float:
         return self.alpha / self.rank
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the product: (out, in, *k), or (out, in * k * k) where the factors do not tell the kernel.
+
+        Raises:
+            ValueError, RuntimeError, IndexError: the factors do not fit together.
+        """
+        empty = {name: tensor.to("meta") for name, tensor in self.tensors.items()}
+        return tuple(_product(self.kind, empty).shape)
+
     def product(self, shape: tuple[int, ...] | torch.Size | None = None) -> Tensor:
         """``alpha / rank`` times the product of the factors in float64, without DoRA's magnitude.
 
         Of shape (out, in, *k); where the factors do not tell the kernel, (out, in * k * k) unless ``shape`` is given.
         """
-        t = {name: tensor.double() for name, tensor in self.tensors.items()}
-        match self.kind:
-            case "lora":
-                made = (t["up"].flatten(1) @ t["down"].flatten(1)).reshape(len(t["up"]), *t["down"].shape[1:])
-            case "loha":
-                made = _pair(t, "1") * _pair(t, "2")
-            case "lokr":
-                one = t["w1"] if "w1" in t else t["w1_a"] @ t["w1_b"]
-                two = t["w2"] if "w2" in t else _pair(t, "2")
-                made = torch.kron(one.reshape(*one.shape, *[1] * (two.ndim - 2)), two)
-        made = made * self.scale
+        made = _product(self.kind, {name: tensor.double() for name, tensor in self.tensors.items()}) * self.scale
         return made if shape is None else made.reshape(shape)
 
     def delta(self, shape: tuple[int, ...] | torch.Size | None = None, base: Tensor | None = None) -> Tensor:
@@ -75,8 +75,27 @@ class Module:
         norm = changed.norm(dim=others, keepdim=True)
         return changed * (self.magnitude.double().reshape(sizes) / norm) - base.double()
 
+    def norm(self) -> float:
+        """Frobenius norm of the product, without making a LoRA's."""
+        if self.kind != "lora":
+            return float(self.product().norm())
+        up, down = (self.tensors[name].flatten(1).double() for name in ("up", "down"))
+        return self.scale * math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))
+
     def parameters(self) -> int:
         return sum(t.numel() for t in self.tensors.values()) + (0 if self.magnitude is None else len(self.magnitude))
+
+
+def _product(kind: Kind, t: dict[str, Tensor]) -> Tensor:
+    match kind:
+        case "lora":
+            return (t["up"].flatten(1) @ t["down"].flatten(1)).reshape(len(t["up"]), *t["down"].shape[1:])
+        case "loha":
+            return _pair(t, "1") * _pair(t, "2")
+        case "lokr":
+            one = t["w1"] if "w1" in t else t["w1_a"] @ t["w1_b"]
+            two = t["w2"] if "w2" in t else _pair(t, "2")
+            return torch.kron(one.reshape(*one.shape, *[1] * (two.ndim - 2)), two)
 
 
 def _pair(t: dict[str, Tensor], side: str) -> Tensor:
