@@ -232,7 +232,8 @@ def env() -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line: exit code 2 and a line per problem for the user's mistakes, 1 for a run that failed."""
     words = list(sys.argv[1:] if argv is None else argv)
-    by_name: dict[str, type[Section]] = {c.method: c for c in (*METHODS, SampleConfig, MergeConfig)}
+    commands: tuple[Any, ...] = (*METHODS, SampleConfig, MergeConfig)
+    by_name: dict[str, type[Section]] = {c.method: c for c in commands}
     try:
         if words and (config := by_name.get(words[0].replace("_", "-"))):
             words = options.canonical(config, words)

@@ -389,9 +389,7 @@ class MergeConfig(Model):
         if self.extract and self.resize:
             raise ValueError("extract and resize: give one of them")
         if (self.output is None) == (self.output_dir is None):
-            raise ValueError(
-                "give output, a file for an adapter, or output_dir, a folder for a model with it folded in"
-            )
+            raise ValueError("give output, a file for an adapter, or output_dir, a folder for a whole model")
         if self.output_dir and (self.work != "fold" or "combine" in self.model_fields_set):
             raise ValueError("output_dir is for a base with adapters folded in; an adapter goes to output")
         if self.output and self.output.suffix != ".safetensors":

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Base:
             if isinstance(module := self.pipe.components.get(part), nn.Module):
                 yield part, module
 
+    @cached_property
     def layers(self) -> dict[tuple[str, str], nn.Module]:
         """Every linear and convolution layer that an adapter can change."""
         return {
@@ -55,14 +57,15 @@ class Base:
             if is_target(layer) and getattr(layer, "groups", 1) == 1
         }
 
+    @cached_property
     def rest(self) -> dict[str, Tensor]:
         """Every other parameter: norms, biases, embeddings."""
-        ours = {f"{part}.{name}.weight" for part, name in self.layers()}
+        ours = {f"{part}.{name}.weight" for part, name in self.layers}
         named = {f"{p}.{_published(p, n)}": t.detach() for p, m in self._named() for n, t in m.named_parameters()}
         return {name: tensor for name, tensor in named.items() if name not in ours}
 
-    def weight(self, part: str, name: str) -> Tensor:
-        return self.layers()[part, name].weight.detach().cpu()  # type: ignore[union-attr]
+    def weight(self, key: tuple[str, str]) -> Tensor:
+        return self.layers[key].weight.detach().cpu()
 
     def fits(self, where: str, modules: Mapping[tuple[str, str], Module]) -> None:
         """Make sure that the base has a layer of the right shape for every module.
@@ -70,7 +73,7 @@ class Base:
         Raises:
             UserError: it has not.
         """
-        layers = self.layers()
+        layers = self.layers
         if strange := [key for key in modules if key not in layers]:
             raise UserError(
                 f"--adapter {where}: {len(modules) - len(strange)} of its {len(modules)} modules are layers of "
@@ -85,15 +88,18 @@ class Base:
     def check_loaded(self, file: Path, modules: Mapping[tuple[str, str], Module]) -> None:
         """Load an adapter file as stock diffusers does and compare the change that it applies to each layer."""
         load_adapters(self.pipe, [str(file)])
+        seen = set()
         for part, module in self._named():
             for name, layer in module.named_modules():
                 if not hasattr(layer, "get_delta_weight"):
                     continue
                 key = part, _published(part, name)
+                seen.add(key)
                 got = layer.get_delta_weight("adapter_0").double().cpu()
                 if not formats.close(modules[key].delta(got.shape), got, 1e-5):
                     raise RuntimeError(f"{file}: {'.'.join(key)} has another change in diffusers")
-        self.pipe.unload_lora_weights()
+        if seen != modules.keys():
+            raise RuntimeError(f"{file}: diffusers adapts {len(seen)} of {len(modules)} layers")
 
 
 def open_base(cfg: MergeConfig, model: str, flag: str = "--model") -> Base:
@@ -117,7 +123,7 @@ def fold(cfg: MergeConfig, changes: Sequence[Change], provenance: Mapping[str, A
     base = open_base(cfg, cfg.model)
     for where, _, _, modules in changes:
         base.fits(where, modules)
-    layers = base.layers()
+    layers = base.layers
     with torch.no_grad():
         for key, layer in layers.items():
             own = [modules[key] for _, _, _, modules in changes if key in modules]
@@ -127,6 +133,7 @@ def fold(cfg: MergeConfig, changes: Sequence[Change], provenance: Mapping[str, A
     wanted = base.pipe.to("cpu", dtype)
     if broken := [n for part, m in base._named() for n, p in m.named_parameters() if not bool(p.isfinite().all())]:
         raise UserError(f"--dtype {cfg.dtype}: {broken[0]} is out of its range")
+    old = out.with_name(f".{out.name}.old")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with formats.staged(out) as new:
@@ -136,14 +143,15 @@ def fold(cfg: MergeConfig, changes: Sequence[Change], provenance: Mapping[str, A
             _forget_paths(new)
             told = _verify(cfg, changes, base, new)
             if out.exists():
-                folder_of(out, cfg)
-                shutil.rmtree(out)
+                may_replace(out, cfg)
+                out.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(f"--output-dir {out}: cannot be written ({error.strerror or error})") from None
     return [f"{out}: {cfg.model} with {len(changes)} adapters in {cfg.dtype}; {told}"]
 
 
-def folder_of(out: Path, cfg: MergeConfig) -> None:
+def may_replace(out: Path, cfg: MergeConfig) -> None:
     """Make sure that a folder to be replaced is a pipeline, and not the one that is merged into."""
     if any(out.iterdir()) and not (out / "model_index.json").is_file():
         raise UserError(f"--output-dir {out}: holds something else than a pipeline; name another folder")
@@ -156,7 +164,7 @@ def _verify(cfg: MergeConfig, changes: Sequence[Change], base: Base, folder: Pat
     merged = load_pipeline(SampleConfig(model=str(folder), prompt=[""]))
     for part, module in base._named():
         state = merged.components[part].state_dict()
-        wrong = [k for k, v in module.state_dict().items() if not torch.equal(v.float(), state[k].cpu())]
+        wrong = [k for k, v in module.state_dict().items() if not torch.equal(v.to(state[k].dtype), state[k].cpu())]
         if wrong:
             raise RuntimeError(f"{folder}: {part}.{wrong[0]} does not read back as computed")
     image = draw(merged)
@@ -168,9 +176,7 @@ def _verify(cfg: MergeConfig, changes: Sequence[Change], base: Base, folder: Pat
     error, effect = (float(np.sqrt(np.mean((other - wanted) ** 2))) for other in (image, plain))
     if not error <= PIXELS[cfg.dtype]:
         raise RuntimeError(f"{folder}: its image differs from that of base and adapters by {error:.2g}")
-    return (
-        f"its image is within {error:.2g} of base and adapters at run time, which differ from the base by {effect:.2g}"
-    )
+    return f"its image is that of base and adapters at run time to {error:.2g}; they change it by {effect:.2g}"
 
 
 def draw(pipe: DiffusionPipeline) -> np.ndarray:
@@ -186,9 +192,9 @@ def at_run_time(pipe: DiffusionPipeline, changes: Sequence[Change]) -> Iterator[
     hooks = []
     with tempfile.TemporaryDirectory() as folder:
         loaded = []
-        layers = Base(pipe, "").layers()
+        layers = Base(pipe, "").layers
         for k, (_, weight, adapter, modules) in enumerate(changes):
-            if all(m.kind == "lora" for m in modules.values()):
+            if all(m.kind == "lora" and not m.axis for m in modules.values()):
                 file = Path(folder) / f"{k}.safetensors"
                 formats.write(file, adapter, "diffusers")
                 loaded.append(f"{file}={weight!r}")
@@ -204,7 +210,7 @@ def at_run_time(pipe: DiffusionPipeline, changes: Sequence[Change]) -> Iterator[
 
 def _adding(module: Module, layer: nn.Module) -> Any:
     weight = layer.weight
-    change = module.delta(base=weight.detach().cpu()).to(weight)  # type: ignore[arg-type, union-attr]
+    change = module.delta(base=weight.detach().cpu()).to(weight)
 
     def hook(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if isinstance(layer, nn.Conv2d):

@@ -9,7 +9,7 @@ has alpha = rank throughout, so that a reader who knows of no alpha scales it ri
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from rich.progress import track
 from torch import Tensor
 
 from sdtune import __version__, formats
+from sdtune.adapters import PORTABLE, reproducible
 from sdtune.configs import MergeConfig, UserError
-from sdtune.fold import Base, fold, folder_of, open_base
-from sdtune.formats import AdapterFile, Module
+from sdtune.fold import DTYPES, Base, fold, may_replace, open_base
+from sdtune.formats import AdapterFile, Module, files, peft_folder
 from sdtune.loading import adapter_file, split_weight
 from sdtune.lowrank import Spectrum, decompose, decompose_product
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ROUNDING = {"fp32": 1e-6, "fp16": 2e-3, "bf16": 1.6e-2}
 """What two rounded factors may differ by from their product: a few units in the last place."""
 
@@ -81,7 +81,7 @@ def merge(cfg: MergeConfig) -> list[str]:
             assert base is not None
             made, lines = extract(cfg, base)
         elif cfg.work == "concat":
-            made, lines = concatenated(sources), []
+            made, lines = concatenated(sources, base), []
         else:
             made, lines = approximated(cfg, sources, base)
         if not made:
@@ -137,7 +137,7 @@ def public(where: str) -> str:
 # ---- adapters into one -----------------------------------------------------------------------------------------
 
 
-def concatenated(sources: Sequence[Source]) -> dict[tuple[str, str], Module]:
+def concatenated(sources: Sequence[Source], base: Base | None) -> dict[tuple[str, str], Module]:
     """The sum of all changes, exactly, the ranks of a module added up.
 
     Raises:
@@ -149,8 +149,10 @@ def concatenated(sources: Sequence[Source]) -> dict[tuple[str, str], Module]:
                 f"--adapter {source.where}: {other[0]} is no product of two factors that could be set side by side; "
                 "approximate it with --combine svd --rank R --model BASE, or fold it into a model with --output-dir"
             )
+        if base is not None:
+            base.fits(source.where, source.modules())
     made = {}
-    for key, modules in together(sources).items():
+    for key, modules in by_module(sources).items():
         up, down = side_by_side(modules)
         made[key] = plain_lora(up, down, shape_of(key, modules, sources))
     return made
@@ -173,19 +175,19 @@ def approximated(
             base.fits(source.where, source.modules())
 
     def spectra() -> Iterator[tuple[tuple[str, str], Spectrum, tuple[int, ...]]]:
-        for key, modules in bar(together(sources).items(), "Decomposing"):
-            shape = shape_of(key, modules, sources) if base is None else tuple(base.weight(*key).shape)
+        for key, modules in bar(by_module(sources).items(), "Decomposing"):
+            shape = shape_of(key, modules, sources) if base is None else tuple(base.weight(key).shape)
             if all(m.kind == "lora" and m.magnitude is None for m in modules):
                 yield key, decompose_product(*side_by_side(modules)), shape
             else:
                 assert base is not None
-                weight = base.weight(*key)
-                yield key, decompose(sum(m.delta(base=weight) for m in modules)), shape  # type: ignore[arg-type]
+                weight = base.weight(key)
+                yield key, decompose(sum(m.delta(base=weight) for m in modules)), shape
 
     return truncated(cfg, spectra())
 
 
-def together(sources: Sequence[Source]) -> dict[tuple[str, str], list[Module]]:
+def by_module(sources: Sequence[Source]) -> dict[tuple[str, str], list[Module]]:
     """Every module that any of them changes, with its changes in their order."""
     found: dict[tuple[str, str], list[Module]] = {}
     for source in sources:
@@ -249,7 +251,7 @@ def extract(cfg: MergeConfig, base: Base) -> tuple[dict[tuple[str, str], Module]
     """``tuned - base`` of every linear and convolution layer at a smaller rank; unchanged layers are left out."""
     assert cfg.tuned is not None
     tuned = open_base(cfg, cfg.tuned, flag="--tuned")
-    layers, others = base.layers(), tuned.layers()
+    layers, others = base.layers, tuned.layers
     for key in sorted(layers.keys() | others.keys()):
         one, other = (side[key].weight.shape if key in side else None for side in (layers, others))
         if one != other:
@@ -265,7 +267,7 @@ def extract(cfg: MergeConfig, base: Base) -> tuple[dict[tuple[str, str], Module]
             yield key, decompose(others[key].weight.double() - weight.double()), tuple(weight.shape)
 
     made, lines = truncated(cfg, spectra())
-    rest, tuned_rest = base.rest(), tuned.rest()
+    rest, tuned_rest = base.rest, tuned.rest
     lost = [k for k in rest if k not in tuned_rest or differs(rest[k], tuned_rest[k])]
     if lost:
         lines.append(f"not in it: {len(lost)} changed tensors that an adapter cannot hold, such as {lost[0]}")
@@ -307,6 +309,9 @@ def write(path: Path, adapter: AdapterFile, cfg: MergeConfig, base: Base | None)
     path.parent.mkdir(parents=True, exist_ok=True)
     with formats.staged(path) as new:
         formats.write(new, replace(adapter, parts=rounded), "diffusers")
+        tensors, about = files.load(new)
+        about["lora_adapter_metadata"] = json.dumps(config_of(rounded), sort_keys=True)
+        new.write_bytes(reproducible(tensors, about))
         wanted, got = adapter.modules(), formats.read(new).modules()
         if wanted.keys() != got.keys():
             raise RuntimeError(f"{path}: not every module reads back: {sorted(wanted.keys() ^ got.keys())[:3]}")
@@ -315,6 +320,18 @@ def write(path: Path, adapter: AdapterFile, cfg: MergeConfig, base: Base | None)
                 raise RuntimeError(f"{path}: {name} does not read back as it is; in {cfg.dtype} it may be out of range")
         if base is not None:
             base.check_loaded(new, {(part, n): m for part, ms in rounded.items() for n, m in ms.items()})
+
+
+def config_of(parts: Mapping[str, dict[str, Module]]) -> dict[str, Any]:
+    """Rank and alpha of every module, as diffusers reads them from a file's metadata.
+
+    From the shapes alone, a diffusers older than 0.42 would give every module the alpha of the first one.
+    """
+    config = {}
+    for part, modules in parts.items():
+        own, _ = peft_folder.config(part, modules, None)
+        config |= {f"{part}.{k}": own[k] for k in PORTABLE if own.get(k) not in (None, {}, False, "none")}
+    return config
 
 
 def _free(cfg: MergeConfig, target: Path) -> None:
@@ -327,7 +344,7 @@ def _free(cfg: MergeConfig, target: Path) -> None:
     if not cfg.overwrite and (target.is_file() or any(target.iterdir())):
         raise UserError(f"{flag} {target}: exists; name another or add --overwrite")
     if target.is_dir():
-        folder_of(target, cfg)
+        may_replace(target, cfg)
 
 
 def bar(items: Iterable[Any], what: str) -> Iterable[Any]:
