@@ -14,7 +14,17 @@ from typing import Annotated, Any
 import typer
 
 from sdtune import options
-from sdtune.configs import METHODS, MergeConfig, Run, RunFailed, SampleConfig, Section, UserError
+from sdtune.configs import (
+    METHODS,
+    ConvertConfig,
+    InspectConfig,
+    MergeConfig,
+    Run,
+    RunFailed,
+    SampleConfig,
+    Section,
+    UserError,
+)
 
 app = typer.Typer(
     name="sdtune",
@@ -48,7 +58,10 @@ def command(config: type[Section], work: Callable[[Any, dict[str, Any]], None], 
             for name in ("num_processes", "overwrite", "allow_change")
             if name in flags and name not in config.model_fields
         }
-        cfg = options.resolve(config, file, flags, ctx.args)
+        loose = list(ctx.args)
+        if strays := [n for n in flags if options.positional(config.model_fields[n]) and flags[n].startswith("--")]:
+            loose = [flags.pop(n) for n in strays] + loose  # an unknown flag has taken the place of an argument
+        cfg = options.resolve(config, file, flags, loose)
         if dry_run:
             typer.echo(options.to_yaml(cfg), nl=False)
         else:
@@ -112,6 +125,12 @@ def flags_of(config: type[Section]) -> Iterator[inspect.Parameter]:
         }
         annotation: Any
         default: Any
+        if place := options.positional(field):
+            argument = typer.Argument(metavar=place, show_default=False, help=shown["help"])
+            yield inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, argument]
+            )
+            continue
         if field.annotation is bool:
             annotation, default, spelt = bool, bool(field.default), f"{spelt}/--no-{spelt[2:]}"
         else:
@@ -203,6 +222,24 @@ app.command("merge", help=MergeConfig.__doc__, context_settings=LENIENT, rich_he
 )
 
 
+def convert(cfg: ConvertConfig, _: dict[str, Any]) -> None:
+    typer.echo(importlib.import_module("sdtune.convert").convert(cfg))
+
+
+app.command("convert", help=ConvertConfig.__doc__, context_settings=LENIENT, rich_help_panel="Use")(
+    command(ConvertConfig, convert, launch=False)
+)
+
+
+def inspect_adapter(cfg: InspectConfig, _: dict[str, Any]) -> None:
+    typer.echo(importlib.import_module("sdtune.inspect_adapter").inspect(cfg))
+
+
+app.command("inspect", help=InspectConfig.__doc__, context_settings=LENIENT, rich_help_panel="Look")(
+    command(InspectConfig, inspect_adapter, launch=False)
+)
+
+
 @app.command("ls", rich_help_panel="Look")
 def list_recipes() -> None:
     """List the ready-made recipes that --config knows by name."""
@@ -232,8 +269,8 @@ def env() -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line: exit code 2 and a line per problem for the user's mistakes, 1 for a run that failed."""
     words = list(sys.argv[1:] if argv is None else argv)
-    commands: tuple[Any, ...] = (*METHODS, SampleConfig, MergeConfig)
-    by_name: dict[str, type[Section]] = {c.method: c for c in commands}
+    by_name: dict[str, type[Section]] = {c.method: c for c in METHODS}
+    by_name |= {"sample": SampleConfig, "convert": ConvertConfig, "merge": MergeConfig, "inspect": InspectConfig}
     try:
         if words and (config := by_name.get(words[0].replace("_", "-"))):
             words = options.canonical(config, words)

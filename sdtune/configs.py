@@ -34,6 +34,11 @@ def also(*names: str) -> Any:
     return Field(json_schema_extra={"also": list(names)})
 
 
+def positional(name: str) -> Any:
+    """A field that is given by its place on the command line, shown as ``name``, and has no flag."""
+    return Field(json_schema_extra={"positional": name})
+
+
 class Section(BaseModel):
     """A group of options that belong together; ``--help`` shows each under its section's name."""
 
@@ -344,6 +349,36 @@ class SampleConfig(Model):
         if (self.width is None) != (self.height is None):
             raise ValueError("width and height: give both, or neither for the base's own")
         return self
+
+
+class ConvertConfig(Section):
+    """An adapter file in another format, checked to do the same."""
+
+    method: ClassVar[str] = "convert"
+
+    input: Annotated[Path, positional("IN")]
+    """Adapter in any known format: .safetensors file, run folder, or folder in PEFT's layout."""
+    output: Annotated[Path, positional("OUT")]
+    """New .safetensors file; for peft a new folder."""
+    to: Literal["diffusers", "peft", "kohya", "comfyui"]
+    """Format to write: kohya is what A1111, Forge and sd-scripts read as well."""
+    model: Annotated[str | None, also("pretrained_model_name_or_path")] = None
+    """Base model to compare the outputs in; none is the file's own base if it is on this machine."""
+    token: str | None = None
+    """Word that a textual inversion stands for; none is what the file or its name says."""
+
+
+class InspectConfig(Section):
+    """What an adapter file is: kind, base, rank, targets, how it was trained, and where it changes the model."""
+
+    method: ClassVar[str] = "inspect"
+
+    input: Annotated[Path, positional("FILE")]
+    """Adapter in any known format: .safetensors file, run folder, or folder in PEFT's layout."""
+    as_json: Annotated[bool, also("json")] = False
+    """Print JSON."""
+    png: Path | None = None
+    """Write the norms of the change as a picture to this file as well; none writes no picture."""
 
 
 class MergeConfig(Model):

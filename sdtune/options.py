@@ -56,6 +56,17 @@ def names_of(config: type[Section]) -> dict[str, str]:
     return {spelling: name for name, field in fields for spelling in (name, *other_names(field))}
 
 
+def positional(field: FieldInfo) -> str:
+    """The name under which a field is given by its place, or nothing for one that is a flag."""
+    extra = field.json_schema_extra
+    return str(extra.get("positional", "")) if isinstance(extra, dict) else ""
+
+
+def spelt(config: type[Section], name: str) -> str:
+    """How a person writes a field on the command line."""
+    return positional(config.model_fields[name]) or flag(name)
+
+
 def bare(annotation: Any) -> Any:
     """The type behind ``Annotated`` and ``| None``."""
     if get_origin(annotation) is typing.Annotated:
@@ -117,7 +128,7 @@ def resolve(config: type[Section], file: str | None, flags: Mapping[str, Any], u
         values[name] = (
             from_yaml_text(value) if get_origin(bare(config.model_fields[name].annotation)) is dict else value
         )
-        origin[name] = flag(name)
+        origin[name] = spelt(config, name)
     for name, value in list(values.items()):
         if isinstance(value, bool) and bare(config.model_fields[name].annotation) in (int, float):  # true would be 1
             problems.append(f"{origin[name]}: wants a number, not {values.pop(name)}")
@@ -125,7 +136,8 @@ def resolve(config: type[Section], file: str | None, flags: Mapping[str, Any], u
         cfg = config.model_validate(values)
     except ValidationError as error:
         problems += [
-            f"{origin.get(where, flag(where))}: {message}" if where else message for where, message in told(error)
+            f"{origin.get(where) or spelt(config, where)}: {message}" if where else message
+            for where, message in told(error)
         ]
         raise UserError("\n       ".join(problems)) from None
     if problems:

@@ -72,7 +72,7 @@ class Module:
         changed = base.double() + product
         others = [d for d in range(changed.ndim) if d != self.axis]
         sizes = [-1 if d == self.axis else 1 for d in range(changed.ndim)]
-        norm = changed.norm(dim=others, keepdim=True)
+        norm = changed.square().sum(dim=others, keepdim=True).sqrt()
         return changed * (self.magnitude.double().reshape(sizes) / norm) - base.double()
 
     def norm(self) -> float:
