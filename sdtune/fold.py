@@ -1,7 +1,10 @@
 """Adapters folded into the weights of a base, ``W' = W + sum_i dW_i``, and the base that adapters are compared with.
 
-The folder is a whole pipeline. It takes its name once every weight reads back as computed and once the image that
-stock diffusers draws from it is the one that base and adapters give at run time, by their factors.
+The folder is a whole pipeline. It takes its name once the image of the new weights is the one that base and adapters
+give at run time, by their factors, and once every weight reads back as computed.
+
+A DoRA scales what stands in its layer by ``g = m / ||W + s B A||`` (Liu et al. 2024, equation 5). Beside others, PEFT
+lets it scale what the adapters before it have added as well, so the order of ``--adapter`` counts; here it does too.
 """
 
 import json
@@ -12,6 +15,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings
 
 import numpy as np
 import torch
@@ -21,14 +25,15 @@ from torch.nn import functional as F  # noqa: N812
 
 from sdtune import formats
 from sdtune.adapters import is_target
-from sdtune.configs import MergeConfig, SampleConfig, UserError
+from sdtune.configs import MergeConfig, RunFailed, SampleConfig, UserError
 from sdtune.formats import PARTS, AdapterFile, Module
 from sdtune.loading import load_adapters, load_pipeline
-from sdtune.sample import generate
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PIXELS = {"fp32": 4e-3, "fp16": 1e-2, "bf16": 6e-2}
-"""Root mean square by which an image in [0, 1] may differ: sums in another order, and the rounding of the weights."""
+EFFECT, PIXELS = 1e-2, 1e-4
+"""Deviation of the image in [0, 1] that passes in fp32: of what the adapters change, and of sums in another order."""
+ROUNDED = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1}
+"""Root mean square by which rounding the weights may change it."""
 SIDE = 256
 """Largest side of the image that is compared; the layers are the same at any size."""
 
@@ -95,11 +100,11 @@ class Base:
                     continue
                 key = part, _published(part, name)
                 seen.add(key)
-                got = layer.get_delta_weight("adapter_0").double().cpu()
+                got = layer.get_delta_weight("adapter_0").detach().double().cpu()
                 if not formats.close(modules[key].delta(got.shape), got, 1e-5):
-                    raise RuntimeError(f"{file}: {'.'.join(key)} has another change in diffusers")
+                    raise RunFailed(f"{file}: {'.'.join(key)} has another change in diffusers")
         if seen != modules.keys():
-            raise RuntimeError(f"{file}: diffusers adapts {len(seen)} of {len(modules)} layers")
+            raise RunFailed(f"{file}: diffusers adapts {len(seen)} of {len(modules)} layers")
 
 
 def open_base(cfg: MergeConfig, model: str, flag: str = "--model") -> Base:
@@ -111,12 +116,32 @@ def open_base(cfg: MergeConfig, model: str, flag: str = "--model") -> Base:
         raise UserError(str(error).replace("--model", flag, 1)) from None
 
 
+def in_diffusers(module: Module) -> bool:
+    """Whether diffusers can load it beside a model: LoRA and DoRA, not LyCORIS's kinds."""
+    return module.kind == "lora" and not module.axis
+
+
+def changed(weight: Tensor, modules: Sequence[Module]) -> Tensor:
+    """The weight under these changes in float64, those that diffusers loads in their order, then the others added."""
+    weight = weight.double()
+    now = weight.clone()
+    for module in sorted(modules, key=lambda m: not in_diffusers(m)):
+        change = module.delta(base=weight)
+        if module.magnitude is not None and in_diffusers(module):
+            rows = list(range(1, weight.ndim))
+            raw = weight + module.product(weight.shape)
+            gain = (weight + change).square().sum(rows, keepdim=True) / raw.square().sum(rows, keepdim=True)
+            change = change + (gain.sqrt() - 1) * (now - weight)
+        now += change
+    return now
+
+
 def fold(cfg: MergeConfig, changes: Sequence[Change], provenance: Mapping[str, Any]) -> list[str]:
     """Write the pipeline of ``cfg.model`` with the adapters in its weights to ``cfg.output_dir``.
 
     Raises:
         UserError: an adapter that does not fit the base, or a folder that cannot be written.
-        RuntimeError: what was written is not what was meant; nothing is left.
+        RunFailed: what was written is not what was meant; nothing is left.
     """
     out, dtype = cfg.output_dir, DTYPES[cfg.dtype]
     assert out is not None
@@ -127,9 +152,9 @@ def fold(cfg: MergeConfig, changes: Sequence[Change], provenance: Mapping[str, A
     with torch.no_grad():
         for key, layer in layers.items():
             own = [modules[key] for _, _, _, modules in changes if key in modules]
-            if own:  # DoRA's change is of the base's weight, whatever the others add: as at run time
-                weight = layer.weight.cpu().double()
-                layer.weight.copy_(weight + sum(m.delta(base=weight) for m in own))
+            if own:
+                layer.weight.copy_(changed(layer.weight.cpu(), own))
+    told, image = _same_image(cfg, changes, base.pipe)
     wanted = base.pipe.to("cpu", dtype)
     if broken := [n for part, m in base._named() for n, p in m.named_parameters() if not bool(p.isfinite().all())]:
         raise UserError(f"--dtype {cfg.dtype}: {broken[0]} is out of its range")
@@ -141,7 +166,7 @@ def fold(cfg: MergeConfig, changes: Sequence[Change], provenance: Mapping[str, A
             wanted.save_pretrained(new)
             (new / "merge.json").write_text(json.dumps(provenance, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             _forget_paths(new)
-            told = _verify(cfg, changes, base, new)
+            _verify(cfg, base, new, image)
             if out.exists():
                 may_replace(out, cfg)
                 out.rename(old)
@@ -159,31 +184,45 @@ def may_replace(out: Path, cfg: MergeConfig) -> None:
         raise UserError(f"--output-dir {out}: is the base itself; name another folder")
 
 
-def _verify(cfg: MergeConfig, changes: Sequence[Change], base: Base, folder: Path) -> str:
-    """Compare every weight of the folder with what was computed, and its image with that of base and adapters."""
+def _same_image(cfg: MergeConfig, changes: Sequence[Change], merged: DiffusionPipeline) -> tuple[str, np.ndarray]:
+    """Compare the image of the new weights with that of base and adapters; both in fp32."""
+    image, pipe = draw(merged), open_base(cfg, cfg.model).pipe
+    plain = draw(pipe)
+    with at_run_time(pipe, changes):
+        wanted = draw(pipe)
+    error, effect = rms(image - wanted), rms(plain - wanted)
+    if not error <= EFFECT * effect + PIXELS:
+        raise RunFailed(
+            f"{cfg.output_dir}: its image would be off by {error:.2g}, where the adapters change it by {effect:.2g}; "
+            "nothing is kept"
+        )
+    return f"its image is that of base and adapters to {error:.1e}, where they change it by {effect:.1e}", image
+
+
+def _verify(cfg: MergeConfig, base: Base, folder: Path, image: np.ndarray) -> None:
+    """Compare every weight of the folder with what was computed, and its image with the one in fp32."""
     merged = load_pipeline(SampleConfig(model=str(folder), prompt=[""]))
     for part, module in base._named():
         state = merged.components[part].state_dict()
         wrong = [k for k, v in module.state_dict().items() if not torch.equal(v.to(state[k].dtype), state[k].cpu())]
         if wrong:
-            raise RuntimeError(f"{folder}: {part}.{wrong[0]} does not read back as computed")
-    image = draw(merged)
-    del merged
-    pipe = open_base(cfg, cfg.model).pipe
-    plain = draw(pipe)
-    with at_run_time(pipe, changes):
-        wanted = draw(pipe)
-    error, effect = (float(np.sqrt(np.mean((other - wanted) ** 2))) for other in (image, plain))
-    if not error <= PIXELS[cfg.dtype]:
-        raise RuntimeError(f"{folder}: its image differs from that of base and adapters by {error:.2g}")
-    return f"its image is that of base and adapters at run time to {error:.2g}; they change it by {effect:.2g}"
+            raise RunFailed(f"{cfg.output_dir}: {part}.{wrong[0]} does not read back as computed; nothing is kept")
+    if not rms(draw(merged) - image) <= ROUNDED[cfg.dtype]:
+        raise RunFailed(f"{cfg.output_dir}: {cfg.dtype} changes its image; nothing is kept")
 
 
 def draw(pipe: DiffusionPipeline) -> np.ndarray:
-    """A seeded image in [0, 1], of two steps."""
+    """A seeded image in [0, 1], of two steps, in full fp32 also on a GPU."""
     side = min(int(np.max(pipe.unet.config.sample_size)) * pipe.vae_scale_factor, SIDE)
-    (image,) = generate(pipe, ["a photo"], [0], steps=2, guidance_scale=5.0, width=side, height=side)
-    return np.asarray(image, dtype=np.float64) / 255
+    noise = torch.Generator("cpu").manual_seed(0)
+    pipe.set_progress_bar_config(disable=True)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        made = pipe("a photo", num_inference_steps=2, width=side, height=side, generator=noise, output_type="np")
+    return made.images[0].astype(np.float64)
+
+
+def rms(difference: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(difference**2)))
 
 
 @contextmanager
@@ -194,13 +233,15 @@ def at_run_time(pipe: DiffusionPipeline, changes: Sequence[Change]) -> Iterator[
         loaded = []
         layers = Base(pipe, "").layers
         for k, (_, weight, adapter, modules) in enumerate(changes):
-            if all(m.kind == "lora" and not m.axis for m in modules.values()):
+            others = {key: m for key, m in modules.items() if not in_diffusers(m)}
+            hooks += [layers[key].register_forward_hook(_adding(m, layers[key])) for key, m in others.items()]
+            own = {p: {n: m for n, m in ms.items() if (p, n) not in others} for p, ms in adapter.parts.items()}
+            if any(own.values()):
                 file = Path(folder) / f"{k}.safetensors"
-                formats.write(file, adapter, "diffusers")
+                formats.write(file, AdapterFile({p: ms for p, ms in own.items() if ms}), "diffusers")
                 loaded.append(f"{file}={weight!r}")
-            else:
-                hooks += [layers[key].register_forward_hook(_adding(modules[key], layers[key])) for key in modules]
-        load_adapters(pipe, loaded)
+        with catch_warnings(action="ignore", category=UserWarning):  # peft warns of a second adapter
+            load_adapters(pipe, loaded)
         try:
             yield
         finally:

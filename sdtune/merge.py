@@ -8,24 +8,22 @@ has alpha = rank throughout, so that a reader who knows of no alpha scales it ri
 
 import hashlib
 import json
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from sdtune import __version__, formats
 from sdtune.adapters import PORTABLE, reproducible
-from sdtune.configs import MergeConfig, UserError
-from sdtune.fold import DTYPES, Base, fold, may_replace, open_base
-from sdtune.formats import AdapterFile, Module, files, peft_folder
+from sdtune.configs import MergeConfig, RunFailed, UserError
+from sdtune.fold import DTYPES, Base, changed, fold, may_replace, open_base
+from sdtune.formats import AdapterFile, Module, files, metadata, peft_folder
 from sdtune.loading import adapter_file, split_weight
 from sdtune.lowrank import Spectrum, decompose, decompose_product
+from sdtune.truncate import bar, extract, plain_lora, truncated
 
 ROUNDING = {"fp32": 1e-6, "fp16": 2e-3, "bf16": 1.6e-2}
 """What two rounded factors may differ by from their product: a few units in the last place."""
@@ -47,20 +45,6 @@ class Source:
             for part, modules in sorted(self.file.parts.items())
             for name, module in sorted(modules.items())
         }
-
-
-@dataclass
-class Tally:
-    """Squared norms of a part's change, wanted and retained, and the ranks that hold it."""
-
-    wanted: float
-    kept: float
-    ranks: list[int]
-
-    def __str__(self) -> str:
-        low, high = min(self.ranks), max(self.ranks)
-        share = f"energy {self.kept / self.wanted:.6f} retained" if self.wanted else "no change"
-        return f"{share}, {len(self.ranks)} modules of rank {low if low == high else f'{low} to {high}'}"
 
 
 def merge(cfg: MergeConfig) -> list[str]:
@@ -106,32 +90,40 @@ def read_source(text: str) -> Source:
     """The adapter that ``PATH_OR_ID[=WEIGHT]`` names."""
     where, weight = split_weight(text)
     folder = Path(where)
-    peft = (folder / "adapter_config.json").is_file()
-    file = folder / "adapter_model.safetensors" if peft else adapter_file(where)
-    adapter = formats.read(folder if peft else file)
+    if folder.is_dir() and (peft := files.peft_folders(folder)):
+        adapter, read = formats.read(folder), [f / peft_folder.WEIGHTS for f in peft.values()]
+    else:
+        read = [adapter_file(where)]
+        adapter = formats.read(read[0])
     if not adapter.modules():
         raise UserError(f"--adapter {where}: changes no layer")
-    return Source(where, weight, adapter, hashlib.sha256(file.read_bytes()).hexdigest())
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in read)).hexdigest()
+    return Source(where, weight, adapter, digest)
 
 
 def provenance(cfg: MergeConfig, sources: Sequence[Source]) -> dict[str, Any]:
     """What was merged and how: no paths of this machine, so that the record can be published."""
-    told = [json.loads(s.file.metadata.get("sdtune", "{}")) for s in sources]
-    bases = {record["base"] for record in told if isinstance(record, dict) and record.get("base")}
-    base = public(cfg.model) if cfg.model else bases.pop() if len(bases) == 1 else None
+    told = [metadata.provenance(s.file) for s in sources]
+    bases = {found for s in sources if (found := metadata.base_of(s.file))}
+    base = cfg.model or (bases.pop() if len(bases) == 1 else "")
     how: dict[str, Any] = {"how": cfg.work, "rank": cfg.rank, "energy": cfg.energy, "dtype": cfg.dtype}
     if cfg.tuned:
         how["tuned"] = public(cfg.tuned)
     if sources:
         how["adapters"] = [{"name": public(s.where), "weight": s.weight, "sha256": s.digest} for s in sources]
-    record: dict[str, Any] = dict(told[0]) if cfg.work == "resize" and isinstance(told[0], dict) else {}
-    record |= {"version": __version__, "base": base, "merged": {k: v for k, v in how.items() if v is not None}}
-    return {k: v for k, v in record.items() if v is not None}
+    record = told[0] if cfg.work == "resize" else {}
+    record |= {"version": __version__, "merged": {k: v for k, v in how.items() if v is not None}}
+    if base:
+        record["base"] = public(base)
+    if triggers := dict.fromkeys(str(t["trigger"]) for t in told if t.get("trigger")):
+        record["trigger"] = ", ".join(triggers)
+    return record
 
 
 def public(where: str) -> str:
     """The last part of a local path; a Hub id as it is."""
-    return Path(where).name if Path(where).expanduser().exists() else where
+    local = where.startswith(("/", ".", "~")) or Path(where).exists()
+    return Path(where).expanduser().resolve().name if local else where
 
 
 # ---- adapters into one -----------------------------------------------------------------------------------------
@@ -153,8 +145,8 @@ def concatenated(sources: Sequence[Source], base: Base | None) -> dict[tuple[str
             base.fits(source.where, source.modules())
     made = {}
     for key, modules in by_module(sources).items():
-        up, down = side_by_side(modules)
-        made[key] = plain_lora(up, down, shape_of(key, modules, sources))
+        shape = shape_of(key, modules, sources)
+        made[key] = plain_lora(*side_by_side(modules), shape)
     return made
 
 
@@ -181,8 +173,8 @@ def approximated(
                 yield key, decompose_product(*side_by_side(modules)), shape
             else:
                 assert base is not None
-                weight = base.weight(key)
-                yield key, decompose(sum(m.delta(base=weight) for m in modules)), shape
+                weight = base.weight(key).double()
+                yield key, decompose(changed(weight, modules) - weight), shape
 
     return truncated(cfg, spectra())
 
@@ -216,80 +208,6 @@ def shape_of(key: tuple[str, str], modules: Sequence[Module], sources: Sequence[
     return shapes[0]
 
 
-def plain_lora(up: Tensor, down: Tensor, shape: tuple[int, ...]) -> Module:
-    """A module with ``up`` (out, r) and ``down`` (r, in * k * k) in the layout of a weight of ``shape``."""
-    rank = len(down)
-    tensors = {"up": up.reshape(-1, rank, *[1] * (len(shape) - 2)), "down": down.reshape(rank, *shape[1:])}
-    return Module("lora", {k: v.contiguous() for k, v in tensors.items()}, float(rank), rank)
-
-
-def truncated(
-    cfg: MergeConfig, spectra: Iterable[tuple[tuple[str, str], Spectrum, tuple[int, ...]]]
-) -> tuple[dict[tuple[str, str], Module], list[str]]:
-    """Modules of the rank that ``cfg`` asks for; a line for each part and for the whole."""
-    made, tallies = {}, {}
-    for (part, name), spectrum, shape in spectra:
-        rank = spectrum.rank(cfg.rank, cfg.energy)
-        if not rank:
-            continue
-        made[part, name] = plain_lora(*spectrum.factors(rank), shape)
-        tally = tallies.setdefault(part, Tally(0.0, 0.0, []))
-        tally.wanted += spectrum.energy(len(spectrum.s))
-        tally.kept += spectrum.energy(rank)
-        tally.ranks.append(rank)
-    if len(tallies) > 1:
-        both = list(tallies.values())
-        ranks = [rank for tally in both for rank in tally.ranks]
-        tallies["together"] = Tally(sum(t.wanted for t in both), sum(t.kept for t in both), ranks)
-    return made, [f"{part}: {tally}" for part, tally in tallies.items()]
-
-
-# ---- two models into one ---------------------------------------------------------------------------------------
-
-
-def extract(cfg: MergeConfig, base: Base) -> tuple[dict[tuple[str, str], Module], list[str]]:
-    """``tuned - base`` of every linear and convolution layer at a smaller rank; unchanged layers are left out."""
-    assert cfg.tuned is not None
-    tuned = open_base(cfg, cfg.tuned, flag="--tuned")
-    layers, others = base.layers, tuned.layers
-    for key in sorted(layers.keys() | others.keys()):
-        one, other = (side[key].weight.shape if key in side else None for side in (layers, others))
-        if one != other:
-            shapes = ("no such layer" if s is None else "x".join(map(str, s)) for s in (one, other))
-            raise UserError(
-                f"--tuned {cfg.tuned}: {'.'.join(key)} is {' in the base, '.join(shapes)} in it: another kind of model"
-            )
-
-    def spectra() -> Iterator[tuple[tuple[str, str], Spectrum, tuple[int, ...]]]:
-        changed = [k for k in sorted(layers) if differs(layers[k].weight, others[k].weight)]
-        for key in bar(changed, "Decomposing"):
-            weight = layers[key].weight
-            yield key, decompose(others[key].weight.double() - weight.double()), tuple(weight.shape)
-
-    made, lines = truncated(cfg, spectra())
-    rest, tuned_rest = base.rest, tuned.rest
-    lost = [k for k in rest if k not in tuned_rest or differs(rest[k], tuned_rest[k])]
-    if lost:
-        lines.append(f"not in it: {len(lost)} changed tensors that an adapter cannot hold, such as {lost[0]}")
-    if not made:
-        raise UserError(f"--tuned {cfg.tuned}: its linear and convolution layers are those of --model {cfg.model}")
-    return made, lines
-
-
-def differs(a: Tensor, b: Tensor) -> bool:
-    """Whether two weights differ by more than that one of them was stored in 16 bits."""
-    if a.shape != b.shape:
-        return True
-    if torch.equal(a, b):
-        return False
-    for half in (torch.float16, torch.bfloat16):
-        short_a, short_b = a.to(half), b.to(half)
-        stored = torch.equal(short_a.to(a.dtype), a) or torch.equal(short_b.to(b.dtype), b)
-        if stored and torch.equal(short_a, short_b):
-            return False
-    return True
-
-
 # ---- what goes out ---------------------------------------------------------------------------------------------
 
 
@@ -299,7 +217,7 @@ def write(path: Path, adapter: AdapterFile, cfg: MergeConfig, base: Base | None)
     With a base at hand, stock diffusers loads it as well, and the change it applies is compared.
 
     Raises:
-        RuntimeError: it does not read back as it is; nothing is left.
+        RunFailed: it does not read back as it is; nothing is left.
     """
     dtype = DTYPES[cfg.dtype]
     rounded = {
@@ -314,10 +232,10 @@ def write(path: Path, adapter: AdapterFile, cfg: MergeConfig, base: Base | None)
         new.write_bytes(reproducible(tensors, about))
         wanted, got = adapter.modules(), formats.read(new).modules()
         if wanted.keys() != got.keys():
-            raise RuntimeError(f"{path}: not every module reads back: {sorted(wanted.keys() ^ got.keys())[:3]}")
+            raise RunFailed(f"{path}: not every module reads back: {sorted(wanted.keys() ^ got.keys())[:3]}")
         for name, module in wanted.items():
             if not formats.close(module.delta(), got[name].delta(), ROUNDING[cfg.dtype]):
-                raise RuntimeError(f"{path}: {name} does not read back as it is; in {cfg.dtype} it may be out of range")
+                raise RunFailed(f"{path}: {name} does not read back as it is; in {cfg.dtype} it may be out of range")
         if base is not None:
             base.check_loaded(new, {(part, n): m for part, ms in rounded.items() for n, m in ms.items()})
 
@@ -345,9 +263,3 @@ def _free(cfg: MergeConfig, target: Path) -> None:
         raise UserError(f"{flag} {target}: exists; name another or add --overwrite")
     if target.is_dir():
         may_replace(target, cfg)
-
-
-def bar(items: Iterable[Any], what: str) -> Iterable[Any]:
-    """``items`` with a progress bar where somebody watches: the layers of a full-size model take minutes."""
-    items = list(items)
-    return track(items, what, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sdtune import options
-from sdtune.configs import MAY_CHANGE, METHODS, SampleConfig
+from sdtune.configs import MAY_CHANGE, METHODS, MergeConfig, Run, SampleConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PART = re.compile(r"(<!-- made: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -49,7 +49,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def option_tables(method: str) -> str:
     """A table for each section of a command's config, and one of what the command itself takes."""
-    config = {c.method: c for c in (*METHODS, SampleConfig)}[method]
+    config = {c.method: c for c in (*METHODS, SampleConfig, MergeConfig)}[method]
     sections: dict[str, list[tuple[str, ...]]] = {}
     for name, field in options.by_section(config):
         other = ", ".join(f"`{options.flag(n)}`" for n in options.other_names(field))
@@ -60,7 +60,7 @@ def option_tables(method: str) -> str:
         f"**{section}**\n\n{table(('Option', 'Takes', 'Default', 'Meaning'), rows)}"
         for section, rows in sections.items()
     ]
-    taken = ON_THE_COMMAND if config is not SampleConfig else dict(list(ON_THE_COMMAND.items())[:2])
+    taken = ON_THE_COMMAND if issubclass(config, Run) else dict(list(ON_THE_COMMAND.items())[:2])
     own = table(("Option", "Meaning"), ((f"`{name}`", meaning) for name, meaning in taken.items()))
     return "\n\n".join([*parts, f"**On the command line only**\n\n{own}"])
 
