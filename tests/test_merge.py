@@ -144,6 +144,14 @@ def test_singular_values_of_a_product_are_those_of_the_matrix(rank):
         assert found.energy(kept) == pytest.approx(float(s[:kept].square().sum()))
 
 
+@pytest.mark.parametrize("shape", [(8, 40), (8, 4, 3, 3), (40, 8), (8, 8)])
+def test_a_wide_matrix_is_decomposed_like_any_other(shape):
+    matrix = noise(1, shape).double().flatten(1)
+    found = decompose(noise(1, shape))
+    torch.testing.assert_close(found.s, torch.linalg.svdvals(matrix))
+    torch.testing.assert_close(found.u * found.s @ found.vh, matrix)
+
+
 def test_ranks_by_energy():
     spectrum = decompose(torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0])))  # squares 9, 4, 1 of 14
     assert [spectrum.rank(energy=e) for e in (0.1, 9 / 14, 0.65, 13 / 14, 0.95, 1.0)] == [1, 1, 2, 2, 3, 3]
@@ -175,6 +183,25 @@ def test_readers_that_know_no_metadata_scale_it_rightly(folder, tmp_path):
     merge(MergeConfig(adapter=[str(a), str(b)], output=out))
     save_file(load_file(out), tmp_path / "bare.safetensors", metadata={"format": "pt"})
     same(applied(tmp_path / "bare.safetensors"), summed(changes(a), changes(b)))
+
+
+def test_files_of_others_with_an_alpha_for_each_module(folder, tmp_path):
+    """kohya's keys, spelt out, and PEFT's folder, which diffusers itself reads wrongly or not at all."""
+    stem, name = "mid_block_attentions_0_transformer_blocks_0_attn1_to_q", "mid_block.attentions.0.proj_in"
+    down, up = noise(1, (2, 32)), noise(2, (32, 2))
+    kohya = {f"lora_unet_{stem}.lora_down.weight": down, f"lora_unet_{stem}.lora_up.weight": up}
+    save_file(kohya | {f"lora_unet_{stem}.alpha": torch.tensor(0.5)}, tmp_path / "k.safetensors")
+    (tmp_path / "peft").mkdir()
+    keys = {f"base_model.model.{name}.lora_A.weight": down[:, :, None, None]}
+    keys |= {f"base_model.model.{name}.lora_B.weight": up[:, :, None, None]}
+    save_file(keys, tmp_path / "peft" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["proj_in"]}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
+    out = tmp_path / "out.safetensors"
+    merge(MergeConfig(adapter=[str(tmp_path / "k.safetensors"), f"{tmp_path / 'peft'}=0.5"], output=out))
+    product = up.double() @ down.double()
+    linear = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    same(applied(out), {linear: 0.25 * product, f"unet.{name}": 1.5 * product[:, :, None, None]})
 
 
 def test_the_same_input_gives_the_same_bytes(folder, tmp_path):
