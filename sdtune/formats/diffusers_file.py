@@ -57,7 +57,7 @@ def read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Ad
         }
         own["unet"] = own["unet"] or config  # a file of the model alone, without prefixes
         parts = assemble(path, tensors, place, lambda part, name, rank: scale(own[part], name, rank))
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, re.error) as error:
         raise UserError(f"{path}: its lora_adapter_metadata cannot be read ({error})") from None
     return AdapterFile(parts, metadata, "diffusers")
 

@@ -1,6 +1,7 @@
 """Reading and writing by format."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,7 +92,7 @@ def read_peft(path: Path, folders: dict[str | None, Path]) -> AdapterFile:
             config: dict[str, Any] = json.loads((folder / peft_folder.CONFIG).read_text(encoding="utf-8"))
             tensors, own = load(file)
             parts |= peft_folder.read(file, part, tensors, config)
-        except (ValueError, AttributeError, TypeError) as error:
+        except (ValueError, AttributeError, TypeError, re.error) as error:
             raise UserError(f"{folder / peft_folder.CONFIG}: cannot be read ({error})") from None
         about |= own
     return AdapterFile(parts, about, "peft")
@@ -112,16 +113,17 @@ def write(path: Path, adapter: AdapterFile, to: str) -> None:
             config, fitted = peft_folder.config(part, modules, metadata.base_of(adapter))
             folder = path / part
             folder.mkdir(parents=True, exist_ok=True)
-            content = reproducible(contiguous(peft_folder.tensors(part, fitted)), about)
+            content = reproducible(alone(peft_folder.tensors(part, fitted)), about)
             (folder / peft_folder.WEIGHTS).write_bytes(content)
             text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
             (folder / peft_folder.CONFIG).write_text(f"{text}\n", encoding="utf-8")
         return
-    path.write_bytes(reproducible(contiguous(WRITERS[to](adapter)), about))
+    path.write_bytes(reproducible(alone(WRITERS[to](adapter)), about))
 
 
-def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+def alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each in memory of its own, as safetensors wants it; a factor may serve two modules."""
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def _pair(t: dict[str, Tensor], side: str) -> Tensor:
     """``wN_a @ wN_b``, through the core ``tN`` where there is one."""
     a, b = t[f"w{side}_a"], t[f"w{side}_b"]
     if (core := t.get(f"t{side}")) is not None:
-        return torch.einsum("ijkl,jq,ip->pqkl", core, b, a)
+        return torch.einsum("ijkl,jq,ip->pqkl", core, b, a).contiguous()
     return a @ b
 
 
