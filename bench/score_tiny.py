@@ -8,10 +8,10 @@ import argparse
 import json
 from pathlib import Path
 
-from sdtune.configs import SampleConfig
 from sdtune.loading import load_adapters, load_pipeline
 from sdtune.scores import GUIDANCE, STEPS, score
 from sdtune.sheets import grid
+from sdtune.verbs import SampleConfig
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -7,9 +7,9 @@ import sys
 import time
 
 from sdtune.cli import main
-from sdtune.configs import SampleConfig
 from sdtune.loading import load_adapters, load_pipeline
 from sdtune.scores import score
+from sdtune.verbs import SampleConfig
 
 RUN = "runs/tiny-hearts"
 PICTURES = 100

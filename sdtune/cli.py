@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from sdtune import __version__, options
-from sdtune.configs import METHODS, VERBS, Run, RunFailed, Section, UserError, Verb
+from sdtune.configs import METHODS, Run, RunFailed, Section, UserError
+from sdtune.verbs import VERBS, Verb
 
 app = typer.Typer(
     name="sdtune",
@@ -53,7 +54,9 @@ def command(config: type[Section], work: Callable[[Any, dict[str, Any]], None], 
         }
         file, dry_run = flags.pop("config", None), flags.pop("dry_run", False)
         launching: dict[str, Any] = {
-            name: flags.pop(name) for name in ("num_processes", "overwrite", "allow_change") if name in flags
+            name: flags.pop(name)
+            for name in ("num_processes", "overwrite", "allow_change")
+            if name in flags and name not in config.model_fields
         }
         loose = list(ctx.args)
         if strays := [n for n in flags if options.positional(config.model_fields[n]) and flags[n].startswith("--")]:

@@ -47,15 +47,6 @@ class Section(BaseModel):
     )
 
 
-class Verb(Section):
-    method: ClassVar[str]
-    """Name of the command."""
-    entry: ClassVar[str]
-    """`module:function` that does it; a text it returns is printed."""
-    panel: ClassVar[str] = "Use"
-    """Where --help lists it."""
-
-
 class Model(Section):
     model: Annotated[str, also("pretrained_model_name_or_path")] = "tiny"
     """Base model: Hub id, folder of a diffusers pipeline, single .safetensors file, or `tiny` (built in)."""
@@ -324,108 +315,8 @@ class LoraConfig(Adapter, Denoising, Model, Data, Optim, Preview, Hub, Run):
     """The run's folder: config, metrics, report, checkpoints and the artefact."""
 
 
-class SampleConfig(Model, Verb):
-    """Images from a base model, any adapters, and prompts."""
-
-    method: ClassVar[str] = "sample"
-    entry: ClassVar[str] = "sdtune.sample:tell"
-
-    model: Annotated[str, also("pretrained_model_name_or_path")] = "auto"
-    """Base model, as for training; `auto` is what the adapter's run folder was trained on, else `tiny`."""
-    adapter: Annotated[Strings, also("lora")] = []
-    """Adapters: file, folder, run folder or Hub id, each with an optional =WEIGHT, such as runs/lora=0.8."""
-    prompt: Annotated[Strings, also("prompts")] = []
-    """What to show; several give one image each."""
-    prompt_file: Path | None = None
-    """UTF-8 file with a prompt on each line, after those of --prompt."""
-    negative_prompt: str = ""
-    """What not to show; needs guidance_scale above 1."""
-    num_images_per_prompt: Count = 1
-    """Images of each prompt."""
-    steps: Annotated[Count, also("num_inference_steps")] = 25
-    """Denoising steps."""
-    guidance_scale: NonNegative = 5.0
-    """Classifier-free guidance (Ho & Salimans 2022); 1 is none."""
-    guidance_rescale: Share = 0.0
-    """Pull the guided prediction back to the contrast of the plain one (Lin et al. 2023; 0.7 is usual)."""
-    seed: int = 0
-    """Image k starts from the noise of torch.Generator("cpu").manual_seed(seed + k)."""
-    scheduler: (
-        Literal["ddim", "ddpm", "dpm++", "euler", "euler-ancestral", "heun", "lms", "pndm", "unipc", "lcm"] | None
-    ) = None
-    """Sampler; none keeps the base's own."""
-    width: Annotated[int | None, Ge(8)] = None
-    """Width in pixels; none is the base's own."""
-    height: Annotated[int | None, Ge(8)] = None
-    """Height in pixels; none is the base's own."""
-    batch_size: Count = 4
-    """Images made at once; changes memory and speed."""
-    mixed_precision: Precision = "no"
-    """Precision of weights and computation; no is 32 bit."""
-    output_dir: Path = Path("samples")
-    """Folder of the images; numbering continues after what is there."""
-
-    @model_validator(mode="after")
-    def _some_prompt(self) -> Self:
-        if not self.prompt and self.prompt_file is None:
-            raise ValueError("nothing to show: give prompt or prompt_file")
-        return self
-
-    @model_validator(mode="after")
-    def _whole_size(self) -> Self:
-        if (self.width is None) != (self.height is None):
-            raise ValueError("width and height: give both, or neither for the base's own")
-        return self
-
-
-class PushConfig(Repository, Verb):
-    """Upload a run to the Hugging Face Hub: artefact, card, samples, config, metrics and report."""
-
-    method: ClassVar[str] = "push"
-    entry: ClassVar[str] = "sdtune.publish:push_run"
-
-    run: Annotated[Path, positional("RUN")]
-    """Folder of the run; what its config says of the Hub holds unless an option here says otherwise."""
-
-
-class ConvertConfig(Verb):
-    """An adapter file in another format, checked to do the same."""
-
-    method: ClassVar[str] = "convert"
-    entry: ClassVar[str] = "sdtune.convert:convert"
-
-    input: Annotated[Path, positional("IN")]
-    """Adapter in any known format: .safetensors file, run folder, or folder in PEFT's layout."""
-    output: Annotated[Path, positional("OUT")]
-    """New .safetensors file; for peft a new folder."""
-    to: Literal["diffusers", "peft", "kohya", "comfyui"]
-    """Format to write: kohya is what A1111, Forge and sd-scripts read as well."""
-    model: Annotated[str | None, also("pretrained_model_name_or_path")] = None
-    """Base model to compare the outputs in; none is the file's own base if it is on this machine."""
-    token: str | None = None
-    """Word that a textual inversion stands for; none is what the file or its name says."""
-
-
-class InspectConfig(Verb):
-    """What an adapter file is: kind, base, rank, targets, how it was trained, and where it changes the model."""
-
-    method: ClassVar[str] = "inspect"
-    entry: ClassVar[str] = "sdtune.inspect_adapter:inspect"
-    panel: ClassVar[str] = "Look"
-
-    input: Annotated[Path, positional("FILE")]
-    """Adapter in any known format: .safetensors file, run folder, or folder in PEFT's layout."""
-    as_json: Annotated[bool, also("json")] = False
-    """Print JSON."""
-    png: Path | None = None
-    """Write the norms of the change as a picture to this file as well; none writes no picture."""
-
-
 METHODS: tuple[type[Run], ...] = (LoraConfig,)
 """The commands that train, in the order in which --help lists them."""
-
-VERBS: tuple[type[Verb], ...] = (SampleConfig, PushConfig, ConvertConfig, InspectConfig)
-"""The commands that do not train, likewise."""
 
 MAY_CHANGE = frozenset(
     "steps num_train_epochs output_dir dataloader_num_workers cache cache_dir gradient_checkpointing "

@@ -15,9 +15,10 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
-from sdtune.configs import ConvertConfig, RunFailed, SampleConfig, UserError
+from sdtune.configs import RunFailed, UserError
 from sdtune.formats import AdapterFile, comfyui, embedding, metadata, read, staged, write
 from sdtune.loading import load_pipeline
+from sdtune.verbs import ConvertConfig, SampleConfig
 
 CHANGE, OUTPUT = 1e-2, 1e-5
 """Deviation that passes: of the size of what the adapter changes, and of the size of the output itself (rounding)."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from sdtune.configs import InspectConfig
 from sdtune.formats import AdapterFile, embedding, metadata, read
+from sdtune.verbs import InspectConfig
 
 BAR = 40
 """Characters of the longest bar."""

@@ -12,8 +12,9 @@ from diffusers import DiffusionPipeline
 
 from sdtune import families
 from sdtune.adapters import FILE
-from sdtune.configs import SampleConfig, UserError
+from sdtune.configs import UserError
 from sdtune.precision import DTYPES
+from sdtune.verbs import SampleConfig
 
 
 def load_pipeline(cfg: SampleConfig) -> DiffusionPipeline:
@@ -79,7 +80,7 @@ def best_device() -> str:
 
 
 def _load_adapter(pipe: DiffusionPipeline, where: str, name: str) -> None:
-    file = _adapter_file(where)
+    file = adapter_file(where)
     sent = [key for key in families.tensor_names(file) if not key.endswith(".alpha")]
     verbosity = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity_error()  # it warns of each component that a file has nothing for
@@ -98,7 +99,7 @@ def _load_adapter(pipe: DiffusionPipeline, where: str, name: str) -> None:
         )
 
 
-def _adapter_file(where: str) -> Path:
+def adapter_file(where: str) -> Path:
     """The ``.safetensors`` of an adapter given as file, folder, run folder or ``user/name[/file]`` (Hub)."""
     path = Path(where)
     if path.is_dir():

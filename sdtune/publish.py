@@ -16,7 +16,8 @@ import pydantic
 from huggingface_hub import HfApi, get_session
 
 from sdtune import card, hub, options
-from sdtune.configs import METHODS, PushConfig, RunFailed, UserError
+from sdtune.configs import METHODS, RunFailed, UserError
+from sdtune.verbs import PushConfig
 
 PUSH_FAILED = 3
 """Exit code of a run that is complete on disk but not on the Hub."""

@@ -23,10 +23,11 @@ from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.progress import Progress
 
-from sdtune.configs import SampleConfig, UserError
+from sdtune.configs import UserError
 from sdtune.loading import load_adapters, load_pipeline, split_weight
 from sdtune.samplers import make_scheduler
 from sdtune.sheets import grid
+from sdtune.verbs import SampleConfig
 
 
 def sample(cfg: SampleConfig) -> list[Path]:

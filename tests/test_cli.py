@@ -12,7 +12,8 @@ import typer
 import yaml
 
 from sdtune import cli, options
-from sdtune.configs import METHODS, VERBS, LoraConfig, RunFailed, UserError
+from sdtune.configs import METHODS, LoraConfig, RunFailed, UserError
+from sdtune.verbs import VERBS
 from tests.conftest import status
 
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "numpy", "PIL", "huggingface_hub")

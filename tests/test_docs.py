@@ -15,7 +15,7 @@ from tests.conftest import status
 from tools.make_docs import ROOT, header, made, pages, shipped
 
 NAMES = [str(page.relative_to(ROOT)) for page in pages()]
-VERBS = {c.method for c in METHODS} | {"sample", "run", "ls", "cp", "env"}
+VERBS = {c.method for c in METHODS} | {"sample", "merge", "run", "ls", "cp", "env"}
 
 
 def read(name):

@@ -175,7 +175,7 @@ def test_a_mistake_is_told_before_anything_heavy_is_loaded(name):
         ("from .. import train", ["train"]),
         ("from . import stable_diffusion\nfrom .stable_diffusion import StableDiffusion", []),
         ("from sdtune.recipe import Recipe", ["recipe"]),  # beside families, and no neighbour
-        ("import torch\nfrom sdtune import __version__\nfrom sdtune.configs import Run", []),
+        ("import torch\nfrom sdtune import __version__\nfrom sdtune.configs import Run", []
     ],
 )
 def test_an_import_that_goes_up_is_seen_however_it_is_written(source, found):

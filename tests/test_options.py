@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from sdtune import options
-from sdtune.configs import METHODS, VERBS, LoraConfig, Run, SampleConfig, UserError
+from sdtune.configs import METHODS, LoraConfig, Run, UserError
+from sdtune.verbs import VERBS, SampleConfig
 from tests.conftest import status
 
 CONFIGS = (*METHODS, *VERBS)

@@ -7,9 +7,9 @@ import pytest
 from safetensors import safe_open
 
 import sdtune
-from sdtune.configs import SampleConfig
 from sdtune.loading import load_pipeline
 from sdtune.scores import score
+from sdtune.verbs import SampleConfig
 from tests.conftest import status
 
 ASSETS = Path(sdtune.__file__).parent / "assets"

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sdtune import options
-from sdtune.configs import MAY_CHANGE, METHODS, VERBS
+from sdtune.configs import MAY_CHANGE, METHODS
+from sdtune.verbs import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
 PART = re.compile(r"(<!-- made: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
