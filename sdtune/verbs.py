@@ -3,10 +3,21 @@
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 from pydantic import model_validator
 
-from sdtune.configs import Count, Model, NonNegative, Repository, Section, Share, Strings, also, positional
+from sdtune.configs import (
+    Count,
+    Model,
+    NonNegative,
+    Precision,
+    Repository,
+    Section,
+    Share,
+    Strings,
+    also,
+    positional,
+)
 
 
 class Verb(Section):

@@ -194,7 +194,9 @@ def test_help_lists_each_field_once(config, capsys, monkeypatch):
     assert code == 0
     listed = re.findall(r"^│ +(?:\* +)?(--[a-z0-9-]+)", out, re.MULTILINE)
     assert len(listed) == len(set(listed))
-    assert {options.flag(n) for n in config.model_fields} <= set(listed)
+    flags = {options.spelt(config, n) for n in config.model_fields}
+    assert {flag for flag in flags if flag.startswith("--")} <= set(listed)
+    assert all(flag in out for flag in flags)
     shown = " ".join(re.sub("[│]", " ", out).split())
     for field in config.model_fields.values():
         assert re.sub(r"[*`]", "", field.description)[:20] in re.sub(r"[*`]", "", shown)

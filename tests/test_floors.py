@@ -13,13 +13,14 @@ ROOT = Path(sdtune.__file__).parent
 
 FLOORS = (
     "configs",
-    "adapters checkpoints curves data diffusion draws environment folder hub metrics optim options precision report "
-    "samplers shapes sheets signals window",
-    "cache families recipe",
-    "loading preview samples state",
-    "sample",
-    "recipes scores",
-    "train",
+    "verbs",
+    "checkpoints curves data diffusion draws environment folder hub lowrank optim options precision samplers "
+    "shapes sheets signals window",
+    "adapters cache families metrics recipe report",
+    "card formats loading preview samples state",
+    "fold inspect_adapter publish sample",
+    "convert recipes scores truncate",
+    "merge train",
     "launch cli",
     "__main__",
 )
@@ -28,8 +29,6 @@ FLOORS = (
 NEIGHBOURS = {
     "data": "draws",
     "folder": "options",
-    "metrics": "sheets",
-    "report": "curves sheets",
     "cli": "launch",
 }
 """Imports along a floor."""
@@ -175,7 +174,7 @@ def test_a_mistake_is_told_before_anything_heavy_is_loaded(name):
         ("from .. import train", ["train"]),
         ("from . import stable_diffusion\nfrom .stable_diffusion import StableDiffusion", []),
         ("from sdtune.recipe import Recipe", ["recipe"]),  # beside families, and no neighbour
-        ("import torch\nfrom sdtune import __version__\nfrom sdtune.configs import Run", []
+        ("import torch\nfrom sdtune import __version__\nfrom sdtune.configs import Run", []),
     ],
 )
 def test_an_import_that_goes_up_is_seen_however_it_is_written(source, found):

@@ -11,10 +11,10 @@ import yaml
 
 from sdtune import options
 from sdtune.configs import METHODS, LoraConfig, Run, UserError
-from sdtune.verbs import VERBS, SampleConfig
+from sdtune.verbs import SampleConfig
 from tests.conftest import status
 
-CONFIGS = (*METHODS, *VERBS)
+CONFIGS = (*METHODS, SampleConfig)
 LEAST = {config: {"dataset": "d"} if issubclass(config, Run) else {"prompt": ["x"]} for config in CONFIGS}
 LEAST_WITH = {"width": {"height": 64}, "height": {"width": 64}}
 FIELDS = [(config, name) for config in CONFIGS for name in config.model_fields]
