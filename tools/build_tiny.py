@@ -286,7 +286,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of what is trained, kept between calls")
     parser.add_argument("--vae-steps", type=int, default=4400)
-    parser.add_argument("--steps", type=int, default=5800)
+    parser.add_argument("--steps", type=int, default=5300)
     parser.add_argument("--batch", type=int, default=16, help="pictures per process and step")
     parser.add_argument("--export", type=Path, help="write the pipeline to this folder, and train nothing")
     given = parser.parse_args()
