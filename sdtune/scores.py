@@ -8,7 +8,7 @@ from PIL.Image import Image
 from sdtune import shapes
 from sdtune.sample import generate
 
-GUIDANCE = 3.0
+GUIDANCE = 2.0
 STEPS = 25
 
 
