@@ -1,13 +1,11 @@
 """The model card of a run: what was trained, how to use it, how to make it again.
 
-Made anew each time from the run's folder, so that no line of an older card survives. Front matter is what the Hub
-knows (https://huggingface.co/docs/hub/model-cards); what is not known is left out, never guessed. No path of this
-machine is in it: local models and datasets go by their last name.
+Made anew each time from the run's folder, so that no line of an older card survives. What is not known is left out,
+never guessed. No path of this machine is in it: local models and datasets go by their last name.
 """
 
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,17 +47,14 @@ def origin_of(api: HfApi | None, cfg: Any) -> Origin:
         return origin
     try:
         told = api.model_info(cfg.model, revision=cfg.revision, timeout=20).card_data
-    except GatedRepoError:
-        return origin
-    except (RepositoryNotFoundError, HFValidationError):
-        return origin._replace(base_on_hub=False)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        return origin._replace(base_on_hub=isinstance(error, GatedRepoError))
     known = told.to_dict() if told else {}
     license = known.get("license")
-    if isinstance(license, list):  # two licenses are no license that one could carry over
-        license = license[0] if len(license) == 1 else None
-    if license is None:
-        return origin
-    return origin._replace(license=license, **{k: known.get(k) for k in ("license_name", "license_link")})
+    if isinstance(license, list) and len(license) > 1:  # which of them holds is not known here
+        license = None
+    details = {k: known.get(k) if license else None for k in ("license_name", "license_link")}
+    return origin._replace(license=license, **details)
 
 
 def model_card(cfg: Any, out: Path, repo: str | None, origin: Origin, weights: str) -> tuple[str, dict[str, bytes]]:
@@ -186,9 +181,8 @@ def _pipeline_class(cfg: Any, origin: Origin) -> str:
 
 
 def _article(cfg: Any) -> str:
-    if not hasattr(cfg, "rank"):
-        return "Weights"
-    return f"A {'DoRA' if getattr(cfg, 'use_dora', False) else 'LoRA'} adapter of rank {cfg.rank}"
+    kind = "DoRA" if getattr(cfg, "use_dora", False) else "LoRA"
+    return f"A {kind} adapter of rank {cfg.rank}" if hasattr(cfg, "rank") else "Weights"
 
 
 def _widgets(sheets: list[Path]) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
@@ -250,10 +244,9 @@ def _before_after(sheets: list[Path]) -> str:
 def _training(shown: Any, out: Path, lines: list[dict[str, Any]], holdout: list[float]) -> str:
     losses = [line["loss"] for line in lines if isinstance(line.get("loss"), float)]
     tail = losses[-max(1, len(losses) // 20) :]
-    cut = f"{shown.train_batch_size} x {shown.gradient_accumulation_steps} accumulated"
     rows = {
         "Steps": max((line["step"] for line in lines), default=0),
-        "Images per step": next(_group(out), None) or cut,
+        "Images per step": _group(out),
         "Resolution": shown.resolution,
         "Learning rate": f"{shown.learning_rate:g}, {shown.lr_scheduler}",
         "Optimizer": shown.optimizer,
@@ -267,13 +260,13 @@ def _training(shown: Any, out: Path, lines: list[dict[str, Any]], holdout: list[
     return f"## Training\n\n| | |\n| --- | --- |\n{table}"
 
 
-def _group(out: Path) -> Iterator[int]:
+def _group(out: Path) -> int | None:
     """Images per optimizer step over all processes, as the newest checkpoint has it."""
-    for state in sorted((out / "checkpoints").glob("step-*/state.json"), reverse=True):
-        try:
-            yield int(json.loads(state.read_text(encoding="utf-8"))["group"])
-        except (OSError, ValueError, KeyError):
-            continue
+    states = sorted((out / "checkpoints").glob("step-*/state.json"))
+    try:
+        return int(json.loads(states[-1].read_text(encoding="utf-8"))["group"])
+    except (IndexError, OSError, ValueError, KeyError):
+        return None
 
 
 def _again(shown: Any) -> str:

@@ -2,16 +2,18 @@
 
 import re
 import shlex
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from accelerate.state import AcceleratorState
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
 
 from sdtune import card, publish
 from sdtune.card import Origin
 from sdtune.configs import LoraConfig
-from tests.conftest import status
+from tests.conftest import command, status
 from tests.tinyhub import TinyHub
 
 
@@ -23,11 +25,14 @@ def api(monkeypatch):
         yield HfApi(endpoint=server.url, token=server.token)
 
 
-@pytest.fixture
-def run(lora):
+@pytest.fixture(scope="module")
+def run(sd, pictures, tmp_path_factory):
+    AcceleratorState._reset_state(reset_partial_state=True)
     prompts = ["--validation-prompt", "a red circle", 'a "blue" square: 2', "--validation-inference-steps", "2"]
     options = ["--num-validation-images", "2", "--num-holdout-images", "2", "--caption", "a sks circle"]
-    return lora("cards", *prompts, *options)
+    out = tmp_path_factory.mktemp("cards") / "run"
+    assert status(command(sd, pictures, out, *prompts, *options)) == 0
+    return out
 
 
 LOCAL = Origin()
@@ -57,14 +62,14 @@ def test_card_of_a_run(run, api):
     assert text == made(run)[1]
 
 
-def test_nothing_of_this_machine(run, tmp_path):
+def test_nothing_of_this_machine(run):
     _, text, _ = made(run)
-    assert str(tmp_path) not in text
+    assert str(run.parent) not in text
     assert "/tmp" not in text and "/home" not in text
     assert "on `tiny-sd`, which is not on the Hub" in text
     for name in ("config.yaml", "report.html"):
         hidden = card.hide_paths((run / name).read_text(), publish.config_of(run))
-        assert str(tmp_path) not in hidden and str(publish.config_of(run).model) not in hidden
+        assert str(run.parent) not in hidden and str(publish.config_of(run).model) not in hidden
 
 
 def test_command_gives_the_config_again(run, capsys):
@@ -121,7 +126,8 @@ def test_prompts_and_long_texts_are_no_paths(tmp_path):
     assert (shown.dataset, shown.output_dir.name) == ("user/images", tmp_path.name)
 
 
-def test_run_of_a_recipe_of_ones_own(run):
+def test_run_of_a_recipe_of_ones_own(run, tmp_path):
+    run = shutil.copytree(run, tmp_path / "run")
     with (run / "config.yaml").open("a") as file:
         file.write("gain: 3.0\n")
     assert "gain: 3.0" in made(run)[1]
