@@ -74,5 +74,7 @@ def discard(out: Path) -> None:
     """Remove a run from its folder, and nothing that a run does not write."""
     for name in OWN_FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
+    for stale in out.glob(".push-*"):
+        shutil.rmtree(stale, ignore_errors=True)
     for file in (*(out / name for name in OWN), *out.glob("*.safetensors")):
         file.unlink(missing_ok=True)

@@ -79,6 +79,11 @@ def resolve_model(name: str) -> str:
     return name
 
 
+def public_name(name: str) -> str:
+    """What may be told of a base in a file that travels: its Hub id, or the last part of a path."""
+    return Path(name).name if Path(name).exists() else name
+
+
 def tensor_names(file: Path) -> list[str]:
     """The names of the tensors in a safetensors file."""
     try:

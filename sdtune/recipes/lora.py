@@ -67,7 +67,7 @@ class Lora(Recipe):
     def export(self, out):
         provenance = {
             "version": __version__,
-            "base": self.cfg.model,
+            "base": families.public_name(self.cfg.model),
             "revision": self.cfg.revision,
             "seed": self.cfg.seed,
         }
