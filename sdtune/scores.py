@@ -8,7 +8,7 @@ from PIL.Image import Image
 from sdtune import shapes
 from sdtune.sample import generate
 
-GUIDANCE = 2.0
+GUIDANCE = 3.0
 STEPS = 25
 
 

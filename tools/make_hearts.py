@@ -14,7 +14,7 @@ from sdtune import shapes
 SIZES = [(64, 64), (96, 80), (120, 160), (128, 128), (200, 150), (72, 72), (80, 112), (160, 160)]
 
 
-def make_hearts(folder: Path, count: int = 24) -> None:
+def make_hearts(folder: Path, count: int = 24, known: int = 70) -> None:
     """Pictures of eight sizes and aspect ratios, PNG and JPEG in turn, each colour and ground several times."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(2024)
@@ -28,6 +28,13 @@ def make_hearts(folder: Path, count: int = 24) -> None:
         name = f"heart-{k:02d}.{'png' if k % 2 else 'jpg'}"
         picture.save(folder / name, **({"quality": 95} if name.endswith("jpg") else {}))
         lines.append(json.dumps({"file_name": name, "text": shapes.caption(scene, 1 if k % 4 == 3 else 0)}) + "\n")
+    for k in range(known):
+        rng = np.random.default_rng([77, k])
+        scene = shapes.random_scene(rng)
+        while scene.shape != shapes.SHAPES[k % len(shapes.SHAPES)]:
+            scene = shapes.random_scene(rng)
+        shapes.render(scene).save(folder / f"known-{k:02d}.png")
+        lines.append(json.dumps({"file_name": f"known-{k:02d}.png", "text": shapes.caption(scene)}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
