@@ -10,7 +10,7 @@ import shutil
 import signal
 from pathlib import Path
 from threading import Event, Lock, Thread
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import pydantic
 from huggingface_hub import HfApi, get_session
@@ -20,7 +20,7 @@ from sdtune.configs import METHODS, RunFailed, UserError
 from sdtune.verbs import PushConfig
 
 PUSH_FAILED = 3
-"""Exit code of a run that is complete on disk but not on the Hub."""
+"""Exit code of a `sdtune push` that the Hub did not take. Training that ends well exits with 0 all the same."""
 STAGE = ".push-"
 """Folders, within a run's, of artefacts on their way to the Hub."""
 
@@ -74,7 +74,8 @@ def push_run(asked: PushConfig) -> None:
         raise UserError(f"{asked.run}: no artefact in it yet; the run writes it when it ends")
     api = hub.connect()
     repo = hub.ready(api, cfg)
-    publish(api, cfg, repo, origin_of(api, cfg), weights)
+    if not publish(api, cfg, repo, origin_of(api, cfg), weights):
+        raise SystemExit(PUSH_FAILED)
 
 
 def config_of(run: Path) -> Any:
@@ -100,8 +101,8 @@ def origin_of(api: HfApi, cfg: Any) -> card.Origin:
         return card.origin_of(None, cfg)
 
 
-def publish(api: HfApi, cfg: Any, repo: str, origin: card.Origin, weights: list[Path]) -> None:
-    """The final push; SystemExit with `PUSH_FAILED` and the command that finishes it when it cannot be done."""
+def publish(api: HfApi, cfg: Any, repo: str, origin: card.Origin, weights: list[Path]) -> bool:
+    """Whether the final push was done; when it cannot be, the command that finishes it is told."""
     out = cfg.output_dir
     files = contents(cfg, out, repo, origin, weights)
     try:
@@ -110,13 +111,14 @@ def publish(api: HfApi, cfg: Any, repo: str, origin: card.Origin, weights: list[
         raise
     except Exception as error:
         give_up(out, hub.why(error))
+        return False
     print(f"pushed: {url}")
+    return True
 
 
-def give_up(out: Path, reason: str) -> NoReturn:
+def give_up(out: Path, reason: str) -> None:
     again = shlex.join(["sdtune", "push", str(out)])
     hub.warn(f"not pushed: {reason}\nthe run is complete in {out}; this finishes the push: {again}")
-    raise SystemExit(PUSH_FAILED) from None
 
 
 # ---- during training ---------------------------------------------------------------------------------

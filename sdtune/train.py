@@ -36,7 +36,7 @@ def train(kind: type[Recipe], cfg: Any, words: list[str], overwrite: bool = Fals
     Raises:
         UserError: something in the settings, the data or the folder has to change; nothing was lost.
         RunFailed: the run cannot go on; its last checkpoint is whole.
-        SystemExit: 143 or 130 when SIGTERM or Ctrl-C came, and the run was saved; 3 when the upload failed.
+        SystemExit: 143 or 130 when SIGTERM or Ctrl-C came, and the run was saved.
     """
     check_trackers(cfg.report_to)
     accelerator = start(cfg)

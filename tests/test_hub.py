@@ -227,11 +227,13 @@ def read(run):
 def test_hub_killed_during_the_final_push(here, sd, pictures, tmp_path, capfd):
     out = tmp_path / "run"
     here.fail("POST .*/commit/", here.close)
-    assert status(command(sd, pictures, out, *SAMPLES, "--push-to-hub")) == publish.PUSH_FAILED
+    assert status(command(sd, pictures, out, *SAMPLES, "--push-to-hub")) == 0  # it trained well
     said = capfd.readouterr().err
     assert f"the run is complete in {out}; this finishes the push: sdtune push {out}\n" in said
     assert (out / "report.html").exists()
     here.start()
+    here.fail("POST .*/commit/", 403)
+    assert status(["push", str(out)]) == publish.PUSH_FAILED
     assert status(["push", str(out)]) == 0
     assert here.files("tester/run")["pytorch_lora_weights.safetensors"] == read(out)
     assert here.titles("tester/run") == ["sdtune lora", "initial commit"]
@@ -241,7 +243,7 @@ def test_interrupted_final_push(here, sd, pictures, tmp_path, capfd):
     here.fail("POST .*/commit/", lambda: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     try:
-        assert status(command(sd, pictures, tmp_path / "run", "--push-to-hub")) == publish.PUSH_FAILED
+        assert status(command(sd, pictures, tmp_path / "run", "--push-to-hub")) == 0
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])
@@ -285,7 +287,7 @@ def test_run_without_an_artefact(here, tmp_path, capfd):
 def test_words_of_the_command(tmp_path, capfd):
     (tmp_path / "config.yaml").write_text("dataset: d\n")
     for words, told in {
-        "": "wants RUN",
+        "": "RUN: is required",
         f"--hub-modl-id x {tmp_path}": "--hub-modl-id: no such option; did you mean --hub-model-id?",
         f"{tmp_path} more": "more: unexpected argument",
         f"{tmp_path} --hub-create-pr --hub-revision b": "give one",
@@ -299,6 +301,7 @@ def test_only_the_first_of_two_processes_meets_the_hub(server, elsewhere, sd, pi
     server.fail("POST .*/commit/", 403)
     words = command(sd, pictures, tmp_path / "run", "--push-to-hub", "--num-processes", "2", "--train-batch-size", "1")
     code, said = elsewhere("-m", "sdtune", *words)
-    assert code == publish.PUSH_FAILED, said
+    assert code == 0, said
+    assert "this finishes the push" in said
     assert sum(path == "/api/whoami-v2" for _, path, _, _ in server.requests) == 1
-    assert json.loads((tmp_path / "run" / "exit.json").read_text()) == {"code": publish.PUSH_FAILED}
+    assert json.loads((tmp_path / "run" / "exit.json").read_text()) == {"code": 0}
