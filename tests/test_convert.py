@@ -44,7 +44,7 @@ def test_stock_diffusers_gives_the_same_image_of_every_file(trained, sd, tmp_pat
     at = trained
     for k, to in enumerate(("kohya", "peft", "comfyui", "diffusers")):
         new = tmp_path / (f"{k}" if to == "peft" else f"{k}.safetensors")
-        assert status(["convert", str(at), str(new), "--to", to]) == 0
+        assert status(["convert", str(at), str(new), "--to", to, "--model", str(sd)]) == 0
         told = capsys.readouterr().out
         assert f"{new}: {to}, lora of" in told
         assert f"the model's output as {'PEFT' if to == 'peft' else 'diffusers'} reads it" in told
