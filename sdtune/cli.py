@@ -28,11 +28,18 @@ app = typer.Typer(
 )
 
 
-@app.callback(no_args_is_help=True)
-def top(version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False) -> None:
-    if version:
+def tell_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"sdtune {__version__}")
         raise typer.Exit
+
+
+@app.callback(no_args_is_help=True)
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=tell_version, help="Print the version.")
+    ] = False,
+) -> None: ...
 
 
 # Unknown flags are collected, not refused one at a time, so that every mistake is reported at once.

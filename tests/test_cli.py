@@ -11,6 +11,7 @@ import pytest
 import typer
 import yaml
 
+import sdtune
 from sdtune import cli, options
 from sdtune.configs import METHODS, LoraConfig, RunFailed, UserError
 from sdtune.verbs import VERBS
@@ -456,3 +457,8 @@ def test_no_words_show_the_help():
     done = subprocess.run([sys.executable, "-m", "sdtune"], capture_output=True, text=True)
     assert done.returncode == 2
     assert all(f" {verb} " in done.stdout + done.stderr for verb in ("lora", "sample", "run", "ls", "cp", "env"))
+
+
+def test_version(capsys):
+    code, out, _ = answer(capsys, "--version")
+    assert (code, out) == (0, f"sdtune {sdtune.__version__}\n")

@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node 2 tools/build_tiny.py --work runs/tiny          # both stages
     python tools/build_tiny.py --work runs/tiny --export sdtune/assets/tiny                # write the pipeline
 
-A Stable Diffusion of 4.6 million parameters at 64 x 64, trained on the world of ``sdtune.shapes``. It regresses
+A Stable Diffusion of 4.2 million parameters at 64 x 64, trained on the world of ``sdtune.shapes``. It regresses
 velocity (Salimans & Ho 2022) on a schedule that ends in pure noise (Lin et al. 2023): with the usual schedule a trace
 of each picture's mean is left at the last step, and flat colours, which are all in the mean, come out wrong.
 Each stage saves its place; the same command goes on.
