@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from sdtune import __version__, options
-from sdtune.configs import METHODS, Run, RunFailed, Section, UserError
+from sdtune.configs import Run, RunFailed, Section, UserError
+from sdtune.methods import METHODS
 from sdtune.verbs import VERBS, Verb
 
 app = typer.Typer(

@@ -1,8 +1,8 @@
-"""Every setting of every recipe, declared once.
+"""The settings that methods share, declared once, in sections.
 
 A field here is a flag, a YAML key, an attribute of the resolved config, a line of ``--help`` and a row of the
-docs. A method's config inherits the sections it reads and adds its own fields. This file imports neither torch
-nor anything slow, so that a typing mistake costs a third of a second.
+docs. A method's config (``methods.py``) inherits the sections it reads and adds its own fields. Neither file imports
+torch or anything slow, so that a typing mistake costs a third of a second.
 """
 
 from pathlib import Path
@@ -46,6 +46,16 @@ class Section(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """A field declared again for another default keeps the help and the further names of the first."""
+        for name, field in cls.model_fields.items():
+            for base in cls.__mro__[1:]:
+                first = base.model_fields.get(name) if issubclass(base, Section) else None
+                if first is not None:
+                    field.description = field.description or first.description
+                    field.json_schema_extra = field.json_schema_extra or first.json_schema_extra
+
 
 class Model(Section):
     model: Annotated[str, also("pretrained_model_name_or_path")] = "tiny"
@@ -71,10 +81,6 @@ class Data(Section):
     """Split of a Hub or saved dataset."""
     image_column: str = "image"
     """Column that holds the image."""
-    caption_column: str | None = None
-    """Column that holds the caption (a list: one is drawn each time); none is `text`, or the only other one."""
-    caption: str | None = None
-    """One caption for all images, in place of their own; none keeps those."""
     max_train_samples: Count | None = None
     """Use this many images, drawn with the seed; none is all."""
     repeats: Count = 1
@@ -93,18 +99,25 @@ class Data(Section):
     """Sides of the buckets are multiples of this many pixels."""
     bucket_max_aspect: Annotated[float, Ge(1)] = 2.0
     """Longest side of a bucket over its shortest."""
-    caption_dropout: Share = 0.0
-    """Share of captions left empty, which is what classifier-free guidance learns from."""
-    shuffle_tags: bool = False
-    """Shuffle the comma-separated tags of a caption each time."""
-    keep_tags: Natural = 0
-    """Leave this many tags at the front in place when shuffling."""
     on_bad_image: Literal["error", "skip"] = "error"
     """Stop at unreadable images, all named, or leave them out and count them."""
     num_holdout_images: Natural = 0
     """Keep this many images from training and report their loss at fixed timesteps and noise."""
     dataloader_num_workers: Natural = 2
     """Processes that read images; changes speed only."""
+
+
+class Captions(Section):
+    caption_column: str | None = None
+    """Column that holds the caption (a list: one is drawn each time); none is `text`, or the only other one."""
+    caption: str | None = None
+    """One caption for all images, in place of their own; none keeps those."""
+    caption_dropout: Share = 0.0
+    """Share of captions left empty, which is what classifier-free guidance learns from."""
+    shuffle_tags: bool = False
+    """Shuffle the comma-separated tags of a caption each time."""
+    keep_tags: Natural = 0
+    """Leave this many tags at the front in place when shuffling."""
     cache: bool = True
     """Compute VAE moments and text embeddings once and keep them on disk, where that is exact."""
 
@@ -244,16 +257,19 @@ class Run(Section):
 
 
 class Preview(Section):
-    validation_prompt: Annotated[Strings, also("validation_prompts")] = []
-    """Prompts of the sample grids; none uses captions of the dataset."""
-    negative_prompt: str = ""
-    """What the samples should not show."""
     num_validation_images: Natural = 4
     """Images of a sample grid; 0 draws none."""
     validation_steps: Natural = 200
     """Steps between sample grids and holdout losses; 0 draws them only at the start and the end."""
     validation_inference_steps: Count = 25
     """Denoising steps of a sample."""
+
+
+class Prompts(Section):
+    validation_prompt: Annotated[Strings, also("validation_prompts")] = []
+    """Prompts of the sample grids; none uses captions of the dataset."""
+    negative_prompt: str = ""
+    """What the samples should not show."""
     validation_guidance_scale: NonNegative = 5.0
     """Classifier-free guidance of the samples (Ho & Salimans 2022); 1 is none."""
 
@@ -303,29 +319,3 @@ class Adapter(Section):
     """Learning rate of the text encoder's adapters; none is learning_rate."""
     init_adapter: Annotated[Path | None, also("init_lora")] = None
     """Start from this adapter file instead of from zero."""
-
-
-class LoraConfig(Adapter, Denoising, Model, Data, Optim, Preview, Hub, Run):
-    """Low-rank adapters on a text-to-image model (LoRA; Hu et al. 2021)."""
-
-    method: ClassVar[str] = "lora"
-    entry: ClassVar[str] = "sdtune.recipes.lora:Lora"
-
-    output_dir: Path = Path("runs/lora")
-    """The run's folder: config, metrics, report, checkpoints and the artefact."""
-
-
-METHODS: tuple[type[Run], ...] = (LoraConfig,)
-"""The commands that train, in the order in which --help lists them."""
-
-MAY_CHANGE = frozenset(
-    "steps num_train_epochs output_dir dataloader_num_workers cache cache_dir gradient_checkpointing "
-    "checkpointing_steps checkpoints_total_limit max_bad_steps log_steps report_to tracker_project_name "
-    "train_batch_size gradient_accumulation_steps validation_prompt negative_prompt num_validation_images "
-    "validation_steps validation_inference_steps validation_guidance_scale push_to_hub hub_model_id hub_private "
-    "hub_revision hub_create_pr hub_strategy license".split()
-)
-"""What may differ when a run is continued: none of it touches an image, a draw or the mathematics of a step.
-
-The batch may be cut differently, as long as the images per optimizer step stay the same.
-"""

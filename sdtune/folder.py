@@ -10,7 +10,8 @@ from typing import IO, Any
 import yaml
 
 from sdtune import options
-from sdtune.configs import MAY_CHANGE, Run, UserError
+from sdtune.configs import Run, UserError
+from sdtune.methods import MAY_CHANGE
 
 OWN = ("config.yaml", "metrics.jsonl", "report.html", "environment.json", "README.md", "exit.json")
 """Files of a run besides its artefact; with OWN_FOLDERS, what --overwrite discards."""

@@ -14,7 +14,7 @@ from sdtune.recipe import Recipe
 def sample_images(recipe: Recipe, dataset: Any, accelerator: Accelerator) -> tuple[list[Image], list[str]]:
     """The run's sample grid and its prompts; each process draws its share, from seeds that never change."""
     cfg, rank, world = recipe.cfg, accelerator.process_index, accelerator.num_processes
-    prompts = cfg.validation_prompt or [text for text in dataset.stream.texts() if text] or [""]
+    prompts = dataset.prompts
     wanted = [(k, prompts[k % len(prompts)]) for k in range(cfg.num_validation_images)]
     mine = wanted[rank::world]
     images = recipe.sample([p for _, p in mine], [cfg.seed + k for k, _ in mine]) if mine else []

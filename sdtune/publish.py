@@ -16,7 +16,8 @@ import pydantic
 from huggingface_hub import HfApi, get_session
 
 from sdtune import card, hub, options
-from sdtune.configs import METHODS, RunFailed, UserError
+from sdtune.configs import RunFailed, UserError
+from sdtune.methods import METHODS
 from sdtune.verbs import PushConfig
 
 PUSH_FAILED = 3

@@ -28,7 +28,8 @@ class Recipe(nn.Module):
     def dataset(self, group: int, say: Callable[[str], None]) -> Dataset:
         """Position in the run -> dict of tensors and a ``name``; ``group`` images make up an optimizer step.
 
-        It has a ``stream`` (see ``data.Stream``) and lists the keys of held-out samples as ``holdout``.
+        It has a ``stream`` (see ``data.Stream``), lists the keys of held-out samples as ``holdout``, and what
+        the sample grids show as ``prompts``.
         """
         raise NotImplementedError
 

@@ -16,8 +16,9 @@ import yaml
 from PIL import Image
 
 from sdtune import __version__
-from sdtune.configs import METHODS, Run
+from sdtune.configs import Run
 from sdtune.curves import Points, chart, number, smooth
+from sdtune.methods import METHODS
 from sdtune.sheets import cells
 
 MOST_CELLS = 120  # images on the page, about 15 kB each

@@ -43,7 +43,7 @@ class TextToImage(Dataset):
     """Captioned images by position, or by ``("holdout", k)``: the k-th pair of held-out image and quantile.
 
     Args:
-        cfg: a config with the sections Data and Denoising.
+        cfg: a config with the sections Data, Captions, Denoising and Prompts.
         latent: (channels of a latent, pixels per element of it along a side).
         moments, texts: cached VAE moments by pixel key and text embeddings by caption, or ``None`` to give
             pixels ``[3, H, W]`` and token ids ``[L]`` instead.
@@ -72,6 +72,11 @@ class TextToImage(Dataset):
     @property
     def holdout(self) -> list[tuple[str, int]]:
         return [("holdout", k) for k in range(len(self.stream.holdout) * len(HOLDOUT_QUANTILES))]
+
+    @property
+    def prompts(self) -> list[str]:
+        """What the sample grids show; never empty."""
+        return self.cfg.validation_prompt or [text for text in self.stream.texts() if text] or [""]
 
     def tensors(self, sample: Any, u: Tensor, position: Any) -> dict[str, Any]:
         channels, downscale = self.latent

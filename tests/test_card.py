@@ -12,7 +12,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
 
 from sdtune import card, publish
 from sdtune.card import Origin
-from sdtune.configs import LoraConfig
+from sdtune.methods import LoraConfig
 from tests.conftest import command, status
 from tests.tinyhub import TinyHub
 

@@ -13,7 +13,8 @@ import yaml
 
 import sdtune
 from sdtune import cli, options
-from sdtune.configs import METHODS, LoraConfig, RunFailed, UserError
+from sdtune.configs import RunFailed, UserError
+from sdtune.methods import METHODS, LoraConfig
 from sdtune.verbs import VERBS
 from tests.conftest import status
 
@@ -368,7 +369,7 @@ def test_env_prints_versions(capsys):
 
 
 OWN = '''
-from sdtune.configs import LoraConfig
+from sdtune.methods import LoraConfig
 from sdtune.recipes.lora import Lora
 
 class MineConfig(LoraConfig):

@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sdtune.configs import LoraConfig, UserError
+from sdtune.configs import UserError
 from sdtune.data import Stream, load_images, positions, probes, report
 from sdtune.data.buckets import nearest, shapes
+from sdtune.methods import LoraConfig
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import tomllib
 import pytest
 
 from sdtune import options
-from sdtune.configs import METHODS
+from sdtune.methods import METHODS
 from sdtune.verbs import VERBS
 from tests.conftest import status
 from tools.make_docs import ROOT, header, made, pages, shipped

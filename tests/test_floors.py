@@ -13,7 +13,7 @@ ROOT = Path(sdtune.__file__).parent
 
 FLOORS = (
     "configs",
-    "verbs",
+    "methods verbs",
     "checkpoints curves data diffusion draws environment folder hub lowrank optim options precision samplers "
     "shapes sheets signals window",
     "adapters cache families metrics recipe report",
@@ -149,7 +149,7 @@ def test_no_recipe_knows_another_and_none_knows_one_kind_of_model():
             assert [o for o in of(name) if o.startswith("families.")] == []
 
 
-@pytest.mark.parametrize("name", ["__main__", "cli", "configs", "launch", "options"])
+@pytest.mark.parametrize("name", ["__main__", "cli", "configs", "launch", "methods", "options", "verbs"])
 def test_a_mistake_is_told_before_anything_heavy_is_loaded(name):
     waiting, seen = [name], set()
     while waiting:

@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from PIL import Image
 
 from sdtune import metrics as module
-from sdtune.configs import LoraConfig, UserError
+from sdtune.configs import UserError
+from sdtune.methods import LoraConfig
 from sdtune.metrics import Metrics, check_trackers, cut_off, plain
 from sdtune.sheets import cells, grid, save_sheet
 

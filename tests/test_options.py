@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from sdtune import options
-from sdtune.configs import METHODS, LoraConfig, Run, UserError
+from sdtune.configs import Run, UserError
+from sdtune.methods import METHODS, LoraConfig
 from sdtune.verbs import SampleConfig
 from tests.conftest import status
 
@@ -155,7 +156,7 @@ def test_every_field_says_what_it_is_for(config):
 
 
 def test_options_that_may_change_exist():
-    from sdtune.configs import MAY_CHANGE
+    from sdtune.methods import MAY_CHANGE
 
     assert {n for config in METHODS for n in config.model_fields} >= MAY_CHANGE
 

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from sdtune.configs import LoraConfig
 from sdtune.curves import MOST_POINTS, number, smooth, thin, ticks
 from sdtune.environment import environment, torchvision_state
+from sdtune.methods import LoraConfig
 from sdtune.report import write_report
 from sdtune.sheets import grid, save_sheet
 

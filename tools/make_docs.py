@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sdtune import options
-from sdtune.configs import MAY_CHANGE, METHODS
+from sdtune.methods import MAY_CHANGE, METHODS
 from sdtune.verbs import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,9 +7,9 @@ weights may move. The adapters sit inside the base's own modules, so the base is
 """
 
 from sdtune import __version__, adapters, families
-from sdtune.configs import LoraConfig
 from sdtune.data import Stream, load_images
 from sdtune.diffusion import denoising_loss
+from sdtune.methods import LoraConfig
 from sdtune.precision import dtype_of
 from sdtune.recipe import Recipe
 from sdtune.sample import generate
