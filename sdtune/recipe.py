@@ -38,7 +38,7 @@ class Recipe(nn.Module):
         raise NotImplementedError
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What the optimizer trains, with learning rates."""
+        """What the optimizer trains, with learning rates; ``until`` is the share of the run in which a group moves."""
         trained = [p for p in self.parameters() if p.requires_grad]
         return [{"params": trained, "lr": self.cfg.learning_rate}]
 

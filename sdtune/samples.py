@@ -8,22 +8,25 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from sdtune import cache, draws
 from sdtune.configs import UserError
 from sdtune.data import Stream, cache_root, report
+from sdtune.words import new_words
 
 HOLDOUT_QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Where in the training distribution of timesteps the loss of held-out images is measured."""
 
 
 class Tokens:
-    """Captions to token ids ``[L]``, padded and cut to the model's window."""
+    """Captions to token ids ``[L]``, padded and cut to the model's window; a learnt word becomes its tokens."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
+        self.words = TextualInversionLoaderMixin() if new_words(tokenizer) else None
 
     @property
     def window(self) -> int:
@@ -31,12 +34,16 @@ class Tokens:
 
     def __call__(self, caption: str) -> Tensor:
         given = self.tokenizer(
-            caption, padding="max_length", max_length=self.window, truncation=True, return_tensors="pt"
+            self.spelt(caption), padding="max_length", max_length=self.window, truncation=True, return_tensors="pt"
         )
         return given.input_ids[0]
 
     def count(self, caption: str) -> int:
-        return len(self.tokenizer(caption, truncation=False, verbose=False).input_ids)
+        return len(self.tokenizer(self.spelt(caption), truncation=False, verbose=False).input_ids)
+
+    def spelt(self, caption: str) -> str:
+        """``<cat>`` as ``<cat> <cat>_1 ...``, by the function that spells the prompts of a pipeline."""
+        return self.words.maybe_convert_prompt(caption, self.tokenizer) if self.words else caption
 
 
 class TextToImage(Dataset):
@@ -85,7 +92,7 @@ class TextToImage(Dataset):
         def normal(purpose: str, *size: int) -> Tensor:
             return torch.randn(size, generator=draws.rng(self.cfg.seed, purpose, position))
 
-        item: dict[str, Any] = {"name": sample.name, "u": u, "noise": normal("noise", *shape)}
+        item: dict[str, Any] = {"name": sample.name, "part": sample.part, "u": u, "noise": normal("noise", *shape)}
         if self.cfg.noise_offset:
             item["noise"] += self.cfg.noise_offset * normal("noise offset", channels, 1, 1)
         if self.cfg.input_perturbation:
@@ -121,7 +128,7 @@ def text_to_image(
     if cfg.resolution > 2 * family.resolution:
         native = f"this base was made for {family.resolution} pixels"
         say(f"{native}; --resolution {cfg.resolution} is far from that")
-    tokens = Tokens(family.tokenizer())
+    tokens = Tokens(family.tokenizer)
     for line in report(stream, tokens.count, tokens.window):
         say(line)
     moments = texts = None

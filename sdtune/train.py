@@ -108,7 +108,8 @@ def fit(
         look()
     while state.step < total and not stopping.agreed():
         for parameters, peak in zip(optimizer.param_groups, peaks, strict=True):
-            parameters["lr"] = peak * rate(state.step)
+            moves = state.step < parameters.get("until", 1.0) * total
+            parameters["lr"] = peak * rate(state.step) * moves
         for micro in range(accumulation):
             with metrics.waiting():
                 batch = next(batches)

@@ -16,9 +16,10 @@ FLOORS = (
     "methods verbs",
     "checkpoints curves data diffusion draws environment folder hub lowrank optim options precision samplers "
     "shapes sheets signals window",
-    "adapters cache families metrics recipe report",
+    "adapters cache families metrics recipe report templates words",
     "card formats loading preview samples state",
     "fold inspect_adapter publish sample",
+    "class_pictures finetune",
     "convert recipes scores truncate",
     "merge train",
     "launch cli",

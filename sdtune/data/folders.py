@@ -13,8 +13,8 @@ from sdtune.data.metadata import TABLES, Found, caption_column, parse_captions, 
 from sdtune.data.probes import stamp
 
 
-def read_folder(cfg: Data, folder: Path, wanted: bool) -> Found:
-    """All images below the folder, sorted by name, with their captions if ``wanted``."""
+def read_folder(cfg: Data, folder: Path, wanted: bool, default: str | None = None) -> Found:
+    """All images below the folder, sorted by name, with their captions if ``wanted``, or else ``default``."""
     files, ignored = _walk(folder)
     images = {name: path for name, path in files.items() if path.suffix.lower() in EXTENSIONS}
     if not images:
@@ -34,6 +34,8 @@ def read_folder(cfg: Data, folder: Path, wanted: bool) -> Found:
         raise UserError(f"--caption-column {cfg.caption_column}: {folder} has caption files, not metadata")
     elif texts:
         found = _from_texts(folder, images, texts)
+    elif default is not None:
+        found = dict.fromkeys(images, (default,))
     else:
         raise UserError(
             f"{folder}: the images have no captions; add metadata.jsonl with lines such as "

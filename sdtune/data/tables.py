@@ -24,7 +24,7 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def read_table(cfg: Data, folder: Path, wanted: bool) -> Found:
+def read_table(cfg: Data, folder: Path, wanted: bool, default: str | None = None) -> Found:
     """The split of a dataset, its images left undecoded, with their captions if ``wanted``."""
     if not folder.is_dir() and not _is_hub_id(cfg.dataset):
         raise UserError(f"--dataset {cfg.dataset}: {_missing(folder)}; give {_FORMS}")
@@ -74,6 +74,8 @@ def _from_table(cfg: Data, table: Any, wanted: bool) -> Found:
         found: list[tuple[str, ...]] = [()] * count
     elif cfg.caption is not None:
         found = [(cfg.caption,)] * count
+    elif default is not None and cfg.caption_column is None and "text" not in table.column_names:
+        found = [(default,)] * count
     else:
         found, problems = [], []
         for number, cell in enumerate(table[caption_column(cfg, table.column_names, cfg.image_column)]):
