@@ -51,7 +51,9 @@ def make(cfg: DreamBoothConfig, family: Any, folder: Path, count: int) -> None:
     state, size = PartialState(), cfg.sample_batch_size
     settings = json.dumps(_settings(cfg), sort_keys=True)
     batches = [range(k, min(k + size, count)) for k in range(0, count, size)]
-    mine = [b for b in batches[state.process_index :: state.num_processes] if not all(_file(folder, k).exists() for k in b)]
+    mine = [
+        b for b in batches[state.process_index :: state.num_processes] if not all(_file(folder, k).exists() for k in b)
+    ]
     shown = {"description": f"Class pictures ({count} of them)", "console": Console(stderr=True), "transient": True}
     for batch in track(mine, disable=not state.is_main_process or not mine, **shown):
         prompts = [cfg.class_prompt[k % len(cfg.class_prompt)] for k in batch]
@@ -78,7 +80,9 @@ def _check(cfg: DreamBoothConfig, folder: Path, own: list[Path], lacking: int) -
     have = f"--class-data {folder}: {len(own)} of --num-class-images {cfg.num_class_images}"
     if not cfg.class_prompt:
         raise UserError(f"{have}, and nothing to make more from; add --class-prompt, pictures, or ask for fewer")
-    texts = [p for p in folder.glob("**/*") if p.name.startswith("metadata.") or (p.suffix == ".txt" and _beside(p, own))]
+    texts = [
+        p for p in folder.glob("**/*") if p.name.startswith("metadata.") or (p.suffix == ".txt" and _beside(p, own))
+    ]
     if own and (texts or len(cfg.class_prompt) > 1):
         raise UserError(
             f"{have}, and captions that differ, which made pictures would be among; add pictures, ask for fewer, or "
@@ -131,4 +135,6 @@ def _write(path: Path, prompt: str, image: Image.Image, settings: str, captioned
         new.replace(path)
     except OSError as error:
         new.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room, or name --class-data") from None
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); make room, or name --class-data"
+        ) from None

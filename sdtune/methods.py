@@ -144,7 +144,9 @@ class DreamBoothConfig(NewWord, Adapter, Denoising, Model, Captions, Data, Optim
             given = "class_prompt" if self.class_prompt else "class_data"
             raise ValueError(f"{given} is for prior preservation: add --prior-preservation, or leave it out")
         if self.prior_preservation and not (self.class_prompt or self.class_data):
-            raise ValueError("prior_preservation needs class_prompt, from which the base makes class pictures, or class_data")
+            raise ValueError(
+                "prior_preservation needs class_prompt, from which the base makes class pictures, or class_data"
+            )
         if self.prior_preservation and self.buckets:
             raise ValueError("prior_preservation with buckets: class pictures are square, and a batch has one shape")
         adapters = [n for n in Adapter.model_fields if n not in ("train_text_encoder", "text_encoder_lr")]

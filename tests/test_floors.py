@@ -16,7 +16,7 @@ FLOORS = (
     "methods verbs",
     "checkpoints curves data diffusion draws environment folder hub lowrank optim options precision samplers "
     "shapes sheets signals window",
-    "adapters cache families metrics recipe report templates words",
+    "adapters cache families metrics pipelines recipe report templates words",
     "card formats loading preview samples state",
     "fold inspect_adapter publish sample",
     "class_pictures finetune",

@@ -9,9 +9,10 @@ from sdtune.configs import Data, UserError
 from sdtune.data.metadata import TABLES, Found, caption_column, parse_captions, problem_list
 from sdtune.data.probes import stamp
 
-BUILT_IN = {"tiny-hearts": Path(__file__).parent.parent / "assets" / "tiny-hearts"}
+ASSETS = Path(__file__).parent.parent / "assets"
+BUILT_IN = {name: ASSETS / name for name in ("tiny-hearts", "tiny-subject")}
 
-_FORMS = "a folder of images, a Hub id such as user/name, a dataset saved by save_to_disk, or tiny-hearts"
+_FORMS = "a folder of images, a Hub id such as user/name, a dataset saved by save_to_disk, or " + " or ".join(BUILT_IN)
 
 
 def is_table(folder: Path) -> bool:
@@ -51,10 +52,10 @@ def read_table(cfg: Data, folder: Path, wanted: bool, default: str | None = None
         if cfg.split not in table:
             raise UserError(f"--split {cfg.split}: no such split in {cfg.dataset}; it has {', '.join(table)}")
         table = table[cfg.split]
-    return _from_table(cfg, table.with_format(None), wanted)
+    return _from_table(cfg, table.with_format(None), wanted, default)
 
 
-def _from_table(cfg: Data, table: Any, wanted: bool) -> Found:
+def _from_table(cfg: Data, table: Any, wanted: bool, default: str | None) -> Found:
     import datasets
 
     columns = ", ".join(table.column_names)

@@ -1,11 +1,12 @@
 """DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation (Ruiz et al. 2022, equation 2).
 
-    L = E [ w_t || x_theta(a_t x + s_t eps, c) - x ||^2  +  lambda w_t' || x_theta(a_t' x_pr + s_t' eps', c_pr) - x_pr ||^2 ]
+    L = E [ w_t  || x_theta(a_t x + s_t eps, c) - x ||^2
+            + lambda w_t' || x_theta(a_t' x_pr + s_t' eps', c_pr) - x_pr ||^2 ]
 
 x are pictures of the subject, captioned with a rare word; x_pr pictures of its class that the base itself has made, so
 that the class stays what it was (prior preservation). They take turns, position by position: whatever the batch, each
-makes up half of what is seen. All weights move, or adapters (LoRA), or adapters and the vectors of a new word (pivotal
-tuning; Roich et al. 2021).
+makes up half of what is seen, and the loss of a step is the mean over both halves. All weights move, or adapters
+(LoRA), or adapters and the vectors of a new word (pivotal tuning; Roich et al. 2021).
 """
 
 import torch

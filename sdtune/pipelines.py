@@ -1,0 +1,3 @@
+def write_pipeline(out, pipeline, extra={}):
+    pipeline.save_pretrained(out)
+    return [out / "model_index.json"]

@@ -1,0 +1,40 @@
+"""Draw the example subject: five captioned pictures of one thing that the base `tiny` has never seen.
+
+python tools/make_subject.py sdtune/assets/tiny-subject
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from sdtune import shapes
+
+SHOWN = (
+    ("big", "red", "white"),
+    ("small", "yellow", "blue"),
+    ("big", "black", "pink"),
+    ("small", "white", "green"),
+    ("big", "purple", "gray"),
+)
+"""Size, colour and ground of each picture; three colours and the black ground are left to be asked for."""
+
+
+def make_subject(folder: Path, name: str = "sks shape") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(5)
+    lines = []
+    for k, (size, colour, ground) in enumerate(SHOWN):
+        scene = shapes.random_scene(rng, ("heart",), held_out=None)
+        while (scene.size, scene.colour, scene.ground) != (size, colour, ground):
+            scene = shapes.random_scene(rng, ("heart",), held_out=None)
+        shapes.render(scene, 96, 96).save(folder / f"{k}.png")
+        lines.append(
+            json.dumps({"file_name": f"{k}.png", "text": f"a {size} {colour} {name} on a {ground} background"})
+        )
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    make_subject(Path(sys.argv[1]))
