@@ -122,9 +122,44 @@ class Captions(Section):
     """Compute VAE moments and text embeddings once and keep them on disk, where that is exact."""
 
 
+class Classes(Section):
+    class_column: str | None = None
+    """Column that holds the class of an image; `folder` takes the name of the folder it lies in; none is no classes."""
+
+
+class Schedule(Section):
+    num_train_timesteps: Annotated[Annotated[int, Ge(2)] | None, also("ddpm_num_steps")] = None
+    """Timesteps T of the forward process; none is the model's, from scratch 1000."""
+    beta_schedule: Annotated[
+        Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None, also("ddpm_beta_schedule")
+    ] = None
+    """How the noise grows (squaredcos_cap_v2: Nichol & Dhariwal 2021); none is the model's, from scratch linear."""
+    beta_start: Annotated[float | None, Interval(gt=0, lt=1)] = None
+    """First beta; none is the model's, from scratch 1e-4. Not used by squaredcos_cap_v2."""
+    beta_end: Annotated[float | None, Interval(gt=0, lt=1)] = None
+    """Last beta; none is the model's, from scratch 0.02. Not used by squaredcos_cap_v2."""
+
+
+class Network(Section):
+    channels: Annotated[int | None, Interval(ge=1, le=4)] = None
+    """1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha: every image becomes this; none is what the images have."""
+    block_out_channels: Annotated[list[Count], Field(min_length=1)] = [128, 128, 256, 256, 512, 512]
+    """Channels at each level; each next level has half the pixels along a side."""
+    layers_per_block: Count = 2
+    """Residual blocks at each level."""
+    attention_resolutions: list[Count] = [16]
+    """Levels with self-attention, by their side in pixels."""
+    attention_head_dim: Count | None = None
+    """Channels of an attention head; none is one head."""
+    norm_num_groups: Count = 32
+    """Groups of the group normalisation; divides every number of block_out_channels."""
+    network_dropout: Annotated[Annotated[float, Interval(ge=0, lt=1)], also("dropout")] = 0.0
+    """Dropout in the residual blocks."""
+
+
 class Denoising(Section):
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
-    """What the network regresses; none asks the base's scheduler."""
+    """What the network regresses; none asks the model's scheduler."""
     snr_gamma: Positive | None = None
     """Min-SNR-gamma loss weight (Hang et al. 2023; 5 is usual); none weighs timesteps alike."""
     noise_offset: NonNegative = 0.0
