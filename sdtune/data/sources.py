@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from sdtune.configs import Data
-from sdtune.data.builtin import BUILT_IN
 from sdtune.data.buckets import candidates, nearest
+from sdtune.data.builtin import BUILT_IN
 from sdtune.data.folders import read_folder
 from sdtune.data.metadata import Found, problem_list
 from sdtune.data.probes import probe_all
@@ -62,7 +62,6 @@ class Images:
         """The file of an image, or its bytes."""
         source = self.sources[index]
         return source if isinstance(source, Path) else cell(self.table, source)
-
 
     @property
     def classes(self) -> list[str]:
@@ -117,9 +116,7 @@ def _checked(cfg: Data, found: Found) -> Images:
             raise problem_list(f"{found.dataset}: {len(problems)} of {len(kept)} images {head}", lines)
 
     rows = [
-        Row(
-            found.names[i], found.captions[i], probe.width, probe.height, probe.sha256, probe.mode, found.classes[i]
-        )
+        Row(found.names[i], found.captions[i], probe.width, probe.height, probe.sha256, probe.mode, found.classes[i])
         for i, probe in zip(kept, probes, strict=True)
         if i not in skip
     ]

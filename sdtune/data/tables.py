@@ -89,7 +89,10 @@ def _from_table(cfg: Data, table: Any, wanted: bool, class_from: str | None) -> 
     classes: list[Any] = [None] * count
     if class_from:
         column = class_column(class_from, table.column_names, cfg.dataset)
-        cells, names = table[column], getattr(table.features[column], "names", None)  # of a ClassLabel, which has -1 too
+        cells, names = (
+            table[column],
+            getattr(table.features[column], "names", None),
+        )  # of a ClassLabel, which has -1 too
         if names:
             cells = [names[cell] if cell is not None and cell >= 0 else None for cell in cells]
         classes = _parsed(cells, parse_class, f"{cfg.dataset}: every image needs a class in column {column}")
