@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from torch import nn
 
 from sdtune import families
 from sdtune.artefacts import write_whole
 from sdtune.configs import Network, UserError
+from sdtune.noisy_classifier import NoisyClassifier
 
 CLASSES = "classes.json"
 
@@ -64,6 +66,13 @@ def build(cfg: Any, model: PixelModel, channels: int, classes: list[str]) -> UNe
     return unet
 
 
+def classifier(cfg: Any, channels: int, classes: int) -> NoisyClassifier:
+    """The network that the options of Network describe, without its decoder. Raises: UserError, as `build` does."""
+    halve(cfg, len(cfg.block_out_channels))
+    given = {k: v for k, v in levels(cfg, cfg.resolution).items() if k in NoisyClassifier.__init__.__annotations__}
+    return NoisyClassifier(cfg.resolution, channels, classes, **given)
+
+
 def levels(cfg: Network, resolution: int) -> dict[str, Any]:
     """The options of Network as arguments of ``UNet2DModel``, the rest as in the networks of Ho et al. 2020."""
     sides = [resolution >> level for level in range(len(cfg.block_out_channels))]
@@ -104,18 +113,38 @@ def told(unet: UNet2DModel) -> str:
     )
 
 
+def save_classifier(out: Path, classifier: NoisyClassifier, scheduler: DDPMScheduler, classes: list[str]) -> list[Path]:
+    """Write the folder that `NoisyClassifier.from_pretrained` reads, whole or not at all; the files it consists of."""
+
+    def fill(new: Path) -> None:
+        classifier.save_pretrained(new)
+        scheduler.save_pretrained(new / "scheduler")
+        _write_classes(new, classes)
+        _same(new, classifier, NoisyClassifier.from_pretrained(new))
+
+    return write_whole(out, fill, last="config.json")
+
+
 def save(out: Path, unet: UNet2DModel, scheduler: DDPMScheduler, classes: list[str]) -> list[Path]:
     """Write the folder that `DDPMPipeline.from_pretrained` reads, whole or not at all; the files it consists of."""
 
     def fill(new: Path) -> None:
         DDPMPipeline(unet, scheduler).save_pretrained(new)
         if classes:
-            (new / CLASSES).write_text(json.dumps(classes, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        read = DDPMPipeline.from_pretrained(new).unet.state_dict()
-        if wrong := [name for name, w in unet.state_dict().items() if not read[name].equal(w.cpu())]:
-            raise RuntimeError(f"{new}: does not read back as it was trained: {wrong[:3]}")
+            _write_classes(new, classes)
+        _same(new, unet, DDPMPipeline.from_pretrained(new).unet)
 
     return write_whole(out, fill, last="model_index.json")
+
+
+def _write_classes(folder: Path, classes: list[str]) -> None:
+    (folder / CLASSES).write_text(json.dumps(classes, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def _same(folder: Path, model: nn.Module, read: nn.Module) -> None:
+    weights = read.state_dict()
+    if wrong := [name for name, w in model.state_dict().items() if not weights[name].equal(w.cpu())]:
+        raise RuntimeError(f"{folder}: does not read back as it was trained: {wrong[:3]}")
 
 
 # ---- reading -------------------------------------------------------------------------------------------
