@@ -163,10 +163,8 @@ class Network(Section):
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
-        for name in ("norm_num_groups", "attention_head_dim"):
-            parts = getattr(self, name) or 1
-            if odd := [n for n in self.block_out_channels if n % parts]:
-                raise ValueError(f"{name} {parts} does not divide {odd[0]} of block_out_channels")
+        if odd := [n for n in self.block_out_channels if n % self.norm_num_groups]:
+            raise ValueError(f"norm_num_groups {self.norm_num_groups} does not divide {odd[0]} of block_out_channels")
         return self
 
 

@@ -77,6 +77,13 @@ def levels(cfg: Network, resolution: int) -> dict[str, Any]:
     """The options of Network as arguments of ``UNet2DModel``, the rest as in the networks of Ho et al. 2020."""
     sides = [resolution >> level for level in range(len(cfg.block_out_channels))]
     attends = ["Attn" if side in cfg.attention_resolutions else "" for side in sides]
+    wide = [
+        n for n, kind in zip(cfg.block_out_channels, [*attends[:-1], "Attn"], strict=True) if kind
+    ]  # so has the middle
+    if odd := [n for n in wide if n % (cfg.attention_head_dim or n)]:
+        raise UserError(
+            f"--attention-head-dim {cfg.attention_head_dim} does not divide {odd[0]} of --block-out-channels"
+        )
     return {
         "block_out_channels": tuple(cfg.block_out_channels),
         "down_block_types": tuple(f"{kind}DownBlock2D" for kind in attends),
