@@ -32,12 +32,14 @@ PROCESS = (
 """What defines the forward process that the model was trained on."""
 
 
-def make_scheduler(name: str, base: SchedulerMixin) -> SchedulerMixin:
+def make_scheduler(name: str, base: SchedulerMixin, clip: bool = False) -> SchedulerMixin:
     """The sampler ``name`` for a model that ``base`` samples; raises `UserError` where it cannot.
 
     As ``from_config``, which however puts the new class's defaults in place of those of the base's class:
-    here what defines the forward process is kept, latents are not clipped to [-1, 1], and PNDM starts as in
-    Stable Diffusion.
+    here what defines the forward process is kept, and PNDM starts as in Stable Diffusion.
+
+    Args:
+        clip: estimates of x0 are clipped to [-1, 1] unless ``base`` says otherwise, as fits pixels; latents are not.
     """
     chosen = SCHEDULERS[name]
     process = {k: base.config[k] for k in PROCESS if k in base.config}
@@ -50,7 +52,7 @@ def make_scheduler(name: str, base: SchedulerMixin) -> SchedulerMixin:
     if name == "lms" and find_spec("scipy") is None:
         raise UserError("--scheduler lms needs scipy: pip install scipy")
     given = {k: v for k, v in base.config.items() if k not in base.config.get("_use_default_values", ())}
-    usual = {"skip_prk_steps": True} if name == "pndm" else {"clip_sample": False}
+    usual = {"skip_prk_steps": True} if name == "pndm" else {"clip_sample": clip}
     scheduler = chosen.from_config({**usual, **given, **process})
     try:  # what a class can predict from, only its step tells
         probe = torch.zeros(1, 1, 1, 1)

@@ -39,6 +39,10 @@ class Embedding(nn.Module):
         new = functional.embedding((ids - self.size).clamp(min=0), self.rows).to(old.dtype)
         return torch.where((ids >= self.size)[..., None], new, old)
 
+    def figures(self, images: int) -> dict[str, Tensor]:
+        """The mean norm of the new rows, for the metrics: one that runs away drowns the other words."""
+        return {"embedding_norm": self.rows.detach().norm(dim=1).mean().expand(images)}
+
 
 def spelling(word: str, vectors: int) -> list[str]:
     """The tokens of a word of several vectors, as diffusers names them."""
@@ -70,11 +74,6 @@ def each_says(word: str, images: Images) -> Images:
             f"({', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}); put it in, as a word of its own"
         )
     return images
-
-
-def figures(embedding: Embedding) -> dict[str, Tensor]:
-    """The mean norm of a word's vectors, for the metrics: one that runs away has nothing left to say."""
-    return {"embedding_norm": embedding.rows.detach().norm(dim=1).mean()}
 
 
 def add_word(tokenizer: Any, text_encoder: Any, word: str, start: Tensor) -> Embedding:

@@ -14,9 +14,9 @@ ROOT = Path(sdtune.__file__).parent
 FLOORS = (
     "configs",
     "methods verbs",
-    "checkpoints curves data diffusion draws environment folder hub lowrank optim options precision samplers "
+    "checkpoints curves data diffusion draws environment folder guidance hub lowrank optim options precision samplers "
     "shapes sheets signals window",
-    "adapters cache families metrics pipelines recipe report templates words",
+    "adapters cache families metrics pipelines recipe report sampling templates words",
     "card formats loading preview samples state",
     "fold inspect_adapter publish sample",
     "class_pictures finetune",

@@ -55,7 +55,8 @@ class DreamBooth(FineTune):
 
     def forward(self, batch):
         prior = batch["part"] == 1
-        return super().forward(batch) * torch.where(prior, self.cfg.prior_loss_weight, 1.0)
+        loss = super().forward(batch) * torch.where(prior, self.cfg.prior_loss_weight, 1.0)
+        return (loss, self.word.figures(len(loss))) if self.word else loss
 
     def parameter_groups(self):
         cfg, groups = self.cfg, super().parameter_groups()
@@ -65,9 +66,6 @@ class DreamBooth(FineTune):
             rate = cfg.placeholder_lr or cfg.learning_rate
             groups.append({"params": [self.word.rows], "lr": rate, "until": cfg.placeholder_frac})
         return groups
-
-    def figures(self):
-        return words.figures(self.word) if self.word else {}
 
     def export(self, out):
         if not self.cfg.lora:

@@ -33,13 +33,10 @@ class TextualInversion(FineTune):
         if self.cfg.norm_weight:
             relative = self.word.rows.norm(dim=1) / self.word.usual_norm
             loss = loss + self.cfg.norm_weight * (relative - 1).square().mean()
-        return loss
+        return loss, self.word.figures(len(loss))
 
     def parameter_groups(self):
         return [{"params": [self.word.rows], "lr": self.cfg.learning_rate}]
-
-    def figures(self):
-        return words.figures(self.word)
 
     def export(self, out):
         return [embedding.save(out, self.cfg.placeholder_token, self.word.rows, self.provenance())]
