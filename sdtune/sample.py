@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from sdtune.configs import UserError
-from sdtune.loading import load_adapters, load_pipeline, split_weight
+from sdtune.loading import load_adapters, load_embeddings, load_pipeline, split_weight
 from sdtune.samplers import make_scheduler
 from sdtune.sheets import grid
 from sdtune.verbs import SampleConfig
@@ -41,6 +41,7 @@ def sample(cfg: SampleConfig) -> list[Path]:
     cfg = _with_base(cfg)
     pipe = load_pipeline(cfg)
     load_adapters(pipe, cfg.adapter)
+    load_embeddings(pipe, cfg.embedding, cfg.adapter)
     try:
         cfg.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -156,7 +157,7 @@ def _with_base(cfg: SampleConfig) -> SampleConfig:
     """``cfg`` with what ``auto`` stands for: the model of the first run among the adapters, with its VAE."""
     if cfg.model != "auto":
         return cfg
-    for text in cfg.adapter:
+    for text in [*cfg.adapter, *cfg.embedding]:
         record = Path(split_weight(text)[0]) / "config.yaml"
         if record.is_file():
             run = yaml.safe_load(record.read_text(encoding="utf-8"))

@@ -54,6 +54,9 @@ SMALL = {
 # The true gradient of a key's bias is zero, and Adam makes full steps of what rounding leaves of it.
 STEADY = ["--learning-rate", "1e-4", "--adam-epsilon", "1e-3"]
 
+# The adapters are in another file, which the artefact's reader is not asked for: the checkpoint holds the same.
+ADAPTERS: list[str] = []
+
 RECIPES = {
     "lora": Contract(
         settings={"--model": "{sd}", "--resolution": 32},
@@ -69,6 +72,41 @@ RECIPES = {
             *("--learning-rate", "1e-4", "--random-flip", "--caption-dropout", "0.2", "--noise-offset", "0.05"),
             *("--use-ema", "--snr-gamma", "5"),
         ],
+        previews=["--num-validation-images", "3"],
+    ),
+    "dreambooth": Contract(
+        settings={
+            **{"--model": "{sd}", "--resolution": 32, "--prior-preservation": "", "--class-data": "{pictures}"},
+            **{"--num-class-images": 11, "--learning-rate": "1e-3"},
+        },
+        weights="unet/diffusion_pytorch_model.safetensors",
+        variants={
+            "plain": [],
+            **WORKERS,
+            **CUT_AND_AVERAGED,
+            "text encoder, flips": ["--train-text-encoder", "--random-flip", "--no-center-crop", "--snr-gamma", "5"],
+            "adapters": ["--lora", "--train-text-encoder", "--dropout", "0.1", *ADAPTERS],
+        },
+        draws=["--learning-rate", "1e-5", "--random-flip", "--prior-loss-weight", "0.5", "--use-ema"],
+        previews=["--num-validation-images", "3"],
+    ),
+    "textual-inversion": Contract(
+        settings={"--model": "{sd}", "--resolution": 32, "--placeholder-token": "<thing>", "--num-vectors": 2},
+        weights="learned_embeds.safetensors",
+        variants={
+            "plain": [],
+            **WORKERS,
+            **CUT_AND_AVERAGED,
+            "flips, norm": ["--random-flip", "--norm-weight", "0.1", "--snr-gamma", "5"],
+        },
+        draws=["--learning-rate", "1e-3", "--random-flip", "--learnable-property", "style", "--use-ema"],
+        previews=["--num-validation-images", "3"],
+    ),
+    "text-to-image": Contract(
+        settings={"--model": "{sd}", "--resolution": 32, "--learning-rate": "1e-3"},
+        weights="unet/diffusion_pytorch_model.safetensors",
+        variants={"plain": [], **CUT_AND_AVERAGED, "dream": ["--dream"]},
+        draws=["--learning-rate", "1e-5", "--random-flip", "--caption-dropout", "0.2", "--use-ema", "--dream"],
         previews=["--num-validation-images", "3"],
     ),
     "ddpm": Contract(
