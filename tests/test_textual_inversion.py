@@ -115,7 +115,7 @@ def test_templates_of_ones_own_and_captions(trained, tmp_path, places, capsys):
     file = tmp_path / "templates.txt"
     file.write_text("a drawing of {}\n\n{} in red\n")
     run = trained("textual-inversion", "own", "--template-file", str(file), "--num-validation-images", "2")
-    assert "a drawing of <thing>" in (run / "report.html").read_text()
+    assert "a drawing of &lt;thing&gt;" in (run / "report.html").read_text()
     assert (run / FILE).exists()
     trained("textual-inversion", "captions", "--caption", "a <thing> of mine")
     file.write_text("a drawing\n")
