@@ -16,7 +16,7 @@ FLOORS = (
     "methods verbs",
     "checkpoints curves data diffusion draws environment folder hub lowrank optim options precision samplers "
     "shapes sheets signals window",
-    "adapters cache families metrics recipe report",
+    "adapters cache families metrics pipelines recipe report",
     "card formats loading preview samples state",
     "fold inspect_adapter publish sample",
     "convert recipes scores truncate",
