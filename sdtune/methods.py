@@ -67,7 +67,7 @@ class NewWord(Section):
     """The word that gets vectors of its own."""
 
     placeholder_token: str | None = None
-    """New word that stands for what is learnt, such as <my-cat>; captions have to say it."""
+    """New word that stands for what is learnt, such as <my-cat>, and that captions say; none adds no word."""
     initializer_token: Strings = []
     """Words whose vectors the new ones start from: one for all or one for each; none is the vocabulary's mean."""
     initializer_mean: bool = False
@@ -103,7 +103,7 @@ class DreamBoothConfig(NewWord, Adapter, Denoising, Model, Captions, Data, Optim
     dataset: Annotated[str, also("instance_data", "instance_data_dir")]
     """Images of the subject: folder, Hub dataset id, or dataset saved by `save_to_disk`."""
     instance_prompt: str | None = None
-    """Caption of the images of the subject that have none of their own, with a rare word: a photo of sks dog."""
+    """Caption of images without one of their own, such as a photo of sks dog; none wants each captioned."""
     prior_preservation: Annotated[bool, also("with_prior_preservation")] = False
     """Train on pictures of the subject's class as well, as many a step, so that the class stays what it was."""
     class_prompt: Strings = []

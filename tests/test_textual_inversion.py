@@ -71,7 +71,9 @@ def test_copies_on_the_way_and_the_norm_are_there(trained):
 def test_norm_weight_holds_the_norm(trained):
     options = ["--learning-rate", "1e-1", "--steps", "40", "--initializer-token", "red"]
     free = load_file(trained("textual-inversion", "free", *options) / FILE)["<thing>"].norm(dim=1)
-    held = load_file(trained("textual-inversion", "held", *options, "--norm-weight", "10") / FILE)["<thing>"].norm(dim=1)
+    held = load_file(trained("textual-inversion", "held", *options, "--norm-weight", "10") / FILE)["<thing>"].norm(
+        dim=1
+    )
     usual = torch.stack([row.norm() for row in tiny_sd().text_encoder.get_input_embeddings().weight]).mean()
     assert (held - usual).abs().max() < (free - usual).abs().max()
 

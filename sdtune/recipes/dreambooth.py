@@ -62,9 +62,10 @@ class DreamBooth(FineTune):
         cfg, groups = self.cfg, super().parameter_groups()
         shares = {"unet": cfg.unet_frac, "text_encoder": cfg.text_encoder_frac}
         groups = [group | {"until": shares[name]} for name, group in zip(self.trained, groups, strict=True)]
-        if self.word:
-            rate = cfg.placeholder_lr or cfg.learning_rate
-            groups.append({"params": [self.word.rows], "lr": rate, "until": cfg.placeholder_frac})
+        if self.word:  # its rows are in the text encoder
+            rows, rate = self.word.rows, cfg.placeholder_lr or cfg.learning_rate
+            groups = [group | {"params": [p for p in group["params"] if p is not rows]} for group in groups]
+            groups.append({"params": [rows], "lr": rate, "until": cfg.placeholder_frac})
         return groups
 
     def export(self, out):
