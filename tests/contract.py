@@ -1,5 +1,6 @@
 """What every recipe is held to in ``test_resume`` and ``test_cuts``: a new one adds a row here, and nothing there."""
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ class Contract:
         variants: further options, by name, with each of which a killed run has to go on to the same bits.
         draws: options that draw whatever the recipe can draw; however a step is cut, it has to end the same.
         previews: options that make it look at itself on the way, which must change nothing.
+        method: its command, where that is not the name of the row.
     """
 
     settings: dict[str, object]
@@ -32,6 +34,7 @@ class Contract:
     variants: dict[str, list[str]]
     draws: list[str] = field(default_factory=list)
     previews: list[str] = field(default_factory=list)
+    method: str = ""
 
     def artefact(self, out: Path) -> dict[str, Tensor]:
         return load_file(out / self.weights)
@@ -54,9 +57,6 @@ SMALL = {
 # The true gradient of a key's bias is zero, and Adam makes full steps of what rounding leaves of it.
 STEADY = ["--learning-rate", "1e-4", "--adam-epsilon", "1e-3"]
 
-# The adapters are in another file, which the artefact's reader is not asked for: the checkpoint holds the same.
-ADAPTERS: list[str] = []
-
 RECIPES = {
     "lora": Contract(
         settings={"--model": "{sd}", "--resolution": 32},
@@ -76,8 +76,12 @@ RECIPES = {
     ),
     "dreambooth": Contract(
         settings={
-            **{"--model": "{sd}", "--resolution": 32, "--prior-preservation": "", "--class-data": "{pictures}"},
-            **{"--num-class-images": 11, "--learning-rate": "1e-3"},
+            "--model": "{sd}",
+            "--resolution": 32,
+            "--prior-preservation": "",
+            "--class-data": "{pictures}",
+            "--num-class-images": 11,
+            "--learning-rate": "1e-3",
         },
         weights="unet/diffusion_pytorch_model.safetensors",
         variants={
@@ -85,9 +89,25 @@ RECIPES = {
             **WORKERS,
             **CUT_AND_AVERAGED,
             "text encoder, flips": ["--train-text-encoder", "--random-flip", "--no-center-crop", "--snr-gamma", "5"],
-            "adapters": ["--lora", "--train-text-encoder", "--dropout", "0.1", *ADAPTERS],
         },
         draws=["--learning-rate", "1e-5", "--random-flip", "--prior-loss-weight", "0.5", "--use-ema"],
+        previews=["--num-validation-images", "3"],
+    ),
+    "dreambooth, adapters and a word": Contract(
+        method="dreambooth",
+        settings={
+            "--model": "{sd}",
+            "--resolution": 32,
+            "--lora": "",
+            "--placeholder-token": "<thing>",
+            "--caption": "'a <thing> circle'",
+        },
+        weights="pytorch_lora_weights.safetensors",
+        variants={
+            "plain": [],
+            "text encoder, dropout": ["--train-text-encoder", "--dropout", "0.1", "--placeholder-frac", "0.5"],
+        },
+        draws=["--learning-rate", "1e-4", "--random-flip", "--train-text-encoder"],
         previews=["--num-validation-images", "3"],
     ),
     "textual-inversion": Contract(
@@ -155,6 +175,6 @@ def command(recipe: str, places: Places, out: Path, *options: str) -> list[str]:
         word
         for flag, value in settings.items()
         if flag not in given
-        for word in (flag, *str(value).format(**places._asdict()).split())
+        for word in (flag, *shlex.split(str(value).format(**places._asdict())))
     ]
-    return [recipe, *words, *options]
+    return [RECIPES[recipe].method or recipe, *words, *options]

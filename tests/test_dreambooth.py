@@ -1,4 +1,4 @@
-"""``sdtune dreambooth``: class pictures, prior preservation image by image, and artefacts that stock diffusers loads."""
+"""``sdtune dreambooth``: class pictures, prior preservation image by image, artefacts that stock diffusers loads."""
 
 import hashlib
 import json
