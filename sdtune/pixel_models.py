@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from torch import nn
 
 from sdtune import families
-from sdtune.artefacts import write_whole
 from sdtune.configs import Network, UserError
 from sdtune.noisy_classifier import NoisyClassifier
+from sdtune.pipelines import verify_module, write_folder, write_pipeline
 
 CLASSES = "classes.json"
 
@@ -120,38 +119,26 @@ def told(unet: UNet2DModel) -> str:
     )
 
 
+def save(out: Path, unet: UNet2DModel, scheduler: DDPMScheduler, classes: list[str]) -> list[Path]:
+    """Write the folder that `DDPMPipeline.from_pretrained` reads, whole or not at all; the files it consists of."""
+    return write_pipeline(out, DDPMPipeline(unet, scheduler), {CLASSES: listed(classes)} if classes else {})
+
+
 def save_classifier(out: Path, classifier: NoisyClassifier, scheduler: DDPMScheduler, classes: list[str]) -> list[Path]:
     """Write the folder that `NoisyClassifier.from_pretrained` reads, whole or not at all; the files it consists of."""
 
     def fill(new: Path) -> None:
         classifier.save_pretrained(new)
         scheduler.save_pretrained(new / "scheduler")
-        _write_classes(new, classes)
-        _same(new, classifier, NoisyClassifier.from_pretrained(new))
+        (new / CLASSES).write_bytes(listed(classes))
+        verify_module(new, classifier)
 
-    return write_whole(out, fill, last="config.json")
-
-
-def save(out: Path, unet: UNet2DModel, scheduler: DDPMScheduler, classes: list[str]) -> list[Path]:
-    """Write the folder that `DDPMPipeline.from_pretrained` reads, whole or not at all; the files it consists of."""
-
-    def fill(new: Path) -> None:
-        DDPMPipeline(unet, scheduler).save_pretrained(new)
-        if classes:
-            _write_classes(new, classes)
-        _same(new, unet, DDPMPipeline.from_pretrained(new).unet)
-
-    return write_whole(out, fill, last="model_index.json")
+    return write_folder(out, fill)
 
 
-def _write_classes(folder: Path, classes: list[str]) -> None:
-    (folder / CLASSES).write_text(json.dumps(classes, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-
-
-def _same(folder: Path, model: nn.Module, read: nn.Module) -> None:
-    weights = read.state_dict()
-    if wrong := [name for name, w in model.state_dict().items() if not weights[name].equal(w.cpu())]:
-        raise RuntimeError(f"{folder}: does not read back as it was trained: {wrong[:3]}")
+def listed(classes: list[str]) -> bytes:
+    """Names in label order as ``classes.json`` holds them."""
+    return (json.dumps(classes, ensure_ascii=False, indent=1) + "\n").encode()
 
 
 # ---- reading -------------------------------------------------------------------------------------------
