@@ -14,8 +14,8 @@ ROOT = Path(sdtune.__file__).parent
 FLOORS = (
     "configs",
     "methods verbs",
-    "checkpoints curves data diffusion draws environment folder hub lowrank optim options precision samplers "
-    "shapes sheets signals window",
+    "checkpoints curves data diffusion draws environment folder hub lowrank optim options precision public "
+    "samplers shapes sheets signals usage window",
     "adapters cache families metrics pipelines recipe report",
     "card formats loading preview samples state",
     "fold inspect_adapter publish sample",
