@@ -15,7 +15,7 @@ FLOORS = (
     "configs",
     "methods verbs",
     "checkpoints curves data diffusion draws environment folder guidance hub lowrank noisy_classifier optim options "
-    "precision samplers schedules shapes sheets signals window",
+    "precision public samplers schedules shapes sheets signals usage window",
     "adapters cache families metrics noised pipelines recipe report sampling",
     "card formats loading pixel_models pixels preview samples state",
     "fold inspect_adapter publish sample",
