@@ -73,6 +73,12 @@ def test_attention_pool_sees_where_things_are():
     assert not torch.allclose(network(image, torch.tensor([0])), network(image.flip(-1), torch.tensor([0])), atol=1e-4)
 
 
+def test_gradient_checkpointing_changes_nothing_but_memory(classifier):
+    runs = classifier("one"), classifier("other", "--gradient-checkpointing")
+    one, other = (contract.RECIPES["classifier"].artefact(run) for run in runs)
+    assert max((one[k] - other[k]).abs().max().item() for k in one) < 1e-6
+
+
 def test_accuracy_is_told_by_noise_level(classifier):
     options = ["--dataset", "digits", "--class-column", "folder", "--resolution", "8", "--attention-resolutions", "4"]
     options += ["--block-out-channels=16", "--block-out-channels=32", "--attention-head-dim", "16"]
