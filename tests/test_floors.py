@@ -14,11 +14,11 @@ ROOT = Path(sdtune.__file__).parent
 FLOORS = (
     "configs",
     "methods verbs",
-    "checkpoints curves data diffusion draws environment folder guidance hub lowrank optim options precision samplers "
-    "shapes sheets signals window",
+    "checkpoints curves data diffusion draws environment folder guidance guides hub lowrank optim options precision "
+    "samplers shapes sheets signals window",
     "adapters cache families metrics recipe report sampling",
     "card formats loading preview samples state",
-    "fold inspect_adapter publish sample",
+    "fold inspect_adapter pixels publish sample",
     "convert recipes scores truncate",
     "merge train",
     "launch cli",
@@ -30,6 +30,7 @@ NEIGHBOURS = {
     "data": "draws",
     "folder": "options",
     "cli": "launch",
+    "sample": "pixels",
 }
 """Imports along a floor."""
 

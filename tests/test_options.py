@@ -17,7 +17,14 @@ from tests.conftest import status
 
 CONFIGS = (*METHODS, SampleConfig)
 LEAST = {config: {"dataset": "d"} if issubclass(config, Run) else {"prompt": ["x"]} for config in CONFIGS}
-LEAST_WITH = {"width": {"height": 64}, "height": {"width": 64}}
+LEAST_WITH = {
+    "width": {"height": 64},
+    "height": {"width": 64},
+    "classifier": {"class_name": ["x"]},
+    "classifier_scale": {"class_name": ["x"], "classifier": "c"},
+    "clip_model": {"clip_guidance_scale": 2.0},
+    "clip_guidance_scale": {"clip_model": "c"},
+}
 FIELDS = [(config, name) for config in CONFIGS for name in config.model_fields]
 TEXTS = ["1e-4", "no", "null", "~", "2024-13-01", "1:30", "0x_", " padded ", "ein Stern, größer", "赤い星 🌟", "a\nb"]
 TEXTS += ["- a", "#x: y", "'", '"', "{a: b}", "%x", "", "a=b", "-5 degrees", "--rank", "--no-such", "\\n", "7", "true"]
@@ -58,6 +65,8 @@ def others(config, name):
     kind, default = options.bare(field.annotation), field.get_default()
     if typing.get_origin(kind) is typing.Literal:
         return [choice for choice in typing.get_args(kind) if choice != default]
+    if name == "interpolate":
+        return [["a b", "1e5"]]
     if options.is_list(field):
         return [["a b", "c"], TEXTS]
     if typing.get_origin(kind) is dict:
