@@ -235,6 +235,8 @@ class Run(Section):
     """Steps between checkpoints; 0 saves only the last. An interrupted run saves first in any case."""
     checkpoints_total_limit: Annotated[int, Ge(2)] = 2
     """Checkpoints to keep; the oldest goes once a newer one is safe on disk."""
+    export_steps: Natural = 0
+    """Steps between copies of the artefact in exports/step-000500/; 0 keeps only the last."""
     max_bad_steps: Count = 10
     """Stop after this many steps in a row whose loss or gradient is not finite."""
     log_steps: Count = 10

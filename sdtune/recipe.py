@@ -47,8 +47,16 @@ class Recipe(nn.Module):
         raise NotImplementedError
 
     def export(self, out: Path) -> list[Path]:
-        """Write what diffusers loads into folder ``out``, and say which files it is."""
+        """Write what diffusers loads into folder ``out``, and return every file of it, those in folders below too.
+
+        Called by the first process alone, with the average in place where one is kept. Each file gets its name when
+        it is whole (``pipelines.write_pipeline`` does that for a pipeline); equal weights give equal bytes.
+        """
         raise NotImplementedError
+
+    def figures(self) -> dict[str, float | Tensor]:
+        """Numbers for a line of ``metrics.jsonl``, beside the loss; called by every process, each time one is due."""
+        return {}
 
     def after_step(self) -> None:
         """Called after each optimizer step; target networks move here."""

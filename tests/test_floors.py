@@ -16,7 +16,7 @@ FLOORS = (
     "methods verbs",
     "checkpoints curves data diffusion draws environment folder guidance guides hub lowrank optim options precision "
     "samplers shapes sheets signals window",
-    "adapters cache families metrics recipe report sampling",
+    "adapters cache families metrics pipelines recipe report sampling",
     "card formats loading preview samples state",
     "fold inspect_adapter pixels publish sample",
     "convert recipes scores truncate",

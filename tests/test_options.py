@@ -90,7 +90,7 @@ def test_what_dry_run_prints_is_the_same_config_again(config, name, written):
         again = options.resolve(config, written(options.to_yaml(cfg)), {}, [])
         assert again == cfg
         assert options.to_yaml(again) == options.to_yaml(cfg)
-        assert yaml.safe_load(options.to_yaml(cfg)) == options.plain(cfg)  # to readers of plain YAML as well
+        assert yaml.safe_load(options.to_yaml(cfg)) == options.record(cfg)  # to readers of plain YAML as well
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.method)
