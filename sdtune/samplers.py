@@ -53,7 +53,8 @@ def make_scheduler(name: str, base: SchedulerMixin, clip: bool = False) -> Sched
         process["rescale_betas_zero_snr"] = True
     if name == "lms" and find_spec("scipy") is None:
         raise UserError("--scheduler lms needs scipy: pip install scipy")
-    given = {k: v for k, v in base.config.items() if k not in base.config.get("_use_default_values", ())}
+    defaults = base.config.get("_use_default_values", ())
+    given = {k: v for k, v in base.config.items() if k not in defaults and k != "_use_default_values"}
     usual = {"skip_prk_steps": True} if name == "pndm" else {"clip_sample": clip}
     scheduler = chosen.from_config({**usual, **given, **process})
     try:  # what a class can predict from, only its step tells
