@@ -1,4 +1,4 @@
-"""``sdtune sample``: a base model, adapters with weights, and prompts, to images; of models of pixels see ``pixels``.
+"""``sdtune sample``: a base model, adapters with weights, and prompts, to images; of models of pixels see ``sample_pixels``.
 
 `generate` also draws the previews of training, so a preview is what the artefact will give. Image k of a call
 starts from the noise of ``torch.Generator("cpu").manual_seed(seed + k)``, whatever the batch size, so stock
@@ -27,7 +27,7 @@ from sdtune import families
 from sdtune.configs import UserError
 from sdtune.loading import load_adapters, load_pipeline, split_weight
 from sdtune.options import flag
-from sdtune.pixels import PixelJob, of_pixels
+from sdtune.sample_pixels import PixelJob, of_pixels
 from sdtune.samplers import make_scheduler
 from sdtune.sheets import grid
 from sdtune.verbs import SampleConfig

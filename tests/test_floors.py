@@ -18,7 +18,7 @@ FLOORS = (
     "samplers shapes sheets signals window",
     "adapters cache families metrics pipelines recipe report sampling",
     "card formats loading preview samples state",
-    "fold inspect_adapter pixels publish sample",
+    "fold inspect_adapter publish sample sample_pixels",
     "convert recipes scores truncate",
     "merge train",
     "launch cli",
@@ -30,7 +30,7 @@ NEIGHBOURS = {
     "data": "draws",
     "folder": "options",
     "cli": "launch",
-    "sample": "pixels",
+    "sample": "sample_pixels",
 }
 """Imports along a floor."""
 
