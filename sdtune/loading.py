@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sdtune import families
 from sdtune.adapters import FILE
 from sdtune.configs import UserError
+from sdtune.noisy_classifier import NoisyClassifier
 from sdtune.precision import DTYPES
 from sdtune.verbs import SampleConfig
 
@@ -159,8 +160,6 @@ def class_labels(names: Sequence[str], classes: Sequence[str], where: str) -> Te
 
 def load_classifier(folder: Path, unet: UNet2DModel, scheduler: SchedulerMixin) -> tuple[nn.Module, list[str]]:
     """A run of ``sdtune classifier`` and its classes; `UserError` where it cannot steer this model."""
-    from sdtune.noisy_classifier import NoisyClassifier
-
     where = f"--classifier {folder}"
     try:
         classifier = NoisyClassifier.from_pretrained(folder)

@@ -87,6 +87,8 @@ def is_list(field: FieldInfo) -> bool:
 
 def metavar(field: FieldInfo) -> str:
     kind = bare(field.annotation)
+    if get_origin(kind) is list:
+        kind = bare(get_args(kind)[0])
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))
     return {int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(kind, "YAML" if get_origin(kind) is dict else "TEXT")
@@ -100,9 +102,9 @@ def help_of(field: FieldInfo) -> str:
     default = field.get_default()
     if default in (None, "", [], {}):
         return text
-    shown = (
-        " ".join(default) if isinstance(default, list) else f"{default:g}" if isinstance(default, float) else default
-    )
+    if isinstance(default, list):
+        default = " ".join(map(str, default))
+    shown = f"{default:g}" if isinstance(default, float) else default
     return f"{text} (default {str(shown).lower() if isinstance(default, bool) else shown})"
 
 

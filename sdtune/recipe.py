@@ -33,8 +33,11 @@ class Recipe(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, batch: dict[str, Any]) -> Tensor:
-        """The loss of each image ``[B]``, or one for all."""
+    def forward(self, batch: dict[str, Any]) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each image ``[B]``, or one for all; where there is more to tell, figures ``[B]`` by name as well.
+
+        Figures are averaged over the images for which they are not NaN, and logged beside the loss.
+        """
         raise NotImplementedError
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -60,3 +63,8 @@ class Recipe(nn.Module):
 
     def after_step(self) -> None:
         """Called after each optimizer step; target networks move here."""
+
+
+def told(out: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a recipe's forward pass gave: the loss, and its figures, if there are any."""
+    return out if isinstance(out, tuple) else (out, {})

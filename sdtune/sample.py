@@ -1,4 +1,4 @@
-"""``sdtune sample``: a base model, adapters with weights, and prompts, to images; of models of pixels see ``sample_pixels``.
+"""``sdtune sample``: a base model, adapters with weights, and prompts, to images (``sample_pixels`` for pixel models).
 
 `generate` also draws the previews of training, so a preview is what the artefact will give. Image k of a call
 starts from the noise of ``torch.Generator("cpu").manual_seed(seed + k)``, whatever the batch size, so stock

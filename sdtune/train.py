@@ -20,7 +20,7 @@ from sdtune.metrics import Metrics, check_trackers
 from sdtune.options import same_command
 from sdtune.precision import precision_of
 from sdtune.publish import Publisher
-from sdtune.recipe import Recipe
+from sdtune.recipe import Recipe, told
 from sdtune.report import write_report
 from sdtune.signals import Stopping
 from sdtune.state import State
@@ -95,7 +95,7 @@ def fit(
             if cfg.num_validation_images:
                 metrics.images(state.step, *preview.sample_images(recipe, dataset, accelerator))
             if dataset.holdout:
-                metrics.log(state.step, {"holdout_loss": preview.holdout_loss(recipe, dataset, accelerator)})
+                metrics.log(state.step, preview.holdout(recipe, dataset, accelerator))
         recipe.train()
 
     def report() -> None:
@@ -118,9 +118,9 @@ def fit(
                 draws.key(cfg.seed, "dropout", state.step, rank * accumulation + micro), accelerator.device
             )
             with accelerator.accumulate(model):
-                loss = model(send_to_device(batch, accelerator.device, non_blocking=True))
+                loss, figures = told(model(send_to_device(batch, accelerator.device, non_blocking=True)))
                 accelerator.backward(loss.mean() * finite_or_nan(loss))
-            window.add(loss, samples)
+            window.add(loss, figures, samples)
         norm = accelerator.clip_grad_norm_(weights, cfg.max_grad_norm)
         if accelerator.scaler:
             prepared.step()

@@ -14,10 +14,10 @@ ROOT = Path(sdtune.__file__).parent
 FLOORS = (
     "configs",
     "methods verbs",
-    "checkpoints curves data diffusion draws environment folder guidance guides hub lowrank optim options precision "
-    "samplers shapes sheets signals window",
-    "adapters cache families metrics pipelines recipe report sampling",
-    "card formats loading preview samples state",
+    "checkpoints curves data diffusion draws environment folder guidance guides hub lowrank noisy_classifier optim "
+    "options precision samplers schedules shapes sheets signals window",
+    "adapters cache families metrics noised pipelines recipe report sampling",
+    "card formats loading pixel_models pixels preview samples state",
     "fold inspect_adapter publish sample sample_pixels",
     "convert recipes scores truncate",
     "merge train",
