@@ -14,11 +14,11 @@ ROOT = Path(sdtune.__file__).parent
 FLOORS = (
     "configs",
     "methods verbs",
-    "checkpoints curves data diffusion draws environment folder guidance hub lowrank noisy_classifier optim options "
-    "precision public samplers schedules shapes sheets signals usage window",
+    "checkpoints curves data diffusion draws environment folder guidance guides hub lowrank noisy_classifier optim "
+    "options precision public samplers schedules shapes sheets signals usage window",
     "adapters cache families metrics noised pipelines recipe report sampling",
     "card formats loading pixel_models pixels preview samples state",
-    "fold inspect_adapter publish sample",
+    "fold inspect_adapter publish sample sample_pixels",
     "convert recipes scores truncate",
     "merge train",
     "launch cli",
@@ -30,6 +30,7 @@ NEIGHBOURS = {
     "data": "draws",
     "folder": "options",
     "cli": "launch",
+    "sample": "sample_pixels",
 }
 """Imports along a floor."""
 

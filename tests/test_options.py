@@ -18,8 +18,21 @@ from tests.conftest import status
 CONFIGS = (*METHODS, SampleConfig)
 LEAST = {config: {"dataset": "d"} if issubclass(config, Run) else {"prompt": ["x"]} for config in CONFIGS}
 LEAST[ClassifierConfig] |= {"class_column": "c"}
-LEAST_WITH = {"width": {"height": 64}, "height": {"width": 64}}
-ONLY = {"bucket_max_aspect": [1.5], "channels": [2], "norm_num_groups": [16], "attention_head_dim": [32]}
+LEAST_WITH = {
+    "width": {"height": 64},
+    "height": {"width": 64},
+    "classifier": {"class_name": ["x"]},
+    "classifier_scale": {"class_name": ["x"], "classifier": "c"},
+    "clip_model": {"clip_guidance_scale": 2.0},
+    "clip_guidance_scale": {"clip_model": "c"},
+}
+ONLY = {
+    "bucket_max_aspect": [1.5],
+    "channels": [2],
+    "norm_num_groups": [16],
+    "attention_head_dim": [32],
+    "interpolate": [["a b", "1e5"]],
+}
 REFUSED = {(ClassifierConfig, "buckets")}
 FIELDS = [(c, name) for c in CONFIGS for name in c.model_fields if (c, name) not in REFUSED]
 TEXTS = ["1e-4", "no", "null", "~", "2024-13-01", "1:30", "0x_", " padded ", "ein Stern, größer", "赤い星 🌟", "a\nb"]
