@@ -14,12 +14,12 @@ ROOT = Path(sdtune.__file__).parent
 FLOORS = (
     "configs",
     "methods verbs",
-    "checkpoints curves data diffusion draws environment folder hub lowrank optim options precision samplers "
-    "shapes sheets signals window",
+    "checkpoints curves data diffusion distances draws environment folder hub inception lowrank optim options "
+    "precision samplers shapes sheets signals window",
     "adapters cache families metrics recipe report",
-    "card formats loading preview samples state",
-    "fold inspect_adapter publish sample",
-    "convert recipes scores truncate",
+    "card features formats loading plots preview samples state",
+    "fold inspect_adapter judges publish sample",
+    "convert evaluate recipes scores truncate",
     "merge train",
     "launch cli",
     "__main__",
@@ -28,6 +28,7 @@ FLOORS = (
 
 NEIGHBOURS = {
     "data": "draws",
+    "distances": "draws",
     "folder": "options",
     "cli": "launch",
 }
