@@ -27,7 +27,7 @@ from sdtune.data import Images, load_images
 from sdtune.distances import Estimate, estimates, frechet, kernel_distance, precision_recall
 from sdtune.draws import rng
 from sdtune.features import features_of, load_network, progress
-from sdtune.judges import clip_scores, right_classes
+from sdtune.judges import Classifier, Clip
 from sdtune.plots import Shown, picture
 from sdtune.sample import sample
 from sdtune.verbs import EvaluateConfig, SampleConfig
@@ -78,6 +78,8 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
             )
     prompts = known(samples.prompts, "--clip-model", "text") if cfg.clip_model else []
     classes = known(samples.classes, "--classifier", "class") if cfg.classifier else []
+    clip = Clip(cfg.clip_model) if cfg.clip_model else None
+    classifier = Classifier(cfg.classifier, classes) if cfg.classifier else None
     try:
         cfg.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -92,12 +94,12 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
         )
         hub.warn(notes[0])
     found = with_intervals(cfg, "Intervals", lambda x, y: figures(x, y, cfg.neighbours), x, y)
-    if cfg.clip_model:
-        scores = clip_scores(samples.images, samples.rows, prompts, cfg.clip_model)
+    if clip:
+        scores = clip.scores(samples.images, samples.rows, prompts)
         found |= with_intervals(cfg, "Intervals (CLIP)", lambda s: {"clip_score": float(s.mean())}, scores)
     by_class: dict[str, float] = {}
-    if cfg.classifier:
-        right = right_classes(samples.images, samples.rows, classes, cfg.classifier)
+    if classifier:
+        right = classifier.right(samples.images, samples.rows, classes)
         found |= with_intervals(cfg, "Intervals (classes)", lambda r: {"class_accuracy": float(r.mean())}, right)
         by_class = {c: float(right[[c == k for k in classes]].mean()) for c in sorted(set(classes))}
 

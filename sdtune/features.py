@@ -32,7 +32,7 @@ from sdtune.data import Images, cache_root
 from sdtune.data.images import decode
 from sdtune.inception import Inception, download, load_inception
 
-BATCH = 32
+BATCH = 16
 """Images in a forward pass. No option: the last bits of a feature depend on it, and features are kept."""
 CHUNK = 1024
 """Images in a file of the cache: what a call that is stopped loses at most."""
@@ -149,7 +149,9 @@ def embed(pixels: Tensor, network: nn.Module) -> Tensor:
 def features_of(images: Images, network: nn.Module, rows: Sequence[int] | None = None) -> Tensor:
     """Features [N, D] of ``rows``, by default all; those met before come from the cache, whatever they are called."""
     rows = range(len(images.rows)) if rows is None else rows
-    folder = cache_root() / "features" / f"{network.label}-{digest(weights_digest(network), network.side, BATCH)}"
+    folder = (
+        cache_root() / "features" / f"{type(network).__name__}-{digest(weights_digest(network), network.side, BATCH)}"
+    )
     folder.mkdir(parents=True, exist_ok=True)
     by_content = {images.rows[i].sha256: i for i in rows}
     missing = sorted(by_content.keys() - Store(folder).index.keys())
@@ -167,7 +169,9 @@ def features_of(images: Images, network: nn.Module, rows: Sequence[int] | None =
 
 
 def progress() -> Progress:
-    return Progress(console=Console(stderr=True), transient=True)
+    """A bar on a terminal, and nothing at all elsewhere."""
+    quiet = not Console(stderr=True).is_terminal
+    return Progress(console=Console(stderr=True, quiet=quiet), transient=True)
 
 
 def read(images: Images, index: int, side: int) -> Tensor:

@@ -16,48 +16,51 @@ WEIGHT = 2.5
 """w of Hessel et al. 2021: stretches the cosines that CLIP gives, about 0 to 0.4, to about 0 to 1."""
 
 
-@torch.inference_mode()
-def clip_scores(images: Images, rows: Sequence[int], prompts: Sequence[str], model: str) -> Tensor:
-    """CLIPScore of each image and its prompt [N] (Hessel et al. 2021, equation 1): w max(cos(image, text), 0).
+class Clip:
+    """A CLIP model with its tokenizer. Raises UserError when ``name``, a folder or Hub id, is none."""
 
-    Raises: UserError when ``model`` is no CLIP model with a tokenizer.
+    def __init__(self, name: str):
+        import transformers
+
+        self.network = load_pretrained(name, "--clip-model")
+        kind = self.network.model.config.model_type
+        if not hasattr(self.network.model, "get_text_features"):
+            raise UserError(f"--clip-model {name}: a {kind} reads no text; give a CLIP model")
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        except Exception as error:  # of many kinds; each means that there is none
+            raise UserError(f"--clip-model {name}: no tokenizer: {str(error).strip().splitlines()[0]}") from error
+        ready(self.network)
+
+    @torch.inference_mode()
+    def scores(self, images: Images, rows: Sequence[int], prompts: Sequence[str]) -> Tensor:
+        """CLIPScore of each image and its prompt [N] (Hessel et al. 2021, equation 1): w max(cos(image, text), 0)."""
+        seen = features_of(images, self.network, rows)
+        longest = self.network.model.config.text_config.max_position_embeddings
+        told = []
+        for start in range(0, len(prompts), BATCH):
+            texts = list(prompts[start : start + BATCH])
+            words = self.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+            told.append(self.network.model.get_text_features(**words.to(device())).pooler_output.float().cpu())
+        return WEIGHT * functional.cosine_similarity(seen, torch.cat(told)).clamp(min=0)
+
+
+class Classifier:
+    """A run of `sdtune classifier`, asked at timestep 0, or an image classifier of transformers.
+
+    Raises UserError when ``name``, a folder or Hub id, is neither, or knows not all of ``classes``.
     """
-    import transformers
 
-    network = load_pretrained(model, "--clip-model")
-    if not hasattr(network.model, "get_text_features"):
-        raise UserError(f"--clip-model {model}: a {network.model.config.model_type} reads no text; give a CLIP model")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # of many kinds; each means that there is none
-        raise UserError(f"--clip-model {model}: no tokenizer: {str(error).strip().splitlines()[0]}") from error
-    ready(network)
-    seen = features_of(images, network, rows)
-    longest = network.model.config.text_config.max_position_embeddings
-    told = []
-    for start in range(0, len(prompts), BATCH):
-        texts = list(prompts[start : start + BATCH])
-        words = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device())
-        told.append(network.model.get_text_features(**words).pooler_output.float().cpu())
-    return WEIGHT * functional.cosine_similarity(seen, torch.cat(told)).clamp(min=0)
+    def __init__(self, name: str, classes: Sequence[str]):
+        self.network, self.names = load_classifier(name)
+        if unknown := sorted(set(classes) - set(self.names)):
+            shown = ", ".join(self.names[:20]) + (", ..." if len(self.names) > 20 else "")
+            raise UserError(f"--classifier {name}: knows no class {unknown[0]}; it knows {shown}")
 
-
-def right_classes(images: Images, rows: Sequence[int], classes: Sequence[str], classifier: str) -> Tensor:
-    """1 where the most probable class of an image is the one it was asked to be, else 0: [N].
-
-    Args:
-        classifier: a run of `sdtune classifier`, asked at timestep 0, or a transformers model of image classification.
-
-    Raises: UserError for anything else, and for a class that it does not know.
-    """
-    network, names = load_classifier(classifier)
-    if unknown := sorted(set(classes) - set(names)):
-        raise UserError(
-            f"--classifier {classifier}: knows no class {unknown[0]}; it knows {', '.join(names[:20])}"
-            + (", ..." if len(names) > 20 else "")
-        )
-    asked = torch.tensor([names.index(c) for c in classes])
-    return (features_of(images, network, rows).argmax(1) == asked).float()
+    def right(self, images: Images, rows: Sequence[int], classes: Sequence[str]) -> Tensor:
+        """1 where the most probable class of an image is the one it was asked to be, else 0: [N]."""
+        asked = torch.tensor([self.names.index(c) for c in classes])
+        return (features_of(images, self.network, rows).argmax(1) == asked).float()
 
 
 class Noiseless(nn.Module):
@@ -67,11 +70,8 @@ class Noiseless(nn.Module):
 
     def __init__(self, classifier: nn.Module):
         super().__init__()
-        self.classifier, self.side, self.channels = (
-            classifier,
-            classifier.config.sample_size,
-            classifier.config.in_channels,
-        )
+        self.classifier = classifier
+        self.side, self.channels = classifier.config.sample_size, classifier.config.in_channels
 
     def forward(self, x: Tensor) -> Tensor:
         x = 2 * x - 1

@@ -119,6 +119,12 @@ class EvaluateConfig(Source, Verb):
     output_dir: Path = Path("evaluation")
     """Folder of evaluation.json, evaluation.png and, from a model, the sampled images."""
 
+    @model_validator(mode="after")
+    def _some_spread(self) -> Self:
+        if self.resamples == 1:
+            raise ValueError("resamples 1: one half has no spread; give 0 for no intervals, or 200")
+        return self
+
 
 class PushConfig(Repository, Verb):
     """Upload a run to the Hugging Face Hub: artefact, card, samples, config, metrics and report."""
