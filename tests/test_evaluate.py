@@ -64,7 +64,7 @@ def samples(tmp_path_factory):
 def clip(tmp_path_factory):
     """A CLIP of random weights whose tokenizer knows the words of a few prompts."""
     out = tmp_path_factory.mktemp("models") / "clip"
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     parts = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     config = transformers.CLIPConfig(
