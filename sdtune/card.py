@@ -16,6 +16,7 @@ from PIL import Image
 
 from sdtune import options
 from sdtune.configs import Hub
+from sdtune.hub import Files
 from sdtune.sheets import cells
 
 FAMILY_TAGS = {
@@ -57,12 +58,12 @@ def origin_of(api: HfApi | None, cfg: Any) -> Origin:
     return origin._replace(license=license, **details)
 
 
-def model_card(cfg: Any, out: Path, repo: str | None, origin: Origin, weights: str) -> tuple[str, dict[str, bytes]]:
+def model_card(cfg: Any, out: Path, repo: str | None, origin: Origin, weights: Files) -> tuple[str, dict[str, bytes]]:
     """The card of the run in ``out``, and the pictures it shows beside the sample sheets.
 
     Args:
         repo: ``user/name`` where it will be; ``None`` when that is not known.
-        weights: name of the artefact's file.
+        weights: the artefact's files by their path in the repository.
 
     Returns:
         Text of README.md, and PNG files by their path in the repository.
@@ -96,7 +97,7 @@ def model_card(cfg: Any, out: Path, repo: str | None, origin: Origin, weights: s
         f"{_article(cfg)} on {model}, trained on `{shown.dataset}` with `sdtune {cfg.method}`.",
         "<Gallery />" if widget else "",
         f"## Trigger words\n\nUse `{trigger}` in the prompt." if trigger else "",
-        _usage(cfg, shown.model, origin, repo or name, weights, widget),
+        _usage(cfg, shown.model, origin, repo or name, next(iter(weights)), widget),
         _before_after(sheets),
         _training(shown, out, lines, holdout),
         _again(shown),

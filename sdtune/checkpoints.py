@@ -22,7 +22,8 @@ from sdtune.configs import RunFailed, UserError
 MANIFEST = "manifest.json"
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -52,17 +53,17 @@ def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: di
         (new / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True), encoding="utf-8")
         files = sorted(new.iterdir())
         for file in files:
-            file.chmod(0o666 & ~_umask())  # safetensors leaves 0600, which hides a run from its own group
-            _flush(file)
+            file.chmod(0o666 & ~umask())  # safetensors leaves 0600, which hides a run from its own group
+            flush(file)
         listed = {f.name: {"bytes": f.stat().st_size, "sha256": _checksum(f)} for f in files}
         manifest = new / MANIFEST
         manifest.write_text(json.dumps({"step": step, "files": listed}, indent=1), encoding="utf-8")
-        _flush(manifest)
-        _flush(new)
+        flush(manifest)
+        flush(new)
         if final.exists():
             shutil.rmtree(final)  # it did not verify
         new.rename(final)
-        _flush(root)
+        flush(root)
     for old in [c for c in found(root) if c.name <= final.name][:-keep]:
         dead = old.with_name(f".old-{old.name}")
         old.rename(dead)
@@ -70,7 +71,7 @@ def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: di
     return final
 
 
-def _umask() -> int:
+def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -19,6 +19,11 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 Precision = Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(lambda v: "no" if v is False else v)]
 """A bare `no` is false in YAML 1.1."""
 Strings = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+Counts = Annotated[list[Count], BeforeValidator(lambda v: [v] if isinstance(v, str | int) else v)]
+Decline = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
+]
+"""Shapes of a learning rate over a run, as diffusers names them."""
 
 
 class UserError(Exception):
@@ -125,9 +130,50 @@ class Captions(Section):
     """Compute VAE moments and text embeddings once and keep them on disk, where that is exact."""
 
 
+class Classes(Section):
+    class_column: str | None = None
+    """Column that holds the class of an image; `folder` takes the name of the folder it lies in; none is no classes."""
+
+
+class Schedule(Section):
+    num_train_timesteps: Annotated[Annotated[int, Ge(2)] | None, also("ddpm_num_steps")] = None
+    """Timesteps T of the forward process; none is the model's, from scratch 1000."""
+    beta_schedule: Annotated[
+        Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None, also("ddpm_beta_schedule")
+    ] = None
+    """How the noise grows (squaredcos_cap_v2: Nichol & Dhariwal 2021); none is the model's, from scratch linear."""
+    beta_start: Annotated[float | None, Interval(gt=0, lt=1)] = None
+    """First beta; none is the model's, from scratch 1e-4; squaredcos_cap_v2 has its own."""
+    beta_end: Annotated[float | None, Interval(gt=0, lt=1)] = None
+    """Last beta; none is the model's, from scratch 0.02; squaredcos_cap_v2 has its own."""
+
+
+class Network(Section):
+    channels: Annotated[int | None, Interval(ge=1, le=4)] = None
+    """1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha: every image becomes this; none is what the images have."""
+    block_out_channels: Annotated[Counts, Field(min_length=1)] = [128, 128, 256, 256, 512, 512]
+    """Channels at each level; the next level has half the pixels along a side."""
+    layers_per_block: Count = 2
+    """Residual blocks at each level."""
+    attention_resolutions: Counts = [16]
+    """Levels with self-attention, by their side in pixels; sides that no level has are none."""
+    attention_head_dim: Count | None = None
+    """Channels of an attention head; none is one head."""
+    norm_num_groups: Count = 32
+    """Groups of the normalisation; divides every number of block_out_channels."""
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    """Dropout in the residual blocks."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if odd := [n for n in self.block_out_channels if n % self.norm_num_groups]:
+            raise ValueError(f"norm_num_groups {self.norm_num_groups} does not divide {odd[0]} of block_out_channels")
+        return self
+
+
 class Denoising(Section):
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
-    """What the network regresses; none asks the base's scheduler."""
+    """What the network regresses; none asks the model's scheduler."""
     snr_gamma: Positive | None = None
     """Min-SNR-gamma loss weight (Hang et al. 2023; 5 is usual); none weighs timesteps alike."""
     noise_offset: NonNegative = 0.0
@@ -166,15 +212,7 @@ class Denoising(Section):
 class Optim(Section):
     learning_rate: Positive = 1e-4
     """Peak learning rate."""
-    lr_scheduler: Literal[
-        "constant",
-        "constant_with_warmup",
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "piecewise_constant",
-    ] = "constant"
+    lr_scheduler: Decline = "constant"
     """Shape of the learning rate over the run, in optimizer steps."""
     lr_warmup_steps: Natural = 0
     """Optimizer steps over which the learning rate rises from 0 (not used by plain `constant`)."""
@@ -238,6 +276,8 @@ class Run(Section):
     """Steps between checkpoints; 0 saves only the last. An interrupted run saves first in any case."""
     checkpoints_total_limit: Annotated[int, Ge(2)] = 2
     """Checkpoints to keep; the oldest goes once a newer one is safe on disk."""
+    export_steps: Natural = 0
+    """Steps between copies of the artefact in exports/step-000500/; 0 keeps only the last."""
     max_bad_steps: Count = 10
     """Stop after this many steps in a row whose loss or gradient is not finite."""
     log_steps: Count = 10

@@ -6,10 +6,12 @@ batch, because they are functions of a sample's position in the run (see ``draws
 """
 
 from collections.abc import Callable, Mapping
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from sdtune.configs import Denoising
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 
@@ -72,6 +74,15 @@ class DDPM:
         self.prediction, self.snr_gamma, self.huber_c = prediction, snr_gamma, huber_c
         odds = torch.ones(len(alphas_cumprod)) if timestep_odds is None else timestep_odds
         self.quantiles = (odds.double() / odds.double().sum()).cumsum(0)
+
+    @classmethod
+    def of(cls, cfg: Denoising, scheduler: Any) -> "DDPM":
+        """The objective of a run: what ``cfg`` says of the loss, on the noise schedule of a diffusers scheduler."""
+        alphas = scheduler.alphas_cumprod
+        bias = (cfg.timestep_bias_strategy, cfg.timestep_bias_multiplier, cfg.timestep_bias_begin)
+        odds = bias_timesteps(len(alphas), *bias, cfg.timestep_bias_end, cfg.timestep_bias_portion)
+        huber_c = cfg.huber_c if cfg.loss_type == "huber" else None
+        return cls(alphas, scheduler.config.prediction_type, cfg.snr_gamma, odds, huber_c)
 
     def timesteps(self, u: Tensor) -> Tensor:
         """The timestep at quantile ``u`` in [0, 1) of the training distribution: int64 ``[B]``."""

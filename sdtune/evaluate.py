@@ -11,6 +11,7 @@ and `distances.estimates` over `figures`:
 
 import importlib.util
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,10 +27,11 @@ from sdtune.configs import Captions, Data, UserError
 from sdtune.data import Images, load_images
 from sdtune.distances import Estimate, estimates, frechet, kernel_distance, precision_recall
 from sdtune.draws import rng
-from sdtune.features import features_of, load_network, progress
+from sdtune.features import BATCH, features_of, load_network, progress
 from sdtune.judges import Classifier, Clip
 from sdtune.plots import Shown, picture
 from sdtune.sample import sample
+from sdtune.sample_pixels import of_pixels
 from sdtune.verbs import EvaluateConfig, SampleConfig
 
 INFINITE = float("inf")
@@ -218,7 +220,7 @@ def samples_of(cfg: EvaluateConfig) -> Samples:
     return Samples(
         images,
         [by_name[name] for name in told],
-        [entry.get("text") for entry in told.values()],
+        [entry.get("text") or None for entry in told.values()],
         [None if entry.get("class") is None else str(entry["class"]) for entry in told.values()],
     )
 
@@ -232,15 +234,26 @@ def known(values: list[str | None], option: str, field: str) -> list[str]:
 
 
 def sampled(cfg: EvaluateConfig, model: Path) -> Path:
-    """The folder of ``num_images`` images that `sdtune sample` made of a model or of a run's adapter."""
+    """The folder of images that `sdtune sample` makes of a model or of a run's adapter.
+
+    ``num_images`` with the reference's captions, in an order drawn by the seed; of a model with classes as many of
+    each, rounded up.
+    """
     out = cfg.output_dir / "samples"
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out}: has samples already; evaluate that folder, or name another --output-dir")
-    reference = read("--reference", cfg.reference, cfg, captions=True)
-    order = torch.randperm(len(reference.rows), generator=rng(cfg.seed, "captions")).tolist()
-    prompts = [reference.rows[order[k % len(order)]].captions[0] for k in range(cfg.num_images)]
-    base = {"model": str(model)} if (model / "model_index.json").is_file() else {"adapter": [str(model)]}
     chosen = {"steps": cfg.steps, "guidance_scale": cfg.guidance_scale}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    sample(SampleConfig(**base, **chosen, prompt=prompts, seed=cfg.seed, output_dir=out))
+    options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    index = model / "model_index.json"
+    options |= {"model": str(model)} if index.is_file() else {"adapter": [str(model)]}
+    if index.is_file() and of_pixels(json.loads(index.read_text(encoding="utf-8"))):
+        file = model / "classes.json"
+        classes = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        each = math.ceil(cfg.num_images / max(1, len(classes)))
+        options |= {"class_name": classes, "num_images_per_prompt": each, "batch_size": BATCH}
+    else:
+        captions = [row.captions[0] for row in read("--reference", cfg.reference, cfg, captions=True).rows]
+        order = torch.randperm(len(captions), generator=rng(cfg.seed, "captions")).tolist()
+        options["prompt"] = [captions[order[k % len(order)]] for k in range(cfg.num_images)]
+    sample(SampleConfig(**options, seed=cfg.seed, output_dir=out))
     return out

@@ -28,6 +28,7 @@ from sdtune.adapters import is_target
 from sdtune.configs import RunFailed, UserError
 from sdtune.formats import PARTS, AdapterFile, Module
 from sdtune.loading import load_adapters, load_pipeline
+from sdtune.pipelines import forget_machine
 from sdtune.verbs import MergeConfig, SampleConfig
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -166,7 +167,7 @@ def fold(cfg: MergeConfig, changes: Sequence[Change], provenance: Mapping[str, A
             shutil.rmtree(new, ignore_errors=True)
             wanted.save_pretrained(new)
             (new / "merge.json").write_text(json.dumps(provenance, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            _forget_paths(new)
+            forget_machine(new)
             _verify(cfg, base, new, image)
             if out.exists():
                 may_replace(out, cfg)
@@ -265,11 +266,3 @@ def _adding(module: Module, layer: nn.Module) -> Any:
 def _published(part: str, name: str) -> str:
     """transformers 5.6 dropped the level ``text_model.``, which published names have."""
     return f"text_model.{name.removeprefix('text_model.')}" if part.startswith("text_encoder") else name
-
-
-def _forget_paths(folder: Path) -> None:
-    """Take the place that the base was read from, a path of this machine, out of the saved configs."""
-    for file in (folder / "model_index.json", *folder.glob("*/config.json")):
-        told = json.loads(file.read_text(encoding="utf-8"))
-        if told.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,21 +1,29 @@
-"""The run's folder: made or continued, never mixed up with another run's."""
+"""The run's folder: made or continued, never mixed up with another run's; and which of its files are the artefact."""
 
 import fcntl
+import json
 import os
 import shlex
 import shutil
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import yaml
+from safetensors import SafetensorError
 
 from sdtune import options
-from sdtune.configs import Run, UserError
-from sdtune.methods import MAY_CHANGE
+from sdtune.configs import Run, RunFailed, UserError
+from sdtune.methods import MAY_CHANGE, LoraConfig
 
 OWN = ("config.yaml", "metrics.jsonl", "report.html", "environment.json", "README.md", "exit.json")
 """Files of a run besides its artefact; with OWN_FOLDERS, what --overwrite discards."""
-OWN_FOLDERS = ("checkpoints", "samples", "logs")
+OWN_FOLDERS = ("checkpoints", "samples", "logs", "exports")
+NEW = ".new"
+"""Where, within the folder that it is meant for, an artefact of several parts is written first."""
+ARTEFACT = "artefact.json"
+"""The step that the artefact is of, and its files: none, or all of them, as this is written last."""
 
 
 def open_run(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) -> IO[str]:
@@ -62,10 +70,11 @@ def open_run(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) ->
 
 def differences(cfg: Run, written: Path) -> list[str]:
     """The options that differ from those the run was started with and are not free to."""
-    before: dict[str, Any] = yaml.safe_load(written.read_text(encoding="utf-8")) or {}
-    now = options.plain(cfg)
+    before: dict[str, Any] = {"method": LoraConfig.method}  # runs of a time when it was not written down
+    before |= yaml.safe_load(written.read_text(encoding="utf-8")) or {}
+    now = options.record(cfg)
     return [
-        f"{options.flag(name)} was {before.get(name)}, is {now.get(name)}"
+        f"{name if name == 'method' else options.flag(name)} was {before.get(name)}, is {now.get(name)}"
         for name in sorted(before.keys() | now.keys())
         if name not in MAY_CHANGE and before.get(name) != now.get(name)
     ]
@@ -73,9 +82,110 @@ def differences(cfg: Run, written: Path) -> list[str]:
 
 def discard(out: Path) -> None:
     """Remove a run from its folder, and nothing that a run does not write."""
+    remove(out, recorded(out)[1] if (out / ARTEFACT).exists() else artefact(out))
     for name in OWN_FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
-    for stale in out.glob(".push-*"):
+    for stale in (*out.glob(".push-*"), out / NEW):
         shutil.rmtree(stale, ignore_errors=True)
-    for file in (*(out / name for name in OWN), *out.glob("*.safetensors")):
+    for name in (*OWN, ARTEFACT):
+        (out / name).unlink(missing_ok=True)
+
+
+# ---- the artefact ------------------------------------------------------------------------------------
+
+
+def artefact(out: Path, step: int | None = None) -> list[Path]:
+    """The files of a run that diffusers loads; none unless all of them are there, and are of ``step`` if that is given.
+
+    Raises:
+        UserError: its record is damaged.
+    """
+    if (out / ARTEFACT).exists():
+        of, files = recorded(out)
+        whole = of is not None and step in (None, of) and all(file.is_file() for file in files)
+        return files if whole else []
+    config = out / "config.yaml"
+    if step is not None or not config.is_file() or "method" in (yaml.safe_load(config.read_text("utf-8")) or {}):
+        return []
+    return sorted(out.glob("*.safetensors"))  # a run of a time when neither record nor method was written
+
+
+def recorded(out: Path) -> tuple[int | None, list[Path]]:
+    """The step of the artefact, none while it is being written, and its files."""
+    try:
+        told = json.loads((out / ARTEFACT).read_text(encoding="utf-8"))
+        step, names = told["step"], [PurePosixPath(name) for name in told["files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{out / ARTEFACT}: is damaged ({error}); remove it and train again, or mend it") from None
+    if strange := [name for name in names if name.is_absolute() or ".." in name.parts]:
+        raise UserError(f"{out / ARTEFACT}: {strange[0]} is no file of this run")
+    return step, [out / name for name in names]
+
+
+def record(out: Path, step: int | None, files: Iterable[Path]) -> None:
+    names = sorted({file.relative_to(out).as_posix() for file in files})
+    new = out / f".{ARTEFACT}"
+    new.write_text(json.dumps({"step": step, "files": names}, indent=1) + "\n", encoding="utf-8")
+    new.replace(out / ARTEFACT)
+
+
+def entries(out: Path, files: Iterable[Path]) -> list[str]:
+    """Names of the files and folders right in ``out`` that hold ``files``."""
+    return list(dict.fromkeys(file.relative_to(out).parts[0] for file in files))
+
+
+def remove(out: Path, files: Iterable[Path]) -> None:
+    """Remove files below ``out``, and the folders that this leaves empty."""
+    for file in files:
         file.unlink(missing_ok=True)
+        for folder in file.parents:
+            if folder == out or not folder.is_dir() or any(folder.iterdir()):
+                break
+            folder.rmdir()
+
+
+def export(recipe: Any, state: Any, out: Path) -> list[Path]:
+    """Write the artefact of the weights as they are, or of their average where one is kept, to ``out``; its files."""
+    recipe.eval()
+    try:
+        with state.evaluating():
+            return [Path(file) for file in recipe.export(out)]
+    finally:
+        recipe.train()
+
+
+def export_last(recipe: Any, state: Any, out: Path) -> list[Path]:
+    """Write the artefact of a run that has ended, in place of an older one, and record which files it is."""
+    before = recorded(out)[1] if (out / ARTEFACT).exists() else []
+    with telling_of_a_full_disk(out):
+        record(out, None, before)
+        files = export(recipe, state, out)
+        remove(out, sorted(set(before) - set(files)))
+        record(out, state.step, files)
+    return files
+
+
+def export_copy(recipe: Any, state: Any, out: Path) -> None:
+    """Write the artefact as it is now to ``exports/step-000500``, whole or not at all."""
+    final = out / "exports" / f"step-{state.step:06d}"
+    new = final.with_name(f".{final.name}")
+    with telling_of_a_full_disk(final):
+        try:
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(parents=True)
+            export(recipe, state, new)
+            shutil.rmtree(final, ignore_errors=True)  # of a run that was killed after it and continued from before
+            new.rename(final)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+@contextmanager
+def telling_of_a_full_disk(place: Path) -> Iterator[None]:
+    """Say what failed when a disk is full."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunFailed(
+            f"{place}: the artefact cannot be written ({error}); make room, then give the same command again"
+        ) from error

@@ -56,6 +56,11 @@ def names_of(config: type[Section]) -> dict[str, str]:
     return {spelling: name for name, field in fields for spelling in (name, *other_names(field))}
 
 
+def command_of(config: type[Section]) -> str | None:
+    """The command whose settings these are, `method` in their file; none where that is an option (as of merge)."""
+    return None if "method" in names_of(config) else getattr(config, "method", None)
+
+
 def positional(field: FieldInfo) -> str:
     """The name under which a field is given by its place, or nothing for one that is a flag."""
     extra = field.json_schema_extra
@@ -82,6 +87,8 @@ def is_list(field: FieldInfo) -> bool:
 
 def metavar(field: FieldInfo) -> str:
     kind = bare(field.annotation)
+    if get_origin(kind) is list:
+        kind = bare(get_args(kind)[0])
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))
     return {int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(kind, "YAML" if get_origin(kind) is dict else "TEXT")
@@ -95,9 +102,9 @@ def help_of(field: FieldInfo) -> str:
     default = field.get_default()
     if default in (None, "", [], {}):
         return text
-    shown = (
-        " ".join(default) if isinstance(default, list) else f"{default:g}" if isinstance(default, float) else default
-    )
+    if isinstance(default, list):
+        default = " ".join(map(str, default))
+    shown = f"{default:g}" if isinstance(default, float) else default
     return f"{text} (default {str(shown).lower() if isinstance(default, bool) else shown})"
 
 
@@ -115,10 +122,15 @@ def resolve(config: type[Section], file: str | None, flags: Mapping[str, Any], u
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     if file is not None:
-        path = config_file(file)
+        path, known, command = config_file(file), names_of(config), command_of(config)
         for key, value, line in read_yaml(path):
-            name = names_of(config).get(key.replace("-", "_"))
-            if name is None:
+            name = known.get(key.replace("-", "_"))
+            if key == "method" and command:
+                if value != command:
+                    raise UserError(
+                        f"{path}:{line}: method: these are the settings of `sdtune {value}`, not of `sdtune {command}`"
+                    )
+            elif name is None:
                 problems.append(f"{path}:{line}: unknown key {key}{advice(config, key, dash='')}")
             elif name in origin:
                 problems.append(f"{path}:{line}: {key}: given twice")
@@ -292,8 +304,14 @@ def plain(cfg: Section) -> dict[str, Any]:
     return cfg.model_dump(mode="json")
 
 
+def record(cfg: Section) -> dict[str, Any]:
+    """Every option, after the command that they are for."""
+    command = command_of(type(cfg))
+    return ({"method": command} if command else {}) | plain(cfg)
+
+
 def to_yaml(cfg: Section) -> str:
-    return str(yaml.dump(plain(cfg), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000))
+    return str(yaml.dump(record(cfg), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000))
 
 
 def shipped() -> dict[str, Path]:

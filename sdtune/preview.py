@@ -8,7 +8,8 @@ from accelerate.utils import gather_object, send_to_device
 from PIL.Image import Image
 from torch.utils.data import DataLoader
 
-from sdtune.recipe import Recipe
+from sdtune.recipe import Recipe, told
+from sdtune.window import Figures
 
 
 def sample_images(recipe: Recipe, dataset: Any, accelerator: Accelerator) -> tuple[list[Image], list[str]]:
@@ -23,15 +24,15 @@ def sample_images(recipe: Recipe, dataset: Any, accelerator: Accelerator) -> tup
 
 
 @torch.no_grad()
-def holdout_loss(recipe: Recipe, dataset: Any, accelerator: Accelerator) -> float:
-    """Mean loss of the held-out images, at timesteps and noise that never change."""
+def holdout(recipe: Recipe, dataset: Any, accelerator: Accelerator) -> dict[str, float]:
+    """Means over the held-out images of loss and figures, at timesteps and noise that never change."""
     cfg = recipe.cfg
     keys = dataset.holdout[accelerator.process_index :: accelerator.num_processes]
     size = 1 if cfg.buckets else cfg.train_batch_size  # neighbours may differ in shape
-    sums = torch.zeros(2, device=accelerator.device)
+    figures = Figures()
     for batch in DataLoader(dataset, batch_sampler=[keys[i : i + size] for i in range(0, len(keys), size)]):
         count = len(batch.pop("name"))
-        loss = recipe(send_to_device(batch, accelerator.device)).float().mean()
-        sums += torch.stack([loss * count, torch.full_like(loss, count)])
-    total, count = accelerator.reduce(sums, "sum").tolist()
-    return total / count
+        loss, more = told(recipe(send_to_device(batch, accelerator.device)))
+        loss = loss.float().nan_to_num(torch.inf, posinf=torch.inf)  # a loss that is none is not left out
+        figures.add({"holdout_loss": loss.expand(count)} | {f"holdout_{name}": v for name, v in more.items()})
+    return figures.means()

@@ -4,7 +4,6 @@ A push is one commit of named files (`contents`), never of a folder: no checkpoi
 dataset can be among them. The same files make no commit, so a push may be repeated at will.
 """
 
-import os
 import shlex
 import shutil
 import signal
@@ -17,27 +16,27 @@ from huggingface_hub import HfApi, get_session
 
 from sdtune import card, hub, options
 from sdtune.configs import RunFailed, UserError
-from sdtune.methods import METHODS
+from sdtune.folder import artefact, export
+from sdtune.methods import config_class
 from sdtune.verbs import PushConfig
 
 PUSH_FAILED = 3
 """Exit code of a `sdtune push` that the Hub did not take. Training that ends well exits with 0 all the same."""
 STAGE = ".push-"
-"""Folders, within a run's, of artefacts on their way to the Hub."""
+"""Folders, within a run's, of artefacts on their way to the Hub; none of their files is in the run's own folder."""
 
 
-def artefact(out: Path) -> list[Path]:
-    """The files of a run that diffusers loads."""
-    return sorted(out.glob("*.safetensors"))
+def placed(root: Path, paths: list[Path]) -> hub.Files:
+    """Files of an artefact by where they will be in the repository: where they are below ``root``."""
+    return {path.relative_to(root).as_posix(): path for path in paths}
 
 
-def contents(
-    cfg: Any, out: Path, repo: str, origin: card.Origin, weights: list[Path], report: bool = True
-) -> hub.Files:
+def contents(cfg: Any, repo: str, origin: card.Origin, weights: hub.Files, report: bool = True) -> hub.Files:
     """All that a push uploads, and nothing else: no checkpoint, optimizer state, log, cache or dataset."""
-    text, pictures = card.model_card(cfg, out, repo, origin, weights[0].name)
+    out = cfg.output_dir
+    text, pictures = card.model_card(cfg, out, repo, origin, weights)
     write_card(text, out)
-    files: hub.Files = {path.name: path for path in weights}
+    files: hub.Files = dict(weights)
     for name in ("config.yaml", "metrics.jsonl", *(["report.html"] if report else [])):
         if (out / name).is_file():
             files[name] = card.hide_paths((out / name).read_text(encoding="utf-8"), cfg).encode()
@@ -70,7 +69,7 @@ def push_run(asked: PushConfig) -> None:
     if given.get("hub_create_pr"):
         given.setdefault("hub_revision", None)
     cfg = cfg.model_copy(update=given | {"output_dir": asked.run})
-    weights = artefact(asked.run)
+    weights = placed(asked.run, artefact(asked.run))
     if not weights:
         raise UserError(f"{asked.run}: no artefact in it yet; the run writes it when it ends")
     api = hub.connect()
@@ -85,10 +84,14 @@ def config_of(run: Path) -> Any:
     if not written.is_file():
         raise UserError(f"{run}: no config.yaml in it, so no run")
     known: dict[str, Any] = {key: value for key, value, _ in options.read_yaml(written)}
-    method = max(METHODS, key=lambda m: len(known.keys() & m.model_fields.keys()))
+    method = config_class(known)
+    command = known.pop("method", method.method)
     own: dict[str, Any] = dict.fromkeys(known.keys() - method.model_fields.keys(), (Any, None))
+    if own or command != method.method:
+        method = pydantic.create_model("Config", __base__=method, **own)
+        method.method = command
     try:
-        return (pydantic.create_model("Config", __base__=method, **own) if own else method).model_validate(known)
+        return method.model_validate(known)
     except pydantic.ValidationError as error:
         raise UserError(f"{written}: not the config of a run: {error.errors()[0]['msg']}") from None
 
@@ -102,16 +105,15 @@ def origin_of(api: HfApi, cfg: Any) -> card.Origin:
         return card.origin_of(None, cfg)
 
 
-def publish(api: HfApi, cfg: Any, repo: str, origin: card.Origin, weights: list[Path]) -> bool:
+def publish(api: HfApi, cfg: Any, repo: str, origin: card.Origin, weights: hub.Files) -> bool:
     """Whether the final push was done; when it cannot be, the command that finishes it is told."""
-    out = cfg.output_dir
-    files = contents(cfg, out, repo, origin, weights)
+    files = contents(cfg, repo, origin, weights)
     try:
         url = hub.retrying(lambda: hub.upload(api, cfg, repo, files, f"sdtune {cfg.method}"), hub.TRIES)
     except UserError:
         raise
     except Exception as error:
-        give_up(out, hub.why(error))
+        give_up(cfg.output_dir, hub.why(error))
         return False
     print(f"pushed: {url}")
     return True
@@ -152,23 +154,16 @@ class Publisher:
         """Export the artefact as it is now and have it uploaded beside training; the newest waits, older ones drop."""
         if not self.api or self.cfg.hub_strategy != "checkpoint":
             return
-        out = self.cfg.output_dir
-        stage = out / f"{STAGE}{state.step:06d}"
+        stage = self.cfg.output_dir / f"{STAGE}{state.step:06d}"
         try:
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir()
-            recipe.eval()
-            with state.evaluating():
-                weights = recipe.export(stage)
-            for path in weights:
-                link(path, out / path.relative_to(stage))
-            files = contents(self.cfg, out, self.repo, self.origin, weights, report=False)
+            weights = placed(stage, export(recipe, state, stage))
+            files = contents(self.cfg, self.repo, self.origin, weights, report=False)
         except Exception as error:  # a full disk, say; what matters to the run meets it on its own way
             shutil.rmtree(stage, ignore_errors=True)
             hub.warn(f"step {state.step} is not pushed: {error}")
             return
-        finally:
-            recipe.train()
         with self.lock:
             dropped, self.waiting = self.waiting, Snapshot(state.step, stage, files)
             if self.thread is None:
@@ -205,11 +200,12 @@ class Publisher:
 
     def finish(self) -> None:
         """Write the card of a run that has ended and push it, when one asks for that; see `publish`."""
-        out, weights = self.cfg.output_dir, artefact(self.cfg.output_dir)
-        if not self.main or not weights:
+        out = self.cfg.output_dir
+        weights = placed(out, artefact(out)) if self.main else {}
+        if not weights:
             return
         if not self.api:
-            write_card(card.model_card(self.cfg, out, None, card.origin_of(None, self.cfg), weights[0].name)[0], out)
+            write_card(card.model_card(self.cfg, out, None, card.origin_of(None, self.cfg), weights)[0], out)
             return
         for number in (signal.SIGTERM, signal.SIGINT):  # no step is left to finish first
             signal.signal(number, signal.default_int_handler)
@@ -222,17 +218,3 @@ class Publisher:
             publish(self.api, self.cfg, self.repo, self.origin, weights)
         except KeyboardInterrupt:
             give_up(out, "interrupted")
-
-
-def link(source: Path, target: Path) -> None:
-    """Give a file another place, whole or not at all, without a second copy where the disk allows it."""
-    new = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source, new)
-        except OSError:
-            shutil.copyfile(source, new)
-        new.replace(target)
-    finally:
-        new.unlink(missing_ok=True)

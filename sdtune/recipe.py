@@ -33,8 +33,11 @@ class Recipe(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, batch: dict[str, Any]) -> Tensor:
-        """The loss of each image ``[B]``, or one for all."""
+    def forward(self, batch: dict[str, Any]) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each image ``[B]``, or one for all; where there is more to tell, figures ``[B]`` by name as well.
+
+        Figures are averaged over the images for which they are not NaN, and logged beside the loss.
+        """
         raise NotImplementedError
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -47,8 +50,21 @@ class Recipe(nn.Module):
         raise NotImplementedError
 
     def export(self, out: Path) -> list[Path]:
-        """Write what diffusers loads into folder ``out``, and say which files it is."""
+        """Write what diffusers loads into folder ``out``, and return every file of it, those in folders below too.
+
+        Called by the first process alone, with the average in place where one is kept. Each file gets its name when
+        it is whole (``pipelines.write_pipeline`` does that for a pipeline); equal weights give equal bytes.
+        """
         raise NotImplementedError
+
+    def figures(self) -> dict[str, float | Tensor]:
+        """Numbers for a line of ``metrics.jsonl``, beside the loss; called by every process, each time one is due."""
+        return {}
 
     def after_step(self) -> None:
         """Called after each optimizer step; target networks move here."""
+
+
+def told(out: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a recipe's forward pass gave: the loss, and its figures, if there are any."""
+    return out if isinstance(out, tuple) else (out, {})

@@ -18,7 +18,8 @@ from PIL import Image
 from sdtune import __version__
 from sdtune.configs import Run
 from sdtune.curves import Points, chart, number, smooth
-from sdtune.methods import METHODS
+from sdtune.folder import artefact, entries
+from sdtune.methods import config_class
 from sdtune.sheets import cells
 
 MOST_CELLS = 120  # images on the page, about 15 kB each
@@ -35,8 +36,9 @@ def write_report(folder: Path) -> Path:
     config = _load(folder / "config.yaml", {})
     lines = _metrics(folder / "metrics.jsonl")
     sheets, count = _sheets(folder / "samples")
-    method = _method(config)
-    names = [str(x) for x in (method.method if method else None, config.get("model"), config.get("dataset")) if x]
+    method = config_class(config) if config else None
+    command = config.get("method") or (method.method if method else None)
+    names = [str(x) for x in (command, config.get("model"), config.get("dataset")) if x]
     page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(
         title=escape(" · ".join(names) or folder.resolve().name),
         heading=" <span>·</span> ".join(map(escape, names)) or escape(folder.resolve().name),
@@ -95,12 +97,6 @@ def _sheets(folder: Path) -> tuple[list[Sheet], int]:
     return [s for s in sheets if len(s.cells) == len(sheets[-1].cells)], len(files)
 
 
-def _method(config: dict[str, Any]) -> type[Run] | None:
-    """The config's class, or what a recipe of one's own is closest to: the one that shares most of its keys."""
-    shared = {m: len(config.keys() & m.model_fields.keys()) for m in METHODS}
-    return max(shared, key=shared.__getitem__) if any(shared.values()) else None
-
-
 def _again(record: Path, method: type[Run] | None) -> str:
     """The command that continues the run, from the first line of its record."""
     first = record.read_text(encoding="utf-8").partition("\n")[0] if record.exists() else ""
@@ -111,10 +107,9 @@ def _again(record: Path, method: type[Run] | None) -> str:
 def _state(folder: Path, config: dict[str, Any], lines: list[dict[str, Any]]) -> str:
     done = max((line["step"] for line in lines), default=0)
     total = config.get("steps")
-    artefacts = [p.name for p in sorted(folder.glob("*.safetensors"))]
     state = f"step {done}" + (f" of {total}" if total else "")
-    if artefacts:
-        state = f"finished after {done} steps; wrote {', '.join(artefacts)}"
+    if files := artefact(folder):
+        state = f"finished after {done} steps; wrote {', '.join(entries(folder, files))}"
     return escape(f"sdtune run in {folder}: {state}")
 
 

@@ -4,8 +4,10 @@ import inspect
 from importlib.util import find_spec
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import SchedulerMixin
+from torch import Tensor
 
 from sdtune.configs import UserError
 
@@ -32,12 +34,14 @@ PROCESS = (
 """What defines the forward process that the model was trained on."""
 
 
-def make_scheduler(name: str, base: SchedulerMixin) -> SchedulerMixin:
+def make_scheduler(name: str, base: SchedulerMixin, clip: bool = False) -> SchedulerMixin:
     """The sampler ``name`` for a model that ``base`` samples; raises `UserError` where it cannot.
 
     As ``from_config``, which however puts the new class's defaults in place of those of the base's class:
-    here what defines the forward process is kept, latents are not clipped to [-1, 1], and PNDM starts as in
-    Stable Diffusion.
+    here what defines the forward process is kept, and PNDM starts as in Stable Diffusion.
+
+    Args:
+        clip: estimates of x0 are clipped to [-1, 1] unless ``base`` says otherwise, as fits pixels; latents are not.
     """
     chosen = SCHEDULERS[name]
     process = {k: base.config[k] for k in PROCESS if k in base.config}
@@ -49,8 +53,9 @@ def make_scheduler(name: str, base: SchedulerMixin) -> SchedulerMixin:
         process["rescale_betas_zero_snr"] = True
     if name == "lms" and find_spec("scipy") is None:
         raise UserError("--scheduler lms needs scipy: pip install scipy")
-    given = {k: v for k, v in base.config.items() if k not in base.config.get("_use_default_values", ())}
-    usual = {"skip_prk_steps": True} if name == "pndm" else {"clip_sample": False}
+    defaults = base.config.get("_use_default_values", ())
+    given = {k: v for k, v in base.config.items() if k not in defaults and k != "_use_default_values"}
+    usual = {"skip_prk_steps": True} if name == "pndm" else {"clip_sample": clip}
     scheduler = chosen.from_config({**usual, **given, **process})
     try:  # what a class can predict from, only its step tells
         probe = torch.zeros(1, 1, 1, 1)
@@ -61,3 +66,15 @@ def make_scheduler(name: str, base: SchedulerMixin) -> SchedulerMixin:
         predicts = process["prediction_type"]
         raise UserError(f"--scheduler {name} cannot sample a model that predicts {predicts}") from error
     return scheduler
+
+
+def alpha_bars(scheduler: SchedulerMixin) -> Tensor:
+    """The paper's alpha-bar (Ho et al. 2020) at each of the scheduler's timesteps: float64 ``[steps]``.
+
+    Where Euler, Heun and LMS are set between two timesteps, the noise over the signal is interpolated, as they do it.
+    """
+    known, t = scheduler.alphas_cumprod.double().cpu(), scheduler.timesteps.double().cpu()
+    if torch.equal(t, t.round()):
+        return known[t.long()]
+    sigmas = ((1 - known) / known).sqrt().numpy()
+    return 1 / (1 + torch.from_numpy(np.interp(t.numpy(), np.arange(len(sigmas)), sigmas)).square())

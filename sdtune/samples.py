@@ -9,14 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from sdtune import cache, draws
+from sdtune import cache
 from sdtune.configs import UserError
 from sdtune.data import Stream, cache_root, report
-
-HOLDOUT_QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Where in the training distribution of timesteps the loss of held-out images is measured."""
+from sdtune.noised import Noised
 
 
 class Tokens:
@@ -39,7 +36,7 @@ class Tokens:
         return len(self.tokenizer(caption, truncation=False, verbose=False).input_ids)
 
 
-class TextToImage(Dataset):
+class TextToImage(Noised):
     """Captioned images by position, or by ``("holdout", k)``: the k-th pair of held-out image and quantile.
 
     Args:
@@ -58,20 +55,9 @@ class TextToImage(Dataset):
         moments: Mapping[str, Tensor] | None = None,
         texts: Mapping[str, Tensor] | None = None,
     ):
-        self.cfg, self.stream, self.tokens, self.latent = cfg, stream, tokens, latent
+        super().__init__(cfg, stream)
+        self.tokens, self.latent = tokens, latent
         self.moments, self.texts = moments, texts
-
-    def __getitem__(self, position: Any) -> dict[str, Any]:
-        if isinstance(position, int):
-            u = torch.rand((), generator=draws.rng(self.cfg.seed, "timestep", position), dtype=torch.float64)
-            return self.tensors(self.stream[position], u, position)
-        image, quantile = divmod(position[1], len(HOLDOUT_QUANTILES))
-        u = torch.tensor(HOLDOUT_QUANTILES[quantile], dtype=torch.float64)
-        return self.tensors(self.stream.holdout[image], u, position)
-
-    @property
-    def holdout(self) -> list[tuple[str, int]]:
-        return [("holdout", k) for k in range(len(self.stream.holdout) * len(HOLDOUT_QUANTILES))]
 
     @property
     def prompts(self) -> list[str]:
@@ -81,17 +67,8 @@ class TextToImage(Dataset):
     def tensors(self, sample: Any, u: Tensor, position: Any) -> dict[str, Any]:
         channels, downscale = self.latent
         shape = (channels, sample.height // downscale, sample.width // downscale)
-
-        def normal(purpose: str, *size: int) -> Tensor:
-            return torch.randn(size, generator=draws.rng(self.cfg.seed, purpose, position))
-
-        item: dict[str, Any] = {"name": sample.name, "u": u, "noise": normal("noise", *shape)}
-        if self.cfg.noise_offset:
-            item["noise"] += self.cfg.noise_offset * normal("noise offset", channels, 1, 1)
-        if self.cfg.input_perturbation:
-            extra = normal("input perturbation", *shape)
-            item["input_noise"] = item["noise"] + self.cfg.input_perturbation * extra
-        item["posterior_noise"] = normal("posterior", *shape)
+        item: dict[str, Any] = {"name": sample.name, "u": u, **self.noise(position, *shape)}
+        item["posterior_noise"] = self.normal("posterior", position, *shape)
         if self.moments is None:
             item["pixels"] = self.stream.pixels(sample)
         else:

@@ -23,8 +23,10 @@ class Stopping:
 
         The flag travels over gloo, so that asking does not make the host wait for the GPU.
         """
+        told = self.signal
         if self.peers is not None:
-            flag = torch.tensor(self.signal)
+            flag = torch.tensor(told)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self.peers)
-            self.signal = int(flag)
-        return self.signal != 0
+            told = int(flag)
+        self.signal = told or self.signal  # one that came in the meantime counts at the next step
+        return told != 0

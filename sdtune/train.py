@@ -20,7 +20,7 @@ from sdtune.metrics import Metrics, check_trackers
 from sdtune.options import same_command
 from sdtune.precision import precision_of
 from sdtune.publish import Publisher
-from sdtune.recipe import Recipe
+from sdtune.recipe import Recipe, told
 from sdtune.report import write_report
 from sdtune.signals import Stopping
 from sdtune.state import State
@@ -74,7 +74,7 @@ def fit(
     peaks, rate = [g["lr"] for g in optimizer.param_groups], optim.learning_rate(cfg, total)
     model, prepared = accelerator.prepare(recipe, optimizer)
     state.restore(allow_change, say)
-    if state.step >= total and (out / "report.html").exists():
+    if state.step >= total and folder.artefact(out, state.step) and (out / "report.html").exists():
         say(f"{out}: trained for {state.step} steps already; --steps trains on, --overwrite starts anew")
         return
     say(
@@ -95,11 +95,12 @@ def fit(
             if cfg.num_validation_images:
                 metrics.images(state.step, *preview.sample_images(recipe, dataset, accelerator))
             if dataset.holdout:
-                metrics.log(state.step, {"holdout_loss": preview.holdout_loss(recipe, dataset, accelerator)})
+                metrics.log(state.step, preview.holdout(recipe, dataset, accelerator))
         recipe.train()
 
     def report() -> None:
-        metrics.log(state.step, window.line(state.step, norm, optimizer.param_groups[0]["lr"]))
+        line = window.line(state.step, norm, optimizer.param_groups[0]["lr"])
+        metrics.log(state.step, {name: float(value) for name, value in recipe.figures().items()} | line)
         state.skipped = window.skipped
 
     # Train
@@ -117,9 +118,9 @@ def fit(
                 draws.key(cfg.seed, "dropout", state.step, rank * accumulation + micro), accelerator.device
             )
             with accelerator.accumulate(model):
-                loss = model(send_to_device(batch, accelerator.device, non_blocking=True))
+                loss, figures = told(model(send_to_device(batch, accelerator.device, non_blocking=True)))
                 accelerator.backward(loss.mean() * finite_or_nan(loss))
-            window.add(loss, samples)
+            window.add(loss, figures, samples)
         norm = accelerator.clip_grad_norm_(weights, cfg.max_grad_norm)
         if accelerator.scaler:
             prepared.step()
@@ -135,6 +136,9 @@ def fit(
         saving = state.step == total or (cfg.checkpointing_steps and state.step % cfg.checkpointing_steps == 0)
         if saving or state.step % cfg.log_steps == 0:
             report()
+        if main and cfg.export_steps and state.step % cfg.export_steps == 0:
+            with metrics.paused():
+                folder.export_copy(recipe, state, out)  # before saving, so that none is missing after a kill
         if saving:
             with metrics.paused():
                 state.save()
@@ -155,10 +159,8 @@ def fit(
     look()
     metrics.close()
     if main:
-        recipe.eval()
-        with state.evaluating():
-            files = recipe.export(out)
-        say(f"wrote {', '.join(map(str, files))}\nreport: {write_report(out)}")
+        files = folder.export_last(recipe, state, out)
+        say(f"wrote {', '.join(str(out / name) for name in folder.entries(out, files))}\nreport: {write_report(out)}")
 
 
 def finite_or_nan(loss: Tensor) -> Tensor:

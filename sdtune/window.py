@@ -5,12 +5,37 @@ counted by the device; ``line`` is the one place that waits.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from sdtune.configs import RunFailed
+
+
+class Figures:
+    """Means of what is told of each image, kept on the device; an image counts where its figure is not NaN."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, figures: Mapping[str, Tensor]) -> None:
+        """Figures of some images, ``[B]`` each, by name."""
+        for name, values in figures.items():
+            values = values.detach().float()
+            known = torch.stack([values.nansum(), (~values.isnan()).sum()])
+            self.sums[name] = self.sums[name] + known if name in self.sums else known
+
+    def means(self) -> dict[str, float]:
+        """Over all processes, of which some may have had no image; NaN for a figure that no image has."""
+        sums: dict[str, list[float]] = {}
+        for part in gather_object([{name: known.tolist() for name, known in self.sums.items()}]):
+            for name, (total, count) in part.items():
+                before = sums.setdefault(name, [0.0, 0.0])
+                sums[name] = [before[0] + total, before[1] + count]
+        return {name: total / count if count else math.nan for name, (total, count) in sums.items()}
 
 
 class Window:
@@ -29,11 +54,13 @@ class Window:
 
     def clear(self) -> None:
         self.losses: list[tuple[Tensor, list[str]]] = []
+        self.figures = Figures()
         self.steps = 0
 
-    def add(self, loss: Tensor, samples: list[str]) -> None:
-        """The losses of a micro-batch, and the names of its images."""
+    def add(self, loss: Tensor, figures: Mapping[str, Tensor], samples: list[str]) -> None:
+        """The losses and figures of a micro-batch, and the names of its images."""
         self.losses.append((loss.detach(), samples))
+        self.figures.add(figures)
 
     def end_step(self, norm: Tensor) -> None:
         """A step whose gradient had this norm."""
@@ -65,6 +92,7 @@ class Window:
             "learning_rate": learning_rate,
             "grad_norm": norm.item(),
             "skipped_steps": skipped,
+            **self.figures.means(),
         }
         self.clear()
         return values

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from sdtune.cli import main
+from tests import contract
 from tests.tinysd import save_tiny_sd
 
 torch.set_num_threads(1)
@@ -51,6 +52,23 @@ def pictures(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def places(sd, pictures) -> contract.Places:
+    return contract.Places(sd, pictures)
+
+
+@pytest.fixture
+def trained(places, tmp_path):
+    """Run a recipe in small, with more options, into ``tmp_path / name``; the run's folder."""
+
+    def run(recipe: str, name: str, *options: str) -> Path:
+        out = tmp_path / name
+        assert status(contract.command(recipe, places, out, *options)) == 0
+        return out
+
+    return run
+
+
 @pytest.fixture
 def lora(sd, pictures, tmp_path):
     """Run ``sdtune lora`` with small settings and more options, into ``tmp_path / name``; the run's folder."""
@@ -65,22 +83,7 @@ def lora(sd, pictures, tmp_path):
 
 def command(sd: Path, pictures: Path, out: Path, *options: str) -> list[str]:
     """``sdtune lora`` on the tiny pipeline; later options win over these."""
-    settings = {
-        "--model": sd,
-        "--dataset": pictures,
-        "--output-dir": out,
-        "--resolution": 32,
-        "--steps": 12,
-        "--train-batch-size": 2,
-        "--learning-rate": "1e-2",
-        "--dataloader-num-workers": 0,
-        "--num-validation-images": 0,
-        "--log-steps": 4,
-        "--checkpointing-steps": 4,
-    }
-    own = {option.partition("=")[0] for option in options}
-    words = [str(w) for pair in settings.items() if pair[0] not in own for w in pair]
-    return ["lora", *words, *options]
+    return contract.command("lora", contract.Places(sd, pictures), out, *options)
 
 
 def status(words: list[str]) -> int:

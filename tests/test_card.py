@@ -41,7 +41,7 @@ LOCAL = Origin()
 def made(run, origin=LOCAL, **changed):
     """Front matter, text and pictures of a card."""
     cfg = publish.config_of(run).model_copy(update={"output_dir": run} | changed)
-    text, pictures = card.model_card(cfg, run, "tester/cards", origin, "pytorch_lora_weights.safetensors")
+    text, pictures = card.model_card(cfg, run, "tester/cards", origin, publish.placed(run, publish.artefact(run)))
     return ModelCard(text).data.to_dict(), text, pictures
 
 

@@ -14,11 +14,11 @@ ROOT = Path(sdtune.__file__).parent
 FLOORS = (
     "configs",
     "methods verbs",
-    "checkpoints curves data diffusion distances draws environment folder hub inception lowrank optim options "
-    "precision samplers shapes sheets signals window",
-    "adapters cache families metrics recipe report",
-    "card features formats loading plots preview samples state",
-    "fold inspect_adapter judges publish sample",
+    "checkpoints curves data diffusion distances draws environment folder guidance guides hub inception lowrank "
+    "noisy_classifier optim options precision samplers schedules shapes sheets signals window",
+    "adapters cache families metrics noised pipelines recipe report sampling",
+    "card features formats loading pixel_models pixels plots preview samples state",
+    "fold inspect_adapter judges publish sample sample_pixels",
     "convert evaluate recipes scores truncate",
     "merge train",
     "launch cli",
@@ -31,6 +31,7 @@ NEIGHBOURS = {
     "distances": "draws",
     "folder": "options",
     "cli": "launch",
+    "sample": "sample_pixels",
 }
 """Imports along a floor."""
 

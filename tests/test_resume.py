@@ -8,30 +8,23 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from sdtune import checkpoints
-from tests.conftest import command, status
+from tests.conftest import status
+from tests.contract import RECIPES, command
 
-VARIANTS = {
-    "plain": [],
-    "workers": ["--dataloader-num-workers", "2"],
-    "accumulation": ["--train-batch-size", "1", "--gradient-accumulation-steps", "2"],
-    "average": ["--use-ema", "--ema-power", "0.75"],
-    "text encoder, dropout": ["--train-text-encoder", "--dropout", "0.1", "--lr-scheduler", "cosine"],
-    "random crops, flips, buckets": ["--no-center-crop", "--random-flip", "--buckets", "--bucket-step", "8"],
-}
+CASES = [(recipe, name) for recipe, contract in RECIPES.items() for name in contract.variants]
 
 
-def tensors(out):
+def tensors(out, recipe="lora"):
     """All that the last checkpoint of a run holds, and its artefact."""
     groups, _ = checkpoints.load(checkpoints.found(out / "checkpoints")[-1])
     flat = {f"{group}.{name}": t for group, named in groups.items() for name, t in named.items()}
-    return flat | load_file(out / "pytorch_lora_weights.safetensors")
+    return flat | RECIPES[recipe].artefact(out)
 
 
-def assert_same_bits(one, other):
-    one, other = tensors(one), tensors(other)
+def assert_same_bits(one, other, recipe="lora"):
+    one, other = tensors(one, recipe), tensors(other, recipe)
     assert one.keys() == other.keys()
     assert [k for k in one if not torch.equal(one[k], other[k])] == []
 
@@ -52,14 +45,14 @@ def start_then_kill(words, out, number, when):
     return child.returncode, printed
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_killed_run_continues_to_the_same_bits(name, lora, sd, pictures, tmp_path):
-    options = [*VARIANTS[name], "--steps", "60", "--checkpointing-steps", "7", "--log-steps", "50"]
-    whole = lora("whole", *options)
-    words = command(sd, pictures, tmp_path / "cut", *options)
-    saved = tmp_path / "cut" / "checkpoints" / "step-000021"
-    code, _ = start_then_kill(words, tmp_path / "cut", signal.SIGKILL, saved.exists)
+@pytest.mark.parametrize(("recipe", "name"), CASES, ids=[f"{recipe}-{name}" for recipe, name in CASES])
+def test_killed_run_continues_to_the_same_bits(recipe, name, trained, places, tmp_path):
+    options = [*RECIPES[recipe].variants[name], "--steps", "60", "--checkpointing-steps", "7", "--log-steps", "50"]
+    whole, cut = trained(recipe, "whole", *options), tmp_path / "cut"
+    words = command(recipe, places, cut, *options)
+    saved = cut / "checkpoints" / "step-000021"
+    code, _ = start_then_kill(words, cut, signal.SIGKILL, saved.exists)
     assert code == -signal.SIGKILL
-    assert not (tmp_path / "cut" / "pytorch_lora_weights.safetensors").exists()
+    assert not (cut / RECIPES[recipe].weights).exists()
     assert status(words) == 0
-    assert_same_bits(whole, tmp_path / "cut")
+    assert_same_bits(whole, cut, recipe)

@@ -85,7 +85,7 @@ def default(field: options.FieldInfo) -> str:
         case float():
             return f"`{value:g}`"
         case list():
-            return f"`{' '.join(value)}`"
+            return f"`{' '.join(map(str, value))}`"
         case _:
             return f"`{value}`"
 

@@ -4,17 +4,28 @@ import difflib
 import os
 import re
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sdtune.configs import Data, UserError
 from sdtune.data.images import ACCEPTED, EXTENSIONS
-from sdtune.data.metadata import TABLES, Found, caption_column, parse_captions, problem_list, read_table, read_text
+from sdtune.data.metadata import (
+    TABLES,
+    Found,
+    caption_column,
+    class_column,
+    parse_captions,
+    parse_class,
+    problem_list,
+    read_table,
+    read_text,
+)
 from sdtune.data.probes import stamp
 
 
-def read_folder(cfg: Data, folder: Path, wanted: bool) -> Found:
-    """All images below the folder, sorted by name, with their captions if ``wanted``."""
+def read_folder(cfg: Data, folder: Path, wanted: bool, class_from: str | None) -> Found:
+    """All images below the folder, sorted by name, with captions if ``wanted``, with classes if there is a column."""
     files, ignored = _walk(folder)
     images = {name: path for name, path in files.items() if path.suffix.lower() in EXTENSIONS}
     if not images:
@@ -29,7 +40,9 @@ def read_folder(cfg: Data, folder: Path, wanted: bool) -> Found:
     elif cfg.caption is not None:
         found = dict.fromkeys(images, (cfg.caption,))
     elif tables:
-        found = _from_tables(cfg, folder, images, tables)
+        found = _from_tables(
+            folder, images, tables, lambda columns: caption_column(cfg, columns, "file_name"), parse_captions
+        )
     elif texts and cfg.caption_column is not None:
         raise UserError(f"--caption-column {cfg.caption_column}: {folder} has caption files, not metadata")
     elif texts:
@@ -40,12 +53,24 @@ def read_folder(cfg: Data, folder: Path, wanted: bool) -> Found:
             '{"file_name": "a.png", "text": "a cat"}, or a.txt beside a.png, or give --caption'
         )
     names = sorted(images)
+    classes: dict[str, Any] = dict.fromkeys(images)
+    if class_from == "folder":
+        classes = _from_folders(folder, images)
+    elif class_from and not tables:
+        raise UserError(
+            f"--class-column {class_from}: {folder} has no metadata; `--class-column folder` takes the folders' names"
+        )
+    elif class_from:
+        classes = _from_tables(
+            folder, images, tables, lambda columns: class_column(class_from, columns, cfg.dataset), parse_class
+        )
     return Found(
         dataset=str(folder),
         memo=str(folder.resolve()),
         keys=[f"{name}:{stamp(images[name])}" for name in names],
         names=names,
         captions=[found[name] for name in names],
+        classes=[classes[name] for name in names],
         sources=[images[name] for name in names],
         ignored=sorted(ignored),
     )
@@ -95,10 +120,23 @@ def _from_texts(folder: Path, images: dict[str, Path], texts: dict[str, Path]) -
     return found
 
 
+def _from_folders(folder: Path, images: dict[str, Path]) -> dict[str, str]:
+    stray = [name for name in sorted(images) if "/" not in name]
+    if stray:
+        head = f"{folder}: --class-column folder wants every image in a folder named as its class; these are in none"
+        raise problem_list(head, stray)
+    return {name: name.split("/")[-2] for name in images}
+
+
 def _from_tables(
-    cfg: Data, folder: Path, images: dict[str, Path], tables: dict[str, Path]
-) -> dict[str, tuple[str, ...]]:
-    found: dict[str, tuple[str, ...]] = {}
+    folder: Path,
+    images: dict[str, Path],
+    tables: dict[str, Path],
+    choose: Callable[[list[str]], str],
+    parse: Callable[[Any], Any],
+) -> dict[str, Any]:
+    """What the tables say of each image, in the column that ``choose`` picks, as ``parse`` reads it."""
+    found: dict[str, Any] = {}
     places: dict[str, str] = {}  # where an image was first named
     problems: list[str] = []
     for table, path in sorted(tables.items()):
@@ -109,14 +147,14 @@ def _from_tables(
             continue
         if "file_name" not in columns:
             raise UserError(f"{path}: no column file_name, which finds the image; it has {', '.join(columns)}")
-        column = caption_column(cfg, columns, "file_name")
+        column = choose(columns)
         for place, row in rows:
             try:
                 name = _named(row.get("file_name"), path.parent, folder, images)
                 if name in places:
                     raise ValueError(f"{name} has a row already at {places[name]}")
                 places[name] = place
-                found[name] = parse_captions(row.get(column))
+                found[name] = parse(row.get(column))
             except ValueError as error:
                 problems.append(f"{place}: {error}")
             except LookupError:
@@ -128,7 +166,8 @@ def _from_tables(
     where = " or ".join(sorted(tables))
     problems += [f"{name}: no row in {where}" for name in sorted(images.keys() - places.keys())]
     if problems:
-        raise problem_list(f"{folder}: images and metadata do not match; mend these, or give --caption", problems)
+        otherwise = ", or give --caption" if parse is parse_captions else ""
+        raise problem_list(f"{folder}: images and metadata do not match; mend these{otherwise}", problems)
     return found
 
 

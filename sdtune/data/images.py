@@ -2,7 +2,8 @@
 
 Pillow's own ``convert("RGB")`` turns 16-bit grey white and float TIFF black, shows the colours hidden under
 full transparency, and leaves EXIF orientation to the caller. Here grey of any depth is scaled to 8 bits,
-transparency is laid on white, CMYK goes through its embedded profile, and every image comes out upright.
+transparency is laid on white where the pixels have no alpha, CMYK goes through its embedded profile, and every
+image comes out upright.
 """
 
 import hashlib
@@ -23,6 +24,9 @@ ACCEPTED = ", ".join(sorted(extension[1:] for extension in EXTENSIONS))
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 """What is opened, whatever the name says. An .eps in disguise would start Ghostscript."""
 
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+"""Channels of a tensor to Pillow's mode: grey, grey and alpha, colour, colour and alpha."""
+
 MAX_PIXELS = 50_000_000
 """A 12,000 x 12,000 1-bit PNG has 17 KB on disk and 1.5 GB in memory."""
 
@@ -40,11 +44,13 @@ _UPRIGHT = {
 
 @dataclass(frozen=True)
 class Probe:
-    """What one look at a file tells: upright size in pixels, hash of its bytes, and what is wrong with it."""
+    """What one look at a file tells: upright size in pixels, hash, mode that holds all it has, what is wrong."""
 
     width: int
     height: int
     sha256: str
+    mode: str = "RGB"
+    """One of `MODES`."""
     problem: str | None = None
 
 
@@ -56,7 +62,7 @@ def probe(data: Path | bytes, max_pixels: int = MAX_PIXELS) -> Probe:
     try:
         content = data if isinstance(data, bytes) else data.read_bytes()
     except OSError as error:
-        return Probe(0, 0, "", f"cannot be read ({error.strerror})")
+        return Probe(0, 0, "", problem=f"cannot be read ({error.strerror})")
     digest = hashlib.sha256(content).hexdigest()
     width = height = 0
     too_large = f"more than {max_pixels / 1e6:g} million pixels; make it smaller"
@@ -64,24 +70,25 @@ def probe(data: Path | bytes, max_pixels: int = MAX_PIXELS) -> Probe:
         with Image.open(BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
-                return Probe(width, height, digest, f"{width} x {height} are {too_large}")
-            width, height = _upright_rgb(image).size
+                return Probe(width, height, digest, problem=f"{width} x {height} are {too_large}")
+            mode = _mode_of(image)
+            width, height = _upright(image, mode).size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return Probe(width, height, digest, too_large)
+        return Probe(width, height, digest, problem=too_large)
     except UnidentifiedImageError:
-        return Probe(width, height, digest, _not_an_image(content))
+        return Probe(width, height, digest, problem=_not_an_image(content))
     except Exception as error:  # Pillow's decoders raise whatever a broken file makes them trip over
-        return Probe(width, height, digest, f"truncated or corrupt ({error})")
-    return Probe(width, height, digest)
+        return Probe(width, height, digest, problem=f"truncated or corrupt ({error})")
+    return Probe(width, height, digest, mode)
 
 
-def decode(data: Path | bytes) -> Image.Image:
-    """The image as 8-bit RGB, upright.
+def decode(data: Path | bytes, mode: str = "RGB") -> Image.Image:
+    """The image in one of `MODES`, 8 bits a channel, upright.
 
     Raises: OSError (also for a file that is no image), ValueError or SyntaxError on a broken file.
     """
     with Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
-        return _upright_rgb(image)
+        return _upright(image, mode)
 
 
 def cover(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:
@@ -99,7 +106,7 @@ def corner(size: tuple[int, int], width: int, height: int, left: float, top: flo
 def to_tensor(
     image: Image.Image, width: int, height: int, left: float, top: float, flip: bool, interpolation: str
 ) -> torch.Tensor:
-    """Resize to cover ``width`` x ``height``, crop, then flip: float32 [3, height, width] in [-1, 1].
+    """Resize to cover ``width`` x ``height``, crop, then flip: float32 [C, height, width] in [-1, 1].
 
     Args:
         left, top: share of the slack that is cut away on that side, in [0, 1]; 0.5 is the centre.
@@ -115,35 +122,44 @@ def to_tensor(
     image = image.resize((width, height), resample, box=(x * sx, y * sy, right, bottom))
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    pixels = torch.from_numpy(np.array(image)).reshape(height, width, -1).permute(2, 0, 1).contiguous()
     return pixels.float() / 127.5 - 1
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def _mode_of(image: Image.Image) -> str:
+    """The smallest of `MODES` that holds all that the image has, by its own mode and not by its pixels."""
+    grey = image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
+    return ("LA" if grey else "RGBA") if image.has_transparency_data else ("L" if grey else "RGB")
+
+
+def _upright(image: Image.Image, mode: str) -> Image.Image:
     image.load()  # first: TIFF turns itself and drops the tag here, PNG may carry EXIF after the pixels
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # broken EXIF says nothing of the pixels
         orientation = 1
-    rgb = _rgb(image)
-    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+    pixels = _converted(image, mode)
+    return pixels.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else pixels
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _converted(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_eight_bits(image)).convert("RGB")
+        return Image.fromarray(_eight_bits(image)).convert(mode)
     if image.mode == "CMYK" and image.info.get("icc_profile"):
         try:
             profile = ImageCms.ImageCmsProfile(BytesIO(image.info["icc_profile"]))
-            return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            screen = ImageCms.createProfile("sRGB")
+            return ImageCms.profileToProfile(image, profile, screen, outputMode="RGB").convert(mode)
         except (ImageCms.PyCMSError, OSError):  # a broken profile: as without one
-            return image.convert("RGB")
+            return image.convert("RGB").convert(mode)
     if image.has_transparency_data:
         seen = image.convert("RGBA")
+        if mode.endswith("A"):
+            return seen.convert(mode)
         white = Image.new("RGB", image.size, "white")
         white.paste(seen, mask=seen.getchannel("A"))
-        return white
-    return image.convert("RGB")
+        return white.convert(mode)
+    return image.convert(mode) if image.mode in ("1", "L") else image.convert("RGB").convert(mode)
 
 
 def _eight_bits(image: Image.Image) -> np.ndarray:

@@ -1,10 +1,11 @@
-"""The text beside images: metadata tables, caption files, and what counts as a caption.
+"""The text beside images: metadata tables, caption files, and what counts as a caption or a class.
 
 A table is ``metadata.jsonl``, ``.csv`` or ``.parquet`` with a column ``file_name`` (the imagefolder
 convention); a caption file is ``a.txt`` beside ``a.png`` (kohya's).
 """
 
 import csv
+import difflib
 import io
 import json
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ class Found:
     """... and under which key each; both together change when an image does."""
     names: list[str]
     captions: list[tuple[str, ...]]
+    classes: list[str | None]
     sources: list[Path] | list[int]
     """Per image its file, or its row in ``table``."""
     ignored: list[str] = field(default_factory=list)
@@ -83,6 +85,27 @@ def parse_captions(value: Any) -> tuple[str, ...]:
         if any("\ud800" <= char <= "\udfff" for char in text):
             raise ValueError("the caption holds half a character (a lone surrogate)")
     return tuple(text.strip() for text in texts)
+
+
+def class_column(name: str, columns: list[str], dataset: str) -> str:
+    """``name``, the column of the class. Raises: UserError that lists the columns."""
+    if name in columns:
+        return name
+    close = difflib.get_close_matches(name, columns, 1)
+    hint = f"; did you mean {close[0]}?" if close else f"; it has {', '.join(columns) or 'none'}"
+    raise UserError(f"--class-column {name}: no such column in {dataset}{hint}")
+
+
+def parse_class(value: Any) -> str:
+    """The name of the class in a cell, which holds a text or a whole number.
+
+    Raises: ValueError that says what is wrong.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise ValueError("the class is missing")
+    if not isinstance(value, str | int):
+        raise ValueError(f"the class is {json.dumps(value, default=str)[:40]}, neither a name nor a whole number")
+    return str(value).strip()
 
 
 def read_text(path: Path) -> str:

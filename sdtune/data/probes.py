@@ -21,7 +21,7 @@ from rich.progress import Progress
 
 from sdtune.data.images import Probe, probe
 
-_VERSION = 1
+_VERSION = 2
 _PATIENCE = 1.0  # seconds before a progress bar is worth its lines
 
 
@@ -67,22 +67,22 @@ def probe_all(dataset: str, keys: list[str], read: Callable[[int], Path | bytes]
     if missing:
         # Good images only: a bad one may have had a bad moment, and there are few. What else the memo knows
         # stays: another run may use another part of the dataset.
-        good = {key: (p.width, p.height, p.sha256) for key, p in found.items() if not p.problem}
+        good = {key: (p.width, p.height, p.sha256, p.mode) for key, p in found.items() if not p.problem}
         _store(memo_file, memo | good)
     return [found[key] for key in keys]
 
 
-def _load(memo_file: Path) -> dict[str, tuple[int, int, str]]:
+def _load(memo_file: Path) -> dict[str, tuple[int, int, str, str]]:
     try:
         memo = json.loads(memo_file.read_bytes())
         if memo["version"] != _VERSION:
             return {}
-        return {key: (int(w), int(h), str(sha256)) for key, (w, h, sha256) in memo["probes"].items()}
+        return {key: (int(w), int(h), str(sha), str(mode)) for key, (w, h, sha, mode) in memo["probes"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
-def _store(memo_file: Path, memo: dict[str, tuple[int, int, str]]) -> None:
+def _store(memo_file: Path, memo: dict[str, tuple[int, int, str, str]]) -> None:
     # Nowhere to write only means to look again next time.
     with contextlib.suppress(OSError):
         memo_file.parent.mkdir(parents=True, exist_ok=True)

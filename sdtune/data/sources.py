@@ -6,6 +6,7 @@ All that is wrong with a dataset is found here, before training, and all problem
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import torch
 
 from sdtune.configs import Data
 from sdtune.data.buckets import candidates, nearest
+from sdtune.data.builtin import BUILT_IN
 from sdtune.data.folders import read_folder
 from sdtune.data.metadata import Found, problem_list
 from sdtune.data.probes import probe_all
-from sdtune.data.tables import BUILT_IN, cell, is_table, read_table
+from sdtune.data.tables import cell, is_table, read_table
 from sdtune.draws import rng
 
 
@@ -30,6 +32,10 @@ class Row:
     width: int
     height: int
     sha256: str
+    mode: str = "RGB"
+    """The smallest Pillow mode that holds all it has: L, LA, RGB or RGBA."""
+    label: str | None = None
+    """Its class."""
 
 
 @dataclass
@@ -46,10 +52,10 @@ class Images:
     table: Any = None
     """A ``datasets.Dataset`` of one column, or none for a folder."""
     fingerprint: str = field(init=False)
-    """Hash of names, image bytes and captions; independent of where the dataset lies."""
+    """Hash of names, image bytes, captions and classes; independent of where the dataset lies."""
 
     def __post_init__(self) -> None:
-        listed = sorted((row.name, row.sha256, row.captions) for row in self.rows)
+        listed = sorted((r.name, r.sha256, r.captions, *([r.label] if r.label else [])) for r in self.rows)
         self.fingerprint = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def read(self, index: int) -> Path | bytes:
@@ -57,15 +63,25 @@ class Images:
         source = self.sources[index]
         return source if isinstance(source, Path) else cell(self.table, source)
 
+    @property
+    def classes(self) -> list[str]:
+        """The names of all classes; in order of number where all are whole numbers, else of the alphabet."""
+        names = {row.label for row in self.rows if row.label is not None}
+        return sorted(names, key=int if all(re.fullmatch(r"-?\d+", name) for name in names) else str)
 
-def load_images(cfg: Data, captions: bool = True) -> Images:
-    """Find, read and check the dataset of ``cfg``; ``captions=False`` wants none.
+
+def load_images(cfg: Data, captions: bool = True, class_column: str | None = None) -> Images:
+    """Find, read and check the dataset of ``cfg``.
+
+    Args:
+        captions: whether every image needs one; else none is read.
+        class_column: column of a table that holds the class of each image; ``folder`` means its folder's name.
 
     Raises: UserError for whatever is wrong with it.
     """
-    folder = BUILT_IN.get(cfg.dataset) or Path(cfg.dataset).expanduser()
+    folder = BUILT_IN[cfg.dataset]() if cfg.dataset in BUILT_IN else Path(cfg.dataset).expanduser()
     read = read_folder if folder.is_dir() and not is_table(folder) else read_table
-    return _checked(cfg, read(cfg, folder, captions))
+    return _checked(cfg, read(cfg, folder, captions, class_column))
 
 
 def _checked(cfg: Data, found: Found) -> Images:
@@ -100,7 +116,7 @@ def _checked(cfg: Data, found: Found) -> Images:
             raise problem_list(f"{found.dataset}: {len(problems)} of {len(kept)} images {head}", lines)
 
     rows = [
-        Row(found.names[i], found.captions[i], probe.width, probe.height, probe.sha256)
+        Row(found.names[i], found.captions[i], probe.width, probe.height, probe.sha256, probe.mode, found.classes[i])
         for i, probe in zip(kept, probes, strict=True)
         if i not in skip
     ]

@@ -45,10 +45,11 @@ class Stream:
     Args:
         cfg: a config with the Data section and a seed.
         group: images per optimizer step: batch x accumulation x processes.
+        mode: what every image becomes: L, LA, RGB or RGBA.
     """
 
-    def __init__(self, cfg: Any, images: Images, group: int) -> None:
-        self.cfg, self.images, self.group = cfg, images, group
+    def __init__(self, cfg: Any, images: Images, group: int, mode: str = "RGB") -> None:
+        self.cfg, self.images, self.group, self.mode = cfg, images, group, mode
         count, held = len(images.rows), cfg.num_holdout_images
         if held >= count:
             left = f"{cfg.dataset} has {count} usable images"
@@ -109,9 +110,9 @@ class Stream:
     # ---- pixels
 
     def pixels(self, sample: Sample) -> torch.Tensor:
-        """float32 [3, height, width] in [-1, 1]. Raises: UserError for an image that has changed or gone."""
+        """float32 [C, height, width] in [-1, 1]. Raises: UserError for an image that has changed or gone."""
         try:
-            image = decode(self.images.read(sample.index))
+            image = decode(self.images.read(sample.index), self.mode)
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"{sample.name} could be read when training began, but not now: {error}") from error
         return to_tensor(
@@ -125,11 +126,12 @@ class Stream:
         )
 
     def pixel_key(self, sample: Sample) -> str:
-        """Names what ``pixels(sample)`` returns: image bytes, shape, crop in pixels, flip, filter."""
+        """Names what ``pixels(sample)`` returns: image bytes, shape, crop in pixels, flip, mode, filter."""
         row, width, height = self.images.rows[sample.index], sample.width, sample.height
         x, y = corner((row.width, row.height), width, height, sample.left, sample.top)
-        flip, mode = "-flip" if sample.flip else "", self.cfg.image_interpolation_mode
-        return f"{row.sha256}-{width}x{height}+{x}+{y}{flip}-{mode}"
+        flip = "-flip" if sample.flip else ""
+        mode = "" if self.mode == "RGB" else f"-{self.mode}"
+        return f"{row.sha256}-{width}x{height}+{x}+{y}{flip}{mode}-{self.cfg.image_interpolation_mode}"
 
     # ---- what can be computed once
 

@@ -2,16 +2,24 @@
 
 import difflib
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from sdtune.configs import Data, UserError
-from sdtune.data.metadata import TABLES, Found, caption_column, parse_captions, problem_list
+from sdtune.data.builtin import BUILT_IN
+from sdtune.data.metadata import (
+    TABLES,
+    Found,
+    caption_column,
+    class_column,
+    parse_captions,
+    parse_class,
+    problem_list,
+)
 from sdtune.data.probes import stamp
 
-BUILT_IN = {"tiny-hearts": Path(__file__).parent.parent / "assets" / "tiny-hearts"}
-
-_FORMS = "a folder of images, a Hub id such as user/name, a dataset saved by save_to_disk, or tiny-hearts"
+_FORMS = f"a folder of images, a Hub id such as user/name, a dataset saved by save_to_disk, or {' or '.join(BUILT_IN)}"
 
 
 def is_table(folder: Path) -> bool:
@@ -24,8 +32,8 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def read_table(cfg: Data, folder: Path, wanted: bool) -> Found:
-    """The split of a dataset, its images left undecoded, with their captions if ``wanted``."""
+def read_table(cfg: Data, folder: Path, wanted: bool, class_from: str | None) -> Found:
+    """The split of a dataset, images undecoded, with captions if ``wanted``, with classes if there is a column."""
     if not folder.is_dir() and not _is_hub_id(cfg.dataset):
         raise UserError(f"--dataset {cfg.dataset}: {_missing(folder)}; give {_FORMS}")
     import datasets  # a second; folders do without
@@ -51,10 +59,10 @@ def read_table(cfg: Data, folder: Path, wanted: bool) -> Found:
         if cfg.split not in table:
             raise UserError(f"--split {cfg.split}: no such split in {cfg.dataset}; it has {', '.join(table)}")
         table = table[cfg.split]
-    return _from_table(cfg, table.with_format(None), wanted)
+    return _from_table(cfg, table.with_format(None), wanted, class_from)
 
 
-def _from_table(cfg: Data, table: Any, wanted: bool) -> Found:
+def _from_table(cfg: Data, table: Any, wanted: bool, class_from: str | None) -> Found:
     import datasets
 
     columns = ", ".join(table.column_names)
@@ -75,14 +83,19 @@ def _from_table(cfg: Data, table: Any, wanted: bool) -> Found:
     elif cfg.caption is not None:
         found = [(cfg.caption,)] * count
     else:
-        found, problems = [], []
-        for number, cell in enumerate(table[caption_column(cfg, table.column_names, cfg.image_column)]):
-            try:
-                found.append(parse_captions(cell))
-            except ValueError as error:
-                problems.append(f"row {number}: {error}")
-        if problems:
-            raise problem_list(f"{cfg.dataset}: every image needs a caption; or give --caption for all", problems)
+        column = caption_column(cfg, table.column_names, cfg.image_column)
+        head = f"{cfg.dataset}: every image needs a caption; or give --caption for all"
+        found = _parsed(table[column], parse_captions, head)
+    classes: list[Any] = [None] * count
+    if class_from:
+        column = class_column(class_from, table.column_names, cfg.dataset)
+        cells, names = (
+            table[column],
+            getattr(table.features[column], "names", None),
+        )  # of a ClassLabel, which has -1 too
+        if names:
+            cells = [names[cell] if cell is not None and cell >= 0 else None for cell in cells]
+        classes = _parsed(cells, parse_class, f"{cfg.dataset}: every image needs a class in column {column}")
     # The fingerprint alone is not enough: one made by `map` over files stays the same when the files change.
     stamps = [stamp(Path(file["filename"])) for file in table.cache_files]
     images = table.select_columns([cfg.image_column]).cast_column(cfg.image_column, datasets.Image(decode=False))
@@ -92,9 +105,23 @@ def _from_table(cfg: Data, table: Any, wanted: bool) -> Found:
         keys=[str(i) for i in range(count)],
         names=[f"row {i}" for i in range(count)],
         captions=found,
+        classes=classes,
         sources=list(range(count)),
         table=images,
     )
+
+
+def _parsed(cells: Iterable[Any], parse: Callable[[Any], Any], head: str) -> list[Any]:
+    """Each cell as ``parse`` reads it. Raises: UserError that begins with ``head`` and names the rows it cannot."""
+    found, problems = [], []
+    for number, value in enumerate(cells):
+        try:
+            found.append(parse(value))
+        except ValueError as error:
+            problems.append(f"row {number}: {error}")
+    if problems:
+        raise problem_list(head, problems)
+    return found
 
 
 def cell(table: Any, row: int) -> Path | bytes:

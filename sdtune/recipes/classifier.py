@@ -1,0 +1,54 @@
+"""The classifier of classifier guidance (Dhariwal & Nichol 2021, section 4), trained on images of every noise level.
+
+    L = E -log p_phi(y | x_t, t)        x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, t uniform
+
+The gradient of its log-probability with respect to x_t is what steers a diffusion model of the same noise schedule.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from sdtune import pixel_models, schedules
+from sdtune.data import Stream, load_images
+from sdtune.diffusion import DDPM
+from sdtune.methods import ClassifierConfig
+from sdtune.pixels import classes_of, mode_for, pixels
+from sdtune.recipe import Recipe
+
+PARTS = 5
+"""Into how many equal parts the timesteps are divided to tell the accuracy in each."""
+
+
+class Classifier(Recipe):
+    Config = ClassifierConfig
+
+    def __init__(self, cfg, device):
+        super().__init__(cfg, device)
+        self.scheduler = schedules.noise_scheduler(cfg)
+        self.process = DDPM(self.scheduler.alphas_cumprod)
+        self.images = load_images(cfg, captions=False, class_column=cfg.class_column)
+        self.mode = mode_for(cfg, self.images, None)
+        self.classes = classes_of(cfg, self.images)
+        self.classifier = pixel_models.classifier(cfg, len(self.mode), len(self.classes))
+
+    def dataset(self, group, say):
+        return pixels(self.cfg, Stream(self.cfg, self.images, group, self.mode), say, self.classes)
+
+    def forward(self, batch):
+        t, y = self.process.timesteps(batch["u"]), batch["label"]
+        logits = self.classifier(self.process.noise(batch["pixels"], batch["noise"], t), t).float()
+        return cross_entropy(logits, y, reduction="none"), self.accuracy(logits, y, t)
+
+    def accuracy(self, logits, y, t):
+        """Whether each image is told right, by part of the timesteps: ``[B]`` each, NaN in the other parts."""
+        right, T = (logits.argmax(1) == y).float(), len(self.process.alphas_cumprod)
+        edges = [T * part // PARTS for part in range(PARTS + 1)]
+        return {
+            f"accuracy_t{low}_{high - 1}": right.where((low <= t) & (t < high), torch.nan)
+            for low, high in pairwise(edges)
+        }
+
+    def export(self, out):
+        return pixel_models.save_classifier(out, self.classifier, self.scheduler, self.classes)

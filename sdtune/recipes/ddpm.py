@@ -1,0 +1,53 @@
+"""Denoising Diffusion Probabilistic Models (Ho et al. 2020, equations 4 and 14), on pixels.
+
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise        L_simple = E |noise - noise_theta(x_t, t)|^2
+
+With classes the network is noise_theta(x_t, t, c), and c is the null class for a share of the images, so that one
+network is both models of classifier-free guidance (Ho & Salimans 2022, algorithm 1).
+"""
+
+import torch
+
+from sdtune import pixel_models, schedules
+from sdtune.data import Stream, load_images
+from sdtune.diffusion import DDPM, denoising_loss
+from sdtune.methods import DdpmConfig
+from sdtune.pixels import classes_of, mode_for, pixels
+from sdtune.recipe import Recipe
+from sdtune.samplers import make_scheduler
+from sdtune.sampling import draw, to_images
+
+
+class Ddpm(Recipe):
+    Config = DdpmConfig
+
+    def __init__(self, cfg, device):
+        super().__init__(cfg, device)
+        model = pixel_models.plan(cfg)
+        self.scheduler = schedules.noise_scheduler(cfg, model.scheduler)
+        self.objective = DDPM.of(cfg, self.scheduler)
+        self.images = load_images(cfg, captions=False, class_column=cfg.class_column)
+        self.mode = mode_for(cfg, self.images, model.channels)
+        self.classes = classes_of(cfg, self.images, model.classes)
+        self.unet = pixel_models.build(cfg, model, len(self.mode), self.classes)
+
+    def dataset(self, group, say):
+        for line in (pixel_models.told(self.unet), *schedules.told(self.scheduler)):
+            say(line)
+        stream = Stream(self.cfg, self.images, group, self.mode)
+        return pixels(self.cfg, stream, say, self.classes, self.cfg.class_dropout)
+
+    def forward(self, batch):
+        c = batch.get("label")
+        return denoising_loss(
+            self.objective, lambda x_t, t: self.unet(x_t, t, class_labels=c).sample, batch["pixels"], batch
+        )
+
+    def sample(self, prompts, seeds):
+        c = torch.tensor([self.classes.index(name) for name in prompts]) if self.classes else None
+        ddim = make_scheduler("ddim", self.scheduler)
+        steps = min(self.cfg.validation_inference_steps, len(self.scheduler.alphas_cumprod))
+        return to_images(draw(self.unet, ddim, list(seeds), steps=steps, labels=c))
+
+    def export(self, out):
+        return pixel_models.save(out, self.unet, self.scheduler, self.classes)

@@ -1,0 +1,122 @@
+"""What every recipe is held to in ``test_resume`` and ``test_cuts``: a new one adds a row here, and nothing there."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+class Places(NamedTuple):
+    """Where the tests have a small pipeline, and a folder of captioned pictures."""
+
+    sd: Path
+    pictures: Path
+
+
+@dataclass(frozen=True)
+class Contract:
+    """A recipe in small.
+
+    Attributes:
+        settings: options of a short run on ``{sd}`` and ``{pictures}``, by flag.
+        weights: the file of the artefact that holds what was trained, below the run's folder.
+        variants: further options, by name, with each of which a killed run has to go on to the same bits.
+        draws: options that draw whatever the recipe can draw; however a step is cut, it has to end the same.
+        previews: options that make it look at itself on the way, which must change nothing.
+    """
+
+    settings: dict[str, object]
+    weights: str
+    variants: dict[str, list[str]]
+    draws: list[str] = field(default_factory=list)
+    previews: list[str] = field(default_factory=list)
+
+    def artefact(self, out: Path) -> dict[str, Tensor]:
+        return load_file(out / self.weights)
+
+
+WORKERS = {"workers": ["--dataloader-num-workers", "2"]}
+CUT_AND_AVERAGED = {
+    "accumulation": ["--train-batch-size", "1", "--gradient-accumulation-steps", "2"],
+    "average": ["--use-ema", "--ema-power", "0.75"],
+}
+SMALL = {
+    "--resolution": 16,
+    "--block-out-channels": "8 16",
+    "--attention-resolutions": 8,
+    "--layers-per-block": 1,
+    "--norm-num-groups": 4,
+    "--lr-scheduler": "constant",
+}
+"""A network of pixels."""
+# The true gradient of a key's bias is zero, and Adam makes full steps of what rounding leaves of it.
+STEADY = ["--learning-rate", "1e-4", "--adam-epsilon", "1e-3"]
+
+RECIPES = {
+    "lora": Contract(
+        settings={"--model": "{sd}", "--resolution": 32},
+        weights="pytorch_lora_weights.safetensors",
+        variants={
+            "plain": [],
+            **WORKERS,
+            **CUT_AND_AVERAGED,
+            "text encoder, dropout": ["--train-text-encoder", "--dropout", "0.1", "--lr-scheduler", "cosine"],
+            "random crops, flips, buckets": ["--no-center-crop", "--random-flip", "--buckets", "--bucket-step", "8"],
+        },
+        draws=[
+            *("--learning-rate", "1e-4", "--random-flip", "--caption-dropout", "0.2", "--noise-offset", "0.05"),
+            *("--use-ema", "--snr-gamma", "5"),
+        ],
+        previews=["--num-validation-images", "3"],
+    ),
+    "ddpm": Contract(
+        settings=SMALL,
+        weights="unet/diffusion_pytorch_model.safetensors",
+        variants={
+            "plain": ["--no-use-ema"],
+            **WORKERS,
+            **CUT_AND_AVERAGED,
+            "classes, dropout": ["--class-column", "text", "--class-dropout", "0.3", "--dropout", "0.1"],
+            "random crops, flips, velocity": ["--no-center-crop", "--random-flip", "--prediction-type", "v_prediction"],
+        },
+        draws=[
+            *(*STEADY, "--random-flip", "--no-center-crop", "--noise-offset", "0.05", "--input-perturbation", "0.1"),
+            *("--class-column", "text", "--class-dropout", "0.3", "--snr-gamma", "5"),
+        ],
+        previews=["--num-validation-images", "3"],
+    ),
+    "classifier": Contract(
+        settings=SMALL | {"--class-column": "text", "--attention-head-dim": 8},
+        weights="diffusion_pytorch_model.safetensors",
+        variants={"plain": [], **WORKERS, **CUT_AND_AVERAGED, "dropout, flips": ["--dropout", "0.1", "--random-flip"]},
+        draws=[*STEADY, "--random-flip", "--no-center-crop", "--use-ema"],
+    ),
+}
+
+
+def command(recipe: str, places: Places, out: Path, *options: str) -> list[str]:
+    """The command line of a short run of ``recipe`` into ``out``; later options win over its own."""
+    settings: dict[str, object] = {
+        "--dataset": "{pictures}",
+        "--output-dir": out,
+        "--steps": 12,
+        "--train-batch-size": 2,
+        "--learning-rate": "1e-2",
+        "--dataloader-num-workers": 0,
+        "--num-validation-images": 0,
+        "--log-steps": 4,
+        "--checkpointing-steps": 4,
+    }
+    if recipe == "classifier":  # which draws none
+        del settings["--num-validation-images"]
+    settings |= RECIPES[recipe].settings
+    given = {option.partition("=")[0] for option in options}
+    words = [
+        word
+        for flag, value in settings.items()
+        if flag not in given
+        for word in (flag, *str(value).format(**places._asdict()).split())
+    ]
+    return [recipe, *words, *options]
