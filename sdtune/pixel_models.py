@@ -160,7 +160,13 @@ def _saved(cfg: Any) -> PixelModel:
     if "beta_schedule" not in scheduler:
         raise UserError(f"--model {cfg.model}: its {scheduler.get('_class_name')} knows no betas, so it is no DDPM")
     network = _checked(dict(unet.config), f"--model {cfg.model}")
-    classes = _classes(cfg, source) if network.pop("num_class_embeds", None) else []
+    embedded = network.pop("num_class_embeds", None)
+    classes = _classes(cfg, source) if embedded else []
+    if embedded and embedded != len(classes) + 1:
+        raise UserError(
+            f"--model {cfg.model}: {CLASSES} names {len(classes)} classes, but the network has {embedded - 1} "
+            "and the null class"
+        )
     public = {k: v for k, v in scheduler.items() if not k.startswith("_")}
     return PixelModel(network, public, classes, unet.state_dict())
 
