@@ -113,7 +113,7 @@ def test_figures_of_a_recipe_are_logged_and_shown(run):
     assert len(figures) == 2
     assert all(norm > 0 and three == 3 for norm, three in figures)
     assert figures[0] != figures[1]
-    assert "<figcaption><h3>first norm" in (run / "report.html").read_text()
+    assert "<figcaption><h3>First norm" in (run / "report.html").read_text()
 
 
 def test_report_and_card_go_by_the_record(run, capsys):
