@@ -25,3 +25,36 @@ def rescaled(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
     """
     deviations = [pred.flatten(1).std(1).reshape(-1, 1, 1, 1) for pred in (conditional, guided)]
     return share * (guided * deviations[0] / deviations[1]) + (1 - share) * guided
+
+
+def shifted(pred: Tensor, gradient: Tensor, alpha_bar: float, prediction: str) -> Tensor:
+    """``eps - s_t gradient``, in what the network predicts (Dhariwal & Nichol 2021, algorithm 2).
+
+    Pure noise tells nothing of the image, so there, at zero terminal SNR, no gradient shifts anything.
+
+    Args:
+        gradient: of the log-probability of what is asked for, times its scale, by x_t.
+        prediction: ``epsilon``, ``v_prediction`` or ``sample``.
+    """
+    a, s = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+    if a == 0:
+        return pred
+    return pred + {"epsilon": -s, "v_prediction": -s / a, "sample": s * s / a}[prediction] * gradient
+
+
+def shifted_mean(mean: Tensor, gradient: Tensor, variance: float) -> Tensor:
+    """``mu + Sigma gradient``, of an ancestral step (Dhariwal & Nichol 2021, algorithm 1).
+
+    A sample of the step is shifted like its mean. For ``gradient`` see `shifted`.
+    """
+    return mean + variance * gradient
+
+
+def reverse_variance(alpha_bar: float, previous: float, large: bool = False) -> float:
+    """Fixed variance of a reverse step (Ho et al. 2020, section 3.2): beta-tilde of equation 7, or beta if ``large``.
+
+    Args:
+        alpha_bar, previous: the paper's alpha-bar at the step's timestep and at the one it leads to.
+    """
+    beta = 1 - alpha_bar / previous
+    return beta if large else (1 - previous) / (1 - alpha_bar) * beta

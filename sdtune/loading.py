@@ -1,5 +1,7 @@
 """From names to a pipeline: the base model, and adapters on it with their weights."""
 
+import difflib
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +10,13 @@ from typing import Any
 import diffusers
 import huggingface_hub
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DModel
+from torch import Tensor, nn
 
 from sdtune import families
 from sdtune.adapters import FILE
 from sdtune.configs import UserError
+from sdtune.noisy_classifier import NoisyClassifier
 from sdtune.precision import DTYPES
 from sdtune.verbs import SampleConfig
 
@@ -151,3 +155,77 @@ def published_file(where: str, name: str, option: str) -> Path:
     except (OSError, ValueError) as error:
         why = str(error).splitlines()[0]
         raise UserError(f"{option} {where}: no such file or folder, and not on the Hub: {why}") from error
+
+
+def load_classes(cfg: SampleConfig, unet: UNet2DModel) -> list[str]:
+    """The classes of a model of pixels, in the order of its labels, from ``classes.json`` beside its parts."""
+    source = Path(families.resolve_model(cfg.model))
+    try:
+        if not source.is_dir():
+            file = huggingface_hub.hf_hub_download(
+                cfg.model, "classes.json", revision=cfg.revision, cache_dir=cfg.cache_dir
+            )
+            source = Path(file).parent
+        classes = _classes(source, f"--model {cfg.model}")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {cfg.model}: has classes, but no classes.json that names them") from error
+    if len(classes) + 1 != unet.config.num_class_embeds:
+        raise UserError(
+            f"--model {cfg.model}: classes.json names {len(classes)} classes, and the network has "
+            f"{unet.config.num_class_embeds}, the last for none"
+        )
+    return classes
+
+
+def class_labels(names: Sequence[str], classes: Sequence[str], where: str) -> Tensor:
+    """The labels of ``names``: int64 ``[N]``; `UserError` for one that ``where`` does not know."""
+    for name in names:
+        if name not in classes:
+            close = difflib.get_close_matches(name, classes, n=1)
+            known = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+            raise UserError(f"--class {name}: {where} knows {known}" + (f"; did you mean {close[0]}?" if close else ""))
+    return torch.tensor([classes.index(name) for name in names])
+
+
+def load_classifier(folder: Path, unet: UNet2DModel, scheduler: SchedulerMixin) -> tuple[nn.Module, list[str]]:
+    """A run of ``sdtune classifier`` and its classes; `UserError` where it cannot steer this model."""
+    where = f"--classifier {folder}"
+    try:
+        classifier = NoisyClassifier.from_pretrained(folder)
+        own = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+        classes = _classes(folder, where)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: not a classifier of noised images: {str(error).splitlines()[0]}") from error
+    for what, name in {"channels": "in_channels", "pixels a side": "sample_size"}.items():
+        if classifier.config[name] != unet.config[name]:
+            raise UserError(f"{where}: made for {classifier.config[name]} {what}, the model for {unet.config[name]}")
+    for name in ("num_train_timesteps", "beta_schedule"):
+        if own.config[name] != scheduler.config[name]:
+            raise UserError(f"{where}: its {name} is {own.config[name]}, the model's {scheduler.config[name]}")
+    if not torch.allclose(own.betas, scheduler.betas.cpu(), atol=1e-7):
+        ends = [f"{betas[0]:.3g} to {betas[-1]:.3g}" for betas in (own.betas, scheduler.betas)]
+        raise UserError(f"{where}: trained with betas from {ends[0]}, the model with {ends[1]}")
+    return classifier.requires_grad_(False).eval().to(unet.device), classes
+
+
+def _classes(folder: Path, where: str) -> list[str]:
+    classes = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{where}: classes.json is no list of names")
+    return classes
+
+
+def load_clip(name: str, cache_dir: Path | None, device: torch.device) -> tuple[nn.Module, Any, Any]:
+    """A transformers ``CLIPModel``, its tokenizer and its image processor, frozen, in 32 bits."""
+    from transformers import AutoConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    try:
+        kind = AutoConfig.from_pretrained(name, cache_dir=cache_dir).model_type
+        if kind != "clip":
+            raise UserError(f"--clip-model {name}: a {kind} model, not a CLIPModel")
+        clip = CLIPModel.from_pretrained(name, cache_dir=cache_dir, use_safetensors=True, dtype=torch.float32)
+        tokenizer = CLIPTokenizer.from_pretrained(name, cache_dir=cache_dir)
+        processor = CLIPImageProcessor.from_pretrained(name, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--clip-model {name}: {str(error).splitlines()[0]}") from error
+    return clip.requires_grad_(False).eval().to(device), tokenizer, processor

@@ -257,7 +257,7 @@ METHODS: tuple[type[Run], ...] = (
 
 
 def config_class(settings: Mapping[str, Any]) -> type[Run]:
-    """The config class of a run's ``config.yaml``; of a recipe of one's own, the one that shares most of its keys.
+    """The config class of a run's ``config.yaml``; of a recipe of one's own, the one whose keys are most alike.
 
     The runs of a time when `method` was not written down were all LoRA.
     """
@@ -265,7 +265,8 @@ def config_class(settings: Mapping[str, Any]) -> type[Run]:
     for config in METHODS:
         if config.method == name:
             return config
-    return max(METHODS, key=lambda config: len(settings.keys() & config.model_fields.keys()))
+    keys = settings.keys()
+    return max(METHODS, key=lambda c: len(keys & c.model_fields.keys()) / len(keys | c.model_fields.keys()))
 
 
 MAY_CHANGE = frozenset(

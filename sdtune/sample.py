@@ -1,4 +1,4 @@
-"""``sdtune sample``: a base model, adapters with weights, and prompts, to images.
+"""``sdtune sample``: a base model, adapters with weights, and prompts, to images (``sample_pixels`` for pixel models).
 
 `generate` also draws the previews of training, so a preview is what the artefact will give. Image k of a call
 starts from the noise of ``torch.Generator("cpu").manual_seed(seed + k)``, whatever the batch size, so stock
@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -23,63 +23,129 @@ from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.progress import Progress
 
+from sdtune import families
 from sdtune.configs import UserError
 from sdtune.loading import load_adapters, load_embeddings, load_pipeline, split_weight
+from sdtune.options import flag
+from sdtune.sample_pixels import PixelJob, of_pixels
 from sdtune.samplers import make_scheduler
 from sdtune.sheets import grid
 from sdtune.verbs import SampleConfig
+
+STEPS = 25
+SHOWN = 100
+"""Most images of a call that are kept in memory, for its sheet."""
+OF_LATENTS = "adapter embedding unet vae negative_prompt width height"
+OF_PIXELS = "class_name classifier clip_model eta strip interpolate"
+"""Options that only one kind of model has a use for."""
 
 
 def sample(cfg: SampleConfig) -> list[Path]:
     """Make the images of ``cfg`` and return their files.
 
-    ``output_dir`` receives ``00000.png``, ``00001.png``, ...; ``prompts.jsonl`` with the ``file_name``,
-    ``text`` and ``seed`` of each; and ``grid.png``, a sheet of this call's images. Nothing but the sheet is
-    overwritten: a second call into the same folder goes on numbering where the first one ended.
+    ``output_dir`` receives ``00000.png``, ``00001.png``, ... as they are made; ``prompts.jsonl`` with the
+    ``file_name``, ``text`` and ``seed`` of each; and ``grid.png``, a sheet of this call's first hundred images.
+    Nothing but sheets is overwritten: a second call into the same folder goes on numbering where the first one ended.
     """
-    prompts = [p for p in read_prompts(cfg) for _ in range(cfg.num_images_per_prompt)]
+    prompts = read_prompts(cfg)
     cfg = _with_base(cfg)
-    pipe = load_pipeline(cfg)
-    load_adapters(pipe, cfg.adapter)
-    load_embeddings(pipe, cfg.embedding, cfg.adapter)
+    source = families.resolve_model(cfg.model)
+    pixels = of_pixels(families.model_index(source, cfg))
+    refuse(cfg, *((OF_LATENTS, "a model of pixels") if pixels else (OF_PIXELS, "a text-to-image model")))
+    job: Job = PixelJob(cfg, prompts) if pixels else PromptJob(cfg, prompts)
     try:
         cfg.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output-dir {cfg.output_dir}: cannot be written ({error.strerror})") from error
-    if cfg.scheduler:
-        pipe.scheduler = make_scheduler(cfg.scheduler, pipe.scheduler)
+    taken = [int(p.stem) for p in cfg.output_dir.glob("*.png") if re.fullmatch(r"\d{5,}", p.stem)]
+    first, total, files = max(taken, default=-1) + 1, len(job.records), []
+    shown: list[Image.Image] = []
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("Sampling", total=1.0)
-        images = generate(
-            pipe,
-            prompts,
-            [cfg.seed + k for k in range(len(prompts))],
-            steps=cfg.steps,
-            guidance_scale=cfg.guidance_scale,
+        task = bar.add_task("Sampling", total=float(total))
+
+        def report(share: float) -> None:
+            bar.update(task, completed=len(files) + share * min(cfg.batch_size, total - len(files)))
+
+        for start in range(0, total, cfg.batch_size):
+            rows = slice(start, start + cfg.batch_size)
+            images = job.draw(rows, report)
+            shown += images[: SHOWN - len(shown)]
+            with (cfg.output_dir / "prompts.jsonl").open("a", encoding="utf-8") as lines:
+                for image, record in zip(images, job.records[rows], strict=True):
+                    files.append(cfg.output_dir / f"{first + len(files):05d}.png")
+                    info = PngInfo()
+                    info.add_text("parameters", _parameters(cfg, job.facts, record, image))
+                    image.save(files[-1], pnginfo=info)
+                    lines.write(json.dumps({"file_name": files[-1].name} | record, ensure_ascii=False) + "\n")
+    for name, sheet in job.sheets(shown).items():
+        sheet.save(cfg.output_dir / name)
+    return files
+
+
+class Job(Protocol):
+    """The images of one call."""
+
+    records: list[dict[str, Any]]
+    """``text`` and ``seed`` of each."""
+    facts: dict[str, Any]
+    """How all of them come about, for their text chunks."""
+
+    def draw(self, rows: slice, progress: Callable[[float], None]) -> list[Image.Image]: ...
+    def sheets(self, images: Sequence[Image.Image]) -> dict[str, Image.Image]: ...
+
+
+class PromptJob:
+    """Prompts for a text-to-image model, with adapters on it."""
+
+    def __init__(self, cfg: SampleConfig, prompts: Sequence[str]):
+        if not prompts:
+            raise UserError("nothing to show: give --prompt or --prompt-file")
+        texts = [p for p in prompts for _ in range(cfg.num_images_per_prompt)]
+        self.cfg = cfg
+        self.records = [{"text": text, "seed": cfg.seed + k} for k, text in enumerate(texts)]
+        self.scale = 5.0 if cfg.guidance_scale is None else cfg.guidance_scale
+        self.pipe = load_pipeline(cfg)
+        load_adapters(self.pipe, cfg.adapter)
+        load_embeddings(self.pipe, cfg.embedding, cfg.adapter)
+        if cfg.scheduler:
+            self.pipe.scheduler = make_scheduler(cfg.scheduler, self.pipe.scheduler)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        sampler = type(self.pipe.scheduler).__name__
+        return {"Steps": self.cfg.steps or STEPS, "Sampler": sampler, "CFG scale": self.scale}
+
+    def draw(self, rows: slice, progress: Callable[[float], None]) -> list[Image.Image]:
+        cfg = self.cfg
+        return generate(
+            self.pipe,
+            [record["text"] for record in self.records[rows]],
+            [record["seed"] for record in self.records[rows]],
+            steps=cfg.steps or STEPS,
+            guidance_scale=self.scale,
             negative_prompt=cfg.negative_prompt,
             guidance_rescale=cfg.guidance_rescale,
             batch_size=cfg.batch_size,
             width=cfg.width,
             height=cfg.height,
-            progress=lambda share: bar.update(task, completed=share),
+            progress=progress,
         )
-    taken = [int(p.stem) for p in cfg.output_dir.glob("*.png") if re.fullmatch(r"\d{5,}", p.stem)]
-    first, files = max(taken, default=-1) + 1, []
-    with (cfg.output_dir / "prompts.jsonl").open("a", encoding="utf-8") as out:
-        for k, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-            files.append(cfg.output_dir / f"{first + k:05d}.png")
-            info = PngInfo()
-            info.add_text("parameters", _parameters(cfg, pipe, prompt, cfg.seed + k, image))
-            image.save(files[-1], pnginfo=info)
-            line = {"file_name": files[-1].name, "text": prompt, "seed": cfg.seed + k}
-            out.write(json.dumps(line, ensure_ascii=False) + "\n")
-    grid(images, prompts).save(cfg.output_dir / "grid.png")
-    return files
+
+    def sheets(self, images: Sequence[Image.Image]) -> dict[str, Image.Image]:
+        return {"grid.png": grid(images, [record["text"] for record in self.records[: len(images)]])}
+
+
+def refuse(cfg: SampleConfig, names: str, kind: str) -> None:
+    """Raise `UserError` where an option is given that ``kind`` of model has no use for."""
+    defaults = {name: field.get_default() for name, field in SampleConfig.model_fields.items()}
+    if given := [flag(name) for name in names.split() if getattr(cfg, name) != defaults[name]]:
+        raise UserError(f"{', '.join(given)}: not for {kind}, which {cfg.model} is")
 
 
 def tell(cfg: SampleConfig) -> str:
     files = sample(cfg)
-    return f"{len(files)} images in {cfg.output_dir}, side by side in {cfg.output_dir / 'grid.png'}"
+    sheet = "interpolation.png" if cfg.interpolate else "grid.png"
+    return f"{len(files)} images in {cfg.output_dir}, side by side in {cfg.output_dir / sheet}"
 
 
 @torch.no_grad()
@@ -138,7 +204,7 @@ def generate(
 
 
 def read_prompts(cfg: SampleConfig) -> list[str]:
-    """The prompts of ``cfg`` and then those of its file, blank lines left out; never empty."""
+    """The prompts of ``cfg`` and then those of its file, blank lines left out."""
     prompts = list(cfg.prompt)
     if cfg.prompt_file:
         try:
@@ -148,8 +214,8 @@ def read_prompts(cfg: SampleConfig) -> list[str]:
         except UnicodeDecodeError as error:
             raise UserError(f"--prompt-file {cfg.prompt_file}: not UTF-8 at byte {error.start}") from error
         prompts += [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"--prompt-file {cfg.prompt_file}: no prompt in it")
+        if not prompts:
+            raise UserError(f"--prompt-file {cfg.prompt_file}: no prompt in it")
     return prompts
 
 
@@ -174,13 +240,12 @@ def _reporter(progress: Callable[[float], None], done: int, batch: int, total: i
     return report
 
 
-def _parameters(cfg: SampleConfig, pipe: DiffusionPipeline, prompt: str, seed: int, image: Image.Image) -> str:
+def _parameters(cfg: SampleConfig, facts: dict[str, Any], record: dict[str, Any], image: Image.Image) -> str:
     """How an image came about, in the layout that image viewers read from the text chunk ``parameters``."""
-    facts = {"Steps": cfg.steps, "Sampler": type(pipe.scheduler).__name__, "CFG scale": cfg.guidance_scale}
-    facts |= {"Seed": seed, "Size": f"{image.width}x{image.height}", "Model": cfg.model}
+    facts = facts | {"Seed": record["seed"], "Size": f"{image.width}x{image.height}", "Model": cfg.model}
     if cfg.guidance_rescale:
         facts["CFG rescale"] = cfg.guidance_rescale
     if cfg.adapter:
         facts["Adapters"] = " ".join(cfg.adapter)
     negative = f"Negative prompt: {cfg.negative_prompt}\n" if cfg.negative_prompt else ""
-    return f"{prompt}\n{negative}{', '.join(f'{k}: {v}' for k, v in facts.items())}"
+    return f"{record['text']}\n{negative}{', '.join(f'{k}: {v}' for k, v in facts.items())}"

@@ -4,8 +4,10 @@ import inspect
 from importlib.util import find_spec
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import SchedulerMixin
+from torch import Tensor
 
 from sdtune.configs import UserError
 
@@ -51,7 +53,8 @@ def make_scheduler(name: str, base: SchedulerMixin, clip: bool = False) -> Sched
         process["rescale_betas_zero_snr"] = True
     if name == "lms" and find_spec("scipy") is None:
         raise UserError("--scheduler lms needs scipy: pip install scipy")
-    given = {k: v for k, v in base.config.items() if k not in base.config.get("_use_default_values", ())}
+    defaults = base.config.get("_use_default_values", ())
+    given = {k: v for k, v in base.config.items() if k not in defaults and k != "_use_default_values"}
     usual = {"skip_prk_steps": True} if name == "pndm" else {"clip_sample": clip}
     scheduler = chosen.from_config({**usual, **given, **process})
     try:  # what a class can predict from, only its step tells
@@ -63,3 +66,15 @@ def make_scheduler(name: str, base: SchedulerMixin, clip: bool = False) -> Sched
         predicts = process["prediction_type"]
         raise UserError(f"--scheduler {name} cannot sample a model that predicts {predicts}") from error
     return scheduler
+
+
+def alpha_bars(scheduler: SchedulerMixin) -> Tensor:
+    """The paper's alpha-bar (Ho et al. 2020) at each of the scheduler's timesteps: float64 ``[steps]``.
+
+    Where Euler, Heun and LMS are set between two timesteps, the noise over the signal is interpolated, as they do it.
+    """
+    known, t = scheduler.alphas_cumprod.double().cpu(), scheduler.timesteps.double().cpu()
+    if torch.equal(t, t.round()):
+        return known[t.long()]
+    sigmas = ((1 - known) / known).sqrt().numpy()
+    return 1 / (1 + torch.from_numpy(np.interp(t.numpy(), np.arange(len(sigmas)), sigmas)).square())

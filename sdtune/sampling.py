@@ -12,13 +12,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin, UNet2DModel
+from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor, nn
 
 from sdtune.configs import UserError
-from sdtune.guidance import classifier_free, rescaled
+from sdtune.diffusion import DDPM
+from sdtune.guidance import classifier_free, rescaled, reverse_variance, shifted, shifted_mean
+from sdtune.guides import Guide
+from sdtune.samplers import alpha_bars
 
 
 @torch.no_grad()
@@ -31,8 +34,11 @@ def draw(
     labels: Tensor | None = None,
     guidance_scale: float = 1.0,
     guidance_rescale: float = 0.0,
+    guides: Sequence[Guide] = (),
+    start: tuple[Tensor, int] | None = None,
     eta: float = 0.0,
     batch_size: int = 64,
+    watch: Callable[[int, Tensor], None] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Tensor:
     """An image for each seed: float32 ``[N, C, H, W]`` on the CPU, in [-1, 1].
@@ -44,30 +50,52 @@ def draw(
         labels: class of each image, int64 ``[N]``; ``None`` is the null class of a model with classes.
         guidance_scale: see `guidance.classifier_free`; 1 asks the network once a step.
         guidance_rescale: see `guidance.rescaled`.
+        guides: what else steers the images: by algorithm 1 of Dhariwal & Nichol 2021 where the scheduler is DDPM's,
+            by algorithm 2 with every other.
+        start: images ``[N, C, H, W]`` in [-1, 1] and the timestep to noise them to, in place of pure noise. Steps begin
+            at the first timestep of the scheduler that is no later. For DDPM and DDIM.
         eta: noise of DDIM, from 0 (none) to 1 (that of DDPM); other schedulers have their own.
+        watch: called in each step with the timestep and the estimates of x0 ``[B, C, H, W]``.
         progress: called with the share done, 0 to 1.
 
     Raises:
         UserError: for more steps than the model has, and for what the scheduler or the model does not know.
     """
-    if labels is not None and unet.config.num_class_embeds is None:
-        raise UserError("this model has no classes to choose from")
     scheduler = copy.deepcopy(scheduler)
-    _check(unet, scheduler, steps, eta)
-    drawn: list[Tensor] = []
+    _check(unet, scheduler, steps, labels, eta)
+    bars = alpha_bars(scheduler)
+    process = DDPM(bars, scheduler.config.prediction_type)  # by number of the step, not by timestep
+    ancestral = isinstance(scheduler, DDPMScheduler)
+    first = _first_step(scheduler, start[1]) if start else 0
+    through_network = any(guide.sees_x0 for guide in guides)
+    drawn = []
     with evaluating(unet):
-        for start in range(0, len(seeds), batch_size):
-            rows = slice(start, start + batch_size)
+        for done in range(0, len(seeds), batch_size):
+            rows = slice(done, done + batch_size)
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]]
             predict = _predictor(unet, len(generators), labels, rows, guidance_scale, guidance_rescale)
-            scheduler.set_timesteps(steps)
+            scheduler.set_timesteps(steps)  # some remember the steps of the batch before
             options = _accepted(scheduler, generator=generators, eta=eta)
             x = _noise(unet, generators) * scheduler.init_noise_sigma
-            for k, t in enumerate(scheduler.timesteps):
-                x_t = scheduler.scale_model_input(x, t)
-                x = scheduler.step(predict(x_t, t), t, x, **options).prev_sample
+            if start:
+                x = scheduler.add_noise(start[0][rows].to(x), x, scheduler.timesteps[first].expand(len(x)))
+            for k in range(first, len(bars)):
+                t = scheduler.timesteps[k]
+                with torch.set_grad_enabled(through_network):
+                    x_t = scheduler.scale_model_input(x, t).detach().requires_grad_(bool(guides))
+                    pred = predict(x_t, t)
+                    x0 = process.x0(x_t, pred, torch.full((len(x),), k))
+                gradient = _gradient(guides, x_t, t, x0, rows) if guides else None
+                if watch:
+                    watch(int(t), x0.detach())
+                pred = pred.detach()
+                if gradient is not None and not ancestral:
+                    pred = shifted(pred, gradient, float(bars[k]), process.prediction)
+                x = scheduler.step(pred, t, x, **options).prev_sample
+                if gradient is not None and ancestral:
+                    x = shifted_mean(x, gradient, _variance(scheduler, bars, k))
                 if progress:
-                    progress((start + len(x) * (k + 1) / len(scheduler.timesteps)) / len(seeds))
+                    progress((done + len(x) * (k + 1 - first) / (len(bars) - first)) / len(seeds))
             drawn.append(x.float().cpu().clamp(-1, 1))
     return torch.cat(drawn)
 
@@ -112,7 +140,35 @@ def _accepted(scheduler: SchedulerMixin, **options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in known}
 
 
-def _check(unet: UNet2DModel, scheduler: SchedulerMixin, steps: int, eta: float) -> None:
+def _gradient(guides: Sequence[Guide], x_t: Tensor, t: Tensor, x0: Tensor, rows: slice) -> Tensor:
+    """Gradient by ``x_t`` of what all guides say together."""
+    with torch.enable_grad():
+        said = sum(guide(x_t, t, x0, rows).sum() for guide in guides)
+    return torch.autograd.grad(said, x_t)[0].to(x_t)
+
+
+def _variance(scheduler: SchedulerMixin, bars: Tensor, k: int) -> float:
+    """What the ``k``-th step of a DDPM scheduler adds noise of."""
+    previous = float(bars[k + 1]) if k + 1 < len(bars) else 1.0
+    return reverse_variance(float(bars[k]), previous, large="large" in scheduler.config.variance_type)
+
+
+def _first_step(scheduler: SchedulerMixin, timestep: int) -> int:
+    """The first step that is no earlier in the noise than ``timestep``."""
+    if not isinstance(scheduler, DDPMScheduler | DDIMScheduler):
+        raise UserError(f"starting from images is for ddpm and ddim, not for {type(scheduler).__name__}")
+    if timestep >= scheduler.config.num_train_timesteps:
+        raise UserError(f"timestep {timestep}: the last of this model is {scheduler.config.num_train_timesteps - 1}")
+    later = [k for k, t in enumerate(scheduler.timesteps) if t <= timestep]
+    if not later:
+        raise UserError(f"timestep {timestep}: the first step from the image is at {scheduler.timesteps[-1]}")
+    return later[0]
+
+
+def _check(unet: UNet2DModel, scheduler: SchedulerMixin, steps: int, labels: Tensor | None, eta: float) -> None:
+    """Raise `UserError` for what cannot be drawn, and set the timesteps."""
+    if labels is not None and unet.config.num_class_embeds is None:
+        raise UserError("this model has no classes to choose from")
     if unet.config.out_channels != unet.config.in_channels:
         raise UserError("this model predicts its variance as well, which is not sampled here")
     if not hasattr(scheduler, "alphas_cumprod"):
@@ -121,6 +177,10 @@ def _check(unet: UNet2DModel, scheduler: SchedulerMixin, steps: int, eta: float)
         raise UserError(f"{steps} steps: this model has {scheduler.config.num_train_timesteps} timesteps")
     if eta and not _accepted(scheduler, eta=eta):
         raise UserError(f"eta is for DDIM; {type(scheduler).__name__} has none")
+    try:
+        scheduler.set_timesteps(steps)
+    except ValueError as error:
+        raise UserError(f"{steps} steps: {str(error).splitlines()[0]}") from error
 
 
 @contextmanager

@@ -9,11 +9,13 @@ from pydantic import model_validator
 from sdtune.configs import (
     Count,
     Model,
+    Natural,
     NonNegative,
     Precision,
     Repository,
     Section,
     Share,
+    Source,
     Strings,
     also,
     positional,
@@ -29,8 +31,43 @@ class Verb(Section):
     """Where --help lists it."""
 
 
-class SampleConfig(Model, Verb):
-    """Images from a base model, any adapters, and prompts."""
+class Pixels(Section):
+    class_name: Annotated[Strings, also("class")] = []
+    """Classes to show, as classes.json of the model or classifier names them; none leaves the class open."""
+    classifier: Path | None = None
+    """Run folder of `sdtune classifier`, which steers towards the class (Dhariwal & Nichol 2021); none does not."""
+    classifier_scale: NonNegative = 1.0
+    """How strongly the classifier steers."""
+    clip_model: str | None = None
+    """CLIP that steers towards the prompt: folder or Hub id of a transformers CLIPModel; none does not."""
+    clip_guidance_scale: NonNegative = 0.0
+    """How strongly CLIP steers; needs clip_model and a prompt."""
+    eta: Share = 0.0
+    """Noise of DDIM's steps, from none to that of DDPM (Song et al. 2020)."""
+    strip: Natural = 0
+    """Save strip.png: the estimate of the first image at this many steps on the way; 0 saves none."""
+    interpolate: list[Path] = []
+    """Two images to reconstruct from noise, and others between them (Ho et al. 2020, figure 8)."""
+    interpolate_timestep: Annotated[Natural, also("interpolate_steps")] = 500
+    """Timestep to which the two are noised: higher strays further from them."""
+    interpolate_count: Count = 9
+    """Images between the two."""
+
+    @model_validator(mode="after")
+    def _what_guidance_needs(self) -> Self:
+        if self.classifier and not self.class_name:
+            raise ValueError("classifier needs a class to steer towards: give class")
+        if self.classifier_scale != 1 and not self.classifier:
+            raise ValueError("classifier_scale needs a classifier")
+        if bool(self.clip_guidance_scale) != bool(self.clip_model):
+            raise ValueError("clip_guidance_scale and clip_model: give both or neither")
+        if self.interpolate and len(self.interpolate) != 2:
+            raise ValueError(f"interpolate is between two images, not {len(self.interpolate)}")
+        return self
+
+
+class SampleConfig(Pixels, Model, Verb):
+    """Images from a base model, any adapters, and prompts; or from a model of pixels, and classes."""
 
     method: ClassVar[str] = "sample"
     entry: ClassVar[str] = "sdtune.sample:tell"
@@ -49,12 +86,12 @@ class SampleConfig(Model, Verb):
     """UTF-8 file with a prompt on each line, after those of --prompt."""
     negative_prompt: str = ""
     """What not to show; needs guidance_scale above 1."""
-    num_images_per_prompt: Count = 1
-    """Images of each prompt."""
-    steps: Annotated[Count, also("num_inference_steps")] = 25
-    """Denoising steps."""
-    guidance_scale: NonNegative = 5.0
-    """Classifier-free guidance (Ho & Salimans 2022); 1 is none."""
+    num_images_per_prompt: Annotated[Count, also("num_images")] = 1
+    """Images of each prompt and class."""
+    steps: Annotated[Count | None, also("num_inference_steps")] = None
+    """Denoising steps; none is 25, for a model of pixels 50, or each of its timesteps with ddpm."""
+    guidance_scale: NonNegative | None = None
+    """Classifier-free guidance (Ho & Salimans 2022), 1 for no guidance; none is 5 with prompts, 1 with classes."""
     guidance_rescale: Share = 0.0
     """Pull the guided prediction back to the contrast of the plain one (Lin et al. 2023; 0.7 is usual)."""
     seed: int = 0
@@ -76,7 +113,7 @@ class SampleConfig(Model, Verb):
 
     @model_validator(mode="after")
     def _some_prompt(self) -> Self:
-        if not self.prompt and self.prompt_file is None:
+        if self.model in ("auto", "tiny") and not self.prompt and self.prompt_file is None:  # others may need none
             raise ValueError("nothing to show: give prompt or prompt_file")
         return self
 
@@ -84,6 +121,47 @@ class SampleConfig(Model, Verb):
     def _whole_size(self) -> Self:
         if (self.width is None) != (self.height is None):
             raise ValueError("width and height: give both, or neither for the base's own")
+        return self
+
+
+class EvaluateConfig(Source, Verb):
+    """How close images are to a reference, and to their prompts and classes: FID and the like, with intervals."""
+
+    method: ClassVar[str] = "evaluate"
+    entry: ClassVar[str] = "sdtune.evaluate:tell"
+    panel: ClassVar[str] = "Look"
+
+    samples: Annotated[str, positional("SAMPLES")]
+    """Folder of images, such as one of `sdtune sample`; or a model or run folder, which is sampled first."""
+    reference: str
+    """What to compare with: folder of images, Hub dataset id, saved dataset, or one that is built in."""
+    caption_column: str | None = None
+    """Column of the reference that holds captions, to sample with; none is `text`, or the only other one."""
+    features: str = "random-conv"
+    """Network: random-conv (built in), inception (of FID), its weights' file, or a CLIP or DINO folder or Hub id."""
+    clip_model: str | None = None
+    """CLIP model, folder or Hub id, that compares images with their prompts; none compares none."""
+    classifier: str | None = None
+    """Run of `sdtune classifier` or image classifier of transformers that looks for the classes; none asks none."""
+    neighbours: Count = 3
+    """Neighbours k of precision and recall (Kynkäänniemi et al. 2019)."""
+    resamples: Annotated[Natural, also("bootstrap")] = 200
+    """Random halves of the images behind each 95 % interval; 0 gives none."""
+    seed: int = 0
+    """Seed of the halves, and of the images when a model is sampled."""
+    num_images: Count = 500
+    """Images to sample from a model: with the reference's captions, or as many of each of its classes, rounded up."""
+    steps: Annotated[Count | None, also("num_inference_steps")] = None
+    """Denoising steps of those; none is what `sdtune sample` takes."""
+    guidance_scale: NonNegative | None = None
+    """Classifier-free guidance of those; none is what `sdtune sample` takes."""
+    output_dir: Path = Path("evaluation")
+    """Folder of evaluation.json, evaluation.png and, from a model, the sampled images."""
+
+    @model_validator(mode="after")
+    def _some_spread(self) -> Self:
+        if self.resamples == 1:
+            raise ValueError("resamples 1: one half has no spread; give 0 for no intervals, or 200")
         return self
 
 
@@ -200,5 +278,5 @@ class MergeConfig(Model, Verb):
         return self
 
 
-VERBS: tuple[type[Verb], ...] = (SampleConfig, PushConfig, ConvertConfig, MergeConfig, InspectConfig)
+VERBS: tuple[type[Verb], ...] = (SampleConfig, EvaluateConfig, PushConfig, ConvertConfig, MergeConfig, InspectConfig)
 """The commands that do not train, in the order in which --help lists them."""

@@ -14,13 +14,13 @@ ROOT = Path(sdtune.__file__).parent
 FLOORS = (
     "configs",
     "methods verbs",
-    "checkpoints curves data diffusion draws environment folder guidance hub lowrank optim options precision samplers "
-    "shapes sheets signals window",
-    "adapters cache families metrics pipelines recipe report sampling templates words",
-    "card formats loading preview samples state",
-    "fold inspect_adapter publish sample",
+    "checkpoints curves data diffusion distances draws environment folder guidance guides hub inception lowrank "
+    "noisy_classifier optim options precision public samplers schedules shapes sheets signals usage window",
+    "adapters cache families metrics noised pipelines recipe report sampling templates words",
+    "card features formats loading pixel_models pixels plots preview samples state",
+    "fold inspect_adapter judges publish sample sample_pixels",
     "class_pictures finetune",
-    "convert recipes scores truncate",
+    "convert evaluate recipes scores truncate",
     "merge train",
     "launch cli",
     "__main__",
@@ -29,8 +29,10 @@ FLOORS = (
 
 NEIGHBOURS = {
     "data": "draws",
+    "distances": "draws",
     "folder": "options",
     "cli": "launch",
+    "sample": "sample_pixels",
 }
 """Imports along a floor."""
 

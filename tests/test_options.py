@@ -9,9 +9,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sdtune import options
+from sdtune import folder, options
 from sdtune.configs import Adapter, Run, UserError
-from sdtune.methods import METHODS, ClassifierConfig, DreamBoothConfig, LoraConfig, TextualInversionConfig
+from sdtune.methods import (
+    METHODS,
+    ClassifierConfig,
+    DreamBoothConfig,
+    LoraConfig,
+    TextualInversionConfig,
+    config_class,
+)
 from sdtune.verbs import SampleConfig
 from tests.conftest import status
 
@@ -21,11 +28,24 @@ LEAST[ClassifierConfig] |= {"class_column": "c"}
 LEAST[TextualInversionConfig] |= {"placeholder_token": "<x>"}
 PRIOR, WORD = {"prior_preservation": True, "class_prompt": ["p"]}, {"lora": True, "placeholder_token": "<x>"}
 ADAPTERS = set(Adapter.model_fields) - {"train_text_encoder", "text_encoder_lr"}
-LEAST_WITH = {(SampleConfig, "width"): {"height": 64}, (SampleConfig, "height"): {"width": 64}}
-LEAST_WITH |= {(DreamBoothConfig, name): {"lora": True} for name in ADAPTERS | {"placeholder_token"}}
-LEAST_WITH |= {(DreamBoothConfig, name): PRIOR for name in ("prior_preservation", "class_prompt", "class_data")}
-LEAST_WITH |= {(DreamBoothConfig, name): WORD for name in ("initializer_token", "initializer_mean")}
-ONLY = {"bucket_max_aspect": [1.5], "channels": [2], "norm_num_groups": [16], "attention_head_dim": [32]}
+LEAST_WITH = {
+    (SampleConfig, "width"): {"height": 64},
+    (SampleConfig, "height"): {"width": 64},
+    (SampleConfig, "classifier"): {"class_name": ["x"]},
+    (SampleConfig, "classifier_scale"): {"class_name": ["x"], "classifier": "c"},
+    (SampleConfig, "clip_model"): {"clip_guidance_scale": 2.0},
+    (SampleConfig, "clip_guidance_scale"): {"clip_model": "c"},
+    **{(DreamBoothConfig, name): {"lora": True} for name in ADAPTERS | {"placeholder_token"}},
+    **{(DreamBoothConfig, name): PRIOR for name in ("prior_preservation", "class_prompt", "class_data")},
+    **{(DreamBoothConfig, name): WORD for name in ("initializer_token", "initializer_mean")},
+}
+ONLY = {
+    "bucket_max_aspect": [1.5],
+    "channels": [2],
+    "norm_num_groups": [16],
+    "attention_head_dim": [32],
+    "interpolate": [["a b", "1e5"]],
+}
 REFUSED = {(ClassifierConfig, "buckets")}
 FIELDS = [(c, name) for c in CONFIGS for name in c.model_fields if (c, name) not in REFUSED]
 TEXTS = ["1e-4", "no", "null", "~", "2024-13-01", "1:30", "0x_", " padded ", "ein Stern, größer", "赤い星 🌟", "a\nb"]
@@ -289,6 +309,45 @@ def test_a_recipe_is_found_by_its_name(tmp_path, monkeypatch, capsys):
     code, out, _ = dry_run(capsys, "lora", "--config=lora/sd15-naruto", "--rank=2")
     assert code == 0
     assert yaml.safe_load(out)["rank"] == 2
+
+
+# ---- whose settings they are ---------------------------------------------------------------------------
+
+
+def test_settings_say_whose_they_are(capsys, written):
+    for words in (["lora", "--dataset", "d"], ["sample", "--prompt", "p"]):
+        _, out, _ = dry_run(capsys, *words)
+        assert out.startswith(f"method: {words[0]}\n")
+        assert dry_run(capsys, words[0], "--config", written(out)) == (0, out, "")
+    _, out, _ = dry_run(capsys, "merge", "--adapter", "a", "--output", "b.safetensors", "--model", "m")
+    assert "method" not in yaml.safe_load(out)  # there it is an option, and stays one
+    file = written("adapter: [a, b]\noutput: c.safetensors\nmethod: svd\nrank: 4\n")
+    assert yaml.safe_load(dry_run(capsys, "merge", "--config", file)[1])["combine"] == "svd"
+
+
+@pytest.mark.parametrize("text", ["method: other", "instance_prompt: a\nmethod: other", "rank: x\nmethod: other\nq: 1"])
+def test_settings_of_another_command_are_one_line(text, written):
+    line = text.splitlines().index("method: other") + 1
+    said = refusal(written(text), rank="4.5")
+    assert said.endswith(f"x.yaml:{line}: method: these are the settings of `sdtune other`, not of `sdtune lora`")
+    assert len(said.splitlines()) == 1
+
+
+def test_a_changed_method_is_a_changed_option(tmp_path):
+    cfg, file = LoraConfig(dataset="d"), tmp_path / "config.yaml"
+    file.write_text(options.to_yaml(cfg))
+    assert folder.differences(cfg, file) == []
+    file.write_text(options.to_yaml(cfg).replace("method: lora", "method: other").replace("rank: 4", "rank: 5"))
+    assert folder.differences(cfg, file) == ["method was other, is lora", "--rank was 5, is 4"]
+    file.write_text(options.to_yaml(cfg).replace("method: lora\n", ""))  # of a time when only LoRA was there
+    assert folder.differences(cfg, file) == []
+
+
+def test_the_class_of_settings():
+    assert config_class({}) is config_class({"method": "lora"}) is config_class({"method": []}) is LoraConfig
+    for config in METHODS:
+        assert config_class({"method": config.method, "rank": 4}) is config
+        assert config_class(dict.fromkeys(config.model_fields) | {"method": "own", "gain": 3}) is config
 
 
 # ---- anything at all ---------------------------------------------------------------------------------
