@@ -21,7 +21,8 @@ SHOWN = (
 """Size, colour and ground of each picture; three colours and the black ground are left to be asked for."""
 
 
-def make_subject(folder: Path, name: str = "sks shape") -> None:
+def make_subject(folder: Path) -> None:
+    """The pictures, each with a caption of a rare word (``text``) and of one that textual inversion adds (``word``)."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(5)
     lines = []
@@ -30,9 +31,9 @@ def make_subject(folder: Path, name: str = "sks shape") -> None:
         while (scene.size, scene.colour, scene.ground) != (size, colour, ground):
             scene = shapes.random_scene(rng, ("heart",), held_out=None)
         shapes.render(scene, 96, 96).save(folder / f"{k}.png")
-        lines.append(
-            json.dumps({"file_name": f"{k}.png", "text": f"a {size} {colour} {name} on a {ground} background"})
-        )
+        caption = f"a {size} {colour} {{}} on a {ground} background"
+        row = {"file_name": f"{k}.png", "text": caption.format("sks shape"), "word": caption.format("<thing>")}
+        lines.append(json.dumps(row))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
