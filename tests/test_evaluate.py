@@ -241,7 +241,8 @@ def test_files_that_are_not_the_weights(tmp_path, weights):
     for name, content in wrong.items():
         torch.save(content, tmp_path / name)
     (tmp_path / "text.pth").write_text("version https://git-lfs")
-    for name in (*wrong, "text.pth"):
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), str(tmp_path / "program.pt"))
+    for name in (*wrong, "text.pth", "program.pt"):
         with pytest.raises(UserError, match="give weights-inception-2015-12-05-6726825d"):
             load_network(str(tmp_path / name))
 
