@@ -36,7 +36,7 @@ STEPS = 25
 SHOWN = 100
 """Most images of a call that are kept in memory, for its sheet."""
 OF_LATENTS = "adapter vae negative_prompt width height"
-OF_PIXELS = "class_name classifier clip_model eta strip interpolate"
+OF_PIXELS = "classes classifier clip_model eta strip interpolate"
 """Options that only one kind of model has a use for."""
 
 
@@ -60,7 +60,8 @@ def sample(cfg: SampleConfig) -> list[Path]:
     taken = [int(p.stem) for p in cfg.output_dir.glob("*.png") if re.fullmatch(r"\d{5,}", p.stem)]
     first, total, files = max(taken, default=-1) + 1, len(job.records), []
     shown: list[Image.Image] = []
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Sampling", total=float(total))
 
         def report(share: float) -> None:

@@ -49,7 +49,7 @@ class PixelJob:
         self.steps = cfg.steps or (timesteps if isinstance(self.scheduler, DDPMScheduler) else min(STEPS, timesteps))
         self.scale = 1.0 if cfg.guidance_scale is None else cfg.guidance_scale
 
-        asked = list(itertools.product(cfg.class_name or [""], prompts or [""], range(cfg.num_images_per_prompt)))
+        asked = list(itertools.product(cfg.classes or [""], prompts or [""], range(cfg.num_images_per_prompt)))
         self.ends = [read_image(path, self.unet) for path in cfg.interpolate]
         if self.ends and len(asked) > 1:
             raise UserError("--interpolate: one row, so one class or prompt at most")
@@ -68,8 +68,8 @@ class PixelJob:
         self.labels = None
         if self.unet.config.num_class_embeds is not None:
             classes = load_classes(cfg, self.unet)
-            self.labels = class_labels(names, classes, f"--model {cfg.model}") if cfg.class_name else None
-        elif cfg.class_name and not cfg.classifier:
+            self.labels = class_labels(names, classes, f"--model {cfg.model}") if cfg.classes else None
+        elif cfg.classes and not cfg.classifier:
             raise UserError(f"--class: {cfg.model} knows no classes; a --classifier can steer it towards one")
         if cfg.classifier:
             self.classifier, classes = load_classifier(cfg.classifier, self.unet, self.scheduler)

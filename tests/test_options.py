@@ -21,8 +21,8 @@ LEAST[ClassifierConfig] |= {"class_column": "c"}
 LEAST_WITH = {
     "width": {"height": 64},
     "height": {"width": 64},
-    "classifier": {"class_name": ["x"]},
-    "classifier_scale": {"class_name": ["x"], "classifier": "c"},
+    "classifier": {"classes": ["x"]},
+    "classifier_scale": {"classes": ["x"], "classifier": "c"},
     "clip_model": {"clip_guidance_scale": 2.0},
     "clip_guidance_scale": {"clip_model": "c"},
 }
