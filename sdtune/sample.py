@@ -29,7 +29,7 @@ from sdtune.loading import load_adapters, load_pipeline, split_weight
 from sdtune.options import flag
 from sdtune.sample_pixels import PixelJob, of_pixels
 from sdtune.samplers import make_scheduler
-from sdtune.sheets import grid
+from sdtune.sheets import grid, save_sheet
 from sdtune.verbs import SampleConfig
 
 STEPS = 25
@@ -79,7 +79,7 @@ def sample(cfg: SampleConfig) -> list[Path]:
                     image.save(files[-1], pnginfo=info)
                     lines.write(json.dumps({"file_name": files[-1].name} | record, ensure_ascii=False) + "\n")
     for name, sheet in job.sheets(shown).items():
-        sheet.save(cfg.output_dir / name)
+        save_sheet(sheet, cfg.output_dir / name)
     return files
 
 

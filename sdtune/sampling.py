@@ -156,12 +156,13 @@ def _variance(scheduler: SchedulerMixin, bars: Tensor, k: int) -> float:
 def _first_step(scheduler: SchedulerMixin, timestep: int) -> int:
     """The first step that is no earlier in the noise than ``timestep``."""
     if not isinstance(scheduler, DDPMScheduler | DDIMScheduler):
-        raise UserError(f"--interpolate: only --scheduler ddpm and ddim start from images, not {type(scheduler).__name__}")
-    if timestep >= scheduler.config.num_train_timesteps:
-        raise UserError(f"--interpolate-timestep {timestep}: the last of this model is {scheduler.config.num_train_timesteps - 1}")
+        raise UserError(f"--interpolate: {type(scheduler).__name__} starts from noise only; --scheduler ddim does not")
+    last, given = scheduler.config.num_train_timesteps - 1, f"--interpolate-timestep {timestep}"
+    if timestep > last:
+        raise UserError(f"{given}: the last of this model is {last}")
     later = [k for k, t in enumerate(scheduler.timesteps) if t <= timestep]
     if not later:
-        raise UserError(f"--interpolate-timestep {timestep}: the last of these steps is at {int(scheduler.timesteps[-1])}")
+        raise UserError(f"{given}: these steps end at {int(scheduler.timesteps[-1])}")
     return later[0]
 
 

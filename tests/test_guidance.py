@@ -7,14 +7,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from sdtune.diffusion import DDPM
 from sdtune.guidance import classifier_free, rescaled, reverse_variance, shifted, shifted_mean
 from sdtune.guides import ByClassifier, ByClip, clip_pixels
 from sdtune.samplers import SCHEDULERS, make_scheduler
 from sdtune.sampling import draw
-from tests.test_sampling import tiny_unet
+from tests.test_sampling import processor, tiny_clip, tiny_unet
 
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
 BETAS = np.linspace(1e-4, 0.02, 1000)
@@ -304,18 +303,6 @@ def test_a_classifier_says_the_log_probability_of_each_images_label():
         assert said[k].item() == pytest.approx(1.5 * np.log(p[label]), rel=1e-6)
         expected = 1.5 * (weights.numpy()[:, label] - weights.numpy() @ p)  # of a softmax, by hand
         np.testing.assert_allclose(gradient[k].numpy().ravel(), expected, rtol=1e-6)
-
-
-def tiny_clip() -> CLIPModel:
-    torch.manual_seed(0)
-    part = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {**part, "vocab_size": 600, "max_position_embeddings": 77}
-    vision = {**part, "image_size": 12, "patch_size": 4}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval().requires_grad_(False)
-
-
-def processor(**more):
-    return CLIPImageProcessor(size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12}, **more)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
