@@ -75,9 +75,7 @@ class Model(Section):
     """Where models and datasets from the Hub are kept; none is the Hub's own cache folder."""
 
 
-class Data(Section):
-    dataset: Annotated[str, also("dataset_name", "train_data_dir")]
-    """Folder of images, Hub dataset id, dataset saved by `save_to_disk`, or `tiny-hearts` (built in)."""
+class Source(Section):
     dataset_config_name: str | None = None
     """Configuration of a Hub dataset; none is its default."""
     dataset_revision: str | None = None
@@ -86,6 +84,11 @@ class Data(Section):
     """Split of a Hub or saved dataset."""
     image_column: str = "image"
     """Column that holds the image."""
+
+
+class Data(Source):
+    dataset: Annotated[str, also("dataset_name", "train_data_dir")]
+    """Folder of images, Hub dataset id, dataset saved by `save_to_disk`, or `tiny-hearts` (built in)."""
     max_train_samples: Count | None = None
     """Use this many images, drawn with the seed; none is all."""
     repeats: Count = 1

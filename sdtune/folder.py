@@ -123,10 +123,15 @@ def recorded(out: Path) -> tuple[int | None, list[Path]]:
 
 
 def record(out: Path, step: int | None, files: Iterable[Path]) -> None:
-    names = sorted({file.relative_to(out).as_posix() for file in files})
+    names = sorted(by_path(out, files))
     new = out / f".{ARTEFACT}"
     new.write_text(json.dumps({"step": step, "files": names}, indent=1) + "\n", encoding="utf-8")
     new.replace(out / ARTEFACT)
+
+
+def by_path(out: Path, files: Iterable[Path]) -> dict[str, Path]:
+    """Files by their path in ``out``."""
+    return {file.relative_to(out).as_posix(): file for file in files}
 
 
 def entries(out: Path, files: Iterable[Path]) -> list[str]:

@@ -15,6 +15,7 @@ from sdtune.configs import (
     Repository,
     Section,
     Share,
+    Source,
     Strings,
     also,
     positional,
@@ -116,6 +117,47 @@ class SampleConfig(Pixels, Model, Verb):
     def _whole_size(self) -> Self:
         if (self.width is None) != (self.height is None):
             raise ValueError("width and height: give both, or neither for the base's own")
+        return self
+
+
+class EvaluateConfig(Source, Verb):
+    """How close images are to a reference, and to their prompts and classes: FID and the like, with intervals."""
+
+    method: ClassVar[str] = "evaluate"
+    entry: ClassVar[str] = "sdtune.evaluate:tell"
+    panel: ClassVar[str] = "Look"
+
+    samples: Annotated[str, positional("SAMPLES")]
+    """Folder of images, such as one of `sdtune sample`; or a model or run folder, which is sampled first."""
+    reference: str
+    """What to compare with: folder of images, Hub dataset id, saved dataset, or one that is built in."""
+    caption_column: str | None = None
+    """Column of the reference that holds captions, to sample with; none is `text`, or the only other one."""
+    features: str = "random-conv"
+    """Network: random-conv (built in), inception (of FID), its weights' file, or a CLIP or DINO folder or Hub id."""
+    clip_model: str | None = None
+    """CLIP model, folder or Hub id, that compares images with their prompts; none compares none."""
+    classifier: str | None = None
+    """Run of `sdtune classifier` or image classifier of transformers that looks for the classes; none asks none."""
+    neighbours: Count = 3
+    """Neighbours k of precision and recall (Kynkäänniemi et al. 2019)."""
+    resamples: Annotated[Natural, also("bootstrap")] = 200
+    """Random halves of the images behind each 95 % interval; 0 gives none."""
+    seed: int = 0
+    """Seed of the halves, and of the images when a model is sampled."""
+    num_images: Count = 500
+    """Images to sample from a model: with the reference's captions, or as many of each of its classes, rounded up."""
+    steps: Annotated[Count | None, also("num_inference_steps")] = None
+    """Denoising steps of those; none is what `sdtune sample` takes."""
+    guidance_scale: NonNegative | None = None
+    """Classifier-free guidance of those; none is what `sdtune sample` takes."""
+    output_dir: Path = Path("evaluation")
+    """Folder of evaluation.json, evaluation.png and, from a model, the sampled images."""
+
+    @model_validator(mode="after")
+    def _some_spread(self) -> Self:
+        if self.resamples == 1:
+            raise ValueError("resamples 1: one half has no spread; give 0 for no intervals, or 200")
         return self
 
 
@@ -232,5 +274,5 @@ class MergeConfig(Model, Verb):
         return self
 
 
-VERBS: tuple[type[Verb], ...] = (SampleConfig, PushConfig, ConvertConfig, MergeConfig, InspectConfig)
+VERBS: tuple[type[Verb], ...] = (SampleConfig, EvaluateConfig, PushConfig, ConvertConfig, MergeConfig, InspectConfig)
 """The commands that do not train, in the order in which --help lists them."""

@@ -14,12 +14,12 @@ ROOT = Path(sdtune.__file__).parent
 FLOORS = (
     "configs",
     "methods verbs",
-    "checkpoints curves data diffusion draws environment folder guidance guides hub lowrank noisy_classifier optim "
-    "options precision samplers schedules shapes sheets signals window",
+    "checkpoints curves data diffusion distances draws environment folder guidance guides hub inception lowrank "
+    "noisy_classifier optim options precision public samplers schedules shapes sheets signals usage window",
     "adapters cache families metrics noised pipelines recipe report sampling",
-    "card formats loading pixel_models pixels preview samples state",
-    "fold inspect_adapter publish sample sample_pixels",
-    "convert recipes scores truncate",
+    "card features formats loading pixel_models pixels plots preview samples state",
+    "fold inspect_adapter judges publish sample sample_pixels",
+    "convert evaluate recipes scores truncate",
     "merge train",
     "launch cli",
     "__main__",
@@ -28,6 +28,7 @@ FLOORS = (
 
 NEIGHBOURS = {
     "data": "draws",
+    "distances": "draws",
     "folder": "options",
     "cli": "launch",
     "sample": "sample_pixels",

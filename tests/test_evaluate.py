@@ -1,0 +1,390 @@
+"""``sdtune evaluate``: the network that comes along, the cache, the judges, and the command on small folders."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from torch import nn
+
+from sdtune import features, inception
+from sdtune.configs import Data, UserError
+from sdtune.data import load_images
+from sdtune.distances import frechet
+from sdtune.features import BATCH, RandomConv, embed, features_of, load_network, square
+from tests.conftest import status
+
+SHAPES = ("disc", "box")
+
+
+def shape(kind: str, seed: int, side: int = 16) -> Image.Image:
+    """A disc or a box on grey, of random size and colour."""
+    g = np.random.default_rng(seed)
+    y, x = np.mgrid[:side, :side] - side / 2 + g.uniform(-2, 2, (2, 1, 1))
+    r = g.uniform(3, 6)
+    inside = np.hypot(x, y) < r if kind == "disc" else np.maximum(abs(x), abs(y)) < r
+    pixels = np.where(inside[..., None], g.integers(100, 256, 3), 60)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def folder(path: Path, kinds=SHAPES, count=24, first=0) -> Path:
+    """``count`` pictures in folders named as what they show."""
+    for k in range(count):
+        kind = kinds[k % len(kinds)]
+        (path / kind).mkdir(parents=True, exist_ok=True)
+        shape(kind, first + k).save(path / kind / f"{k:03}.png")
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    return folder(tmp_path_factory.mktemp("sets") / "reference")
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    """As `sdtune sample` leaves them: numbered, a sheet beside them, and a line for each in prompts.jsonl."""
+    out = tmp_path_factory.mktemp("sets") / "samples"
+    out.mkdir()
+    with (out / "prompts.jsonl").open("w") as lines:
+        for k in range(20):
+            shape(SHAPES[k % 2], 100 + k).save(out / f"{k:05}.png")
+            entry = {"file_name": f"{k:05}.png", "text": f"a {SHAPES[k % 2]}", "class": SHAPES[k % 2], "seed": k}
+            lines.write(json.dumps(entry) + "\n")
+    Image.new("RGB", (200, 200), "red").save(out / "grid.png")
+    return out
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A CLIP of random weights whose tokenizer knows the words of a few prompts."""
+    out = tmp_path_factory.mktemp("models") / "clip"
+    torch.manual_seed(1)
+    parts = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = transformers.CLIPConfig(
+        text_config=parts | ends | {"vocab_size": 8, "max_position_embeddings": 12, "projection_dim": 16},
+        vision_config=parts | {"image_size": 24, "patch_size": 8, "projection_dim": 16},
+        projection_dim=16,
+    )
+    transformers.CLIPModel(config).save_pretrained(out)
+    words = {w: k for k, w in enumerate(["<|startoftext|>", "<|endoftext|>", "a</w>", "disc</w>", "box</w>"])}
+    transformers.CLIPTokenizer(vocab=words, merges=[]).save_pretrained(out)
+    write_preprocessor(out, 24)
+    return out
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """A classifier of random weights, of transformers, that tells discs and boxes."""
+    out = tmp_path_factory.mktemp("models") / "judge"
+    torch.manual_seed(1)
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], id2label=dict(enumerate(SHAPES))
+    )
+    transformers.ResNetForImageClassification(config).save_pretrained(out)
+    write_preprocessor(out, 16)
+    return out
+
+
+def write_preprocessor(out: Path, side: int):
+    told = {"size": {"height": side, "width": side}, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    (out / "preprocessor_config.json").write_text(json.dumps(told))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file of the right tensors for Inception, with random numbers in them."""
+    file = tmp_path_factory.mktemp("models") / "inception.pth"
+    torch.manual_seed(0)
+    network = inception.Inception()
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    torch.save(network.state_dict() | {"fc.weight": torch.zeros(1008, 2048)}, file)
+    return file
+
+
+def images_of(path: Path):
+    return load_images(Data(dataset=str(path), resolution=8), captions=False)
+
+
+def run(*words, out: Path) -> dict:
+    assert status(["evaluate", *map(str, words), "--output-dir", str(out)]) == 0
+    return json.loads((out / "evaluation.json").read_text())
+
+
+# ---- features ------------------------------------------------------------------------------------------
+
+
+def test_the_weights_that_come_along_are_always_the_same():
+    sha = hashlib.sha256(b"".join(conv.weight.detach().numpy().tobytes() for conv in RandomConv().convs))
+    assert sha.hexdigest()[:16] == "acb17f7cf652c855"
+    assert RandomConv().convs[0].weight.flatten()[:3].tolist() == pytest.approx(
+        [0.1291287, -0.2170472, -0.4327743], abs=1e-7
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("side", [8, 64, 100])
+def test_features_of_any_pixels(channels, side):
+    pixels = torch.rand(3, channels, side, side + 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    out = embed(pixels, load_network("random-conv"))
+    assert out.shape == (3, 256) and out.isfinite().all()
+    assert not torch.equal(out[0], out[1])
+
+
+def test_grey_is_three_times_grey_and_transparency_lies_on_white():
+    grey, network = torch.rand(2, 1, 8, 8) * 2 - 1, load_network("random-conv")
+    assert torch.equal(embed(grey, network), embed(grey.expand(-1, 3, -1, -1), network))
+    opaque, clear = torch.ones_like(grey), -torch.ones_like(grey)
+    assert torch.allclose(embed(torch.cat([grey, opaque], 1), network), embed(grey, network), atol=1e-6)
+    assert torch.equal(embed(torch.cat([grey.expand(-1, 3, -1, -1), clear], 1), network), embed(opaque, network))
+
+
+def test_resizing_is_pillow_s_on_numbers_that_are_not_rounded():
+    pixels = torch.rand(1, 50, 70, generator=torch.Generator().manual_seed(0))
+    ours = square(pixels * 2 - 1, 24)[0].numpy()
+    pillow = np.array(Image.fromarray(pixels[0].numpy()).resize((24, 24), Image.Resampling.BICUBIC)).clip(0, 1)
+    assert np.abs(ours - pillow).max() < 1e-5
+
+
+def test_neighbours_in_a_batch_do_not_show():
+    pixels = torch.rand(BATCH + 5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    network = load_network("random-conv")
+    together = embed(pixels, network)
+    assert torch.equal(embed(pixels[BATCH:], network), together[BATCH:])
+    assert torch.equal(embed(pixels.flip(0), network), together.flip(0))
+
+
+def test_features_see_what_changed():
+    """Noise, other colours and a missing kind each lie further from a set than another draw of the same kinds."""
+    network = load_network("random-conv")
+
+    def of(first, kinds=SHAPES, change=lambda p: p):
+        pictures = [np.array(shape(kinds[k % len(kinds)], first + k)) for k in range(200)]
+        return embed(change(torch.tensor(np.array(pictures)).permute(0, 3, 1, 2) / 127.5 - 1), network)
+
+    here = of(0)
+    same = frechet(of(1000), here)
+    noise = 0.3 * torch.randn(200, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert frechet(of(1000, change=lambda p: p + noise), here) > 2 * same
+    assert frechet(of(1000, change=lambda p: p.flip(1) * 0.8), here) > 2 * same
+    assert frechet(of(1000, kinds=("disc",)), here) > 1.5 * same
+
+
+def test_what_was_met_before_is_not_computed_again(reference, tmp_path, monkeypatch):
+    network = load_network("random-conv")
+    first = features_of(images_of(reference), network)
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(reference, moved)
+    monkeypatch.setattr(features, "forward", lambda *a: pytest.fail("computed again"))
+    assert torch.equal(features_of(images_of(moved), network), first)
+
+
+def test_another_network_has_a_cache_of_its_own(reference):
+    one, other = RandomConv(0).eval(), RandomConv(1).eval()
+    assert not torch.equal(features_of(images_of(reference), one), features_of(images_of(reference), other))
+
+
+def test_features_of_a_dino_like_model(reference, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    transformers.Dinov2Model(config).save_pretrained(tmp_path)
+    write_preprocessor(tmp_path, 28)
+    network = load_network(str(tmp_path))
+    images = images_of(reference)
+    assert network.label == "dinov2"
+    pixels = features.read(images, 5, 28)
+    mean, std = torch.tensor([0.5, 0.4, 0.3])[:, None, None], torch.tensor([0.2, 0.3, 0.4])[:, None, None]
+    by_hand = network.model(pixel_values=((pixels - mean) / std)[None]).pooler_output[0]
+    assert torch.allclose(features_of(images, network)[5], by_hand, atol=1e-5)
+
+
+# ---- the Inception network -----------------------------------------------------------------------------
+
+
+def test_inception_has_the_published_shape(weights):
+    tensors = torch.load(weights, weights_only=True)
+    assert sum(name.endswith("conv.weight") for name in tensors) == 94
+    network = inception.load_inception(weights)
+    assert sum(p.numel() for p in network.parameters()) == 21_785_568
+    assert network.eval()(torch.rand(1, 3, 299, 299)).shape == (1, 2048)
+
+
+def test_a_distance_is_an_fid_only_with_the_published_weights(weights, reference, tmp_path, monkeypatch, capsys):
+    few = folder(tmp_path / "few", count=4)
+    words = (few, "--reference", few, "--neighbours", "1", "--resamples", "0", "--features", weights)
+    other = run(*words, out=tmp_path / "other")
+    sha = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert set(other["figures"]) >= {f"frechet_inception_{sha[:8]}", f"kernel_inception_{sha[:8]}"}
+    assert "fid" not in other["figures"]
+    monkeypatch.setattr(inception, "SHA256", sha)
+    assert {"fid", "kid"} <= run(*words, out=tmp_path / "as-published")["figures"].keys()
+    assert "covariance has not full rank" in capsys.readouterr().err
+
+
+def test_files_that_are_not_the_weights(tmp_path, weights):
+    tensors = torch.load(weights, weights_only=True)
+    wrong = {
+        "half.pth": {k: v for k, v in tensors.items() if not k.startswith("Mixed_7")},
+        "code.pth": {"Conv2d_1a_3x3.conv.weight": Path("/")},
+        "list.pth": [torch.zeros(1)],
+    }
+    for name, content in wrong.items():
+        torch.save(content, tmp_path / name)
+    (tmp_path / "text.pth").write_text("version https://git-lfs")
+    for name in (*wrong, "text.pth"):
+        with pytest.raises(UserError, match="give weights-inception-2015-12-05-6726825d"):
+            load_network(str(tmp_path / name))
+
+
+def test_without_a_network_the_way_out_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def refuse(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    with pytest.raises(UserError, match=r"no route to host.*--features random-conv"):
+        load_network("inception")
+
+
+# ---- the command ---------------------------------------------------------------------------------------
+
+
+def test_a_folder_against_itself(reference, tmp_path, capsys):
+    result = run(reference, "--reference", reference, "--resamples", "20", out=tmp_path / "out")
+    found = result["figures"]
+    assert list(found) == ["frechet_random_conv", "kernel_random_conv", "precision", "recall"]
+    assert found["frechet_random_conv"]["value"] == pytest.approx(0, abs=1e-9)
+    assert found["precision"]["value"] == found["recall"]["value"] == found["recall"]["high"] == 1
+    assert result["samples"]["digest"] == result["reference"]["digest"]
+    assert Image.open(tmp_path / "out" / "evaluation.png").size == (1200, 600)
+    printed, warned = capsys.readouterr()
+    assert "24 images" in printed and "frechet_random_conv" in printed and "95 % interval" in printed
+    assert warned.count("warning:") == 1 and "24 images for 256 features" in warned
+
+
+def test_the_same_command_gives_the_same_bytes(samples, reference, tmp_path, monkeypatch):
+    words = (samples, "--reference", reference, "--resamples", "10")
+    run(*words, out=tmp_path / "first")
+    monkeypatch.setattr(features, "forward", lambda *a: pytest.fail("computed again"))
+    run(*words, out=tmp_path / "again")
+    for name in ("evaluation.json", "evaluation.png"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    seeded = run(*words, "--seed", "1", out=tmp_path / "seeded")["figures"]["precision"]
+    plain = json.loads((tmp_path / "first" / "evaluation.json").read_text())["figures"]["precision"]
+    assert seeded["value"] == plain["value"] and seeded["low"] != plain["low"]
+
+
+def test_sheets_beside_samples_do_not_count(samples, reference, tmp_path):
+    assert run(samples, "--reference", reference, out=tmp_path)["samples"]["images"] == 20
+
+
+def test_clip_score_is_that_of_transformers(samples, reference, clip, tmp_path):
+    found = run(samples, "--reference", reference, "--clip-model", clip, out=tmp_path)["figures"]["clip_score"]
+    model, tokenizer = transformers.CLIPModel.from_pretrained(clip), transformers.AutoTokenizer.from_pretrained(clip)
+    images = images_of(samples)
+    scores = []
+    for line in (samples / "prompts.jsonl").read_text().splitlines():
+        told = json.loads(line)
+        index = [row.name for row in images.rows].index(told["file_name"])
+        pixels = features.read(images, index, 24)
+        mean, std = torch.tensor([0.5, 0.4, 0.3])[:, None, None], torch.tensor([0.2, 0.3, 0.4])[:, None, None]
+        words = tokenizer(told["text"], return_tensors="pt")
+        with torch.no_grad():
+            out = model(pixel_values=((pixels - mean) / std)[None], **words)
+        cosine = out.logits_per_image.item() / model.logit_scale.exp().item()
+        scores.append(2.5 * max(cosine, 0))
+    assert len(set(scores)) == 20 and np.mean(scores) > 0
+    assert found["value"] == pytest.approx(np.mean(scores), abs=1e-5)
+    assert found["low"] < found["value"] < found["high"]
+
+
+@pytest.mark.parametrize("labelled", ["prompts.jsonl", "folders"])
+def test_class_accuracy_is_the_classifier_s(labelled, samples, reference, judge, tmp_path):
+    asked = samples if labelled == "prompts.jsonl" else reference
+    result = run(asked, "--reference", reference, "--classifier", judge, out=tmp_path)
+    model = transformers.ResNetForImageClassification.from_pretrained(judge).eval()
+    images = images_of(asked)
+    right: dict[str, list[bool]] = {kind: [] for kind in SHAPES}
+    for k, row in enumerate(images.rows):
+        kind = row.name.split("/")[0] if labelled == "folders" else SHAPES[int(row.name[:5]) % 2] if k < 20 else None
+        if kind is None:
+            continue
+        mean, std = torch.tensor([0.5, 0.4, 0.3])[:, None, None], torch.tensor([0.2, 0.3, 0.4])[:, None, None]
+        with torch.no_grad():
+            logits = model(pixel_values=((features.read(images, k, 16) - mean) / std)[None]).logits
+        right[kind].append(SHAPES[int(logits.argmax())] == kind)
+    assert result["class_accuracy_of"] == pytest.approx({kind: np.mean(right[kind]) for kind in sorted(SHAPES)})
+    assert result["figures"]["class_accuracy"]["value"] == pytest.approx(np.mean(right["disc"] + right["box"]))
+
+
+def test_a_model_is_sampled_first(sd, pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = (sd, "--reference", pictures, "--num-images", "8", "--steps", "1", "--resamples", "2")
+    result = run(*words, out=out)
+    told = [json.loads(line) for line in (out / "samples" / "prompts.jsonl").read_text().splitlines()]
+    captions = [json.loads(line)["text"] for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+    assert result["samples"]["images"] == 8
+    assert len({t["text"] for t in told}) == 8 and {t["text"] for t in told} <= set(captions)
+    assert status(["evaluate", *map(str, words), "--output-dir", str(out)]) == 2
+    assert "has samples already" in capsys.readouterr().err
+
+
+# ---- what is wrong with a command ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("{samples}", "--reference: is required"),
+        ("nowhere --reference {reference}", "SAMPLES nowhere: no such folder"),
+        ("{samples} --reference nowhere", "--reference nowhere: no such folder"),
+        ("{empty} --reference {reference}", "SAMPLES {empty}: no images in"),
+        ("{samples} --reference {empty}", "--reference {empty}: no images in"),
+        ("{samples} --reference {reference} --features random-conf", "did you mean random-conv?"),
+        ("{samples} --reference {reference} --features ./nowhere", "no such network, file or folder"),
+        ("{samples} --reference {reference} --features {empty}", "cannot be loaded as a model of images"),
+        ("{samples} --reference {reference} --features no/body", "cannot be loaded as a model of images"),
+        ("{reference} --reference {samples} --clip-model {clip}", "has no `text` for each image"),
+        ("{samples} --reference {samples} --clip-model {judge}", "reads no text"),
+        ("{flat} --reference {samples} --classifier {judge} --neighbours 1", "has no `class` for each image"),
+        ("{other} --reference {samples} --classifier {judge}", "knows no class star; it knows disc, box"),
+        ("{samples} --reference {flat}", "--reference: 5 images are too few for 3 neighbours"),
+        ("{samples} --reference {flat} --neighbours 5 --resamples 0", "give at least 6"),
+        ("{samples} --reference {reference} --resamples 1", "one half has no spread"),
+        ("{gap} --reference {reference}", "names 00099.png, which is not there"),
+        ("{broken} --reference {reference}", "prompts.jsonl:2: not JSON"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(words, told, samples, reference, clip, judge, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = {"samples": samples, "reference": reference, "clip": clip, "judge": judge}
+    for name in ("empty", "flat", "other", "gap", "broken"):
+        places[name] = tmp_path / name
+        places[name].mkdir()
+    for k in range(5):
+        shape("disc", k).save(places["flat"] / f"{k}.png")
+    folder(places["other"], kinds=("star",), count=8)
+    for name, line in (("gap", '{"file_name": "00099.png"}'), ("broken", "{")):
+        shutil.copytree(samples, places[name], dirs_exist_ok=True)
+        first, _, _ = (samples / "prompts.jsonl").read_text().partition("\n")
+        (places[name] / "prompts.jsonl").write_text(f"{first}\n{line}\n")
+    assert status(["evaluate", *words.format(**places).split()]) == 2
+    message = capsys.readouterr().err
+    assert told.format(**places) in message
+    assert len(message.strip().splitlines()) == 1
+    assert not (tmp_path / "evaluation" / "evaluation.json").exists()
+
+
+def test_without_matplotlib_the_extra_is_named(samples, reference, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert status(["evaluate", str(samples), "--reference", str(reference)]) == 2
+    assert "pip install 'sdtune[evaluate]'" in capsys.readouterr().err
