@@ -8,6 +8,7 @@ and the same file; both packages, and clean-fid, import torchvision, which sdtun
 
 import hashlib
 import pickle
+import warnings
 from pathlib import Path
 
 import torch
@@ -144,7 +145,8 @@ def load_inception(file: Path) -> Inception:
         UserError: for a file that holds anything but weights of this network.
     """
     try:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of TorchScript, which is refused
+            weights = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         why = "a TorchScript program" if "TorchScript" in str(error) else "cannot be read as tensors"
         raise UserError(f"--features {file}: {why}; give {URL.rpartition('/')[2]}, which is at {URL}") from error
