@@ -102,7 +102,7 @@ def model_card(
         f"{_article(cfg, what)}{_on(cfg, base, what, origin)}, {trained}.",
         "<Gallery />" if widget else "",
         f"## Trigger words\n\nUse `{trigger}` in the prompt." if trigger else "",
-        _usage(cfg, base, what, token, origin, repo or name, widget),
+        _usage(cfg, base, what, token, origin, repo or f"path/to/{name}", widget),
         _before_after(sheets),
         _training(shown, what, out, lines, holdout),
         _again(shown, command),

@@ -49,6 +49,17 @@ def open_run(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) ->
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"--output-dir {out}: another process is training there") from None
+    try:
+        begin(cfg, words, overwrite, allow_change)
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def begin(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) -> None:
+    """Make sure that the run in the locked folder is this one, and write its config."""
+    out = cfg.output_dir
     written = out / "config.yaml"
     if overwrite:
         discard(out)
@@ -65,7 +76,6 @@ def open_run(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) ->
     except OSError as error:
         new.unlink(missing_ok=True)
         raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None
-    return lock
 
 
 def differences(cfg: Run, written: Path) -> list[str]:

@@ -15,7 +15,7 @@ import pydantic
 from huggingface_hub import HfApi, get_session
 
 from sdtune import card, hub, options
-from sdtune.configs import RunFailed, UserError
+from sdtune.configs import Hub, Run, RunFailed, UserError
 from sdtune.folder import artefact, by_path, export
 from sdtune.methods import config_class
 from sdtune.public import hide_paths
@@ -80,14 +80,15 @@ def config_of(run: Path) -> Any:
     if not written.is_file():
         raise UserError(f"{run}: no config.yaml in it, so no run")
     known: dict[str, Any] = {key: value for key, value, _ in options.read_yaml(written)}
-    method = config_class(known)
-    command = known.pop("method", method.method)
-    own: dict[str, Any] = dict.fromkeys(known.keys() - method.model_fields.keys(), (Any, None))
-    if own or command != method.method:
-        method = pydantic.create_model("Config", __base__=method, **own)
-        method.method = command
+    closest = config_class(known)
+    command = known.pop("method", closest.method)
+    base: Any = closest if command == closest.method else (Hub, Run)
+    fields: dict[str, Any] = dict.fromkeys(known, (Any, None))
+    fields |= {name: (field.annotation, field) for name, field in closest.model_fields.items() if name in known}
+    config = pydantic.create_model("Config", __base__=base, **fields)
+    config.method = command
     try:
-        return method.model_validate(known)
+        return config.model_validate(known)
     except pydantic.ValidationError as error:
         raise UserError(f"{written}: not the config of a run: {error.errors()[0]['msg']}") from None
 

@@ -200,7 +200,7 @@ def _charts(lines: list[dict[str, Any]]) -> str:
         ("Gradient norm", "before clipping", {"gradient norm": _series(lines, "grad_norm")}),
         ("Throughput", "images/s", {"images/s": _series(lines, "images_per_second")}),
         ("Waiting for data", "% of the time", {"%": waits}),
-        *((key.replace("_", " "), "", {key: _series(lines, key)}) for key in _figures_of(lines)),
+        *((key[0].upper() + key[1:].replace("_", " "), "", {key: _series(lines, key)}) for key in _figures_of(lines)),
     ]
     return (
         '<div class="charts">'
