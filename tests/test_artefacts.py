@@ -18,6 +18,7 @@ from sdtune.configs import RunFailed, UserError
 from sdtune.sheets import cells
 from tests.conftest import command, status
 from tests.test_hub import elsewhere, here, server  # noqa: F401
+from tests.test_usage import ran
 
 FILE = Path(__file__).with_name("own_pipeline.py")
 SMALL = ("--steps", "4", "--checkpointing-steps", "2", "--log-steps", "2", "--export-steps", "2", "--use-ema")
@@ -123,6 +124,11 @@ def test_report_and_card_go_by_the_record(run, capsys):
     assert f"wrote {', '.join(sorted(PARTS))}" in report
     assert f"sdtune sample --model {run} --prompt &#x27;a red circle&#x27;" in report
     assert f"sdtune run {FILE} --config" in report
+
+
+def test_lines_for_use_on_its_card_draw_what_it_showed(run):
+    text = (run / "README.md").read_text().replace('circle").images', 'circle", guidance_scale=5.0).images')
+    assert ran(text, run)["image"].tobytes() == drawn(run)
 
 
 def test_continued_run_ends_with_the_same_files(run, sd, pictures, tmp_path):
