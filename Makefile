@@ -3,10 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: demo test check docs clean
+.PHONY: demo digits digits-guided test check docs clean
 
 demo: $(READY)  ## train the shipped recipe on the built-in model, then score it
 	$(BIN)/python examples/demo.py
+
+digits: $(READY)  ## train a model of digits from scratch, draw from it, have the drawings judged
+	$(BIN)/python examples/digits.py
+
+digits-guided: $(READY)  ## after it: digits by class, by both ways of guidance
+	$(BIN)/python examples/digits.py guided
 
 test: $(READY)  ## the tests: offline, on the CPU
 	$(BIN)/python -m pytest

@@ -6,6 +6,8 @@ never guessed. No path of this machine is in it: local models and datasets go by
 
 import io
 import json
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +16,8 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, try_to_
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from PIL import Image
 
-from sdtune import options
-from sdtune.configs import Hub
-from sdtune.hub import Files
+from sdtune import options, usage
+from sdtune.public import may_be_hub_id, settings
 from sdtune.sheets import cells
 
 FAMILY_TAGS = {
@@ -39,7 +40,8 @@ class Origin(NamedTuple):
 
 def origin_of(api: HfApi | None, cfg: Any) -> Origin:
     """What the Hub says of base and data; without ``api``, only whether their names can be ids."""
-    origin = Origin(_may_be_hub_id(cfg.model), _may_be_hub_id(cfg.dataset))
+    model = getattr(cfg, "model", None)  # a run from scratch has none
+    origin = Origin(bool(model) and may_be_hub_id(model), may_be_hub_id(cfg.dataset))
     if api is None:
         return origin
     if origin.data_on_hub:
@@ -47,7 +49,7 @@ def origin_of(api: HfApi | None, cfg: Any) -> Origin:
     if not origin.base_on_hub:
         return origin
     try:
-        told = api.model_info(cfg.model, revision=cfg.revision, timeout=20).card_data
+        told = api.model_info(model, revision=cfg.revision, timeout=20).card_data
     except (RepositoryNotFoundError, HFValidationError) as error:
         return origin._replace(base_on_hub=isinstance(error, GatedRepoError))
     known = told.to_dict() if told else {}
@@ -58,7 +60,9 @@ def origin_of(api: HfApi | None, cfg: Any) -> Origin:
     return origin._replace(license=license, **details)
 
 
-def model_card(cfg: Any, out: Path, repo: str | None, origin: Origin, weights: Files) -> tuple[str, dict[str, bytes]]:
+def model_card(
+    cfg: Any, out: Path, repo: str | None, origin: Origin, weights: Mapping[str, Path]
+) -> tuple[str, dict[str, bytes]]:
     """The card of the run in ``out``, and the pictures it shows beside the sample sheets.
 
     Args:
@@ -68,39 +72,40 @@ def model_card(cfg: Any, out: Path, repo: str | None, origin: Origin, weights: F
     Returns:
         Text of README.md, and PNG files by their path in the repository.
     """
-    shown, name = public(cfg), cfg.output_dir.resolve().name
+    shown, name = settings(cfg), cfg.output_dir.resolve().name
     lines = _lines(out / "metrics.jsonl")
     sheets = sorted((out / "samples").glob("step-*.png"))
     pictures, widget = _widgets(sheets)
-    trigger = getattr(cfg, "instance_prompt", None) or cfg.caption
+    what = usage.made(weights)
+    task, base, token = _task(what), getattr(shown, "model", None), getattr(cfg, "placeholder_token", None)
+    trigger = getattr(cfg, "instance_prompt", None) or token or getattr(cfg, "caption", None)
     holdout = [line["holdout_loss"] for line in lines if isinstance(line.get("holdout_loss"), float)]
     data = ModelCardData(
         base_model=cfg.model if origin.base_on_hub else None,
-        base_model_relation="adapter" if origin.base_on_hub else None,
+        base_model_relation=("finetune" if what.pipeline else "adapter") if origin.base_on_hub else None,
         license=cfg.license or origin.license,
         license_name=None if cfg.license else origin.license_name,
         license_link=None if cfg.license else origin.license_link,
         library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=_tags(cfg, origin),
+        pipeline_tag=task,
+        tags=_tags(cfg, what, task, origin),
         instance_prompt=trigger,
         widget=widget or None,
         datasets=[cfg.dataset] if origin.data_on_hub else None,
         model_name=name if holdout else None,
-        eval_results=_results(shown, origin.data_on_hub, holdout[-1]) if holdout else None,
+        eval_results=_results(shown, task, origin.data_on_hub, holdout[-1]) if holdout else None,
     )
-    model = f"`{shown.model}`" + (f" (revision `{cfg.revision}`)" if cfg.revision else "")
-    if not origin.base_on_hub:
-        model += ", which is not on the Hub"
+    command = _command(cfg, out)
+    trained = f"trained on `{shown.dataset}` with `{shlex.join(command)}`"
     parts = [
         f"# {name}",
-        f"{_article(cfg)} on {model}, trained on `{shown.dataset}` with `sdtune {cfg.method}`.",
+        f"{_article(cfg, what)}{_on(cfg, base, what, origin)}, {trained}.",
         "<Gallery />" if widget else "",
         f"## Trigger words\n\nUse `{trigger}` in the prompt." if trigger else "",
-        _usage(cfg, shown.model, origin, repo or name, next(iter(weights)), widget),
+        _usage(cfg, base, what, token, origin, repo or f"path/to/{name}", widget),
         _before_after(sheets),
-        _training(shown, out, lines, holdout),
-        _again(shown),
+        _training(shown, what, out, lines, holdout),
+        _again(shown, command),
         _versions(out),
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n", pictures
@@ -117,59 +122,33 @@ def save(text: str, path: Path) -> None:
         raise
 
 
-# ---- what may be told --------------------------------------------------------------------------------
-
-
-def public(cfg: Any) -> Any:
-    """``cfg`` without this machine's paths (files and folders by their last name), nor where it was published."""
-    fields = type(cfg).model_fields
-    changed = {name: fields[name].get_default() for name in ("cache_dir", *Hub.model_fields) if name in fields}
-    for name in fields:
-        value = getattr(cfg, name)
-        if isinstance(value, Path):
-            changed.setdefault(name, Path(value.resolve().name))
-        elif isinstance(value, str) and _is_path(value, name in ("model", "vae", "dataset")):
-            changed[name] = Path(value).name
-    return cfg.model_copy(update=changed)
-
-
-def hide_paths(text: str, cfg: Any) -> str:
-    """``text`` with the absolute paths of ``cfg``, and the home folder, as `public` shows them."""
-    known = {str(Path.home()): "~", str(cfg.output_dir.resolve()): cfg.output_dir.resolve().name}
-    shown = public(cfg)
-    for name in type(cfg).model_fields:
-        value = getattr(cfg, name)
-        if isinstance(value, Path | str) and Path(value).is_absolute() and getattr(shown, name) != value:
-            known[str(value)] = str(getattr(shown, name) or name)
-    for path in sorted(known, key=len, reverse=True):
-        text = text.replace(path, known[path]) if len(path) > 1 else text
-    return text
-
-
-def _is_path(text: str, wanted: bool) -> bool:
-    """Whether a text is a path of this machine; one that names a model or data is when it looks like one."""
-    try:
-        return "/" in text and ((wanted and text[0] in "/~.") or Path(text).expanduser().exists())
-    except (OSError, ValueError, RuntimeError):  # too long for a path, or no text of one
-        return False
-
-
-def _may_be_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not _is_path(name, True) and not Path(name).parent.is_dir()
-
-
 # ---- the parts ---------------------------------------------------------------------------------------
 
 
-def _tags(cfg: Any, origin: Origin) -> list[str]:
-    tags = ["text-to-image", "diffusers", "diffusers-training"]
-    if hasattr(cfg, "rank"):
+def _task(what: usage.Made) -> str:
+    """What the Hub files it under."""
+    if what.classifier:
+        return "image-classification"
+    return "text-to-image" if what.takes_text else "unconditional-image-generation"
+
+
+def _tags(cfg: Any, what: usage.Made, task: str, origin: Origin) -> list[str]:
+    tags = [task, "diffusers", "diffusers-training"]
+    if what.adapter:
         tags += ["dora" if getattr(cfg, "use_dora", False) else "lora", "template:sd-lora"]
-    return [*tags, *FAMILY_TAGS.get(_pipeline_class(cfg, origin), []), "sdtune"]
+    if what.embedding:
+        tags.append("textual_inversion")
+    if what.pipeline and getattr(cfg, "instance_prompt", None):
+        tags.append("dreambooth")
+    if what.classifier:
+        tags.append("classifier-guidance")
+    return [*tags, *FAMILY_TAGS.get(what.pipeline or _pipeline_class(cfg, origin), []), "sdtune"]
 
 
 def _pipeline_class(cfg: Any, origin: Origin) -> str:
     """From the base's ``model_index.json``, as far as it lies on this machine; a single file is Stable Diffusion."""
+    if not getattr(cfg, "model", None):
+        return ""
     if cfg.model == "tiny" or cfg.model.endswith(".safetensors"):
         return "StableDiffusionPipeline"
     file: Any = Path(cfg.model).expanduser() / "model_index.json"
@@ -181,9 +160,32 @@ def _pipeline_class(cfg: Any, origin: Origin) -> str:
         return ""
 
 
-def _article(cfg: Any) -> str:
+def _article(cfg: Any, what: usage.Made) -> str:
+    if what.pipeline or what.classifier:
+        return f"A `{what.pipeline}`" if what.pipeline else "A classifier of noised images"
     kind = "DoRA" if getattr(cfg, "use_dora", False) else "LoRA"
-    return f"A {kind} adapter of rank {cfg.rank}" if hasattr(cfg, "rank") else "Weights"
+    adapter = f"A {kind} adapter" + (f" of rank {cfg.rank}" if hasattr(cfg, "rank") else "")
+    embedding = "embedding of a new word (textual inversion)"
+    if what.embedding:
+        return f"{adapter} and the {embedding}" if what.adapter else f"The {embedding}"
+    return adapter if hasattr(cfg, "rank") else "Weights"
+
+
+def _on(cfg: Any, base: str | None, what: usage.Made, origin: Origin) -> str:
+    """The base that it adapts, or began as."""
+    if not base:
+        return ""
+    revision = f" (revision `{cfg.revision}`)" if cfg.revision else ""
+    where = "" if origin.base_on_hub else ", which is not on the Hub"
+    return f"{', fine-tuned from' if what.pipeline else ' on'} `{base}`{revision}{where}"
+
+
+def _command(cfg: Any, out: Path) -> list[str]:
+    """The words that train such a run: `sdtune lora`, or `sdtune run FILE.py`, as its record begins."""
+    record = out / "config.yaml"
+    first = record.read_text(encoding="utf-8").partition("\n")[0] if record.is_file() else ""
+    words = shlex.split(first.removeprefix("# ")) if first.startswith("# sdtune run ") else []
+    return ["sdtune", "run", Path(words[2]).name] if len(words) > 2 else ["sdtune", cfg.method]
 
 
 def _widgets(sheets: list[Path]) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
@@ -199,10 +201,10 @@ def _widgets(sheets: list[Path]) -> tuple[dict[str, bytes], list[dict[str, Any]]
     return pictures, widget
 
 
-def _results(shown: Any, data_on_hub: bool, loss: float) -> list[EvalResult]:
+def _results(shown: Any, task: str, data_on_hub: bool, loss: float) -> list[EvalResult]:
     return [
         EvalResult(
-            task_type="text-to-image",
+            task_type=task,
             dataset_type=shown.dataset if data_on_hub else "imagefolder",
             dataset_name=shown.dataset,
             metric_type="loss",
@@ -212,23 +214,19 @@ def _results(shown: Any, data_on_hub: bool, loss: float) -> list[EvalResult]:
     ]
 
 
-def _usage(cfg: Any, model: str, origin: Origin, repo: str, weights: str, widget: list[dict[str, Any]]) -> str:
-    where = model if origin.base_on_hub else f"path/to/{model}"
-    revision = f", revision={json.dumps(cfg.revision)}" if origin.base_on_hub and cfg.revision else ""
-    prompt = json.dumps(widget[0]["text"] if widget else "...", ensure_ascii=False)
-    at = f", revision={json.dumps(cfg.hub_revision)}" if cfg.hub_revision else ""
-    reader = "DiffusionPipeline.from_pretrained"
-    if where.endswith(".safetensors"):
-        reader = "StableDiffusionPipeline.from_single_file"
-    return f"""## Use
-
-```python
-from diffusers import {reader.partition(".")[0]}
-
-pipe = {reader}("{where}"{revision})
-pipe.load_lora_weights("{repo}", weight_name="{weights}"{at})
-image = pipe({prompt}).images[0]
-```"""
+def _usage(
+    cfg: Any,
+    base: str | None,
+    what: usage.Made,
+    token: str | None,
+    origin: Origin,
+    repo: str,
+    widget: list[dict[str, Any]],
+) -> str:
+    where, revision = (base, cfg.revision) if origin.base_on_hub else (f"path/to/{base}", None)
+    prompt = widget[0]["text"] if widget else "..."
+    code = usage.lines(what, repo, cfg.hub_revision, str(where), revision, prompt, token)
+    return "\n\n".join(["## Use", f"```python\n{code}\n```", *filter(None, [usage.classes(what)])])
 
 
 def _before_after(sheets: list[Path]) -> str:
@@ -242,7 +240,7 @@ def _before_after(sheets: list[Path]) -> str:
     return "## Samples\n\n" + "\n\n".join(figures)
 
 
-def _training(shown: Any, out: Path, lines: list[dict[str, Any]], holdout: list[float]) -> str:
+def _training(shown: Any, what: usage.Made, out: Path, lines: list[dict[str, Any]], holdout: list[float]) -> str:
     losses = [line["loss"] for line in lines if isinstance(line.get("loss"), float)]
     tail = losses[-max(1, len(losses) // 20) :]
     rows = {
@@ -251,7 +249,9 @@ def _training(shown: Any, out: Path, lines: list[dict[str, Any]], holdout: list[
         "Resolution": shown.resolution,
         "Learning rate": f"{shown.learning_rate:g}, {shown.lr_scheduler}",
         "Optimizer": shown.optimizer,
-        "Rank, alpha": f"{shown.rank}, {shown.alpha or shown.rank:g}" if hasattr(shown, "rank") else None,
+        "Rank, alpha": f"{shown.rank}, {shown.alpha or shown.rank:g}"
+        if what.adapter and hasattr(shown, "rank")
+        else None,
         "Precision": shown.mixed_precision or "no",
         "Seed": shown.seed,
         "Final loss": f"{sum(tail) / len(tail):.4f}" if tail else None,
@@ -270,12 +270,12 @@ def _group(out: Path) -> int | None:
         return None
 
 
-def _again(shown: Any) -> str:
-    command = options.same_command(shown, ["sdtune", shown.method])
-    settings = options.to_yaml(shown)
+def _again(shown: Any, words: list[str]) -> str:
+    command = options.same_command(shown, words)
+    every = options.to_yaml(shown)
     return (
         f"The same again:\n\n```sh\n{command}\n```\n\n"
-        f"<details><summary>All settings</summary>\n\n```yaml\n{settings}```\n\n</details>"
+        f"<details><summary>All settings</summary>\n\n```yaml\n{every}```\n\n</details>"
     )
 
 

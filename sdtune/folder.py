@@ -49,6 +49,17 @@ def open_run(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) ->
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"--output-dir {out}: another process is training there") from None
+    try:
+        begin(cfg, words, overwrite, allow_change)
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def begin(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) -> None:
+    """Make sure that the run in the locked folder is this one, and write its config."""
+    out = cfg.output_dir
     written = out / "config.yaml"
     if overwrite:
         discard(out)
@@ -65,7 +76,6 @@ def open_run(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) ->
     except OSError as error:
         new.unlink(missing_ok=True)
         raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None
-    return lock
 
 
 def differences(cfg: Run, written: Path) -> list[str]:
@@ -123,10 +133,15 @@ def recorded(out: Path) -> tuple[int | None, list[Path]]:
 
 
 def record(out: Path, step: int | None, files: Iterable[Path]) -> None:
-    names = sorted({file.relative_to(out).as_posix() for file in files})
+    names = sorted(by_path(out, files))
     new = out / f".{ARTEFACT}"
     new.write_text(json.dumps({"step": step, "files": names}, indent=1) + "\n", encoding="utf-8")
     new.replace(out / ARTEFACT)
+
+
+def by_path(out: Path, files: Iterable[Path]) -> dict[str, Path]:
+    """Files by their path in ``out``."""
+    return {file.relative_to(out).as_posix(): file for file in files}
 
 
 def entries(out: Path, files: Iterable[Path]) -> list[str]:

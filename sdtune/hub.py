@@ -31,6 +31,8 @@ PATIENCE = 600.0
 SILENCE = 60.0
 """Seconds without a byte after which a connection counts as dead; the library itself waits for ever."""
 SECRET = re.compile(rb"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")
+BEGINNINGS = (b"hf_", b"api_org_")
+"""Looked for first: 0.9 GB/s on a core, where the expression alone does 0.08, and a pipeline has several GB."""
 PASSING = (408, 409, 412, 425, 429)
 """Statuses below 500 that another try may not meet again."""
 
@@ -105,14 +107,25 @@ def refuse_secrets(files: Files) -> None:
     token = (get_token() or "").encode()
     for name, content in files.items():
         if isinstance(content, bytes):
-            found = SECRET.search(content) or (token and token in content)
+            found = holds(content, token)
         elif not content.stat().st_size:
             continue
         else:
             with content.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-                found = SECRET.search(whole) or (token and whole.find(token) >= 0)
+                found = holds(whole, token)
         if found:
             raise UserError(f"{name}: holds what looks like an access token (hf_...), so nothing was pushed; remove it")
+
+
+def holds(content: bytes | mmap.mmap, token: bytes) -> bool:
+    """Whether it holds ``token``, if there is one, or anything of its kind."""
+    for beginning in BEGINNINGS:
+        at = content.find(beginning)
+        while at >= 0:
+            if SECRET.match(content, at):
+                return True
+            at = content.find(beginning, at + 1)
+    return bool(token) and content.find(token) >= 0
 
 
 # ---- failures ----------------------------------------------------------------------------------------

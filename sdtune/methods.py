@@ -122,7 +122,8 @@ METHODS: tuple[type[Run], ...] = (LoraConfig, DdpmConfig, ClassifierConfig)
 
 
 def config_class(settings: Mapping[str, Any]) -> type[Run]:
-    """The config class of a run's ``config.yaml``; of a recipe of one's own, the one that shares most of its keys.
+    """The config class of a run's ``config.yaml``; of a recipe of one's own, the one that shares most of its keys,
+    and of equals the one with the fewest others.
 
     The runs of a time when `method` was not written down were all LoRA.
     """
@@ -130,7 +131,7 @@ def config_class(settings: Mapping[str, Any]) -> type[Run]:
     for config in METHODS:
         if config.method == name:
             return config
-    return max(METHODS, key=lambda config: len(settings.keys() & config.model_fields.keys()))
+    return max(METHODS, key=lambda c: (len(settings.keys() & c.model_fields.keys()), -len(c.model_fields)))
 
 
 MAY_CHANGE = frozenset(

@@ -76,10 +76,9 @@ def levels(cfg: Network, resolution: int) -> dict[str, Any]:
     """The options of Network as arguments of ``UNet2DModel``, the rest as in the networks of Ho et al. 2020."""
     sides = [resolution >> level for level in range(len(cfg.block_out_channels))]
     attends = ["Attn" if side in cfg.attention_resolutions else "" for side in sides]
-    wide = [
-        n for n, kind in zip(cfg.block_out_channels, [*attends[:-1], "Attn"], strict=True) if kind
-    ]  # so has the middle
-    if odd := [n for n in wide if n % (cfg.attention_head_dim or n)]:
+    widths = [n for n, kind in zip(cfg.block_out_channels, attends, strict=True) if kind]
+    widths.append(cfg.block_out_channels[-1])  # the block in the middle attends as well
+    if odd := [n for n in widths if n % (cfg.attention_head_dim or n)]:
         raise UserError(
             f"--attention-head-dim {cfg.attention_head_dim} does not divide {odd[0]} of --block-out-channels"
         )
@@ -98,13 +97,13 @@ def levels(cfg: Network, resolution: int) -> dict[str, Any]:
     }
 
 
-def halve(cfg: Any, levels: int) -> None:
-    """Raises: UserError when the images cannot be halved from level to level."""
-    least = 2 ** (levels - 1)
+def halve(cfg: Any, count: int) -> None:
+    """Raises: UserError when the images cannot be halved from level to level of ``count``."""
+    least = 2 ** (count - 1)
     for option, pixels in {"resolution": cfg.resolution, "bucket_step": cfg.bucket_step}.items():
         if pixels % least and (option == "resolution" or cfg.buckets):
             raise UserError(
-                f"--{option.replace('_', '-')} {pixels}: this network halves it {levels - 1} times, so it wants a "
+                f"--{option.replace('_', '-')} {pixels}: this network halves it {count - 1} times, so it wants a "
                 f"multiple of {least}, or fewer --block-out-channels"
             )
 
@@ -161,7 +160,13 @@ def _saved(cfg: Any) -> PixelModel:
     if "beta_schedule" not in scheduler:
         raise UserError(f"--model {cfg.model}: its {scheduler.get('_class_name')} knows no betas, so it is no DDPM")
     network = _checked(dict(unet.config), f"--model {cfg.model}")
-    classes = _classes(cfg, source) if network.pop("num_class_embeds", None) else []
+    embedded = network.pop("num_class_embeds", None)
+    classes = _classes(cfg, source) if embedded else []
+    if embedded and embedded != len(classes) + 1:
+        raise UserError(
+            f"--model {cfg.model}: {CLASSES} names {len(classes)} classes, but the network has {embedded - 1} "
+            "and the null class"
+        )
     public = {k: v for k, v in scheduler.items() if not k.startswith("_")}
     return PixelModel(network, public, classes, unet.state_dict())
 

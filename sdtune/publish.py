@@ -15,9 +15,10 @@ import pydantic
 from huggingface_hub import HfApi, get_session
 
 from sdtune import card, hub, options
-from sdtune.configs import RunFailed, UserError
-from sdtune.folder import artefact, export
+from sdtune.configs import Hub, Run, RunFailed, UserError
+from sdtune.folder import artefact, by_path, export
 from sdtune.methods import config_class
+from sdtune.public import hide_paths
 from sdtune.verbs import PushConfig
 
 PUSH_FAILED = 3
@@ -26,20 +27,15 @@ STAGE = ".push-"
 """Folders, within a run's, of artefacts on their way to the Hub; none of their files is in the run's own folder."""
 
 
-def placed(root: Path, paths: list[Path]) -> hub.Files:
-    """Files of an artefact by where they will be in the repository: where they are below ``root``."""
-    return {path.relative_to(root).as_posix(): path for path in paths}
-
-
-def contents(cfg: Any, repo: str, origin: card.Origin, weights: hub.Files, report: bool = True) -> hub.Files:
+def contents(cfg: Any, repo: str, origin: card.Origin, weights: dict[str, Path], report: bool = True) -> hub.Files:
     """All that a push uploads, and nothing else: no checkpoint, optimizer state, log, cache or dataset."""
     out = cfg.output_dir
     text, pictures = card.model_card(cfg, out, repo, origin, weights)
     write_card(text, out)
-    files: hub.Files = dict(weights)
+    files: hub.Files = {**weights}
     for name in ("config.yaml", "metrics.jsonl", *(["report.html"] if report else [])):
         if (out / name).is_file():
-            files[name] = card.hide_paths((out / name).read_text(encoding="utf-8"), cfg).encode()
+            files[name] = hide_paths((out / name).read_text(encoding="utf-8"), cfg).encode()
     sheets = sorted((out / "samples").glob("step-*.png"))
     files |= {f"samples/{path.name}": path for path in (*sheets[:1], *sheets[-1:])}  # the report has those between
     return files | pictures | {"README.md": text.encode()}
@@ -69,7 +65,7 @@ def push_run(asked: PushConfig) -> None:
     if given.get("hub_create_pr"):
         given.setdefault("hub_revision", None)
     cfg = cfg.model_copy(update=given | {"output_dir": asked.run})
-    weights = placed(asked.run, artefact(asked.run))
+    weights = by_path(asked.run, artefact(asked.run))
     if not weights:
         raise UserError(f"{asked.run}: no artefact in it yet; the run writes it when it ends")
     api = hub.connect()
@@ -84,14 +80,15 @@ def config_of(run: Path) -> Any:
     if not written.is_file():
         raise UserError(f"{run}: no config.yaml in it, so no run")
     known: dict[str, Any] = {key: value for key, value, _ in options.read_yaml(written)}
-    method = config_class(known)
-    command = known.pop("method", method.method)
-    own: dict[str, Any] = dict.fromkeys(known.keys() - method.model_fields.keys(), (Any, None))
-    if own or command != method.method:
-        method = pydantic.create_model("Config", __base__=method, **own)
-        method.method = command
+    closest = config_class(known)
+    command = known.pop("method", closest.method)
+    base: Any = closest if command == closest.method else (Hub, Run)
+    fields: dict[str, Any] = dict.fromkeys(known, (Any, None))
+    fields |= {name: (field.annotation, field) for name, field in closest.model_fields.items() if name in known}
+    config = pydantic.create_model("Config", __base__=base, **fields)
+    config.method = command
     try:
-        return method.model_validate(known)
+        return config.model_validate(known)
     except pydantic.ValidationError as error:
         raise UserError(f"{written}: not the config of a run: {error.errors()[0]['msg']}") from None
 
@@ -105,7 +102,7 @@ def origin_of(api: HfApi, cfg: Any) -> card.Origin:
         return card.origin_of(None, cfg)
 
 
-def publish(api: HfApi, cfg: Any, repo: str, origin: card.Origin, weights: hub.Files) -> bool:
+def publish(api: HfApi, cfg: Any, repo: str, origin: card.Origin, weights: dict[str, Path]) -> bool:
     """Whether the final push was done; when it cannot be, the command that finishes it is told."""
     files = contents(cfg, repo, origin, weights)
     try:
@@ -158,7 +155,7 @@ class Publisher:
         try:
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir()
-            weights = placed(stage, export(recipe, state, stage))
+            weights = by_path(stage, export(recipe, state, stage))
             files = contents(self.cfg, self.repo, self.origin, weights, report=False)
         except Exception as error:  # a full disk, say; what matters to the run meets it on its own way
             shutil.rmtree(stage, ignore_errors=True)
@@ -201,7 +198,7 @@ class Publisher:
     def finish(self) -> None:
         """Write the card of a run that has ended and push it, when one asks for that; see `publish`."""
         out = self.cfg.output_dir
-        weights = placed(out, artefact(out)) if self.main else {}
+        weights = by_path(out, artefact(out)) if self.main else {}
         if not weights:
             return
         if not self.api:

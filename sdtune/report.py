@@ -15,15 +15,20 @@ from typing import Any, NamedTuple
 import yaml
 from PIL import Image
 
-from sdtune import __version__
+from sdtune import __version__, usage
 from sdtune.configs import Run
 from sdtune.curves import Points, chart, number, smooth
-from sdtune.folder import artefact, entries
+from sdtune.folder import artefact, by_path, entries
 from sdtune.methods import config_class
 from sdtune.sheets import cells
 
 MOST_CELLS = 120  # images on the page, about 15 kB each
 CELL_SIDE = 320  # pixels; larger samples are shown reduced
+MEASURED = {
+    *("step", "seconds", "loss", "holdout_loss", "learning_rate", "grad_norm", "skipped_steps"),
+    *("images_per_second", "data_wait", "peak_memory"),
+}
+"""What the lines of every run have."""
 
 
 class Sheet(NamedTuple):
@@ -195,6 +200,7 @@ def _charts(lines: list[dict[str, Any]]) -> str:
         ("Gradient norm", "before clipping", {"gradient norm": _series(lines, "grad_norm")}),
         ("Throughput", "images/s", {"images/s": _series(lines, "images_per_second")}),
         ("Waiting for data", "% of the time", {"%": waits}),
+        *((key[0].upper() + key[1:].replace("_", " "), "", {key: _series(lines, key)}) for key in _figures_of(lines)),
     ]
     return (
         '<div class="charts">'
@@ -203,13 +209,18 @@ def _charts(lines: list[dict[str, Any]]) -> str:
     )
 
 
+def _figures_of(lines: list[dict[str, Any]]) -> list[str]:
+    """What a recipe told beside its loss."""
+    return sorted({key for line in lines for key in line} - MEASURED)
+
+
 def _commands(folder: Path, config: dict[str, Any], method: type[Run] | None) -> str:
-    path = shlex.quote(str(folder))
-    prompts = config.get("validation_prompt") or ["..."]
+    what = usage.made(by_path(folder, artefact(folder)))
+    prompt = (config.get("validation_prompt") or ["..."])[0]
     shown = [
         ("Continue, or see that it is complete", _again(folder / "config.yaml", method)),
-        ("Draw with it", f"sdtune sample --adapter {path} --prompt {shlex.quote(str(prompts[0]))}"),
-        ("Publish it", f"sdtune push {path}"),
+        ("Draw with it", shlex.join(usage.sample(what, str(folder), str(prompt)))),
+        ("Publish it", shlex.join(["sdtune", "push", str(folder)])),
     ]
     return (
         '<div class="card">'

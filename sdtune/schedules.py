@@ -36,11 +36,8 @@ def noise_scheduler(cfg: Any, base: Mapping[str, Any] | None = None) -> DDPMSche
     chosen = FROM_SCRATCH | dict(base or {}) | asked
     if chosen["beta_start"] >= chosen["beta_end"]:
         raise UserError(f"--beta-start {chosen['beta_start']:g} is not below --beta-end {chosen['beta_end']:g}")
-    if (
-        chosen.get("rescale_betas_zero_snr")
-        and chosen["prediction_type"] == "epsilon"
-        and "prediction_type" in vars(cfg)
-    ):
+    regresses_noise = hasattr(cfg, "prediction_type") and chosen["prediction_type"] == "epsilon"
+    if chosen.get("rescale_betas_zero_snr") and regresses_noise:
         raise UserError(
             "--rescale-betas-zero-snr: pure noise says nothing of the image; add --prediction-type v_prediction"
         )

@@ -98,6 +98,7 @@ def fit(
                 metrics.log(state.step, preview.holdout(recipe, dataset, accelerator))
         recipe.train()
 
+    @torch.no_grad()
     def report() -> None:
         line = window.line(state.step, norm, optimizer.param_groups[0]["lr"])
         metrics.log(state.step, {name: float(value) for name, value in recipe.figures().items()} | line)

@@ -37,6 +37,7 @@ class Contract:
         return load_file(out / self.weights)
 
 
+NO_PREVIEWS = {"--num-validation-images": 0}
 WORKERS = {"workers": ["--dataloader-num-workers", "2"]}
 CUT_AND_AVERAGED = {
     "accumulation": ["--train-batch-size", "1", "--gradient-accumulation-steps", "2"],
@@ -56,7 +57,7 @@ STEADY = ["--learning-rate", "1e-4", "--adam-epsilon", "1e-3"]
 
 RECIPES = {
     "lora": Contract(
-        settings={"--model": "{sd}", "--resolution": 32},
+        settings={"--model": "{sd}", "--resolution": 32, **NO_PREVIEWS},
         weights="pytorch_lora_weights.safetensors",
         variants={
             "plain": [],
@@ -72,7 +73,7 @@ RECIPES = {
         previews=["--num-validation-images", "3"],
     ),
     "ddpm": Contract(
-        settings=SMALL,
+        settings=SMALL | NO_PREVIEWS,
         weights="unet/diffusion_pytorch_model.safetensors",
         variants={
             "plain": ["--no-use-ema"],
@@ -105,13 +106,10 @@ def command(recipe: str, places: Places, out: Path, *options: str) -> list[str]:
         "--train-batch-size": 2,
         "--learning-rate": "1e-2",
         "--dataloader-num-workers": 0,
-        "--num-validation-images": 0,
         "--log-steps": 4,
         "--checkpointing-steps": 4,
+        **RECIPES[recipe].settings,
     }
-    if recipe == "classifier":  # which draws none
-        del settings["--num-validation-images"]
-    settings |= RECIPES[recipe].settings
     given = {option.partition("=")[0] for option in options}
     words = [
         word

@@ -10,8 +10,9 @@ import yaml
 from accelerate.state import AcceleratorState
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
 
-from sdtune import card, publish
+from sdtune import card, public, publish
 from sdtune.card import Origin
+from sdtune.folder import artefact, by_path
 from sdtune.methods import LoraConfig
 from tests.conftest import command, status
 from tests.tinyhub import TinyHub
@@ -41,7 +42,7 @@ LOCAL = Origin()
 def made(run, origin=LOCAL, **changed):
     """Front matter, text and pictures of a card."""
     cfg = publish.config_of(run).model_copy(update={"output_dir": run} | changed)
-    text, pictures = card.model_card(cfg, run, "tester/cards", origin, publish.placed(run, publish.artefact(run)))
+    text, pictures = card.model_card(cfg, run, "tester/cards", origin, by_path(run, artefact(run)))
     return ModelCard(text).data.to_dict(), text, pictures
 
 
@@ -68,7 +69,7 @@ def test_nothing_of_this_machine(run):
     assert "/tmp" not in text and "/home" not in text
     assert "on `tiny-sd`, which is not on the Hub" in text
     for name in ("config.yaml", "report.html"):
-        hidden = card.hide_paths((run / name).read_text(), publish.config_of(run))
+        hidden = public.hide_paths((run / name).read_text(), publish.config_of(run))
         assert str(run.parent) not in hidden and str(publish.config_of(run).model) not in hidden
 
 
@@ -121,7 +122,7 @@ def test_base_that_the_hub_does_not_know_is_no_base_model(api, tmp_path, monkeyp
 
 def test_prompts_and_long_texts_are_no_paths(tmp_path):
     cfg = LoraConfig(dataset="user/images", caption="x" * 5000, output_dir=tmp_path, negative_prompt="/imagine a/b")
-    shown = card.public(cfg)
+    shown = public.settings(cfg)
     assert (shown.caption, shown.negative_prompt) == (cfg.caption, cfg.negative_prompt)
     assert (shown.dataset, shown.output_dir.name) == ("user/images", tmp_path.name)
 

@@ -363,6 +363,8 @@ def test_a_continued_model_keeps_its_classes_in_their_order(ddpm, bare, tmp_path
     other = ["--dataset", str(classified(tmp_path / "other", ("nine", "six"))), "--class-column", "folder"]
     assert "six is no class of --model" in answer(capsys, bare("x", "--model", str(first), *other))
     assert "has 3 classes; say with --class-column" in answer(capsys, bare("x", "--model", str(first)))
+    (first / "classes.json").write_text('["a", "b"]')
+    assert "names 2 classes, but the network has 3" in answer(capsys, bare("x", "--model", str(first), *few))
     (first / "classes.json").unlink()
     assert "no classes.json that names them" in answer(capsys, bare("x", "--model", str(first), *few))
     plain = ddpm("plain")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sdtune import options
+from sdtune import folder, options
 from sdtune.configs import Run, UserError
-from sdtune.methods import METHODS, ClassifierConfig, LoraConfig
+from sdtune.methods import METHODS, ClassifierConfig, LoraConfig, config_class
 from sdtune.verbs import SampleConfig
 from tests.conftest import status
 
@@ -21,8 +21,8 @@ LEAST[ClassifierConfig] |= {"class_column": "c"}
 LEAST_WITH = {
     "width": {"height": 64},
     "height": {"width": 64},
-    "classifier": {"class_name": ["x"]},
-    "classifier_scale": {"class_name": ["x"], "classifier": "c"},
+    "classifier": {"classes": ["x"]},
+    "classifier_scale": {"classes": ["x"], "classifier": "c"},
     "clip_model": {"clip_guidance_scale": 2.0},
     "clip_guidance_scale": {"clip_model": "c"},
 }
@@ -296,6 +296,45 @@ def test_a_recipe_is_found_by_its_name(tmp_path, monkeypatch, capsys):
     code, out, _ = dry_run(capsys, "lora", "--config=lora/sd15-naruto", "--rank=2")
     assert code == 0
     assert yaml.safe_load(out)["rank"] == 2
+
+
+# ---- whose settings they are ---------------------------------------------------------------------------
+
+
+def test_settings_say_whose_they_are(capsys, written):
+    for words in (["lora", "--dataset", "d"], ["sample", "--prompt", "p"]):
+        _, out, _ = dry_run(capsys, *words)
+        assert out.startswith(f"method: {words[0]}\n")
+        assert dry_run(capsys, words[0], "--config", written(out)) == (0, out, "")
+    _, out, _ = dry_run(capsys, "merge", "--adapter", "a", "--output", "b.safetensors", "--model", "m")
+    assert "method" not in yaml.safe_load(out)  # there it is an option, and stays one
+    file = written("adapter: [a, b]\noutput: c.safetensors\nmethod: svd\nrank: 4\n")
+    assert yaml.safe_load(dry_run(capsys, "merge", "--config", file)[1])["combine"] == "svd"
+
+
+@pytest.mark.parametrize("text", ["method: other", "instance_prompt: a\nmethod: other", "rank: x\nmethod: other\nq: 1"])
+def test_settings_of_another_command_are_one_line(text, written):
+    line = text.splitlines().index("method: other") + 1
+    said = refusal(written(text), rank="4.5")
+    assert said.endswith(f"x.yaml:{line}: method: these are the settings of `sdtune other`, not of `sdtune lora`")
+    assert len(said.splitlines()) == 1
+
+
+def test_a_changed_method_is_a_changed_option(tmp_path):
+    cfg, file = LoraConfig(dataset="d"), tmp_path / "config.yaml"
+    file.write_text(options.to_yaml(cfg))
+    assert folder.differences(cfg, file) == []
+    file.write_text(options.to_yaml(cfg).replace("method: lora", "method: other").replace("rank: 4", "rank: 5"))
+    assert folder.differences(cfg, file) == ["method was other, is lora", "--rank was 5, is 4"]
+    file.write_text(options.to_yaml(cfg).replace("method: lora\n", ""))  # of a time when only LoRA was there
+    assert folder.differences(cfg, file) == []
+
+
+def test_the_class_of_settings():
+    assert config_class({}) is config_class({"method": "lora"}) is config_class({"method": []}) is LoraConfig
+    for config in METHODS:
+        assert config_class({"method": config.method, "rank": 4}) is config
+        assert config_class(dict.fromkeys(config.model_fields) | {"method": "own", "gain": 3}) is config
 
 
 # ---- anything at all ---------------------------------------------------------------------------------

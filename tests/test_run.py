@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from sdtune import checkpoints
+from sdtune.signals import Stopping
 from tests.conftest import command, status
 from tests.test_cuts import difference
 from tests.test_resume import assert_same_bits, start_then_kill
@@ -57,6 +59,20 @@ def test_two_processes_stop_together_when_told(sd, pictures, tmp_path):
     assert code == 143
     assert "continue with: sdtune lora" in said
     assert len(checkpoints.found(out / "checkpoints")) == 1
+
+
+def test_signal_that_comes_while_processes_agree_counts_at_the_next_step(monkeypatch):
+    coming = [signal.SIGTERM]
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "signal", lambda number, handler: None)
+        patch.setattr(torch.distributed, "new_group", lambda backend: "peers")
+        patch.setattr(
+            torch.distributed, "all_reduce", lambda flag, op, group: [stopping._note(n, None) for n in coming]
+        )
+        stopping = Stopping(world=2)
+        assert not stopping.agreed()
+        coming.clear()
+        assert stopping.agreed() and stopping.signal == signal.SIGTERM
 
 
 def test_mistake_found_by_a_launched_process_is_exit_code_2(sd, pictures, tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from sdtune import hub
 from tests.conftest import command, status
 from tests.test_hub import SAMPLES, elsewhere, here, server  # noqa: F401
 
@@ -52,3 +53,19 @@ def test_token_in_a_file_stops_the_push(name, here, lora, sd, pictures, capfd): 
         assert status(command(sd, pictures, run.parent / "new", "--push-to-hub", "--validation-prompt", secret)) == 2
         assert not (run.parent / "new").exists()
     assert here.titles("tester/run") == ["initial commit"]
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"\x00hf_" + b"a1" * 10, True),
+        (b"hf_short hf_ api_org_" + b"Z" * 20, True),
+        (b"hf_hf_hf_" + b"b" * 19, False),  # 19, and the ones before are within a word
+        (b"xhf_" + b"a" * 30, False),
+        (b"mine is secret", True),
+        (b"", False),
+    ],
+)
+def test_what_looks_like_a_token(content, found):
+    assert hub.holds(content, b"secret") is found
+    assert hub.holds(content, b"") is bool(hub.SECRET.search(content))

@@ -1,0 +1,165 @@
+"""Handwritten digits from noise: trains models of pixels on two cores, draws from them, and has the drawings judged.
+
+python examples/digits.py [--overwrite]            a model without classes
+python examples/digits.py guided [--overwrite]     then one with classes, and a classifier that guides the first
+
+The judge is a support vector machine fitted to the digits that the models were trained on. It has never seen the ones
+held out, on which its accuracy is told, nor any noise.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import DDPMPipeline
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.svm import SVC
+from torch import Tensor
+from torch.multiprocessing import get_context
+
+from sdtune import options
+from sdtune.cli import main
+from sdtune.data import Stream, load_images
+from sdtune.distances import frechet
+from sdtune.features import embed, load_network
+from sdtune.guides import ByClassifier
+from sdtune.methods import DdpmConfig
+from sdtune.noisy_classifier import NoisyClassifier
+from sdtune.samplers import make_scheduler
+from sdtune.sampling import draw, to_images
+from sdtune.sheets import grid
+
+PLAIN, CLASSES, CLASSIFIER = "runs/ddpm-digits", "runs/ddpm-digits-classes", "runs/classifier-digits"
+PICTURES, PROCESSES, CONFIDENT = 500, 2, 0.8
+
+
+@dataclass
+class Call:
+    """Pictures that one process draws; ``labels`` are for the model's classes, or for the classifier if it has none."""
+
+    model: str
+    seeds: Sequence[int]
+    sampler: str
+    steps: int
+    labels: Sequence[int] | None = None
+    scale: float = 1.0
+
+    def __call__(self) -> Tensor:
+        torch.set_num_threads(1)
+        pipeline = DDPMPipeline.from_pretrained(self.model)
+        scheduler = make_scheduler(self.sampler, pipeline.scheduler, clip=True)
+        labels = None if self.labels is None else torch.tensor(self.labels)
+        own, guides = {}, []
+        if labels is not None and pipeline.unet.config.num_class_embeds:
+            own = {"labels": labels, "guidance_scale": self.scale}
+        elif labels is not None:
+            guides = [ByClassifier(NoisyClassifier.from_pretrained(CLASSIFIER), labels, self.scale)]
+        return draw(pipeline.unet, scheduler, self.seeds, steps=self.steps, guides=guides, batch_size=250, **own)
+
+
+def drawn(model: str, sampler: str, steps: int, labels: Sequence[int] | None = None, scale: float = 1.0) -> Tensor:
+    """``PICTURES`` of a model ``[N, 1, 8, 8]``, seed by seed, by as many processes as there are cores to use."""
+    shares = [slice(rank, None, PROCESSES) for rank in range(PROCESSES)]
+    calls = [Call(model, range(PICTURES)[s], sampler, steps, labels and labels[s], scale) for s in shares]
+    pictures = torch.empty(PICTURES, 1, 8, 8)
+    with get_context("spawn").Pool(PROCESSES) as pool:
+        for share, part in zip(shares, pool.map(Call.__call__, calls), strict=True):
+            pictures[share] = part
+    return pictures
+
+
+class Judge:
+    """Reads digits, and knows what it was fitted to."""
+
+    def __init__(self) -> None:
+        cfg = options.resolve(DdpmConfig, "ddpm/digits", {}, [])
+        images = load_images(cfg, captions=False, class_column="folder")
+        stream = Stream(cfg, images, 1, "L")
+        self.real, digits = self.read(stream, [stream._plain(index) for index in stream.indices])
+        self.machine = CalibratedClassifierCV(SVC(C=10), ensemble=False).fit(self.real.flatten(1).numpy(), digits)
+        held, truth = self.read(stream, stream.holdout)
+        self.accuracy = float((self.probabilities(held).argmax(1) == truth).mean())
+
+    @staticmethod
+    def read(stream: Stream, samples: Sequence) -> tuple[Tensor, np.ndarray]:
+        digits = [int(stream.images.rows[sample.index].label) for sample in samples]
+        return torch.stack([stream.pixels(sample) for sample in samples]), np.array(digits)
+
+    def probabilities(self, pictures: Tensor) -> np.ndarray:
+        return self.machine.predict_proba(pictures.flatten(1).numpy())
+
+
+def train(*words: str) -> None:
+    """A shipped recipe on ``PROCESSES`` cores, its step cut among them."""
+    cut = ["--num-processes", str(PROCESSES), "--train-batch-size", str(64 // PROCESSES), "--dataloader-num-workers=0"]
+    try:
+        main([*words, *cut])
+    except SystemExit as ended:
+        if ended.code:
+            raise
+
+
+def told(rows: list[tuple[str, float, str, bool]]) -> bool:
+    """Print a table of what was measured, in percent unless it is a distance, beside what is wanted."""
+    for what, value, wanted, met in rows:
+        print(f"{what:<58} {value:8.3f}   {wanted:<12} {'' if met else 'MISSED'}")
+    return all(met for *_, met in rows)
+
+
+def plain(judge: Judge) -> bool:
+    network = load_network("random-conv")
+    real = embed(judge.real, network)
+    rows = [("accuracy of the judge on digits held out", judge.accuracy, ">= 0.95", judge.accuracy >= 0.95)]
+    distances = {}
+    for name, sampler, steps in (("DDPM, 1000 steps", "ddpm", 1000), ("DDIM, 25 steps", "ddim", 25)):
+        pictures = drawn(PLAIN, sampler, steps)
+        odds = judge.probabilities(pictures)
+        sure, digits = float((odds.max(1) >= CONFIDENT).mean()), len(set(odds.argmax(1)))
+        distances[name] = frechet(embed(pictures, network), real)
+        rows += [
+            (f"{name}: share of {PICTURES} that the judge is sure of", sure, ">= 0.8", sure >= 0.8),
+            (f"{name}: digits among them", digits, "10", digits == 10),
+        ]
+        grid(to_images(pictures[:40]), [str(digit) for digit in odds[:40].argmax(1)], 10).save(f"{PLAIN}/{sampler}.png")
+    ancestral, few = distances.values()
+    rows += [
+        ("Frechet distance, random-conv: DDPM, 1000 steps", ancestral, "", True),
+        ("Frechet distance, random-conv: DDIM, 25 steps", few, "within 15 %", abs(few / ancestral - 1) <= 0.15),
+    ]
+    return told(rows)
+
+
+def guided(judge: Judge) -> bool:
+    asked = [k % 10 for k in range(PICTURES)]
+
+    def right(pictures: Tensor) -> float:
+        return float((judge.probabilities(pictures).argmax(1) == asked).mean())
+
+    rows = []
+    free = {scale: right(drawn(CLASSES, "ddim", 25, asked, scale)) for scale in (1.0, 2.0, 4.0)}
+    for scale, share in free.items():
+        rows.append((f"classes, classifier-free guidance {scale:g}: right digit", share, "", True))
+    rows.append(("classes: right digit at the best scale", max(free.values()), ">= 0.95", max(free.values()) >= 0.95))
+    steered = {scale: drawn(PLAIN, "ddim", 25, asked, scale) for scale in (0.0, 5.0, 10.0)}
+    shares = {scale: right(pictures) for scale, pictures in steered.items()}
+    for scale, share in shares.items():
+        rows.append((f"no classes, classifier guidance {scale:g}: right digit", share, "" if scale else "chance", True))
+    best = max(shares, key=shares.__getitem__)
+    rows.append(("no classes: right digit at the best scale", shares[best], ">= 0.8", shares[best] >= 0.8))
+    grid(to_images(steered[best][:40]), [str(digit) for digit in asked[:40]], 10).save(f"{CLASSIFIER}/guided.png")
+    return told(rows)
+
+
+if __name__ == "__main__":
+    began, words = time.monotonic(), sys.argv[1:]
+    also = words[:1] == ["guided"]
+    train("ddpm", "--config", "ddpm/digits", *([] if also else words))
+    if also:
+        train("ddpm", "--config", "ddpm/digits-classes", *words[1:])
+        train("classifier", "--config", "classifier/digits", *words[1:])
+    met = (guided if also else plain)(Judge())
+    print(f"{time.monotonic() - began:.0f} seconds")
+    sys.exit(not met)

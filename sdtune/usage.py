@@ -1,0 +1,128 @@
+"""What a run made, told by the names of its files, and the lines of stock diffusers that use it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+EMBEDDING = "learned_embeds.safetensors"
+MANY = 30
+"""Classes that are listed; of more, only the file with their names is told."""
+
+
+class Made(NamedTuple):
+    """What an artefact is: an adapter, an embedding, or both; a pipeline; or a classifier of noised images."""
+
+    adapter: str | None = None
+    """Name of the file."""
+    embedding: str | None = None
+    """Name of the file."""
+    pipeline: str | None = None
+    """Class of diffusers."""
+    takes_text: bool = True
+    classifier: dict[str, Any] | None = None
+    """Its settings, from config.json."""
+    classes: tuple[str, ...] = ()
+    """Names in order of their labels; of a model without classes, none."""
+    open_label: int | None = None
+    """The label of no class, where there is one."""
+
+
+def made(files: Mapping[str, Path]) -> Made:
+    """What the files of an artefact are, given by their path in its folder."""
+
+    def told(name: str) -> Any:
+        return json.loads(files[name].read_text(encoding="utf-8")) if name in files else None
+
+    classes = tuple(map(str, told("classes.json") or ()))
+    if index := told("model_index.json"):
+        labels = (told("unet/config.json") or {}).get("num_class_embeds") or 0
+        return Made(
+            pipeline=index["_class_name"],
+            takes_text=any(part.startswith("text_encoder") for part in index),
+            classes=classes if labels else (),
+            open_label=labels - 1 if labels == len(classes) + 1 else None,
+        )
+    if "diffusion_pytorch_model.safetensors" in files and (config := told("config.json")):
+        return Made(takes_text=False, classifier=config, classes=classes)
+    others = [name for name in files if name.endswith(".safetensors") and name != EMBEDDING]
+    return Made(adapter=next(iter(others), None), embedding=EMBEDDING if EMBEDDING in files else None)
+
+
+def sample(what: Made, folder: str, prompt: str) -> list[str]:
+    """The words of ``sdtune sample`` that draw with the artefact of a run in ``folder``."""
+    if what.classifier:
+        return ["sdtune", "sample", "--model", "...", "--classifier", folder, "--class", what.classes[0]]
+    kind = "--model" if what.pipeline else "--embedding" if what.embedding and not what.adapter else "--adapter"
+    return ["sdtune", "sample", kind, folder, *(["--prompt", prompt] if what.takes_text else [])]
+
+
+def lines(what: Made, repo: str, at: str | None, base: str, base_at: str | None, prompt: str, token: str | None) -> str:
+    """The Python that loads an artefact and makes an image.
+
+    Args:
+        repo: where the artefact is, and ``at`` its branch.
+        base: the model under an adapter or an embedding, and ``base_at`` its revision.
+        token: the new word that an embedding is for, where its file does not tell.
+    """
+    if what.classifier:
+        return _classifier(what.classifier, repo, at)
+    if what.pipeline:
+        return _pipeline(what, repo, at, prompt)
+    reader = "DiffusionPipeline.from_pretrained"
+    if base.endswith(".safetensors"):
+        reader = "StableDiffusionPipeline.from_single_file"
+    loads = [f"pipe = {reader}({arguments(base, revision=base_at)})"]
+    if what.embedding:  # first: the adapter of a text encoder may be one that was trained to read the new word
+        words = arguments(repo, weight_name=what.embedding, token=token, revision=at)
+        loads.append(f"pipe.load_textual_inversion({words})")
+    if what.adapter:
+        loads.append(f"pipe.load_lora_weights({arguments(repo, weight_name=what.adapter, revision=at)})")
+    loads.append(f"image = pipe({text(prompt)}).images[0]")
+    return "\n".join([f"from diffusers import {reader.partition('.')[0]}", "", *loads])
+
+
+def _pipeline(what: Made, repo: str, at: str | None, prompt: str) -> str:
+    load = f"pipe = DiffusionPipeline.from_pretrained({arguments(repo, revision=at)})"
+    draw = f"image = pipe({text(prompt) if what.takes_text else ''}).images[0]"
+    if not what.classes:
+        return f"from diffusers import DiffusionPipeline\n\n{load}\n{draw}"
+    return f"""from functools import partial
+
+import torch
+from diffusers import DiffusionPipeline
+
+{load}
+labels = torch.tensor([0])  # {json.dumps(what.classes[0], ensure_ascii=False)}
+pipe.unet.forward = partial(pipe.unet.forward, class_labels=labels)
+{draw}"""
+
+
+def _classifier(config: Mapping[str, Any], repo: str, at: str | None) -> str:
+    name, side = config["_class_name"], config["sample_size"]
+    return f"""import torch
+from sdtune.noisy_classifier import {name}
+
+classifier = {name}.from_pretrained({arguments(repo, revision=at)})
+x_t, t = torch.randn(1, {config["in_channels"]}, {side}, {side}), torch.tensor([500])  # noised images, their timesteps
+p = classifier(x_t, t).softmax(dim=1)"""
+
+
+def classes(what: Made) -> str:
+    """Which label is which class, as a sentence; nothing of a model without classes."""
+    if not what.classes:
+        return ""
+    if len(what.classes) > MANY:
+        named = f"The {len(what.classes)} classes are listed in `classes.json`, in the order of their labels."
+    else:
+        named = f"Labels: {', '.join(f'{label} is `{name}`' for label, name in enumerate(what.classes))}."
+    return named + (f" Label {what.open_label} leaves the class open." if what.open_label is not None else "")
+
+
+def arguments(first: str, **more: str | None) -> str:
+    return ", ".join([text(first), *(f"{name}={text(value)}" for name, value in more.items() if value)])
+
+
+def text(value: str) -> str:
+    """A Python literal."""
+    return json.dumps(value, ensure_ascii=False)

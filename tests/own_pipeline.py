@@ -1,0 +1,38 @@
+"""A recipe of one's own that trains every weight of the denoiser, and leaves a whole pipeline."""
+
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from sdtune import families
+from sdtune.configs import Captions, Data, Denoising, Hub, Model, Optim, Preview, Prompts, Run
+from sdtune.data import load_images
+from sdtune.pipelines import write_pipeline
+from sdtune.recipe import Recipe
+from sdtune.recipes.lora import Lora
+
+
+class Own(Lora):
+    """All of the UNet."""
+
+    class Config(Denoising, Model, Captions, Data, Optim, Prompts, Preview, Hub, Run):
+        method: ClassVar[str] = "own"
+        entry: ClassVar[str] = ""
+
+        output_dir: Path = Path("runs/own")
+        train_text_encoder: ClassVar[bool] = False
+
+    parameter_groups = Recipe.parameter_groups
+
+    def __init__(self, cfg, device):
+        Recipe.__init__(self, cfg, device)
+        self.images = load_images(cfg)
+        self.family = families.load(cfg, device, torch.float32)
+        self.unet = self.family.keep("unet").requires_grad_(True)
+
+    def figures(self):
+        return {"first_norm": self.unet.conv_in.weight.norm(), "three": 3}
+
+    def export(self, out):
+        return write_pipeline(out, self.family.pipeline(), {"notes/about.txt": b"by a test\n"})
