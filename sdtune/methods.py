@@ -122,8 +122,7 @@ METHODS: tuple[type[Run], ...] = (LoraConfig, DdpmConfig, ClassifierConfig)
 
 
 def config_class(settings: Mapping[str, Any]) -> type[Run]:
-    """The config class of a run's ``config.yaml``; of a recipe of one's own, the one that shares most of its keys,
-    and of equals the one with the fewest others.
+    """The config class of a run's ``config.yaml``; of a recipe of one's own, the one whose keys are most alike.
 
     The runs of a time when `method` was not written down were all LoRA.
     """
@@ -131,7 +130,8 @@ def config_class(settings: Mapping[str, Any]) -> type[Run]:
     for config in METHODS:
         if config.method == name:
             return config
-    return max(METHODS, key=lambda c: (len(settings.keys() & c.model_fields.keys()), -len(c.model_fields)))
+    keys = settings.keys()
+    return max(METHODS, key=lambda c: len(keys & c.model_fields.keys()) / len(keys | c.model_fields.keys()))
 
 
 MAY_CHANGE = frozenset(
