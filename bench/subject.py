@@ -53,7 +53,12 @@ def measure(out: Path | None, name: str, n: int) -> dict[str, float]:
         grid(images[:20], captions[:20]).save(out / "subject.png")
     of_class, *_ = score(pipeline, n, "heart", name="shape")
     others, *_ = score(pipeline, n)
-    return {"subject": shown["shape"], "with colours": shown["all"], "class": of_class["known"], "others": others["all"]}
+    return {
+        "subject": shown["shape"],
+        "with colours": shown["all"],
+        "class": of_class["known"],
+        "others": others["all"],
+    }
 
 
 def weights_of(model: str) -> str:

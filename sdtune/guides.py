@@ -53,31 +53,31 @@ class ByClip:
     taken to be log p(text | x0) at that estimate, as Chung et al. 2022 do for inverse problems.
 
     Args:
-        clip: a transformers ``CLIPModel``.
-        processor: its image processor, for size, filter, mean and standard deviation.
+        network: a `features.Pretrained` whose model is CLIP.
         texts: unit embedding of each image's text ``[N, D]``.
     """
 
     sees_x0 = True
 
-    def __init__(self, clip: nn.Module, processor: Any, texts: Tensor, scale: float):
-        self.clip, self.processor, self.texts, self.scale = clip, processor, texts, scale
+    def __init__(self, network: nn.Module, texts: Tensor, scale: float):
+        self.network, self.texts, self.scale = network, texts, scale
 
     def __call__(self, x_t: Tensor, t: Tensor, x0: Tensor | None, rows: slice) -> Tensor:
-        seen = clip_pixels(x0, self.processor).to(self.clip.dtype)
-        image = normalize(self.clip.get_image_features(pixel_values=seen).pooler_output, dim=1)
-        return self.scale * self.clip.logit_scale.exp() * (image * self.texts[rows]).sum(1)
+        seen = opaque_squares(x0, self.network.side).to(self.network.model.dtype)
+        cosine = (normalize(self.network(seen).to(x0.dtype), dim=1) * self.texts[rows]).sum(1)
+        return self.scale * self.network.model.logit_scale.exp() * cosine
 
 
 @torch.no_grad()
 def embedded(clip: nn.Module, tokenizer: Any, texts: list[str]) -> Tensor:
     """Unit embeddings of texts, cut to the model's window: ``[N, D]``."""
-    tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(clip.device)
-    return normalize(clip.get_text_features(**tokens).pooler_output, dim=1)
+    window = clip.config.text_config.max_position_embeddings
+    tokens = tokenizer(texts, padding=True, truncation=True, max_length=window, return_tensors="pt").to(clip.device)
+    return normalize(clip.get_text_features(**tokens).pooler_output.float(), dim=1)
 
 
-def clip_pixels(x0: Tensor, processor: Any) -> Tensor:
-    """``[B, C, H, W]`` in [-1, 1] as CLIP's image processor would have it, differentiable: ``[B, 3, S, S]``.
+def opaque_squares(x0: Tensor, side: int) -> Tensor:
+    """The middle of ``[B, C, H, W]`` in [-1, 1] as RGB in about [0, 1], differentiable: ``[B, 3, side, side]``.
 
     Greys become three equal channels, and what is transparent shows white.
     """
@@ -86,14 +86,7 @@ def clip_pixels(x0: Tensor, processor: Any) -> Tensor:
         alpha = x[:, -1:].clamp(0, 1)
         x = x[:, :-1] * alpha + 1 - alpha
     x = x.expand(-1, 3, -1, -1)
-    height, width = x.shape[2:]
-    side, crop = processor.size["shortest_edge"], processor.crop_size["height"]
-    size = [max(side, round(length * side / min(height, width))) for length in (height, width)]
-    mode = "bilinear" if processor.resample == 2 else "bicubic"
-    x = interpolate(x, size, mode=mode, antialias=True, align_corners=False)
-    top, left = (size[0] - crop) // 2, (size[1] - crop) // 2
-    x = x[:, :, top : top + crop, left : left + crop]
-    mean, std = (
-        torch.tensor(numbers).to(x).reshape(3, 1, 1) for numbers in (processor.image_mean, processor.image_std)
-    )
-    return (x - mean) / std
+    size = [round(length * side / min(x.shape[2:])) for length in x.shape[2:]]
+    x = interpolate(x, size, mode="bicubic", antialias=True, align_corners=False)
+    top, left = (size[0] - side) // 2, (size[1] - side) // 2
+    return x[:, :, top : top + side, left : left + side]

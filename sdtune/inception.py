@@ -1,6 +1,6 @@
 """The Inception network of FID, as far as its features: what Heusel et al. 2017 measured with.
 
-It is Szegedy et al. 2016's Inception v3 as TensorFlow published it in December 2015, which is not what torchvision
+It is Szegedy et al. 2016's Inception v3 as TensorFlow published it at the end of 2015, which is not what torchvision
 calls ``inception_v3``: average pooling leaves the padding out, and the last block pools by maximum. A Fréchet
 distance is an FID only with these weights in this network. torch-fidelity and pytorch-fid publish the weights as one
 and the same file; both packages, and clean-fid, import torchvision, which sdtune does without, hence the network here.
@@ -8,6 +8,7 @@ and the same file; both packages, and clean-fid, import torchvision, which sdtun
 
 import hashlib
 import pickle
+import warnings
 from pathlib import Path
 
 import torch
@@ -144,7 +145,8 @@ def load_inception(file: Path) -> Inception:
         UserError: for a file that holds anything but weights of this network.
     """
     try:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of TorchScript, which is refused
+            weights = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         why = "a TorchScript program" if "TorchScript" in str(error) else "cannot be read as tensors"
         raise UserError(f"--features {file}: {why}; give {URL.rpartition('/')[2]}, which is at {URL}") from error

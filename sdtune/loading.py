@@ -213,19 +213,3 @@ def _classes(folder: Path, where: str) -> list[str]:
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise UserError(f"{where}: classes.json is no list of names")
     return classes
-
-
-def load_clip(name: str, cache_dir: Path | None, device: torch.device) -> tuple[nn.Module, Any, Any]:
-    """A transformers ``CLIPModel``, its tokenizer and its image processor, frozen, in 32 bits."""
-    from transformers import AutoConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
-
-    try:
-        kind = AutoConfig.from_pretrained(name, cache_dir=cache_dir).model_type
-        if kind != "clip":
-            raise UserError(f"--clip-model {name}: a {kind} model, not a CLIPModel")
-        clip = CLIPModel.from_pretrained(name, cache_dir=cache_dir, use_safetensors=True, dtype=torch.float32)
-        tokenizer = CLIPTokenizer.from_pretrained(name, cache_dir=cache_dir)
-        processor = CLIPImageProcessor.from_pretrained(name, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--clip-model {name}: {str(error).splitlines()[0]}") from error
-    return clip.requires_grad_(False).eval().to(device), tokenizer, processor

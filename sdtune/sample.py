@@ -29,14 +29,14 @@ from sdtune.loading import load_adapters, load_embeddings, load_pipeline, split_
 from sdtune.options import flag
 from sdtune.sample_pixels import PixelJob, of_pixels
 from sdtune.samplers import make_scheduler
-from sdtune.sheets import grid
+from sdtune.sheets import grid, save_sheet
 from sdtune.verbs import SampleConfig
 
 STEPS = 25
 SHOWN = 100
 """Most images of a call that are kept in memory, for its sheet."""
 OF_LATENTS = "adapter embedding unet vae negative_prompt width height"
-OF_PIXELS = "class_name classifier clip_model eta strip interpolate"
+OF_PIXELS = "classes classifier clip_model eta strip interpolate"
 """Options that only one kind of model has a use for."""
 
 
@@ -60,7 +60,8 @@ def sample(cfg: SampleConfig) -> list[Path]:
     taken = [int(p.stem) for p in cfg.output_dir.glob("*.png") if re.fullmatch(r"\d{5,}", p.stem)]
     first, total, files = max(taken, default=-1) + 1, len(job.records), []
     shown: list[Image.Image] = []
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Sampling", total=float(total))
 
         def report(share: float) -> None:
@@ -78,7 +79,7 @@ def sample(cfg: SampleConfig) -> list[Path]:
                     image.save(files[-1], pnginfo=info)
                     lines.write(json.dumps({"file_name": files[-1].name} | record, ensure_ascii=False) + "\n")
     for name, sheet in job.sheets(shown).items():
-        sheet.save(cfg.output_dir / name)
+        save_sheet(sheet, cfg.output_dir / name)
     return files
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sdtune.configs import UserError
 from sdtune.guides import ByClassifier, ByClip, Guide, embedded
-from sdtune.loading import class_labels, load_classes, load_classifier, load_clip, load_pipeline
+from sdtune.judges import Clip
+from sdtune.loading import class_labels, load_classes, load_classifier, load_pipeline
 from sdtune.samplers import make_scheduler
 from sdtune.sampling import draw, to_images
 from sdtune.sheets import grid
@@ -49,7 +50,7 @@ class PixelJob:
         self.steps = cfg.steps or (timesteps if isinstance(self.scheduler, DDPMScheduler) else min(STEPS, timesteps))
         self.scale = 1.0 if cfg.guidance_scale is None else cfg.guidance_scale
 
-        asked = list(itertools.product(cfg.class_name or [""], prompts or [""], range(cfg.num_images_per_prompt)))
+        asked = list(itertools.product(cfg.classes or [""], prompts or [""], range(cfg.num_images_per_prompt)))
         self.ends = [read_image(path, self.unet) for path in cfg.interpolate]
         if self.ends and len(asked) > 1:
             raise UserError("--interpolate: one row, so one class or prompt at most")
@@ -68,15 +69,16 @@ class PixelJob:
         self.labels = None
         if self.unet.config.num_class_embeds is not None:
             classes = load_classes(cfg, self.unet)
-            self.labels = class_labels(names, classes, f"--model {cfg.model}") if cfg.class_name else None
-        elif cfg.class_name and not cfg.classifier:
+            self.labels = class_labels(names, classes, f"--model {cfg.model}") if cfg.classes else None
+        elif cfg.classes and not cfg.classifier:
             raise UserError(f"--class: {cfg.model} knows no classes; a --classifier can steer it towards one")
         if cfg.classifier:
             self.classifier, classes = load_classifier(cfg.classifier, self.unet, self.scheduler)
             self.wanted = class_labels(names, classes, f"--classifier {cfg.classifier}")
         if cfg.clip_model:
-            self.clip, tokenizer, self.processor = load_clip(cfg.clip_model, cfg.cache_dir, self.unet.device)
-            vectors = dict(zip(prompts, embedded(self.clip, tokenizer, list(prompts)), strict=True))
+            clip = Clip(cfg.clip_model)
+            self.clip = clip.network.to(self.unet.device)
+            vectors = dict(zip(prompts, embedded(self.clip.model, clip.tokenizer, list(prompts)), strict=True))
             self.texts = torch.stack([vectors[prompt] for _, prompt, _ in asked])
         self.frames: dict[int, Image.Image | None] = dict.fromkeys(self._strip_timesteps())
 
@@ -137,7 +139,7 @@ class PixelJob:
         if cfg.classifier:
             guides.append(ByClassifier(self.classifier, self.wanted[rows], cfg.classifier_scale))
         if cfg.clip_model:
-            guides.append(ByClip(self.clip, self.processor, self.texts[rows], cfg.clip_guidance_scale))
+            guides.append(ByClip(self.clip, self.texts[rows], cfg.clip_guidance_scale))
         return guides
 
     def _strip_timesteps(self) -> list[int]:

@@ -156,12 +156,13 @@ def _variance(scheduler: SchedulerMixin, bars: Tensor, k: int) -> float:
 def _first_step(scheduler: SchedulerMixin, timestep: int) -> int:
     """The first step that is no earlier in the noise than ``timestep``."""
     if not isinstance(scheduler, DDPMScheduler | DDIMScheduler):
-        raise UserError(f"starting from images is for ddpm and ddim, not for {type(scheduler).__name__}")
-    if timestep >= scheduler.config.num_train_timesteps:
-        raise UserError(f"timestep {timestep}: the last of this model is {scheduler.config.num_train_timesteps - 1}")
+        raise UserError(f"--interpolate: {type(scheduler).__name__} starts from noise only; --scheduler ddim does not")
+    last, given = scheduler.config.num_train_timesteps - 1, f"--interpolate-timestep {timestep}"
+    if timestep > last:
+        raise UserError(f"{given}: the last of this model is {last}")
     later = [k for k, t in enumerate(scheduler.timesteps) if t <= timestep]
     if not later:
-        raise UserError(f"timestep {timestep}: the first step from the image is at {scheduler.timesteps[-1]}")
+        raise UserError(f"{given}: these steps end at {int(scheduler.timesteps[-1])}")
     return later[0]
 
 
@@ -174,13 +175,13 @@ def _check(unet: UNet2DModel, scheduler: SchedulerMixin, steps: int, labels: Ten
     if not hasattr(scheduler, "alphas_cumprod"):
         raise UserError(f"{type(scheduler).__name__} knows no betas, so it is no sampler of this model")
     if steps > scheduler.config.num_train_timesteps:
-        raise UserError(f"{steps} steps: this model has {scheduler.config.num_train_timesteps} timesteps")
+        raise UserError(f"--steps {steps}: this model has {scheduler.config.num_train_timesteps} timesteps")
     if eta and not _accepted(scheduler, eta=eta):
-        raise UserError(f"eta is for DDIM; {type(scheduler).__name__} has none")
+        raise UserError(f"--eta: the noise of --scheduler ddim, and {type(scheduler).__name__} has its own")
     try:
         scheduler.set_timesteps(steps)
     except ValueError as error:
-        raise UserError(f"{steps} steps: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--steps {steps}: {str(error).splitlines()[0]}") from error
 
 
 @contextmanager

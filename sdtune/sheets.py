@@ -31,7 +31,7 @@ def grid(
     columns = min(columns, len(images))
     factors = [max(1, math.ceil(LEAST_SIDE / image.width)) for image in images]
     shown = [
-        image.convert("RGB").resize((image.width * f, image.height * f), Image.Resampling.NEAREST)
+        opaque(image).resize((image.width * f, image.height * f), Image.Resampling.NEAREST)
         for image, f in zip(images, factors, strict=True)
     ]
     width, height = max(i.width for i in shown), max(i.height for i in shown)
@@ -51,6 +51,15 @@ def grid(
         places.append([x, y, image.width, image.height, factors[k]])
     sheet.info["sdtune"] = json.dumps({"places": places, "captions": list(captions or [])})
     return sheet
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """``image`` in RGB, white where it is transparent."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image.convert("RGBA"))
+    return white.convert("RGB")
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:

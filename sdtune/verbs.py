@@ -32,7 +32,7 @@ class Verb(Section):
 
 
 class Pixels(Section):
-    class_name: Annotated[Strings, also("class")] = []
+    classes: Annotated[Strings, also("class", "class_name")] = []
     """Classes to show, as classes.json of the model or classifier names them; none leaves the class open."""
     classifier: Path | None = None
     """Run folder of `sdtune classifier`, which steers towards the class (Dhariwal & Nichol 2021); none does not."""
@@ -55,8 +55,8 @@ class Pixels(Section):
 
     @model_validator(mode="after")
     def _what_guidance_needs(self) -> Self:
-        if self.classifier and not self.class_name:
-            raise ValueError("classifier needs a class to steer towards: give class")
+        if self.classifier and not self.classes:
+            raise ValueError("classifier needs a class to steer towards: give --class")
         if self.classifier_scale != 1 and not self.classifier:
             raise ValueError("classifier_scale needs a classifier")
         if bool(self.clip_guidance_scale) != bool(self.clip_model):

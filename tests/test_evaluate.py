@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from torch import nn
 
@@ -17,6 +18,7 @@ from sdtune.configs import Data, UserError
 from sdtune.data import load_images
 from sdtune.distances import frechet
 from sdtune.features import BATCH, RandomConv, embed, features_of, load_network, square
+from sdtune.noisy_classifier import NoisyClassifier
 from tests.conftest import status
 
 SHAPES = ("disc", "box")
@@ -64,7 +66,7 @@ def samples(tmp_path_factory):
 def clip(tmp_path_factory):
     """A CLIP of random weights whose tokenizer knows the words of a few prompts."""
     out = tmp_path_factory.mktemp("models") / "clip"
-    torch.manual_seed(1)
+    torch.manual_seed(5)
     parts = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     config = transformers.CLIPConfig(
@@ -239,7 +241,8 @@ def test_files_that_are_not_the_weights(tmp_path, weights):
     for name, content in wrong.items():
         torch.save(content, tmp_path / name)
     (tmp_path / "text.pth").write_text("version https://git-lfs")
-    for name in (*wrong, "text.pth"):
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), str(tmp_path / "program.pt"))
+    for name in (*wrong, "text.pth", "program.pt"):
         with pytest.raises(UserError, match="give weights-inception-2015-12-05-6726825d"):
             load_network(str(tmp_path / name))
 
@@ -338,6 +341,47 @@ def test_a_model_is_sampled_first(sd, pictures, tmp_path, capsys):
     assert "has samples already" in capsys.readouterr().err
 
 
+def save_pixel_models(out: Path) -> tuple[Path, Path]:
+    """A model of 16 x 16 grey pixels with two classes, and a noise-aware classifier of the same, of random weights."""
+    torch.manual_seed(0)
+    blocks = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    unet = UNet2DModel(
+        sample_size=16,
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        num_class_embeds=3,
+        **blocks,
+    )
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(out / "model")
+    down = ("DownBlock2D", "DownBlock2D")
+    NoisyClassifier(16, 1, 2, down_block_types=down, attention_head_dim=8, **blocks).save_pretrained(out / "classifier")
+    DDPMScheduler().save_pretrained(out / "classifier" / "scheduler")
+    for name in ("model", "classifier"):
+        (out / name / "classes.json").write_text(json.dumps(SHAPES))
+    return out / "model", out / "classifier"
+
+
+def test_a_model_of_pixels_is_sampled_class_by_class_and_judged_without_noise(reference, tmp_path):
+    model, classifier = save_pixel_models(tmp_path)
+    words = ("--reference", reference, "--num-images", "15", "--steps", "2", "--resamples", "2")
+    result = run(model, *words, "--classifier", classifier, out=tmp_path / "out")
+    images = images_of(tmp_path / "out" / "samples")
+    told = (tmp_path / "out" / "samples" / "prompts.jsonl").read_text().splitlines()
+    asked = {entry["file_name"]: entry["class"] for entry in map(json.loads, told)}
+    assert [*asked.values()] == ["disc"] * 8 + ["box"] * 8
+    network = NoisyClassifier.from_pretrained(classifier).eval()
+    right = []
+    for k, row in enumerate(images.rows):
+        if row.name in asked:
+            x = torch.from_numpy(np.array(Image.open(images.read(k)))).float()[None, None] / 127.5 - 1
+            with torch.no_grad():
+                right.append(SHAPES[int(network(x, torch.zeros(1, dtype=torch.long)).argmax())] == asked[row.name])
+    assert len(right) == 16
+    assert result["figures"]["class_accuracy"]["value"] == np.mean(right)
+
+
 # ---- what is wrong with a command ----------------------------------------------------------------------
 
 
@@ -360,6 +404,8 @@ def test_a_model_is_sampled_first(sd, pictures, tmp_path, capsys):
         ("{samples} --reference {flat}", "--reference: 5 images are too few for 3 neighbours"),
         ("{samples} --reference {flat} --neighbours 5 --resamples 0", "give at least 6"),
         ("{samples} --reference {reference} --resamples 1", "one half has no spread"),
+        ("{samples} --reference {reference} --output-dir {samples}/evaluation", "lies in SAMPLES, among its images"),
+        ("{samples} --reference {reference} --output-dir {reference}", "lies in --reference, among its images"),
         ("{gap} --reference {reference}", "names 00099.png, which is not there"),
         ("{broken} --reference {reference}", "prompts.jsonl:2: not JSON"),
     ],

@@ -33,6 +33,7 @@ NEIGHBOURS = {
     "folder": "options",
     "cli": "launch",
     "sample": "sample_pixels",
+    "sample_pixels": "judges",
 }
 """Imports along a floor."""
 

@@ -7,14 +7,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from sdtune.diffusion import DDPM
 from sdtune.guidance import classifier_free, rescaled, reverse_variance, shifted, shifted_mean
-from sdtune.guides import ByClassifier, ByClip, clip_pixels
+from sdtune.guides import ByClassifier, ByClip, opaque_squares
 from sdtune.samplers import SCHEDULERS, make_scheduler
 from sdtune.sampling import draw
-from tests.test_sampling import tiny_unet
+from tests.test_sampling import clip_network, processor, tiny_unet
 
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
 BETAS = np.linspace(1e-4, 0.02, 1000)
@@ -306,22 +305,10 @@ def test_a_classifier_says_the_log_probability_of_each_images_label():
         np.testing.assert_allclose(gradient[k].numpy().ravel(), expected, rtol=1e-6)
 
 
-def tiny_clip() -> CLIPModel:
-    torch.manual_seed(0)
-    part = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {**part, "vocab_size": 600, "max_position_embeddings": 77}
-    vision = {**part, "image_size": 12, "patch_size": 4}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval().requires_grad_(False)
-
-
-def processor(**more):
-    return CLIPImageProcessor(size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12}, **more)
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_gradient_of_clip_goes_through_the_network(channels):
-    clip, unet = tiny_clip().double(), tiny_unet(channels).double()
-    guide = ByClip(clip, processor(), torch.nn.functional.normalize(normal(5, 2, 8), dim=1), 2.0)
+    clip, unet = clip_network().double(), tiny_unet(channels).double()
+    guide = ByClip(clip, torch.nn.functional.normalize(normal(5, 2, 8), dim=1), 2.0)
     process, t = DDPM(torch.from_numpy(BARS)), torch.tensor(300)
 
     def said(x_t):
@@ -341,7 +328,8 @@ def test_the_gradient_of_clip_goes_through_the_network(channels):
 def test_pixels_for_clip_are_those_of_its_own_processor(height, width):
     numbers = torch.randint(0, 256, (1, 3, height, width), generator=torch.Generator().manual_seed(0))
     smooth = torch.nn.functional.avg_pool2d(numbers.double(), 5, 1, 2).round()  # filters differ least on these
-    ours = clip_pixels(smooth / 127.5 - 1, processor())
+    mean, std = (torch.tensor(numbers).reshape(3, 1, 1) for numbers in (processor().image_mean, processor().image_std))
+    ours = (opaque_squares(smooth / 127.5 - 1, 12) - mean) / std
     theirs = processor()(images=[smooth[0].permute(1, 2, 0).byte().numpy()], return_tensors="pt").pixel_values
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() < 0.04  # it rounds to whole levels, 1 / 255 / 0.26 = 0.015 each
@@ -349,15 +337,14 @@ def test_pixels_for_clip_are_those_of_its_own_processor(height, width):
 
 def test_what_is_transparent_shows_white_to_clip():
     x0 = torch.tensor([-1.0, 0.0]).reshape(1, 2, 1, 1).expand(1, 2, 12, 12)  # black, half covering
-    plain = processor(image_mean=[0, 0, 0], image_std=[1, 1, 1])
-    torch.testing.assert_close(clip_pixels(x0, plain), torch.full((1, 3, 12, 12), 0.5))
+    torch.testing.assert_close(opaque_squares(x0, 12), torch.full((1, 3, 12, 12), 0.5))
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
 def test_clip_guidance_brings_pictures_nearer_to_the_text(name):
-    clip, unet = tiny_clip(), tiny_unet(3)
+    unet = tiny_unet(3)
     texts = torch.nn.functional.normalize(normal(5, 2, 8).float(), dim=1)
-    guide = ByClip(clip, processor(), texts, 3.0)
+    guide = ByClip(clip_network(), texts, 3.0)
     said = []
     for guides in ([], [guide]):
         drawn = draw(unet, make_scheduler(name, DDPMScheduler(), clip=True), [1, 2], steps=10, guides=guides)

@@ -31,8 +31,8 @@ ADAPTERS = set(Adapter.model_fields) - {"train_text_encoder", "text_encoder_lr"}
 LEAST_WITH = {
     (SampleConfig, "width"): {"height": 64},
     (SampleConfig, "height"): {"width": 64},
-    (SampleConfig, "classifier"): {"class_name": ["x"]},
-    (SampleConfig, "classifier_scale"): {"class_name": ["x"], "classifier": "c"},
+    (SampleConfig, "classifier"): {"classes": ["x"]},
+    (SampleConfig, "classifier_scale"): {"classes": ["x"], "classifier": "c"},
     (SampleConfig, "clip_model"): {"clip_guidance_scale": 2.0},
     (SampleConfig, "clip_guidance_scale"): {"clip_model": "c"},
     **{(DreamBoothConfig, name): {"lora": True} for name in ADAPTERS | {"placeholder_token"}},
