@@ -40,9 +40,10 @@ class ByClassifier:
         self.classifier, self.labels, self.scale = classifier, labels, scale
 
     def __call__(self, x_t: Tensor, t: Tensor, x0: Tensor | None, rows: slice) -> Tensor:
-        logits = self.classifier(x_t, t.expand(len(x_t)).to(x_t.device))
+        dtype = next(self.classifier.parameters()).dtype
+        logits = self.classifier(x_t.to(dtype), t.expand(len(x_t)).to(x_t.device))
         labels = self.labels[rows, None].to(x_t.device)
-        return self.scale * logits.float().log_softmax(1).gather(1, labels)[:, 0]
+        return self.scale * logits.log_softmax(1).gather(1, labels)[:, 0]
 
 
 class ByClip:
@@ -63,8 +64,9 @@ class ByClip:
         self.network, self.texts, self.scale = network, texts, scale
 
     def __call__(self, x_t: Tensor, t: Tensor, x0: Tensor | None, rows: slice) -> Tensor:
-        seen = opaque_squares(x0, self.network.side).to(self.network.model.dtype)
-        cosine = (normalize(self.network(seen).to(x0.dtype), dim=1) * self.texts[rows]).sum(1)
+        full = torch.promote_types(x0.dtype, torch.float32)
+        seen = opaque_squares(x0.to(full), self.network.side).to(self.network.model.dtype)
+        cosine = (normalize(self.network(seen).to(full), dim=1) * self.texts[rows]).sum(1)
         return self.scale * self.network.model.logit_scale.exp() * cosine
 
 

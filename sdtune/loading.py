@@ -200,8 +200,8 @@ def load_classifier(folder: Path, unet: UNet2DModel, scheduler: SchedulerMixin) 
         if classifier.config[name] != unet.config[name]:
             raise UserError(f"{where}: made for {classifier.config[name]} {what}, the model for {unet.config[name]}")
     for name in ("num_train_timesteps", "beta_schedule"):
-        if own.config[name] != scheduler.config[name]:
-            raise UserError(f"{where}: its {name} is {own.config[name]}, the model's {scheduler.config[name]}")
+        if own.config[name] != scheduler.config.get(name):
+            raise UserError(f"{where}: its {name} is {own.config[name]}, the model's {scheduler.config.get(name)}")
     if not torch.allclose(own.betas, scheduler.betas.cpu(), atol=1e-7):
         ends = [f"{betas[0]:.3g} to {betas[-1]:.3g}" for betas in (own.betas, scheduler.betas)]
         raise UserError(f"{where}: trained with betas from {ends[0]}, the model with {ends[1]}")

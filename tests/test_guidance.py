@@ -287,12 +287,13 @@ def test_noise_of_ddim_is_beta_tilde_at_eta_1(eta):
 
 
 def test_a_classifier_says_the_log_probability_of_each_images_label():
-    weights = normal(0, 4, 3)
+    class Linear(nn.Linear):
+        def forward(self, x_t, t):
+            assert t.shape == (2,)
+            return super().forward(x_t.flatten(1))
 
-    def classifier(x_t, t):
-        assert t.shape == (2,)
-        return x_t.flatten(1) @ weights
-
+    classifier = Linear(4, 3, bias=False, dtype=torch.float64)
+    weights = classifier.weight.detach().T
     x_t = normal(1, 2, 1, 2, 2).requires_grad_()
     guide = ByClassifier(classifier, torch.tensor([0, 2, 1]), 1.5)
     said = guide(x_t, torch.tensor(7), None, slice(1, 3))

@@ -321,6 +321,15 @@ def test_a_classifier_on_the_command_line(sampled, folders, model, scheduler):
     assert np.abs(np.asarray(images[2], int) - np.asarray(guided, int)).max() <= 1
 
 
+@pytest.mark.parametrize("scheduler", ["ddpm", "dpm++"])
+def test_half_precision(sampled, scheduler):
+    words = f"--steps 3 --num-images 2 --mixed-precision bf16 --scheduler {scheduler} --class one"
+    guides = "--classifier FOLDERS/classifier --clip-model FOLDERS/clip --clip-guidance-scale 2 --prompt dog"
+    images, records, _ = sampled(*words.split(), *guides.split(), model="classes")
+    assert len(images) == 2
+    assert records[0]["text"] == "one, dog"
+
+
 def test_clip_on_the_command_line(sampled):
     plain, _, _ = sampled("--num-images", "2", "--steps", "4")
     words = ["--num-images", "2", "--steps", "4", "--prompt", "a red circle", "--clip-model", "FOLDERS/clip"]
