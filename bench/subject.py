@@ -1,6 +1,6 @@
 """What each way of teaching `tiny` one subject from five pictures reaches, and what it costs the rest.
 
-python bench/subject.py --work runs/subject [-n 100] [--only adapters "no prior"]
+python bench/subject.py --work runs/subject [-n 100] [--only adapters full]
 
 Each row is a ready-made recipe, trained unless its run is complete, then asked for pictures that ``sdtune.shapes.read``
 reads. ``subject``: share that show it; ``class``: share of those asked for "a ... shape" that show a shape the base
@@ -19,17 +19,19 @@ from sdtune.scores import score
 from sdtune.sheets import grid
 from sdtune.verbs import SampleConfig
 
-SKS, WORD = "sks shape", "<thing>"
+SKS, WORD = ("heart", "sks shape"), ("heart", "<thing>")
+NO_PRIOR = ["--prior-loss-weight", "0"]
 WAYS = {
     "base": (SKS, []),
     "adapters": (SKS, ["dreambooth", "--config", "dreambooth/tiny-subject"]),
-    "no prior": (SKS, ["dreambooth", "--config", "dreambooth/tiny-subject", "--prior-loss-weight", "0"]),
+    "adapters, no prior": (SKS, ["dreambooth", "--config", "dreambooth/tiny-subject", *NO_PRIOR]),
     "full": (SKS, ["dreambooth", "--config", "dreambooth/tiny-subject-full"]),
-    "full, no prior": (SKS, ["dreambooth", "--config", "dreambooth/tiny-subject-full", "--prior-loss-weight", "0"]),
-    "word": (WORD, ["textual-inversion", "--config", "textual-inversion/tiny-subject"]),
+    "full, no prior": (SKS, ["dreambooth", "--config", "dreambooth/tiny-subject-full", *NO_PRIOR]),
     "word and adapters": (WORD, ["dreambooth", "--config", "dreambooth/tiny-subject-pivotal"]),
+    "word": (WORD, ["textual-inversion", "--config", "textual-inversion/tiny-word", "--dataset", "tiny-subject"]),
+    "word for a known shape": (("arrow", "<thing>"), ["textual-inversion", "--config", "textual-inversion/tiny-word"]),
 }
-"""Name of a row to what its captions call the subject, and the command that trains it."""
+"""Name of a row to what the subject is, what its captions call it, and the command that trains it."""
 
 
 def train(words: list[str], out: Path) -> None:
@@ -40,7 +42,7 @@ def train(words: list[str], out: Path) -> None:
             raise
 
 
-def measure(out: Path | None, name: str, n: int) -> dict[str, float]:
+def measure(out: Path | None, shape: str, name: str, n: int) -> dict[str, float]:
     """The scores of a run; its pictures of the subject as ``subject.png`` beside it."""
     full = out is not None and (out / "model_index.json").is_file()
     pipeline = load_pipeline(SampleConfig(model=str(out) if full else "tiny", prompt=["unused"]))
@@ -48,7 +50,7 @@ def measure(out: Path | None, name: str, n: int) -> dict[str, float]:
         adapted = (out / "pytorch_lora_weights.safetensors").is_file()
         load_adapters(pipeline, [str(out)] if adapted else [])
         load_embeddings(pipeline, [str(out)] if (out / "learned_embeds.safetensors").is_file() else [])
-    shown, images, captions = score(pipeline, n, "heart", name=name)
+    shown, images, captions = score(pipeline, n, shape, name=name)
     if out is not None:
         grid(images[:20], captions[:20]).save(out / "subject.png")
     of_class, *_ = score(pipeline, n, "heart", name="shape")
@@ -77,11 +79,11 @@ def main() -> None:
     args = parser.parse_args()
     before, rows = weights_of("tiny"), {}
     for way in args.only:
-        name, words = WAYS[way]
+        (shape, name), words = WAYS[way]
         out = args.work / way.replace(", ", "-").replace(" ", "-") if words else None
         if out is not None:
             train(words, out)
-        rows[way] = measure(out, name, args.n)
+        rows[way] = measure(out, shape, name, args.n)
     print(f"\n{args.n} pictures each      " + "".join(f"{title:>14}" for title in rows[args.only[0]]))
     for way, scores in rows.items():
         print(f"{way:<24}" + "".join(f"{value:>14.0%}" for value in scores.values()))

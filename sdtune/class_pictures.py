@@ -33,12 +33,11 @@ def class_images(cfg: DreamBoothConfig, family: Any) -> Images:
         UserError: there are too few and nothing to make them from, or they were made with other settings.
     """
     folder = (cfg.class_data or cfg.output_dir / FOLDER).expanduser()
-    state = PartialState()
-    with state.main_process_first():
-        own = [p for p in _pictures(folder) if not p.name.startswith(MADE)]
+    with PartialState().main_process_first():
+        own = [p for p in pictures(folder) if not p.name.startswith(MADE)]
         lacking = cfg.num_class_images - len(own)
         if lacking > 0:
-            _check(cfg, folder, own, lacking)
+            make_ready(cfg, folder, own, lacking)
     if lacking > 0:
         make(cfg, family, folder, lacking)
     caption = cfg.class_prompt[0] if cfg.class_prompt else None
@@ -46,16 +45,46 @@ def class_images(cfg: DreamBoothConfig, family: Any) -> Images:
     return load_images(cfg.model_copy(update=changed), default=caption)
 
 
+def make_ready(cfg: DreamBoothConfig, folder: Path, own: list[Path], lacking: int) -> None:
+    """Make sure that the base may make pictures in a folder; in the run's own, those of other settings go.
+
+    Raises:
+        UserError: what stands in the way.
+    """
+    have = f"--class-data {folder}: {len(own)} of --num-class-images {cfg.num_class_images}"
+    if not cfg.class_prompt:
+        raise UserError(f"{have}, and nothing to make more from; add --class-prompt, pictures, or ask for fewer")
+    captioned = any(p.with_suffix(".txt").exists() for p in own) or any(folder.glob("**/metadata.*"))
+    if own and (captioned or len(cfg.class_prompt) > 1):
+        raise UserError(
+            f"{have}, with captions that differ, and made pictures would have none of them; add pictures, ask for "
+            "fewer, or name another folder"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--class-data {folder}: cannot be written ({error.strerror})") from None
+    wanted = {place(folder, k) for k in range(lacking)}
+    for file in [p for p in pictures(folder) if p.name.startswith(MADE)]:
+        with Image.open(file) as image:
+            made = image.info.get("sdtune", "nothing that is told")
+        if cfg.class_data and made != settings(cfg):
+            raise UserError(
+                f"{file} was made with other settings ({made}); name another --class-data folder, or remove {MADE}*"
+            )
+        if made != settings(cfg) or file not in wanted:
+            file.unlink()
+            file.with_suffix(".txt").unlink(missing_ok=True)
+
+
 def make(cfg: DreamBoothConfig, family: Any, folder: Path, count: int) -> None:
     """Draw pictures 0 to ``count`` of the class, this process its share of the batches, and wait for the others."""
     state, size = PartialState(), cfg.sample_batch_size
-    settings = json.dumps(_settings(cfg), sort_keys=True)
     batches = [range(k, min(k + size, count)) for k in range(0, count, size)]
-    mine = [
-        b for b in batches[state.process_index :: state.num_processes] if not all(_file(folder, k).exists() for k in b)
-    ]
-    shown = {"description": f"Class pictures ({count} of them)", "console": Console(stderr=True), "transient": True}
-    for batch in track(mine, disable=not state.is_main_process or not mine, **shown):
+    mine = batches[state.process_index :: state.num_processes]
+    mine = [batch for batch in mine if not all(place(folder, k).exists() for k in batch)]
+    bar: dict[str, Any] = {"console": Console(stderr=True), "transient": True}
+    for batch in track(mine, f"Class pictures ({count} of them)", disable=not state.is_main_process, **bar):
         prompts = [cfg.class_prompt[k % len(cfg.class_prompt)] for k in batch]
         with torch.autocast(family.device.type, family.dtype, enabled=family.dtype != torch.float32):
             images = generate(
@@ -69,72 +98,38 @@ def make(cfg: DreamBoothConfig, family: Any, folder: Path, count: int) -> None:
                 height=cfg.resolution,
             )
         for k, prompt, image in zip(batch, prompts, images, strict=True):
-            _write(_file(folder, k), prompt, image, settings, captioned=len(cfg.class_prompt) > 1)
+            write(place(folder, k), image, settings(cfg), prompt if len(cfg.class_prompt) > 1 else None)
     if mine:
         family.release()
     state.wait_for_everyone()
 
 
-def _check(cfg: DreamBoothConfig, folder: Path, own: list[Path], lacking: int) -> None:
-    """Whether the base may make pictures in a folder; pictures of other settings in the run's own folder go."""
-    have = f"--class-data {folder}: {len(own)} of --num-class-images {cfg.num_class_images}"
-    if not cfg.class_prompt:
-        raise UserError(f"{have}, and nothing to make more from; add --class-prompt, pictures, or ask for fewer")
-    texts = [
-        p for p in folder.glob("**/*") if p.name.startswith("metadata.") or (p.suffix == ".txt" and _beside(p, own))
-    ]
-    if own and (texts or len(cfg.class_prompt) > 1):
-        raise UserError(
-            f"{have}, and captions that differ, which made pictures would be among; add pictures, ask for fewer, or "
-            "name another folder"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--class-data {folder}: cannot be written ({error.strerror})") from None
-    for file in [p for p in _pictures(folder) if p.name.startswith(MADE)]:
-        with Image.open(file) as image:
-            made = image.info.get("sdtune")
-        if made == json.dumps(_settings(cfg), sort_keys=True) and file in {_file(folder, k) for k in range(lacking)}:
-            continue
-        if cfg.class_data and made != json.dumps(_settings(cfg), sort_keys=True):
-            raise UserError(
-                f"{file} was made with other settings ({made}); name another --class-data folder, or remove {MADE}*"
-            )
-        file.unlink()
-        file.with_suffix(".txt").unlink(missing_ok=True)
-
-
-def _settings(cfg: DreamBoothConfig) -> dict[str, Any]:
-    """All that a made picture depends on."""
+def settings(cfg: DreamBoothConfig) -> str:
+    """All that a made picture depends on; it carries this itself."""
     names = "revision seed class_prompt sample_batch_size class_inference_steps class_guidance_scale resolution".split()
-    return {"model": families.public_name(cfg.model)} | {name: getattr(cfg, name) for name in names}
+    told = {"model": families.public_name(cfg.model)} | {name: getattr(cfg, name) for name in names}
+    return json.dumps(told, sort_keys=True, ensure_ascii=False)
 
 
-def _pictures(folder: Path) -> list[Path]:
+def pictures(folder: Path) -> list[Path]:
     shown = (p for p in folder.glob("**/*") if not p.name.startswith("."))
     return sorted(p for p in shown if p.suffix.lower() in EXTENSIONS)
 
 
-def _beside(text: Path, pictures: list[Path]) -> bool:
-    return any(p.with_suffix(".txt") == text for p in pictures)
-
-
-def _file(folder: Path, k: int) -> Path:
+def place(folder: Path, k: int) -> Path:
     return folder / f"{MADE}{k:05d}.png"
 
 
-def _write(path: Path, prompt: str, image: Image.Image, settings: str, captioned: bool) -> None:
-    """The picture and, where prompts differ, its caption beside it; the picture last, whole or not at all."""
+def write(path: Path, image: Image.Image, about: str, caption: str | None) -> None:
+    """The picture, whole or not at all, after its caption, if it has one of its own, beside it."""
     info, new = PngInfo(), path.with_name(f".{path.name}")
-    info.add_text("sdtune", settings)
+    info.add_itxt("sdtune", about)
     try:
-        if captioned:
-            path.with_suffix(".txt").write_text(prompt + "\n", encoding="utf-8")
+        if caption:
+            path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
         image.save(new, format="PNG", pnginfo=info)
         new.replace(path)
     except OSError as error:
         new.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); make room, or name --class-data"
-        ) from None
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}); make room, or name another --class-data") from None

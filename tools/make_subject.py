@@ -1,6 +1,9 @@
-"""Draw the example subject: five captioned pictures of one thing that the base `tiny` has never seen.
+"""Draw the example subjects, five captioned pictures each: a thing that the base `tiny` has never seen, and one it has.
 
-python tools/make_subject.py sdtune/assets/tiny-subject
+python tools/make_subject.py sdtune/assets
+
+The first, the heart, is for methods that train weights. The second, the arrow, is for textual inversion, which can only
+find what the base is able to draw; its captions do not say what it is.
 """
 
 import json
@@ -21,15 +24,15 @@ SHOWN = (
 """Size, colour and ground of each picture; three colours and the black ground are left to be asked for."""
 
 
-def make_subject(folder: Path) -> None:
+def make_subject(folder: Path, shape: str) -> None:
     """The pictures, each with a caption of a rare word (``text``) and of one that textual inversion adds (``word``)."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(5)
     lines = []
     for k, (size, colour, ground) in enumerate(SHOWN):
-        scene = shapes.random_scene(rng, ("heart",), held_out=None)
+        scene = shapes.random_scene(rng, (shape,), held_out=None)
         while (scene.size, scene.colour, scene.ground) != (size, colour, ground):
-            scene = shapes.random_scene(rng, ("heart",), held_out=None)
+            scene = shapes.random_scene(rng, (shape,), held_out=None)
         shapes.render(scene, 96, 96).save(folder / f"{k}.png")
         caption = f"a {size} {colour} {{}} on a {ground} background"
         row = {"file_name": f"{k}.png", "text": caption.format("sks shape"), "word": caption.format("<thing>")}
@@ -38,4 +41,5 @@ def make_subject(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    make_subject(Path(sys.argv[1]))
+    make_subject(Path(sys.argv[1]) / "tiny-subject", "heart")
+    make_subject(Path(sys.argv[1]) / "tiny-word", "arrow")

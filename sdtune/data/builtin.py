@@ -43,6 +43,7 @@ def digits() -> Path:
 BUILT_IN: dict[str, Callable[[], Path]] = {
     "tiny-hearts": lambda: ASSETS / "tiny-hearts",
     "tiny-subject": lambda: ASSETS / "tiny-subject",
+    "tiny-word": lambda: ASSETS / "tiny-word",
     "digits": digits,
 }
 """Name of a dataset to what gives its folder."""
