@@ -186,6 +186,8 @@ class DdpmConfig(Network, Schedule, Denoising, Classes, Data, Optim, Preview, Hu
     """JSON file that describes the network, as diffusers' unet/config.json; none goes by the options of Network."""
     variance_type: Literal["fixed_small", "fixed_large"] | None = None
     """Variance of a sampling step: beta-tilde, or beta; none is the model's, from scratch fixed_small."""
+    out_of_range: Literal["clip", "keep"] | None = None
+    """What sampling does with estimates of the image beyond [-1, 1]; none is the model's, from scratch clip."""
     class_dropout: Share = 0.1
     """Share of classes replaced by the null class, which is what classifier-free guidance learns from."""
 
