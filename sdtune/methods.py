@@ -58,6 +58,8 @@ class DdpmConfig(Network, Schedule, Denoising, Classes, Data, Optim, Preview, Hu
     """JSON file that describes the network, as diffusers' unet/config.json; none goes by the options of Network."""
     variance_type: Literal["fixed_small", "fixed_large"] | None = None
     """Variance of a sampling step: beta-tilde, or beta; none is the model's, from scratch fixed_small."""
+    out_of_range: Literal["clip", "keep"] | None = None
+    """What sampling does with estimates of the image beyond [-1, 1]; none is the model's, from scratch clip."""
     class_dropout: Share = 0.1
     """Share of classes replaced by the null class, which is what classifier-free guidance learns from."""
 
@@ -122,8 +124,7 @@ METHODS: tuple[type[Run], ...] = (LoraConfig, DdpmConfig, ClassifierConfig)
 
 
 def config_class(settings: Mapping[str, Any]) -> type[Run]:
-    """The config class of a run's ``config.yaml``; of a recipe of one's own, the one that shares most of its keys,
-    and of equals the one with the fewest others.
+    """The config class of a run's ``config.yaml``; of a recipe of one's own, the one whose keys are most alike.
 
     The runs of a time when `method` was not written down were all LoRA.
     """
@@ -131,7 +132,8 @@ def config_class(settings: Mapping[str, Any]) -> type[Run]:
     for config in METHODS:
         if config.method == name:
             return config
-    return max(METHODS, key=lambda c: (len(settings.keys() & c.model_fields.keys()), -len(c.model_fields)))
+    keys = settings.keys()
+    return max(METHODS, key=lambda c: len(keys & c.model_fields.keys()) / len(keys | c.model_fields.keys()))
 
 
 MAY_CHANGE = frozenset(

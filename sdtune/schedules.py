@@ -15,23 +15,29 @@ FROM_SCRATCH = {
     "prediction_type": "epsilon",
     "variance_type": "fixed_small",
     "clip_sample": True,
+    "timestep_spacing": "trailing",
 }
-"""The schedule of Ho et al. 2020, section 4; ``fixed_small`` is their beta-tilde, ``fixed_large`` their beta."""
+"""The schedule of Ho et al. 2020, section 4; ``fixed_small`` is their beta-tilde, ``fixed_large`` their beta.
+
+Samples of fewer steps than timesteps begin at the last timestep (Lin et al. 2023, section 3.3), as they begin in noise.
+"""
 
 
 def noise_scheduler(cfg: Any, base: Mapping[str, Any] | None = None) -> DDPMScheduler:
     """The forward process that ``cfg`` asks for, where it says nothing that of ``base``, else of the paper.
 
     Args:
-        cfg: a config with the section Schedule and ``rescale_betas_zero_snr``, perhaps ``prediction_type`` and
-            ``variance_type``.
+        cfg: a config with the section Schedule and ``rescale_betas_zero_snr``, perhaps ``prediction_type``,
+            ``variance_type`` and ``out_of_range``.
         base: ``scheduler_config.json`` of the model that is continued.
 
     Raises:
         UserError: betas that do not grow; a zero terminal SNR with a network that regresses the noise.
     """
     asked = {name: value for name in FROM_SCRATCH if (value := getattr(cfg, name, None)) is not None}
-    if cfg.rescale_betas_zero_snr:  # sampling must start at the last timestep
+    if out_of_range := getattr(cfg, "out_of_range", None):
+        asked["clip_sample"] = out_of_range == "clip"
+    if cfg.rescale_betas_zero_snr:
         asked |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     chosen = FROM_SCRATCH | dict(base or {}) | asked
     if chosen["beta_start"] >= chosen["beta_end"]:

@@ -108,9 +108,13 @@ def test_schedule_and_variance_are_saved(ddpm):
     words = [word for name, value in given.items() for word in (options.flag(name), str(value))]
     saved = json.loads((ddpm("run", *words) / "scheduler" / "scheduler_config.json").read_text())
     assert given.items() <= saved.items()
+    assert saved["clip_sample"]
+    assert not DDPMPipeline.from_pretrained(ddpm("free", "--out-of-range", "keep")).scheduler.config.clip_sample
     plain = json.loads((ddpm("plain") / "scheduler" / "scheduler_config.json").read_text())
     paper = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
-    assert (paper | {"prediction_type": "epsilon", "variance_type": "fixed_small"}).items() <= plain.items()
+    assert (
+        paper | {"prediction_type": "epsilon", "variance_type": "fixed_small", "clip_sample": True}
+    ).items() <= plain.items()
 
 
 def test_zero_terminal_snr_samples_from_the_last_timestep(ddpm, refused):
