@@ -24,6 +24,7 @@ from sdtune import options
 from sdtune.cli import main
 from sdtune.data import Stream, load_images
 from sdtune.distances import frechet
+from sdtune.families import hush
 from sdtune.features import embed, load_network
 from sdtune.guides import ByClassifier
 from sdtune.methods import DdpmConfig
@@ -49,8 +50,9 @@ class Call:
 
     def __call__(self) -> Tensor:
         torch.set_num_threads(1)
+        hush()
         pipeline = DDPMPipeline.from_pretrained(self.model)
-        scheduler = make_scheduler(self.sampler, pipeline.scheduler, clip=True)
+        scheduler = make_scheduler(self.sampler, pipeline.scheduler)
         labels = None if self.labels is None else torch.tensor(self.labels)
         own, guides = {}, []
         if labels is not None and pipeline.unet.config.num_class_embeds:

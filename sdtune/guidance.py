@@ -42,6 +42,23 @@ def shifted(pred: Tensor, gradient: Tensor, alpha_bar: float, prediction: str) -
     return pred + {"epsilon": -s, "v_prediction": -s / a, "sample": s * s / a}[prediction] * gradient
 
 
+def clipped(pred: Tensor, x_t: Tensor, alpha_bar: float, prediction: str, limit: float) -> Tensor:
+    """``pred`` as it would be if the x0 it stands for were within ``limit``.
+
+    A shift that is meant to be small is divided by a_t on its way to x0, and near pure noise leaves every pixel far
+    outside. Schedulers that clip x0 keep the shifted noise beside it, which then moves the sample away from what is
+    asked for. Here noise and x0 keep adding up to x_t.
+    """
+    a, s = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+    match prediction:
+        case "epsilon":
+            return (x_t - ((x_t - s * pred) / a).clamp(-limit, limit) * a) / s
+        case "v_prediction":
+            return (a * x_t - (a * x_t - s * pred).clamp(-limit, limit)) / s
+        case _:
+            return pred.clamp(-limit, limit)
+
+
 def shifted_mean(mean: Tensor, gradient: Tensor, variance: float) -> Tensor:
     """``mu + Sigma gradient``, of an ancestral step (Dhariwal & Nichol 2021, algorithm 1).
 

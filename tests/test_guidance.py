@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
 from sdtune.diffusion import DDPM
-from sdtune.guidance import classifier_free, rescaled, reverse_variance, shifted, shifted_mean
+from sdtune.guidance import classifier_free, clipped, rescaled, reverse_variance, shifted, shifted_mean
 from sdtune.guides import ByClassifier, ByClip, opaque_squares
 from sdtune.samplers import SCHEDULERS, make_scheduler
 from sdtune.sampling import draw
@@ -75,6 +75,15 @@ def test_algorithm_2_shifts_the_noise_whatever_is_predicted(prediction):
         expected = told("epsilon", x_t, x0, bar) - (1 - bar) ** 0.5 * gradient
         torch.testing.assert_close(eps_of(prediction, x_t, pred, bar), expected, rtol=1e-9, atol=1e-9)
     assert torch.equal(shifted(x0, gradient, 0.0, prediction), x0)  # pure noise
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_clipping_keeps_noise_and_image_adding_up(prediction):
+    x_t, x0 = normal(0, 2, 3, 4, 4), 2 * normal(1, 2, 3, 4, 4)
+    for bar in (0.9, 0.3, 1e-8):
+        pred = clipped(told(prediction, x_t, x0, bar), x_t, bar, prediction, 1.0)
+        expected = told("epsilon", x_t, x0.clamp(-1, 1), bar)
+        torch.testing.assert_close(eps_of(prediction, x_t, pred, bar), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("steps", [1000, 50])
@@ -192,6 +201,23 @@ def test_classifier_free_guidance_of_one_is_the_conditional_and_of_zero_the_whol
     torch.testing.assert_close(open_class, drawn)  # no label is the null class
     strong = draw(model, sampler("ddim", prediction), [0], steps=50, labels=labels, guidance_scale=3.0).double()
     assert float(strong.mean()) > 0.41 and float(strong.std()) < 0.1  # away from the other class, and narrower
+
+
+class Up:
+    """The same gradient everywhere, at any noise, as networks have it that know little of pure noise."""
+
+    sees_x0 = False
+
+    def __call__(self, x_t, t, x0, rows):
+        return 5 * x_t.flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "euler", "dpm++"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_strong_gradient_in_few_steps_does_not_turn_round(name, prediction):
+    scheduler = make_scheduler(name, DDPMScheduler(clip_sample=True, prediction_type=prediction), clip=True)
+    plain, guided = (draw(Mixture(prediction), scheduler, [0], steps=10, guides=guides) for guides in ([], [Up()]))
+    assert float((guided > 0).double().mean()) > float((plain > 0).double().mean()) + 0.1
 
 
 class Normal(Mixture):
