@@ -129,7 +129,7 @@ def flags_of(config: type[Section]) -> Iterator[inspect.Parameter]:
         spelt = options.flag(name)
         shown: dict[str, Any] = {
             "help": options.help_of(field),
-            "rich_help_panel": options.section_of(config, name),
+            "rich_help_panel": options.title_of(config, name),
         }
         annotation: Any
         default: Any

@@ -24,6 +24,8 @@ NEEDLESS = {
     "lora_rank": "use --rank",
     "num_epochs": "use --num-train-epochs",
     "resume_from_checkpoint": "the same command continues its run; leave the flag out (--overwrite starts anew)",
+    "save_as_full_pipeline": "the word is the artefact, and loads into any pipeline; leave the flag out",
+    "save_steps": "use --export-steps for copies of the artefact, --checkpointing-steps to continue from",
     "scale_lr": "multiply --learning-rate yourself: the plan printed first shows the images per step",
     "validation_epochs": "use --validation-steps",
     "warmup_steps": "use --lr-warmup-steps",
@@ -43,6 +45,15 @@ def by_section(config: type[Section]) -> Iterator[tuple[str, FieldInfo]]:
 def section_of(config: type[Section], name: str) -> str:
     """The section that first declares field ``name``."""
     return [c.__name__ for c in config.__mro__ if name in c.__dict__.get("__annotations__", {})][-1]
+
+
+def title_of(config: type[Section], name: str) -> str:
+    """What that section is called where options are listed: ``NewWord`` is "New word", a command's own its name."""
+    section = section_of(config, name)
+    if section.endswith("Config"):
+        return str(config.method)  # type: ignore[attr-defined]
+    words = re.findall(r"[A-Z][^A-Z]*", section)
+    return " ".join(words[:1] + [word.lower() for word in words[1:]])
 
 
 def other_names(field: FieldInfo) -> list[str]:

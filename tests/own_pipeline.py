@@ -29,10 +29,13 @@ class Own(Lora):
         Recipe.__init__(self, cfg, device)
         self.images = load_images(cfg)
         self.family = families.load(cfg, device, torch.float32)
+        self.trained = {}
         self.unet = self.family.keep("unet").requires_grad_(True)
 
-    def figures(self):
-        return {"first_norm": self.unet.conv_in.weight.norm(), "three": 3}
+    def forward(self, batch):
+        loss = super().forward(batch)
+        norm = self.unet.conv_in.weight.detach().norm()
+        return loss, {"first_norm": norm.expand(len(loss)), "three": torch.full_like(loss, 3)}
 
     def export(self, out):
         return write_pipeline(out, self.family.pipeline(), {"notes/about.txt": b"by a test\n"})
