@@ -122,6 +122,17 @@ class DDPM:
             case "sample":
                 return pred
 
+    def epsilon(self, x_t: Tensor, pred: Tensor, t: Tensor) -> Tensor:
+        """The noise that a prediction stands for."""
+        a, s = self.scales(t, x_t)
+        match self.prediction:
+            case "epsilon":
+                return pred
+            case "v_prediction":
+                return a * pred + s * x_t
+            case "sample":
+                return (x_t - a * pred) / s
+
     def weight(self, t: Tensor) -> Tensor:
         """Min-SNR-gamma (Hang et al. 2023, section 3.4): ``min(snr, gamma)`` on x_0, as a weight on ``pred``: ``[B]``.
 
@@ -146,6 +157,32 @@ class DDPM:
         if self.huber_c is not None:
             squared = (squared + self.huber_c**2).sqrt() - self.huber_c
         return squared.flatten(1).mean(1)
+
+
+@torch.no_grad()
+def dream(
+    objective: DDPM,
+    predict: Callable[[Tensor, Tensor], Tensor],
+    x0: Tensor,
+    batch: Mapping[str, Tensor],
+    detail_preservation: float,
+) -> Tensor:
+    """Noise that holds some of the network's own error, as it will in sampling (DREAM; Zhou et al. 2023).
+
+    The paper's rectified input and target, its equations 8 and 9, are those of the ordinary loss at the noise
+    ``eps + s_t^p (eps - eps_theta(x_t, t))``: small steps keep detail, large ones learn from themselves.
+
+    Args:
+        detail_preservation: the paper's ``p``; more keeps closer to the ordinary loss.
+
+    Returns:
+        What takes the place of ``batch["noise"]``: like ``x0``.
+    """
+    t, noise = objective.timesteps(batch["u"]), batch["noise"]
+    x_t = objective.noise(x0, noise, t)
+    told = objective.epsilon(x_t, predict(x_t, t).to(x_t), t)
+    _, s = objective.scales(t, x_t)
+    return noise + s**detail_preservation * (noise - told)
 
 
 def denoising_loss(

@@ -63,36 +63,33 @@ class Samples:
 def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     """Measure what ``cfg`` says, write ``evaluation.json`` and ``evaluation.png``, and return what the JSON holds.
 
-    Raises: UserError for whatever cannot be measured, before anything is computed that takes long.
+    Raises: UserError for whatever cannot be measured, as soon as that can be known.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("sdtune evaluate draws with matplotlib: pip install 'sdtune[evaluate]'")
     network = load_network(cfg.features)
-    reference = read("--reference", cfg.reference, cfg)
-    samples = samples_of(cfg)
-    needed = (cfg.neighbours + 1) * (2 if cfg.resamples else 1)
-    for option, count in (("SAMPLES", len(samples.rows)), ("--reference", len(reference.rows))):
-        if count < max(2, needed):
-            raise UserError(
-                f"{option}: {count} images are too few for {cfg.neighbours} neighbours"
-                f"{' and intervals' if cfg.resamples else ''}; give at least {max(2, needed)}"
-                + ("" if count <= cfg.neighbours or not cfg.resamples else ", or --resamples 0")
-            )
-    prompts = known(samples.prompts, "--clip-model", "text") if cfg.clip_model else []
-    classes = known(samples.classes, "--classifier", "class") if cfg.classifier else []
     clip = Clip(cfg.clip_model) if cfg.clip_model else None
-    classifier = Classifier(cfg.classifier, classes) if cfg.classifier else None
+    classifier = Classifier(cfg.classifier) if cfg.classifier else None
+    reference = read("--reference", cfg.reference, cfg)
+    enough(cfg, "--reference", len(reference.rows))
+    apart(cfg, "--reference", Path(cfg.reference).expanduser())
     try:
         cfg.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output-dir {cfg.output_dir}: cannot be written ({error.strerror})") from error
+    samples = samples_of(cfg)
+    enough(cfg, "SAMPLES", len(samples.rows))
+    prompts = known(samples.prompts, "--clip-model", "text") if clip else []
+    classes = known(samples.classes, "--classifier", "class") if classifier else []
+    if classifier:
+        classifier.check(classes)
 
     x, y = features_of(samples.images, network, samples.rows), features_of(reference, network)
     notes = []
-    if min(len(x), len(y)) <= x.shape[1]:
+    if (few := min(len(x), len(y))) <= x.shape[1]:
         notes.append(
-            f"{min(len(x), len(y))} images for {x.shape[1]} features: their covariance has not full rank, so the "
-            "Fréchet distance is too large; take more images, or go by the kernel distance"
+            f"{few} images for {x.shape[1]} features: their covariance has not full rank, so the Fréchet distance is "
+            "too large; take more images, or go by the kernel distance"
         )
         hub.warn(notes[0])
     found = with_intervals(cfg, "Intervals", lambda x, y: figures(x, y, cfg.neighbours), x, y)
@@ -201,6 +198,8 @@ def samples_of(cfg: EvaluateConfig) -> Samples:
         raise UserError(f"SAMPLES {cfg.samples}: no such folder; give a folder of images, a model or a run")
     if any((folder / name).is_file() for name in ("model_index.json", FILE)):
         folder = sampled(cfg, folder)
+    else:
+        apart(cfg, "SAMPLES", folder)
     images = read("SAMPLES", str(folder))
     by_name = {row.name: k for k, row in enumerate(images.rows)}
     file = folder / "prompts.jsonl"
@@ -223,6 +222,24 @@ def samples_of(cfg: EvaluateConfig) -> Samples:
         [entry.get("text") or None for entry in told.values()],
         [None if entry.get("class") is None else str(entry["class"]) for entry in told.values()],
     )
+
+
+def apart(cfg: EvaluateConfig, option: str, folder: Path) -> None:
+    """UserError when what is written would count as an image the next time."""
+    if folder.is_dir() and cfg.output_dir.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"--output-dir {cfg.output_dir}: lies in {option}, among its images; name another folder")
+
+
+def enough(cfg: EvaluateConfig, option: str, count: int) -> None:
+    """UserError when a set is too small to have neighbours, in its halves as well if there are intervals."""
+    least = max(2, cfg.neighbours + 1)
+    wanted = 2 * least if cfg.resamples else least
+    if count < wanted:
+        raise UserError(
+            f"{option}: {count} images are too few for {cfg.neighbours} neighbours"
+            f"{' and intervals' if cfg.resamples else ''}; give at least {wanted}"
+            f"{f', or {least} and --resamples 0' if cfg.resamples else ''}"
+        )
 
 
 def known(values: list[str | None], option: str, field: str) -> list[str]:
@@ -250,7 +267,7 @@ def sampled(cfg: EvaluateConfig, model: Path) -> Path:
         file = model / "classes.json"
         classes = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
         each = math.ceil(cfg.num_images / max(1, len(classes)))
-        options |= {"class_name": classes, "num_images_per_prompt": each, "batch_size": BATCH}
+        options |= {"classes": classes, "num_images_per_prompt": each, "batch_size": BATCH}
     else:
         captions = [row.captions[0] for row in read("--reference", cfg.reference, cfg, captions=True).rows]
         order = torch.randperm(len(captions), generator=rng(cfg.seed, "captions")).tolist()

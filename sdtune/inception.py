@@ -1,6 +1,6 @@
 """The Inception network of FID, as far as its features: what Heusel et al. 2017 measured with.
 
-It is Szegedy et al. 2016's Inception v3 as TensorFlow published it in December 2015, which is not what torchvision
+It is Szegedy et al. 2016's Inception v3 as TensorFlow published it at the end of 2015, which is not what torchvision
 calls ``inception_v3``: average pooling leaves the padding out, and the last block pools by maximum. A Fréchet
 distance is an FID only with these weights in this network. torch-fidelity and pytorch-fid publish the weights as one
 and the same file; both packages, and clean-fid, import torchvision, which sdtune does without, hence the network here.

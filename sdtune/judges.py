@@ -48,19 +48,23 @@ class Clip:
 class Classifier:
     """A run of `sdtune classifier`, asked at timestep 0, or an image classifier of transformers.
 
-    Raises UserError when ``name``, a folder or Hub id, is neither, or knows not all of ``classes``.
+    Raises UserError when ``name``, a folder or Hub id, is neither.
     """
 
-    def __init__(self, name: str, classes: Sequence[str]):
+    def __init__(self, name: str):
+        self.name = name
         self.network, self.names = load_classifier(name)
-        if unknown := sorted(set(classes) - set(self.names)):
-            shown = ", ".join(self.names[:20]) + (", ..." if len(self.names) > 20 else "")
-            raise UserError(f"--classifier {name}: knows no class {unknown[0]}; it knows {shown}")
 
     def right(self, images: Images, rows: Sequence[int], classes: Sequence[str]) -> Tensor:
         """1 where the most probable class of an image is the one it was asked to be, else 0: [N]."""
         asked = torch.tensor([self.names.index(c) for c in classes])
         return (features_of(images, self.network, rows).argmax(1) == asked).float()
+
+    def check(self, classes: Sequence[str]) -> None:
+        """UserError when it does not know all of ``classes``."""
+        if unknown := sorted(set(classes) - set(self.names)):
+            shown = ", ".join(self.names[:20]) + (", ..." if len(self.names) > 20 else "")
+            raise UserError(f"--classifier {self.name}: knows no class {unknown[0]}; it knows {shown}")
 
 
 class Noiseless(nn.Module):

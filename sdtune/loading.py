@@ -20,6 +20,8 @@ from sdtune.noisy_classifier import NoisyClassifier
 from sdtune.precision import DTYPES
 from sdtune.verbs import SampleConfig
 
+EMBEDDING = "learned_embeds.safetensors"
+
 
 def load_pipeline(cfg: SampleConfig) -> DiffusionPipeline:
     """The base of ``cfg`` on the best device here, without safety checker and progress bars.
@@ -38,11 +40,16 @@ def load_pipeline(cfg: SampleConfig) -> DiffusionPipeline:
         if cfg.vae:
             vae = diffusers.AutoencoderKL.from_pretrained(cfg.vae, dtype=dtype, cache_dir=cfg.cache_dir)
             parts["vae"] = vae
+        if cfg.unet:
+            where = Path(cfg.unet) / "unet" if (Path(cfg.unet) / "unet").is_dir() else Path(cfg.unet)
+            parts["unet"] = diffusers.UNet2DConditionModel.from_pretrained(where, dtype=dtype)
         if "safety_checker" in families.model_index(source, cfg):
             parts |= {"safety_checker": None, "requires_safety_checker": False}
         pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=cfg.variant, **hub, **parts)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {cfg.model}: {str(error).splitlines()[0]}") from error
+    if cfg.unet and parts["unet"].config.cross_attention_dim != pipe.text_encoder.config.hidden_size:
+        raise UserError(f"--unet {cfg.unet}: made for another text encoder than that of {cfg.model}")
     return pipe.to(device)
 
 
@@ -84,7 +91,9 @@ def best_device() -> str:
 
 
 def _load_adapter(pipe: DiffusionPipeline, where: str, name: str) -> None:
-    file = adapter_file(where)
+    file = published_file(where, FILE, "--adapter")
+    if file.name == EMBEDDING:
+        raise UserError(f"--adapter {where}: holds a learnt word, not an adapter: give --embedding {where}")
     sent = [key for key in families.tensor_names(file) if not key.endswith(".alpha")]
     verbosity = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity_error()  # it warns of each component that a file has nothing for
@@ -103,29 +112,49 @@ def _load_adapter(pipe: DiffusionPipeline, where: str, name: str) -> None:
         )
 
 
-def adapter_file(where: str) -> Path:
-    """The ``.safetensors`` of an adapter given as file, folder, run folder or ``user/name[/file]`` (Hub)."""
+def load_embeddings(pipe: DiffusionPipeline, embeddings: Sequence[str], adapters: Sequence[str] = ()) -> None:
+    """Teach ``pipe`` the words of textual-inversion files, and of those that lie beside an adapter (pivotal tuning).
+
+    Raises `UserError` for a file that is none, and a word that is known already.
+    """
+    beside = [folder for folder, _ in map(split_weight, adapters) if (Path(folder) / EMBEDDING).is_file()]
+    for where in dict.fromkeys([*beside, *embeddings]):
+        file = published_file(where, EMBEDDING, "--embedding")
+        families.tensor_names(file)  # a clear word where it is no safetensors file
+        try:
+            pipe.load_textual_inversion(str(file.parent), weight_name=file.name)
+        except (ValueError, RuntimeError, KeyError, AttributeError) as error:
+            why = str(error).strip().splitlines()[0]
+            raise UserError(f"--embedding {where}: does not fit this base: {why}") from error
+
+
+def published_file(where: str, name: str, option: str) -> Path:
+    """The ``.safetensors`` of an artefact given as file, folder, run folder or ``user/name[/file]`` (Hub).
+
+    Args:
+        name: of the file in a folder that has several; ``option`` is what an error calls it by.
+    """
     path = Path(where)
     if path.is_dir():
-        files = [path / FILE] if (path / FILE).is_file() else sorted(path.glob("*.safetensors"))
+        files = [path / name] if (path / name).is_file() else sorted(path.glob("*.safetensors"))
         if not files:
-            raise UserError(f"--adapter {where}: no .safetensors in it; a run writes its own when it ends")
+            raise UserError(f"{option} {where}: no .safetensors in it; a run writes its own when it ends")
         if len(files) > 1:
-            raise UserError(f"--adapter {where}: {len(files)} .safetensors in it; name the file")
+            raise UserError(f"{option} {where}: {len(files)} .safetensors in it; name the file")
         return files[0]
     if path.suffix in families.PICKLES:
-        raise UserError(f"--adapter {where}: a pickle, which can run code when it is read; only .safetensors")
+        raise UserError(f"{option} {where}: a pickle, which can run code when it is read; only .safetensors")
     if path.is_file():
         return path
     user, _, rest = where.partition("/")
-    name, _, file = rest.partition("/")
-    if not (user and name) or where.startswith((".", "/")):
-        raise UserError(f"--adapter {where}: no such file or folder")
+    repo, _, file = rest.partition("/")
+    if not (user and repo) or where.startswith((".", "/")):
+        raise UserError(f"{option} {where}: no such file or folder")
     try:
-        return Path(huggingface_hub.hf_hub_download(f"{user}/{name}", file or FILE))
+        return Path(huggingface_hub.hf_hub_download(f"{user}/{repo}", file or name))
     except (OSError, ValueError) as error:
         why = str(error).splitlines()[0]
-        raise UserError(f"--adapter {where}: no such file or folder, and not on the Hub: {why}") from error
+        raise UserError(f"{option} {where}: no such file or folder, and not on the Hub: {why}") from error
 
 
 def load_classes(cfg: SampleConfig, unet: UNet2DModel) -> list[str]:

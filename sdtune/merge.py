@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from sdtune import __version__, formats
-from sdtune.adapters import PORTABLE, reproducible
+from sdtune.adapters import FILE, PORTABLE, reproducible
 from sdtune.configs import RunFailed, UserError
 from sdtune.fold import DTYPES, Base, changed, fold, may_replace, open_base
 from sdtune.formats import AdapterFile, Module, files, metadata, peft_folder
-from sdtune.loading import adapter_file, split_weight
+from sdtune.loading import published_file, split_weight
 from sdtune.lowrank import Spectrum, decompose, decompose_product
 from sdtune.truncate import bar, extract, plain_lora, truncated
 from sdtune.verbs import MergeConfig
@@ -98,7 +98,7 @@ def read_source(text: str) -> Source:
     if folder.is_dir() and (peft := files.peft_folders(folder)):
         adapter, read = formats.read(folder), [f / peft_folder.WEIGHTS for f in peft.values()]
     else:
-        read = [adapter_file(where)]
+        read = [published_file(where, FILE, "--adapter")]
         adapter = formats.read(read[0])
     if not adapter.modules():
         raise UserError(f"--adapter {where}: changes no layer")

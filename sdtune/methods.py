@@ -27,7 +27,9 @@ from sdtune.configs import (
     Prompts,
     Run,
     Schedule,
+    Section,
     Share,
+    Strings,
     also,
 )
 
@@ -39,6 +41,132 @@ class LoraConfig(Adapter, Denoising, Model, Captions, Data, Optim, Prompts, Prev
     entry: ClassVar[str] = "sdtune.recipes.lora:Lora"
 
     output_dir: Path = Path("runs/lora")
+
+
+class TextToImageConfig(Denoising, Model, Captions, Data, Optim, Prompts, Preview, Hub, Run):
+    """Full fine-tuning of a text-to-image model's denoiser (Rombach et al. 2022)."""
+
+    method: ClassVar[str] = "text-to-image"
+    entry: ClassVar[str] = "sdtune.recipes.text_to_image:TextToImage"
+
+    output_dir: Path = Path("runs/text-to-image")
+    learning_rate: Positive = 1e-5
+    dream: Annotated[bool, also("dream_training")] = False
+    """Let the noise hold some of the network's own error, at a second forward pass (DREAM; Zhou et al. 2023)."""
+    dream_detail_preservation: NonNegative = 1.0
+    """Power p of DREAM; more keeps closer to the ordinary loss."""
+
+    @model_validator(mode="after")
+    def _one_noise(self) -> Self:
+        if self.dream and self.input_perturbation:
+            raise ValueError("dream and input_perturbation both change the noise of the input: give one")
+        return self
+
+
+class NewWord(Section):
+    """The word that gets vectors of its own."""
+
+    placeholder_token: str | None = None
+    """New word that stands for what is learnt, such as <my-cat>, and that captions say; none adds no word."""
+    initializer_token: Strings = []
+    """Words whose vectors the new ones start from: one for all or one for each; none is the vocabulary's mean."""
+    initializer_mean: bool = False
+    """Start every vector at the mean of all initializer words, which may then be of several tokens."""
+    num_vectors: Count = 1
+    """Vectors of the new word; more hold more, and take more places of the prompt."""
+
+
+class TextualInversionConfig(NewWord, Denoising, Model, Captions, Data, Optim, Prompts, Preview, Hub, Run):
+    """A new word for what a few images show; nothing of the base moves (Textual Inversion; Gal et al. 2022)."""
+
+    method: ClassVar[str] = "textual-inversion"
+    entry: ClassVar[str] = "sdtune.recipes.textual_inversion:TextualInversion"
+
+    placeholder_token: str
+    learnable_property: Literal["object", "style"] = "object"
+    """Whether the captions that the templates make name a thing or a style; a caption column or a caption wins."""
+    template_file: Path | None = None
+    """Captions of your own, one a line, with {} where the new word goes; none is those for learnable_property."""
+    norm_weight: NonNegative = 0.0
+    """Weight of the squared deviation of the vectors' norm from the vocabulary's mean norm, relative to it."""
+    output_dir: Path = Path("runs/textual-inversion")
+    learning_rate: Positive = 5e-3
+    export_steps: Natural = 500
+
+
+class DreamBoothConfig(NewWord, Adapter, Denoising, Model, Captions, Data, Optim, Prompts, Preview, Hub, Run):
+    """A subject or style from a handful of images (DreamBooth; Ruiz et al. 2022), all weights or as LoRA."""
+
+    method: ClassVar[str] = "dreambooth"
+    entry: ClassVar[str] = "sdtune.recipes.dreambooth:DreamBooth"
+
+    dataset: Annotated[str, also("instance_data", "instance_data_dir")]
+    """Images of the subject: folder, Hub dataset id, or dataset saved by `save_to_disk`."""
+    instance_prompt: str | None = None
+    """Caption of images without one of their own, such as a photo of sks dog; none wants each captioned."""
+    prior_preservation: Annotated[bool, also("with_prior_preservation")] = False
+    """Train on pictures of the subject's class as well, as many a step, so that the class stays what it was."""
+    class_prompt: Strings = []
+    """What the class pictures show, such as a photo of a dog; several prompts take turns."""
+    class_data: Annotated[Path | None, also("class_data_dir")] = None
+    """Folder of class pictures; none is class-pictures in the run's folder, made by the base."""
+    num_class_images: Count = 100
+    """Class pictures to train on; the base makes those that the folder lacks."""
+    prior_loss_weight: NonNegative = 1.0
+    """Weight of the class pictures' loss (the paper's lambda)."""
+    sample_batch_size: Count = 4
+    """Class pictures made at a time, on each process."""
+    class_inference_steps: Count = 25
+    """Denoising steps of a class picture."""
+    class_guidance_scale: NonNegative = 5.0
+    """Classifier-free guidance of the class pictures."""
+    lora: bool = False
+    """Train low-rank adapters in place of all weights."""
+    train_text_encoder: bool = False
+    """Train the text encoder as well: all of it, or with --lora its q, k, v and out projections."""
+    text_encoder_lr: Positive | None = None
+    """Learning rate of the text encoder; none is learning_rate."""
+    placeholder_lr: Positive | None = None
+    """Learning rate of the new word's vectors; none is learning_rate."""
+    unet_frac: Share = 1.0
+    """Share of the run, from its start, in which the UNet trains."""
+    text_encoder_frac: Annotated[Share, also("train_text_encoder_frac")] = 1.0
+    """Share of the run, from its start, in which the text encoder trains."""
+    placeholder_frac: Annotated[Share, also("train_text_encoder_ti_frac")] = 1.0
+    """Share of the run, from its start, in which the new word's vectors train."""
+    learning_rate: Positive = 5e-6
+    """Peak learning rate; with --lora the default is 1e-4."""
+    output_dir: Path = Path("runs/dreambooth")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_adapters(cls, values: Any) -> Any:
+        lora = isinstance(values, dict) and str(values.get("lora", False)).lower() in ("true", "1", "yes", "on")
+        return {"learning_rate": 1e-4} | values if lora else values
+
+    @model_validator(mode="after")
+    def _options_that_belong_together(self) -> Self:
+        fields = type(self).model_fields
+        if not self.prior_preservation and (self.class_prompt or self.class_data):
+            given = "class_prompt" if self.class_prompt else "class_data"
+            raise ValueError(f"{given} is for prior preservation: add --prior-preservation, or leave it out")
+        if self.prior_preservation and not (self.class_prompt or self.class_data):
+            raise ValueError(
+                "prior_preservation needs class_prompt, from which the base makes class pictures, or class_data"
+            )
+        if self.prior_preservation and self.buckets:
+            raise ValueError("prior_preservation with buckets: class pictures are square, and a batch has one shape")
+        adapters = [n for n in Adapter.model_fields if n not in ("train_text_encoder", "text_encoder_lr")]
+        if not self.lora and (strays := [n for n in adapters if getattr(self, n) != fields[n].get_default()]):
+            raise ValueError(f"{strays[0]} is for adapters: add --lora, or leave it out")
+        if self.placeholder_token is None:
+            if strays := [n for n in ("initializer_token", "initializer_mean") if getattr(self, n)]:
+                raise ValueError(f"{strays[0]} is for a new word: add --placeholder-token, or leave it out")
+        elif not self.lora:
+            raise ValueError("placeholder_token trains a new word beside adapters (pivotal tuning): add --lora")
+        elif self.instance_prompt and self.placeholder_token not in self.instance_prompt.split():
+            raise ValueError(f"instance_prompt does not say {self.placeholder_token}, so the new word would not train")
+        return self
 
 
 class DdpmConfig(Network, Schedule, Denoising, Classes, Data, Optim, Preview, Hub, Run):
@@ -119,7 +247,14 @@ class ClassifierConfig(Network, Schedule, Classes, Data, Optim, Hub, Run):
         return self
 
 
-METHODS: tuple[type[Run], ...] = (LoraConfig, DdpmConfig, ClassifierConfig)
+METHODS: tuple[type[Run], ...] = (
+    LoraConfig,
+    DreamBoothConfig,
+    TextualInversionConfig,
+    TextToImageConfig,
+    DdpmConfig,
+    ClassifierConfig,
+)
 """The commands that train, in the order in which --help lists them."""
 
 

@@ -41,7 +41,7 @@ class Recipe(nn.Module):
         raise NotImplementedError
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What the optimizer trains, with learning rates."""
+        """What the optimizer trains, with learning rates; ``until`` is the share of the run in which a group moves."""
         trained = [p for p in self.parameters() if p.requires_grad]
         return [{"params": trained, "lr": self.cfg.learning_rate}]
 
@@ -56,10 +56,6 @@ class Recipe(nn.Module):
         it is whole (``pipelines.write_pipeline`` does that for a pipeline); equal weights give equal bytes.
         """
         raise NotImplementedError
-
-    def figures(self) -> dict[str, float | Tensor]:
-        """Numbers for a line of ``metrics.jsonl``, beside the loss; called by every process, each time one is due."""
-        return {}
 
     def after_step(self) -> None:
         """Called after each optimizer step; target networks move here."""

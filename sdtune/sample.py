@@ -25,7 +25,7 @@ from rich.progress import Progress
 
 from sdtune import families
 from sdtune.configs import UserError
-from sdtune.loading import load_adapters, load_pipeline, split_weight
+from sdtune.loading import load_adapters, load_embeddings, load_pipeline, split_weight
 from sdtune.options import flag
 from sdtune.sample_pixels import PixelJob, of_pixels
 from sdtune.samplers import make_scheduler
@@ -35,7 +35,7 @@ from sdtune.verbs import SampleConfig
 STEPS = 25
 SHOWN = 100
 """Most images of a call that are kept in memory, for its sheet."""
-OF_LATENTS = "adapter vae negative_prompt width height"
+OF_LATENTS = "adapter embedding unet vae negative_prompt width height"
 OF_PIXELS = "classes classifier clip_model eta strip interpolate"
 """Options that only one kind of model has a use for."""
 
@@ -107,6 +107,7 @@ class PromptJob:
         self.scale = 5.0 if cfg.guidance_scale is None else cfg.guidance_scale
         self.pipe = load_pipeline(cfg)
         load_adapters(self.pipe, cfg.adapter)
+        load_embeddings(self.pipe, cfg.embedding, cfg.adapter)
         if cfg.scheduler:
             self.pipe.scheduler = make_scheduler(cfg.scheduler, self.pipe.scheduler)
 
@@ -223,7 +224,7 @@ def _with_base(cfg: SampleConfig) -> SampleConfig:
     """``cfg`` with what ``auto`` stands for: the model of the first run among the adapters, with its VAE."""
     if cfg.model != "auto":
         return cfg
-    for text in cfg.adapter:
+    for text in [*cfg.adapter, *cfg.embedding]:
         record = Path(split_weight(text)[0]) / "config.yaml"
         if record.is_file():
             run = yaml.safe_load(record.read_text(encoding="utf-8"))

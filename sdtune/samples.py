@@ -8,19 +8,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 
 from sdtune import cache
 from sdtune.configs import UserError
 from sdtune.data import Stream, cache_root, report
 from sdtune.noised import Noised
+from sdtune.words import new_words
 
 
 class Tokens:
-    """Captions to token ids ``[L]``, padded and cut to the model's window."""
+    """Captions to token ids ``[L]``, padded and cut to the model's window; a learnt word becomes its tokens."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
+        self.words = TextualInversionLoaderMixin() if new_words(tokenizer) else None
 
     @property
     def window(self) -> int:
@@ -28,12 +31,16 @@ class Tokens:
 
     def __call__(self, caption: str) -> Tensor:
         given = self.tokenizer(
-            caption, padding="max_length", max_length=self.window, truncation=True, return_tensors="pt"
+            self.spelt(caption), padding="max_length", max_length=self.window, truncation=True, return_tensors="pt"
         )
         return given.input_ids[0]
 
     def count(self, caption: str) -> int:
-        return len(self.tokenizer(caption, truncation=False, verbose=False).input_ids)
+        return len(self.tokenizer(self.spelt(caption), truncation=False, verbose=False).input_ids)
+
+    def spelt(self, caption: str) -> str:
+        """``<cat>`` as ``<cat> <cat>_1 ...``, by the function that spells the prompts of a pipeline."""
+        return self.words.maybe_convert_prompt(caption, self.tokenizer) if self.words else caption
 
 
 class TextToImage(Noised):
@@ -67,7 +74,8 @@ class TextToImage(Noised):
     def tensors(self, sample: Any, u: Tensor, position: Any) -> dict[str, Any]:
         channels, downscale = self.latent
         shape = (channels, sample.height // downscale, sample.width // downscale)
-        item: dict[str, Any] = {"name": sample.name, "u": u, **self.noise(position, *shape)}
+        noise = self.noise(position, *shape)
+        item: dict[str, Any] = {"name": sample.name, "part": sample.part, "u": u, **noise}
         item["posterior_noise"] = self.normal("posterior", position, *shape)
         if self.moments is None:
             item["pixels"] = self.stream.pixels(sample)
@@ -98,7 +106,7 @@ def text_to_image(
     if cfg.resolution > 2 * family.resolution:
         native = f"this base was made for {family.resolution} pixels"
         say(f"{native}; --resolution {cfg.resolution} is far from that")
-    tokens = Tokens(family.tokenizer())
+    tokens = Tokens(family.tokenizer)
     for line in report(stream, tokens.count, tokens.window):
         say(line)
     moments = texts = None

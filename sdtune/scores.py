@@ -13,14 +13,23 @@ STEPS = 25
 
 
 def score(
-    pipeline: Any, n: int = 200, shape: str | None = None, seed: int = 0, steps: int = STEPS, guidance: float = GUIDANCE
+    pipeline: Any,
+    n: int = 200,
+    shape: str | None = None,
+    seed: int = 0,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    name: str | None = None,
 ) -> tuple[dict[str, float], list[Image], list[str]]:
     """Shares of ``n`` pictures of held-out captions that show what was asked for, the pictures, and the captions.
 
     Args:
         shape: ask for this shape alone, in every colour and on every ground; its share is the concept score.
+        name: what the captions call it, in place of its own name.
     """
     captions, scenes = zip(*shapes.held_out_captions(n, seed, shape), strict=True)
+    if shape and name:
+        captions = tuple(caption.replace(shape, name) for caption in captions)
     seeds = [seed + k for k in range(n)]
     images = generate(pipeline, captions, seeds, steps=steps, guidance_scale=guidance, batch_size=25)
     found = [(shapes.read(image), scene) for image, scene in zip(images, scenes, strict=True)]
@@ -33,6 +42,9 @@ def score(
     shares["all"] = share(
         (r.shape, r.colour, r.ground) == (s.shape, s.colour, s.ground) for r, s in found
     )  # of shape, colour and ground
+    shares["known"] = share(
+        r.shape in shapes.SHAPES and (r.colour, r.ground) == (s.colour, s.ground) for r, s in found
+    )  # any shape of the base's world, of the colour and on the ground asked for
     return shares, images, list(captions)
 
 

@@ -100,8 +100,7 @@ def fit(
 
     @torch.no_grad()
     def report() -> None:
-        line = window.line(state.step, norm, optimizer.param_groups[0]["lr"])
-        metrics.log(state.step, {name: float(value) for name, value in recipe.figures().items()} | line)
+        metrics.log(state.step, window.line(state.step, norm, optimizer.param_groups[0]["lr"]))
         state.skipped = window.skipped
 
     # Train
@@ -110,7 +109,8 @@ def fit(
         look()
     while state.step < total and not stopping.agreed():
         for parameters, peak in zip(optimizer.param_groups, peaks, strict=True):
-            parameters["lr"] = peak * rate(state.step)
+            moves = state.step < parameters.get("until", 1.0) * total
+            parameters["lr"] = peak * rate(state.step) * moves
         for micro in range(accumulation):
             with metrics.waiting():
                 batch = next(batches)

@@ -73,9 +73,13 @@ class SampleConfig(Pixels, Model, Verb):
     entry: ClassVar[str] = "sdtune.sample:tell"
 
     model: Annotated[str, also("pretrained_model_name_or_path")] = "auto"
-    """Base model, as for training; `auto` is what the adapter's run folder was trained on, else `tiny`."""
+    """Base model, as for training; `auto` is what the first run folder below was trained on, else `tiny`."""
     adapter: Annotated[Strings, also("lora")] = []
     """Adapters: file, folder, run folder or Hub id, each with an optional =WEIGHT, such as runs/lora=0.8."""
+    embedding: Annotated[Strings, also("textual_inversion")] = []
+    """Learnt words: file, run folder or Hub id of a textual inversion; those beside an adapter come with it."""
+    unet: Path | None = None
+    """UNet in the base's place: its folder, or that of a pipeline; none keeps the base's."""
     prompt: Annotated[Strings, also("prompts")] = []
     """What to show; several give one image each."""
     prompt_file: Path | None = None

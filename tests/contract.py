@@ -1,5 +1,6 @@
 """What every recipe is held to in ``test_resume`` and ``test_cuts``: a new one adds a row here, and nothing there."""
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ class Contract:
         variants: further options, by name, with each of which a killed run has to go on to the same bits.
         draws: options that draw whatever the recipe can draw; however a step is cut, it has to end the same.
         previews: options that make it look at itself on the way, which must change nothing.
+        method: its command, where that is not the name of the row.
     """
 
     settings: dict[str, object]
@@ -32,6 +34,7 @@ class Contract:
     variants: dict[str, list[str]]
     draws: list[str] = field(default_factory=list)
     previews: list[str] = field(default_factory=list)
+    method: str = ""
 
     def artefact(self, out: Path) -> dict[str, Tensor]:
         return load_file(out / self.weights)
@@ -70,6 +73,61 @@ RECIPES = {
             *("--learning-rate", "1e-4", "--random-flip", "--caption-dropout", "0.2", "--noise-offset", "0.05"),
             *("--use-ema", "--snr-gamma", "5"),
         ],
+        previews=["--num-validation-images", "3"],
+    ),
+    "dreambooth": Contract(
+        settings={
+            "--model": "{sd}",
+            "--resolution": 32,
+            "--prior-preservation": "",
+            "--class-data": "{pictures}",
+            "--num-class-images": 11,
+            "--learning-rate": "1e-3",
+        },
+        weights="unet/diffusion_pytorch_model.safetensors",
+        variants={
+            "plain": [],
+            **WORKERS,
+            **CUT_AND_AVERAGED,
+            "text encoder, flips": ["--train-text-encoder", "--random-flip", "--no-center-crop", "--snr-gamma", "5"],
+        },
+        draws=["--learning-rate", "1e-5", "--random-flip", "--prior-loss-weight", "0.5", "--use-ema"],
+        previews=["--num-validation-images", "3"],
+    ),
+    "dreambooth, adapters and a word": Contract(
+        method="dreambooth",
+        settings={
+            "--model": "{sd}",
+            "--resolution": 32,
+            "--lora": "",
+            "--placeholder-token": "<thing>",
+            "--caption": "'a <thing> circle'",
+        },
+        weights="pytorch_lora_weights.safetensors",
+        variants={
+            "plain": [],
+            "text encoder, dropout": ["--train-text-encoder", "--dropout", "0.1", "--placeholder-frac", "0.5"],
+        },
+        draws=["--learning-rate", "1e-4", "--random-flip", "--train-text-encoder"],
+        previews=["--num-validation-images", "3"],
+    ),
+    "textual-inversion": Contract(
+        settings={"--model": "{sd}", "--resolution": 32, "--placeholder-token": "<thing>", "--num-vectors": 2},
+        weights="learned_embeds.safetensors",
+        variants={
+            "plain": [],
+            **WORKERS,
+            **CUT_AND_AVERAGED,
+            "flips, norm": ["--random-flip", "--norm-weight", "0.1", "--snr-gamma", "5"],
+        },
+        draws=["--learning-rate", "1e-3", "--random-flip", "--learnable-property", "style", "--use-ema"],
+        previews=["--num-validation-images", "3"],
+    ),
+    "text-to-image": Contract(
+        settings={"--model": "{sd}", "--resolution": 32, "--learning-rate": "1e-3"},
+        weights="unet/diffusion_pytorch_model.safetensors",
+        variants={"plain": [], **CUT_AND_AVERAGED, "dream": ["--dream"]},
+        draws=["--learning-rate", "1e-5", "--random-flip", "--caption-dropout", "0.2", "--use-ema", "--dream"],
         previews=["--num-validation-images", "3"],
     ),
     "ddpm": Contract(
@@ -115,6 +173,6 @@ def command(recipe: str, places: Places, out: Path, *options: str) -> list[str]:
         word
         for flag, value in settings.items()
         if flag not in given
-        for word in (flag, *str(value).format(**places._asdict()).split())
+        for word in (flag, *shlex.split(str(value).format(**places._asdict())))
     ]
-    return [recipe, *words, *options]
+    return [RECIPES[recipe].method or recipe, *words, *options]

@@ -404,6 +404,8 @@ def test_a_model_of_pixels_is_sampled_class_by_class_and_judged_without_noise(re
         ("{samples} --reference {flat}", "--reference: 5 images are too few for 3 neighbours"),
         ("{samples} --reference {flat} --neighbours 5 --resamples 0", "give at least 6"),
         ("{samples} --reference {reference} --resamples 1", "one half has no spread"),
+        ("{samples} --reference {reference} --output-dir {samples}/evaluation", "lies in SAMPLES, among its images"),
+        ("{samples} --reference {reference} --output-dir {reference}", "lies in --reference, among its images"),
         ("{gap} --reference {reference}", "names 00099.png, which is not there"),
         ("{broken} --reference {reference}", "prompts.jsonl:2: not JSON"),
     ],

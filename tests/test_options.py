@@ -10,21 +10,34 @@ import pytest
 import yaml
 
 from sdtune import folder, options
-from sdtune.configs import Run, UserError
-from sdtune.methods import METHODS, ClassifierConfig, LoraConfig, config_class
+from sdtune.configs import Adapter, Run, UserError
+from sdtune.methods import (
+    METHODS,
+    ClassifierConfig,
+    DreamBoothConfig,
+    LoraConfig,
+    TextualInversionConfig,
+    config_class,
+)
 from sdtune.verbs import SampleConfig
 from tests.conftest import status
 
 CONFIGS = (*METHODS, SampleConfig)
 LEAST = {config: {"dataset": "d"} if issubclass(config, Run) else {"prompt": ["x"]} for config in CONFIGS}
 LEAST[ClassifierConfig] |= {"class_column": "c"}
+LEAST[TextualInversionConfig] |= {"placeholder_token": "<x>"}
+PRIOR, WORD = {"prior_preservation": True, "class_prompt": ["p"]}, {"lora": True, "placeholder_token": "<x>"}
+ADAPTERS = set(Adapter.model_fields) - {"train_text_encoder", "text_encoder_lr"}
 LEAST_WITH = {
-    "width": {"height": 64},
-    "height": {"width": 64},
-    "classifier": {"classes": ["x"]},
-    "classifier_scale": {"classes": ["x"], "classifier": "c"},
-    "clip_model": {"clip_guidance_scale": 2.0},
-    "clip_guidance_scale": {"clip_model": "c"},
+    (SampleConfig, "width"): {"height": 64},
+    (SampleConfig, "height"): {"width": 64},
+    (SampleConfig, "classifier"): {"classes": ["x"]},
+    (SampleConfig, "classifier_scale"): {"classes": ["x"], "classifier": "c"},
+    (SampleConfig, "clip_model"): {"clip_guidance_scale": 2.0},
+    (SampleConfig, "clip_guidance_scale"): {"clip_model": "c"},
+    **{(DreamBoothConfig, name): {"lora": True} for name in ADAPTERS | {"placeholder_token"}},
+    **{(DreamBoothConfig, name): PRIOR for name in ("prior_preservation", "class_prompt", "class_data")},
+    **{(DreamBoothConfig, name): WORD for name in ("initializer_token", "initializer_mean")},
 }
 ONLY = {
     "bucket_max_aspect": [1.5],
@@ -93,7 +106,7 @@ def others(config, name):
 @pytest.mark.parametrize(("config", "name"), FIELDS, ids=[f"{c.method}-{n}" for c, n in FIELDS])
 def test_what_dry_run_prints_is_the_same_config_again(config, name, written):
     for value in others(config, name):
-        cfg = config.model_validate(LEAST[config] | LEAST_WITH.get(name, {}) | {name: value})
+        cfg = config.model_validate(LEAST[config] | LEAST_WITH.get((config, name), {}) | {name: value})
         again = options.resolve(config, written(options.to_yaml(cfg)), {}, [])
         assert again == cfg
         assert options.to_yaml(again) == options.to_yaml(cfg)
@@ -104,7 +117,7 @@ def test_what_dry_run_prints_is_the_same_config_again(config, name, written):
 def test_the_command_that_continues_a_run_gives_the_same_config(config, capsys):
     for name in (name for c, name in FIELDS if c is config):
         for value in others(config, name)[-1:]:
-            cfg = config.model_validate(LEAST[config] | LEAST_WITH.get(name, {}) | {name: value})
+            cfg = config.model_validate(LEAST[config] | LEAST_WITH.get((config, name), {}) | {name: value})
             _, *words = shlex.split(options.same_command(cfg, ["sdtune", config.method]))
             code, out, err = dry_run(capsys, *words)
             assert (code, err, out) == (0, "", options.to_yaml(cfg)), words

@@ -55,7 +55,7 @@ def option_tables(method: str) -> str:
     for name, field in options.by_section(config):
         other = ", ".join(f"`{options.flag(n)}`" for n in options.other_names(field))
         meaning = (field.description or "") + (f" Also {other}." if other else "")
-        row = (f"`{options.flag(name)}`", choices(field), default(field), meaning)
+        row = (f"`{options.spelt(config, name)}`", choices(field), default(field), meaning)
         sections.setdefault(options.section_of(config, name), []).append(row)
     parts = [
         f"**{section}**\n\n{table(('Option', 'Takes', 'Default', 'Meaning'), rows)}"

@@ -2,7 +2,19 @@
 
 from sdtune.data.images import MODES
 from sdtune.data.probes import cache_root
-from sdtune.data.sources import Images, Row, load_images
+from sdtune.data.sources import Images, Mixture, Row, captioned, load_images
 from sdtune.data.stream import Sample, Stream, positions, report
 
-__all__ = ["MODES", "Images", "Row", "Sample", "Stream", "cache_root", "load_images", "positions", "report"]
+__all__ = [
+    "MODES",
+    "Images",
+    "Mixture",
+    "Row",
+    "Sample",
+    "Stream",
+    "cache_root",
+    "captioned",
+    "load_images",
+    "positions",
+    "report",
+]

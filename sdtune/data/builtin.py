@@ -10,10 +10,7 @@ from PIL import Image
 from sdtune.configs import UserError
 from sdtune.data.probes import cache_root
 
-
-def tiny_hearts() -> Path:
-    """The folder of captioned pictures that comes with the package."""
-    return Path(__file__).parent.parent / "assets" / "tiny-hearts"
+ASSETS = Path(__file__).parent.parent / "assets"
 
 
 def digits() -> Path:
@@ -43,5 +40,10 @@ def digits() -> Path:
     return folder
 
 
-BUILT_IN: dict[str, Callable[[], Path]] = {"tiny-hearts": tiny_hearts, "digits": digits}
+BUILT_IN: dict[str, Callable[[], Path]] = {
+    "tiny-hearts": lambda: ASSETS / "tiny-hearts",
+    "tiny-subject": lambda: ASSETS / "tiny-subject",
+    "tiny-word": lambda: ASSETS / "tiny-word",
+    "digits": digits,
+}
 """Name of a dataset to what gives its folder."""

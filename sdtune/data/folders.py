@@ -24,8 +24,15 @@ from sdtune.data.metadata import (
 from sdtune.data.probes import stamp
 
 
-def read_folder(cfg: Data, folder: Path, wanted: bool, class_from: str | None) -> Found:
-    """All images below the folder, sorted by name, with captions if ``wanted``, with classes if there is a column."""
+def read_folder(
+    cfg: Data, folder: Path, wanted: bool, default: str | None = None, class_from: str | None = None
+) -> Found:
+    """All images below the folder, sorted by name.
+
+    Args:
+        wanted: whether each needs a caption; ``default`` is that of all when the folder has none.
+        class_from: column of the class of each; ``folder`` is the name of its folder.
+    """
     files, ignored = _walk(folder)
     images = {name: path for name, path in files.items() if path.suffix.lower() in EXTENSIONS}
     if not images:
@@ -47,6 +54,8 @@ def read_folder(cfg: Data, folder: Path, wanted: bool, class_from: str | None) -
         raise UserError(f"--caption-column {cfg.caption_column}: {folder} has caption files, not metadata")
     elif texts:
         found = _from_texts(folder, images, texts)
+    elif default is not None:
+        found = dict.fromkeys(images, (default,))
     else:
         raise UserError(
             f"{folder}: the images have no captions; add metadata.jsonl with lines such as "

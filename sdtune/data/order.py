@@ -18,7 +18,7 @@ class Order:
         group: images per optimizer step.
     """
 
-    def __init__(self, seed: int, buckets: list[list[int]], repeats: int, group: int) -> None:
+    def __init__(self, seed: object, buckets: list[list[int]], repeats: int, group: int) -> None:
         self.seed, self.buckets, self.repeats, self.group = seed, buckets, repeats, group
         self.groups = [-(-len(bucket) * repeats // group) for bucket in buckets]  # per round
         self._kept: dict[object, tuple[int, list]] = {}

@@ -7,7 +7,8 @@ All that is wrong with a dataset is found here, before training, and all problem
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,12 @@ class Row:
     """Its class."""
 
 
+def captioned(images: "Images", captions: Sequence[str]) -> "Images":
+    """The same images, each with ``captions`` in place of its own; one of them is drawn each time."""
+    rows = [replace(row, captions=tuple(captions)) for row in images.rows]
+    return replace(images, rows=rows)
+
+
 @dataclass
 class Images:
     """The images of a run, checked. ``read(i)`` gives the file or the bytes of ``rows[i]``."""
@@ -58,6 +65,11 @@ class Images:
         listed = sorted((r.name, r.sha256, r.captions, *([r.label] if r.label else [])) for r in self.rows)
         self.fingerprint = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
+    @property
+    def sizes(self) -> list[int]:
+        """Images of each part that a stream shows in turn; there is one."""
+        return [len(self.rows)]
+
     def read(self, index: int) -> Path | bytes:
         """The file of an image, or its bytes."""
         source = self.sources[index]
@@ -70,18 +82,40 @@ class Images:
         return sorted(names, key=int if all(re.fullmatch(r"-?\d+", name) for name in names) else str)
 
 
-def load_images(cfg: Data, captions: bool = True, class_column: str | None = None) -> Images:
+class Mixture:
+    """Two sets of images as one. A stream shows them in turn, so each makes up half, whatever their sizes."""
+
+    def __init__(self, first: Images, second: Images):
+        self.parts = (first, second)
+        self.rows = [*first.rows, *second.rows]
+        self.ignored, self.skipped = first.ignored + second.ignored, first.skipped + second.skipped
+        self.fingerprint = first.fingerprint + second.fingerprint
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(part.rows) for part in self.parts]
+
+    def read(self, index: int) -> Path | bytes:
+        first, second = self.parts
+        own = len(first.rows)
+        return first.read(index) if index < own else second.read(index - own)
+
+
+def load_images(
+    cfg: Data, captions: bool = True, default: str | None = None, class_column: str | None = None
+) -> Images:
     """Find, read and check the dataset of ``cfg``.
 
     Args:
         captions: whether every image needs one; else none is read.
+        default: the caption of all images when the dataset has no captions.
         class_column: column of a table that holds the class of each image; ``folder`` means its folder's name.
 
     Raises: UserError for whatever is wrong with it.
     """
     folder = BUILT_IN[cfg.dataset]() if cfg.dataset in BUILT_IN else Path(cfg.dataset).expanduser()
     read = read_folder if folder.is_dir() and not is_table(folder) else read_table
-    return _checked(cfg, read(cfg, folder, captions, class_column))
+    return _checked(cfg, read(cfg, folder, captions, default, class_column))
 
 
 def _checked(cfg: Data, found: Found) -> Images:

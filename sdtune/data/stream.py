@@ -17,7 +17,7 @@ from sdtune.configs import UserError
 from sdtune.data.buckets import Shape, candidates, nearest
 from sdtune.data.images import corner, cover, decode, to_tensor
 from sdtune.data.order import Order
-from sdtune.data.sources import Images, Row
+from sdtune.data.sources import Images, Mixture, Row
 from sdtune.draws import rng
 
 
@@ -34,13 +34,15 @@ class Sample:
     top: float
     flip: bool
     caption: str
+    part: int
+    """0, or 1 when it is of the second part of a ``Mixture``."""
 
 
 class Stream:
     """An endless stream of samples addressed by position.
 
     ``Order`` says which image a position shows. With buckets the samples of a group have one shape; without,
-    the stream does not depend on ``group``.
+    the stream does not depend on ``group``. Even positions show the first part of a ``Mixture``, odd ones the second.
 
     Args:
         cfg: a config with the Data section and a seed.
@@ -48,34 +50,42 @@ class Stream:
         mode: what every image becomes: L, LA, RGB or RGBA.
     """
 
-    def __init__(self, cfg: Any, images: Images, group: int, mode: str = "RGB") -> None:
+    def __init__(self, cfg: Any, images: Images | Mixture, group: int, mode: str = "RGB") -> None:
         self.cfg, self.images, self.group, self.mode = cfg, images, group, mode
-        count, held = len(images.rows), cfg.num_holdout_images
+        count, held = images.sizes[0], cfg.num_holdout_images
         if held >= count:
             left = f"{cfg.dataset} has {count} usable images"
             raise UserError(f"--num-holdout-images {held} leaves nothing to train on: {left}")
         drawn = torch.randperm(count, generator=rng(cfg.seed, "holdout")).tolist() if held else []
         held_out = sorted(drawn[:held])
-        self.indices = sorted(set(range(count)) - set(held_out))
+        self.indices = sorted(set(range(len(images.rows))) - set(held_out))
         shapes = candidates(cfg)
         self.shapes: list[Shape] = [nearest(shapes, row.width, row.height) for row in images.rows]
         self.buckets: dict[Shape, list[int]] = {}
         for index in self.indices:
             self.buckets.setdefault(self.shapes[index], []).append(index)
-        self.order = Order(cfg.seed, [held for _, held in sorted(self.buckets.items())], cfg.repeats, group)
-        self.epoch_length = len(self.indices) * cfg.repeats
+        self.first = count
+        self.orders = [self._order(part, len(images.sizes)) for part in range(len(images.sizes))]
+        self.epoch_length = (count - held) * cfg.repeats * len(self.orders)
         self.holdout = [self._plain(index) for index in held_out]
 
     def __getitem__(self, position: int) -> Sample:
         """Sample ``position`` of the run, without its pixels."""
         cfg = self.cfg
-        sample = self._plain(self.order[position])
+        turn, part = divmod(position, len(self.orders))
+        sample = self._plain(self.orders[part][turn])
         if not cfg.center_crop:
             left, top = torch.rand(2, generator=self._rng("crop", position)).tolist()
             sample = replace(sample, left=left, top=top)
         if cfg.random_flip:
             sample = replace(sample, flip=self._uniform("flip", position) < 0.5)
         return replace(sample, caption=self._caption(sample.index, position))
+
+    def _order(self, part: int, parts: int) -> Order:
+        """Of the images of one part; the second has draws of its own, and no repeats, since it never ends an epoch."""
+        buckets = [[i for i in held if (i >= self.first) == part] for _, held in sorted(self.buckets.items())]
+        seed, repeats = (self.cfg.seed, self.cfg.repeats) if part == 0 else ((self.cfg.seed, part), 1)
+        return Order(seed, [held for held in buckets if held], repeats, self.group // parts or 1)
 
     # ---- draws
 
@@ -88,7 +98,8 @@ class Stream:
     def _plain(self, index: int) -> Sample:
         """Centre crop, no flip, first caption."""
         row, (width, height) = self.images.rows[index], self.shapes[index]
-        return Sample(index, row.name, width, height, 0.5, 0.5, False, row.captions[0] if row.captions else "")
+        caption = row.captions[0] if row.captions else ""
+        return Sample(index, row.name, width, height, 0.5, 0.5, False, caption, int(index >= self.first))
 
     def _caption(self, index: int, position: int) -> str:
         cfg, captions = self.cfg, self.images.rows[index].captions
@@ -206,6 +217,8 @@ def report(stream: Stream, count_tokens: Callable[[str], int] | None = None, win
     """
     images, rows = stream.images, stream.images.rows
     held = f", {len(stream.holdout)} more held out" if stream.holdout else ""
+    if len(images.sizes) > 1:
+        held += f", {images.sizes[1]} of them of the class; each step shows as many of the class as of the subject"
     steps = f"{stream.epoch_length / stream.group:.4g} steps of {stream.group} images"
     lines = [f"images: {len(stream.indices)}{held}; an epoch is {steps}"]
     if images.ignored:

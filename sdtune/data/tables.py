@@ -32,8 +32,10 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def read_table(cfg: Data, folder: Path, wanted: bool, class_from: str | None) -> Found:
-    """The split of a dataset, images undecoded, with captions if ``wanted``, with classes if there is a column."""
+def read_table(
+    cfg: Data, folder: Path, wanted: bool, default: str | None = None, class_from: str | None = None
+) -> Found:
+    """The split of a dataset, images undecoded; for ``wanted``, ``default``, ``class_from`` see ``read_folder``."""
     if not folder.is_dir() and not _is_hub_id(cfg.dataset):
         raise UserError(f"--dataset {cfg.dataset}: {_missing(folder)}; give {_FORMS}")
     import datasets  # a second; folders do without
@@ -59,10 +61,10 @@ def read_table(cfg: Data, folder: Path, wanted: bool, class_from: str | None) ->
         if cfg.split not in table:
             raise UserError(f"--split {cfg.split}: no such split in {cfg.dataset}; it has {', '.join(table)}")
         table = table[cfg.split]
-    return _from_table(cfg, table.with_format(None), wanted, class_from)
+    return _from_table(cfg, table.with_format(None), wanted, default, class_from)
 
 
-def _from_table(cfg: Data, table: Any, wanted: bool, class_from: str | None) -> Found:
+def _from_table(cfg: Data, table: Any, wanted: bool, default: str | None, class_from: str | None) -> Found:
     import datasets
 
     columns = ", ".join(table.column_names)
@@ -82,6 +84,8 @@ def _from_table(cfg: Data, table: Any, wanted: bool, class_from: str | None) -> 
         found: list[tuple[str, ...]] = [()] * count
     elif cfg.caption is not None:
         found = [(cfg.caption,)] * count
+    elif default is not None and cfg.caption_column is None and "text" not in table.column_names:
+        found = [(default,)] * count
     else:
         column = caption_column(cfg, table.column_names, cfg.image_column)
         head = f"{cfg.dataset}: every image needs a caption; or give --caption for all"

@@ -1,6 +1,7 @@
 """Stable Diffusion 1 and 2 (Rombach et al. 2022): a VAE, one CLIP text encoder and a UNet on 4-channel latents."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import diffusers
@@ -107,6 +108,7 @@ class StableDiffusion:
     def resolution(self) -> int:
         return self.denoiser.config.sample_size * self.downscale
 
+    @cached_property
     def tokenizer(self) -> Any:
         return self._read(CLIPTokenizer, "tokenizer")
 
@@ -170,10 +172,20 @@ class StableDiffusion:
         return StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer(),
+            tokenizer=self.tokenizer,
             unet=self.denoiser,
             scheduler=kind.from_config(self._read(kind, "scheduler").config, **changed),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
+
+    def in_full(self) -> StableDiffusionPipeline:
+        """The pipeline to be saved: frozen parts are read again in fp32, since half precision is for training only."""
+        self.release()
+        training, self.dtype = self.dtype, torch.float32
+        try:
+            return self.pipeline()
+        finally:
+            self.release()
+            self.dtype = training

@@ -4,9 +4,11 @@ diffusers has ``{"<token>": [n, dim]}``, A1111 ``emb_params`` and the token in t
 ``clip_l`` and ``clip_g``, a table for each text encoder.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from sdtune.formats import files, metadata
 
 ENCODERS = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2"}
 WIDTH_OF_CLIP_H = 1024
+FILE = "learned_embeds.safetensors"
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,9 @@ def read(path: Path, token: str | None = None) -> Embedding | None:
     Args:
         token: the word it stands for, where the file does not say; else the file's name.
     """
-    if path.is_dir() and not (path / "learned_embeds.safetensors").is_file():
+    if path.is_dir() and not (path / FILE).is_file():
         return None
-    path = path / "learned_embeds.safetensors" if path.is_dir() else path
+    path = path / FILE if path.is_dir() else path
     tensors, about = files.load(files.file_of(path))
     if not is_embedding(tensors):
         return None
@@ -75,6 +78,15 @@ def write(path: Path, embedding: Embedding, to: str) -> None:
         tensors[alone if set(embedding.parts) == {"text_encoder"} else by_encoder] = table.contiguous()
     about = {k: v for k, v in embedding.metadata.items() if not k.startswith(metadata.STALE)}
     path.write_bytes(reproducible(tensors, about | {"format": "pt", "token": embedding.token}))
+
+
+def save(folder: Path, token: str, rows: Tensor, provenance: Mapping[str, Any]) -> Path:
+    """Write ``learned_embeds.safetensors`` as diffusers reads it, whole or not at all; equal rows give equal bytes."""
+    path, new = folder / FILE, folder / f".{FILE}"
+    about = {"sdtune": json.dumps(provenance, sort_keys=True)}
+    write(new, Embedding(token, {"text_encoder": rows.detach().cpu()}, about, "diffusers"), "diffusers")
+    new.replace(path)
+    return path
 
 
 def same(one: Embedding, other: Embedding | None) -> bool:

@@ -1,0 +1,77 @@
+"""DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation (Ruiz et al. 2022, equation 2).
+
+    L = E [ w_t  || x_theta(a_t x + s_t eps, c) - x ||^2
+            + lambda w_t' || x_theta(a_t' x_pr + s_t' eps', c_pr) - x_pr ||^2 ]
+
+x are pictures of the subject, captioned with a rare word; x_pr pictures of its class that the base itself has made, so
+that the class stays what it was (prior preservation). They take turns, position by position: whatever the batch, each
+makes up half of what is seen, and the loss of a step is the mean over both halves. All weights move, or adapters
+(LoRA), or adapters and the vectors of a new word (pivotal tuning; Roich et al. 2021).
+"""
+
+import torch
+
+from sdtune import adapters, words
+from sdtune.class_pictures import class_images
+from sdtune.data import Mixture, load_images
+from sdtune.finetune import FineTune, unfreeze
+from sdtune.formats import embedding
+from sdtune.methods import DreamBoothConfig
+from sdtune.pipelines import write_pipeline
+
+
+class DreamBooth(FineTune):
+    Config = DreamBoothConfig
+
+    def __init__(self, cfg, device):
+        super().__init__(cfg, device)
+        if cfg.prior_preservation:
+            self.images = Mixture(self.images, class_images(cfg, self.family))
+        self.unet = self.trained["unet"] = self.family.keep("unet")
+        if cfg.train_text_encoder or cfg.placeholder_token:
+            self.text_encoder = self.family.keep("text_encoder")
+        if cfg.train_text_encoder:
+            self.trained["text_encoder"] = self.text_encoder
+        if cfg.lora:
+            self.add_adapters()
+        else:
+            for part in self.trained.values():
+                unfreeze(part)
+        self.word = None
+        if cfg.placeholder_token:
+            self.word = words.new_word(cfg, self.family.tokenizer, self.text_encoder)
+
+    def load_images(self):
+        cfg = self.cfg
+        images = load_images(cfg, default=cfg.instance_prompt)
+        return words.each_says(cfg.placeholder_token, images) if cfg.placeholder_token else images
+
+    def add_adapters(self):
+        targets = {"unet": self.cfg.target_modules, "text_encoder": adapters.TEXT_ENCODER_TARGETS}
+        for name, part in self.trained.items():
+            adapters.add_adapter(part, self.cfg, targets[name], name)
+        if self.cfg.init_adapter:
+            adapters.load_adapter(self.cfg.init_adapter, self.trained)
+
+    def forward(self, batch):
+        prior = batch["part"] == 1
+        loss = super().forward(batch) * torch.where(prior, self.cfg.prior_loss_weight, 1.0)
+        return (loss, self.word.figures(len(loss))) if self.word else loss
+
+    def parameter_groups(self):
+        cfg, groups = self.cfg, super().parameter_groups()
+        shares = {"unet": cfg.unet_frac, "text_encoder": cfg.text_encoder_frac}
+        groups = [group | {"until": shares[name]} for name, group in zip(self.trained, groups, strict=True)]
+        if self.word:  # its rows are in the text encoder
+            rows, rate = self.word.rows, cfg.placeholder_lr or cfg.learning_rate
+            groups = [group | {"params": [p for p in group["params"] if p is not rows]} for group in groups]
+            groups.append({"params": [rows], "lr": rate, "until": cfg.placeholder_frac})
+        return groups
+
+    def export(self, out):
+        if not self.cfg.lora:
+            return write_pipeline(out, self.family.in_full())
+        files = [adapters.save_adapter(out, self.trained, self.provenance(), self.family.pipeline_class)]
+        if self.word:
+            files.append(embedding.save(out, self.cfg.placeholder_token, self.word.rows, self.provenance()))
+        return files

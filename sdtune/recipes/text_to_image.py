@@ -1,0 +1,33 @@
+"""Text-to-image fine-tuning: every weight of the denoiser moves (Rombach et al. 2022, equation 2).
+
+With ``--dream`` the noise of a step holds some of the network's own error (DREAM; Zhou et al. 2023), as it will when
+it samples; see ``diffusion.dream``.
+"""
+
+from sdtune.diffusion import denoising_loss, dream
+from sdtune.finetune import FineTune, unfreeze
+from sdtune.methods import TextToImageConfig
+from sdtune.pipelines import write_pipeline
+
+
+class TextToImage(FineTune):
+    Config = TextToImageConfig
+
+    def __init__(self, cfg, device):
+        super().__init__(cfg, device)
+        self.unet = self.trained["unet"] = unfreeze(self.family.keep("unet"))
+
+    def forward(self, batch):
+        if not self.cfg.dream or not self.training:
+            return super().forward(batch)
+        family, text = self.family, self.family.conditioning(batch)
+        x0 = family.latents(batch)
+
+        def predict(x_t, t):
+            return family.predict(x_t, t, text)
+
+        noise = dream(family.objective, predict, x0, batch, self.cfg.dream_detail_preservation)
+        return denoising_loss(family.objective, predict, x0, batch | {"noise": noise})
+
+    def export(self, out):
+        return write_pipeline(out, self.family.in_full())

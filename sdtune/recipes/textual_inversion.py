@@ -1,0 +1,42 @@
+"""Textual inversion: An Image is Worth One Word (Gal et al. 2022, equation 2).
+
+    v* = argmin_v  E || eps - eps_theta(z_t, t, tau(y(v))) ||^2
+
+A new word gets vectors v of its own in the text encoder's table; they are all that trains. Each image is captioned by a
+template drawn anew each time, "a photo of {}", with the new word in it.
+"""
+
+from sdtune import words
+from sdtune.data import captioned, load_images
+from sdtune.finetune import FineTune
+from sdtune.formats import embedding
+from sdtune.methods import TextualInversionConfig
+from sdtune.templates import filled
+
+
+class TextualInversion(FineTune):
+    Config = TextualInversionConfig
+
+    def __init__(self, cfg, device):
+        super().__init__(cfg, device)
+        self.unet, self.text_encoder = self.family.keep("unet"), self.family.keep("text_encoder")
+        self.word = words.new_word(cfg, self.family.tokenizer, self.text_encoder)
+
+    def load_images(self):
+        cfg = self.cfg
+        if cfg.caption or cfg.caption_column:
+            return words.each_says(cfg.placeholder_token, load_images(cfg))
+        return captioned(load_images(cfg, captions=False), filled(cfg))
+
+    def forward(self, batch):
+        loss = super().forward(batch)
+        if self.cfg.norm_weight:
+            relative = self.word.rows.norm(dim=1) / self.word.usual_norm
+            loss = loss + self.cfg.norm_weight * (relative - 1).square().mean()
+        return loss, self.word.figures(len(loss))
+
+    def parameter_groups(self):
+        return [{"params": [self.word.rows], "lr": self.cfg.learning_rate}]
+
+    def export(self, out):
+        return [embedding.save(out, self.cfg.placeholder_token, self.word.rows, self.provenance())]

@@ -1,0 +1,297 @@
+"""``sdtune dreambooth``: class pictures, prior preservation image by image, artefacts that stock diffusers loads."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from sdtune import checkpoints
+from sdtune.data import Mixture, Stream, load_images
+from sdtune.methods import DreamBoothConfig
+from sdtune.recipes.dreambooth import DreamBooth
+from tests import contract
+from tests.conftest import status
+from tests.test_resume import start_then_kill
+
+LORA, EMBEDDING = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
+PROMPT = "a red circle"
+MADE = ["--class-prompt", "a red circle", "--num-class-images", "6", "--class-inference-steps", "2"]
+WORD = "<thing>"
+
+
+def words(places, out, *options):
+    """A short run without class pictures, unless the options ask for them."""
+    small = [
+        "--model",
+        str(places.sd),
+        "--dataset",
+        str(places.pictures),
+        "--output-dir",
+        str(out),
+        "--resolution",
+        "32",
+    ]
+    small += ["--steps", "6", "--train-batch-size", "2", "--learning-rate", "1e-3", "--dataloader-num-workers", "0"]
+    return ["dreambooth", *small, "--num-validation-images", "0", *options]
+
+
+@pytest.fixture
+def subject(places, tmp_path):
+    def run(name, *options):
+        assert status(words(places, tmp_path / name, *options)) == 0
+        return tmp_path / name
+
+    return run
+
+
+def drawn(pipeline, prompt=PROMPT):
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator("cpu").manual_seed(5)
+    return np.asarray(pipeline(prompt, num_inference_steps=4, guidance_scale=5.0, generator=generator).images[0])
+
+
+def ours(out, *options, prompt=PROMPT):
+    sample = ["sample", *options, "--prompt", prompt, "--steps", "4", "--seed", "5", "--guidance-scale", "5"]
+    assert status([*sample, "--output-dir", str(out)]) == 0
+    return np.asarray(Image.open(out / "00000.png"))
+
+
+def digests(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("made-*"))}
+
+
+# ---- class pictures ----------------------------------------------------------------------------------
+
+
+def test_base_makes_the_class_pictures_that_are_lacking(subject, places, tmp_path, capfd):
+    run = subject("run", "--prior-preservation", *MADE)
+    folder = run / "class-pictures"
+    assert sorted(p.name for p in folder.iterdir()) == [f"made-{k:05d}.png" for k in range(6)]
+    assert {Image.open(p).size for p in folder.iterdir()} == {(32, 32)}
+    assert "6 of them of the class" in capfd.readouterr().out
+    other = subject("other", "--prior-preservation", *MADE, "--seed", "1")
+    assert set(digests(folder).values()).isdisjoint(digests(other / "class-pictures").values())
+    own = tmp_path / "own"
+    own.mkdir()
+    for k in range(4):
+        Image.open(folder / f"made-{k:05d}.png").save(own / f"photo-{k}.png")
+    subject("topped", "--prior-preservation", *MADE, "--class-data", str(own))
+    assert digests(own) == {name: made for name, made in digests(folder).items() if name < "made-00002"}
+    assert json.loads(Image.open(own / "made-00000.png").info["sdtune"])["class_prompt"] == ["a red circle"]
+
+
+def test_several_class_prompts_take_turns_and_caption_their_pictures(subject):
+    options = ["--class-prompt", "a red circle", "a blue square", *MADE[2:]]
+    folder = subject("run", "--prior-preservation", *options) / "class-pictures"
+    told = [folder.joinpath(f"made-{k:05d}.txt").read_text().strip() for k in range(6)]
+    assert told == ["a red circle", "a blue square"] * 3
+
+
+def test_interrupted_making_goes_on_to_the_same_bytes(subject, places, tmp_path):
+    options = ["--prior-preservation", *MADE, "--num-class-images", "21", "--sample-batch-size", "2"]
+    whole = digests(subject("whole", *options) / "class-pictures")
+    cut = tmp_path / "cut"
+    third = cut / "class-pictures" / "made-00004.png"
+    code, _ = start_then_kill(words(places, cut, *options), cut, signal.SIGKILL, third.exists)
+    assert code == -signal.SIGKILL
+    made = digests(cut / "class-pictures")
+    assert 5 <= len(made) < 21
+    kept = (cut / "class-pictures" / "made-00000.png").stat().st_mtime_ns
+    assert status(words(places, cut, *options)) == 0
+    assert digests(cut / "class-pictures") == whole
+    assert (cut / "class-pictures" / "made-00000.png").stat().st_mtime_ns == kept, "it was made anew"
+
+
+def test_two_processes_make_the_same_pictures(subject, places, tmp_path):
+    options = ["--prior-preservation", *MADE, "--num-class-images", "9", "--sample-batch-size", "2"]
+    whole = subject("whole", *options, "--train-batch-size", "2")
+    two = words(places, tmp_path / "two", *options, "--train-batch-size", "1", "--num-processes", "2")
+    done = subprocess.run([sys.executable, "-m", "sdtune", *two], env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert digests(whole / "class-pictures") == digests(tmp_path / "two" / "class-pictures")
+
+
+# ---- prior preservation ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def both(places):
+    return Mixture(*(load_images(config(places)) for _ in range(2)))
+
+
+def config(places, **fields):
+    common = {"model": str(places.sd), "dataset": str(places.pictures), "resolution": 32, "num_holdout_images": 3}
+    return DreamBoothConfig(**common | fields)
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_subject_and_class_take_turns_whatever_the_cut(group, both, places):
+    stream = Stream(config(places), both, group)
+    seen = [stream[p] for p in range(64)]
+    assert [s.part for s in seen] == [0, 1] * 32
+    other = Stream(config(places), both, 4)
+    assert [s.index for s in seen] == [other[p].index for p in range(64)]
+    held = {s.index for s in stream.holdout}
+    assert len(held) == 3 and max(held) < 11
+    assert {s.index for s in seen if s.part == 0} == set(range(11)) - held
+    assert {s.index for s in seen if s.part == 1} == set(range(11, 22))
+    assert [s.index for s in seen[::2]] != [s.index - 11 for s in seen[1::2]], "both in the same order"
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_loss_is_weighted_image_by_image(size, gamma, places, tmp_path):
+    """The mistake it guards against: a batch of one, whose weight [1] broadcasts over both halves."""
+    fields = {"prior_preservation": True, "class_data": places.pictures, "num_class_images": 11, "cache": False}
+    cfg = config(places, prior_loss_weight=0.25, snr_gamma=gamma, output_dir=tmp_path, **fields)
+    recipe = DreamBooth(cfg, torch.device("cpu"))
+    dataset = recipe.dataset(2, lambda line: None)
+    batch = torch.utils.data.default_collate([dataset[p] for p in range(3, 3 + size)])
+    assert batch.pop("part").tolist() == [(3 + k) % 2 for k in range(size)]
+    with torch.no_grad():
+        alone = [
+            recipe({k: v[i : i + 1] for k, v in batch.items() if k != "name"} | {"part": torch.zeros(1)})
+            for i in range(size)
+        ]
+        weighted = recipe(batch | {"part": torch.tensor([(3 + k) % 2 for k in range(size)])})
+    want = [loss * (0.25 if (3 + k) % 2 else 1) for k, loss in enumerate(alone)]
+    assert weighted.shape == (size,)
+    assert torch.allclose(weighted, torch.cat(want), rtol=1e-4)
+
+
+# ---- artefacts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [[], ["--train-text-encoder"], ["--prior-preservation", *MADE], ["--use-ema"]])
+def test_pipeline_in_stock_diffusers_gives_the_picture_of_sdtune_sample(more, subject, sd, tmp_path):
+    run = subject("run", *more)
+    stock = drawn(DiffusionPipeline.from_pretrained(run))
+    assert np.array_equal(ours(tmp_path / "images", "--model", str(run)), stock)
+    assert not np.array_equal(stock, drawn(StableDiffusionPipeline.from_pretrained(sd, safety_checker=None)))
+    files = [folder / "text_encoder" / "model.safetensors" for folder in (sd, run)]
+    same = [torch.equal(t, load_file(files[1])[k]) for k, t in load_file(files[0]).items() if t.is_floating_point()]
+    assert any(same) is ("--train-text-encoder" not in more) or not all(same)
+
+
+def test_adapters_and_word_in_stock_diffusers_give_the_picture_of_sdtune_sample(subject, sd, tmp_path):
+    run = subject("run", "--lora", "--train-text-encoder", "--placeholder-token", WORD, "--caption", f"a {WORD} circle")
+    stock = StableDiffusionPipeline.from_pretrained(sd, safety_checker=None)
+    stock.load_lora_weights(run, weight_name=LORA)
+    stock.load_textual_inversion(run / EMBEDDING)
+    prompt = f"a {WORD} circle"
+    assert np.array_equal(ours(tmp_path / "images", "--adapter", str(run), prompt=prompt), drawn(stock, prompt))
+
+
+def test_a_mixture_of_adapters_and_words(subject, trained, sd, tmp_path):
+    one = subject("one", "--lora", "--learning-rate", "1e-2")
+    word = trained("textual-inversion", "word", "--learning-rate", "1e-1")
+    full = subject("full")
+    prompt = f"a {WORD} circle"
+    options = ["--model", str(sd), "--adapter", f"{one}=0.5", "--embedding", str(word), "--unet", str(full)]
+    stock = StableDiffusionPipeline.from_pretrained(
+        sd, unet=DiffusionPipeline.from_pretrained(full).unet, safety_checker=None
+    )
+    stock.load_lora_weights(one, weight_name=LORA, adapter_name="one")
+    stock.set_adapters(["one"], [0.5])
+    stock.load_textual_inversion(word / EMBEDDING)
+    assert np.array_equal(ours(tmp_path / "images", *options, prompt=prompt), drawn(stock, prompt))
+
+
+def test_half_precision(subject):
+    run = subject("run", "--mixed-precision", "bf16", "--train-text-encoder", "--num-validation-images", "2")
+    for file in sorted(run.glob("*/*.safetensors")):
+        assert {t.dtype for t in load_file(file).values() if t.is_floating_point()} == {torch.float32}, file
+
+
+# ---- pivotal tuning ----------------------------------------------------------------------------------
+
+
+def test_each_part_moves_for_its_share_of_the_run(subject):
+    options = ["--lora", "--placeholder-token", WORD, "--caption", f"a {WORD} circle", "--checkpointing-steps", "2"]
+    options += ["--checkpoints-total-limit", "9", "--steps", "8"]
+    run = subject("run", *options, "--placeholder-frac", "0.5", "--unet-frac", "0.75")
+    steps = {c.name: checkpoints.load(c)[0]["weights"] for c in checkpoints.found(run / "checkpoints")}
+    two, four, six, eight = (steps[f"step-{k:06d}"] for k in (2, 4, 6, 8))
+    (rows,) = [name for name in two if name.endswith(".rows")]
+    adapter = next(name for name in two if "lora_B" in name)
+    assert not torch.equal(two[rows], four[rows])
+    assert torch.equal(four[rows], six[rows]) and torch.equal(six[rows], eight[rows])
+    assert not torch.equal(four[adapter], six[adapter])
+    assert torch.equal(six[adapter], eight[adapter])
+
+
+# ---- mistakes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--class-prompt", "a dog"], "class_prompt is for prior preservation: add --prior-preservation"),
+        (["--prior-preservation"], "prior_preservation needs class_prompt"),
+        (
+            ["--prior-preservation", "--class-data", "{pictures}", "--num-class-images", "99"],
+            "11 of --num-class-images 99",
+        ),
+        (["--prior-preservation", "--class-data", "/proc/nowhere", *MADE], "cannot be written"),
+        (["--prior-preservation", *MADE, "--buckets"], "prior_preservation with buckets"),
+        (["--rank", "8"], "rank is for adapters: add --lora"),
+        (["--placeholder-token", WORD], "add --lora"),
+        (["--lora", "--placeholder-token", WORD, "--instance-prompt", "a dog"], f"instance_prompt does not say {WORD}"),
+        (["--lora", "--placeholder-token", WORD], f"--placeholder-token {WORD}: 11 of 11 captions do not say it"),
+        (["--lora", "--placeholder-token", "red", "--caption", "a red thing"], "red is in the base's vocabulary"),
+        (["--initializer-token", "red"], "initializer_token is for a new word"),
+        (["--instance-data", "/nowhere"], "no such folder"),
+    ],
+)
+def test_mistakes_are_told(options, told, places, tmp_path, capsys):
+    options = [option.format(pictures=places.pictures) for option in options]
+    assert status(words(places, tmp_path / "run", *options)) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_pictures_made_with_other_settings_are_not_mixed(subject, places, tmp_path, capsys):
+    folder = ["--prior-preservation", "--class-data", str(tmp_path / "class"), *MADE]
+    subject("one", *folder)
+    assert status(words(places, tmp_path / "two", *folder, "--seed", "7")) == 2
+    assert "was made with other settings" in capsys.readouterr().err
+    run = ["--prior-preservation", *MADE, "--overwrite"]
+    before = digests(subject("run", *run) / "class-pictures")
+    after = digests(subject("run", *run, "--seed", "7") / "class-pictures")
+    assert before.keys() == after.keys() and before != after
+
+
+def test_instance_prompt_is_for_images_without_captions(subject, places, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    Image.open(places.pictures / "00.png").save(bare / "a.png")
+    (bare / "notes.pdf").write_bytes(b"stray")
+    out = subject(
+        "run", "--dataset", str(bare), "--instance-prompt", "a photo of sks dog", "--num-validation-images", "1"
+    )
+    assert "other files, ignored: 1 (notes.pdf)" in capsys.readouterr().out
+    assert "a photo of sks dog" in (out / "report.html").read_text()
+    captioned = subject("own", "--instance-prompt", "a photo of sks dog", "--num-validation-images", "1")
+    assert "a red circle 0" in (captioned / "report.html").read_text()
+    assert status(words(places, tmp_path / "none", "--dataset", str(bare))) == 2
+    assert "no captions" in capsys.readouterr().err
+
+
+def test_a_text_encoder_that_trains_is_not_cached(subject, capsys):
+    subject("run", "--train-text-encoder")
+    assert "text embeddings are not cached: the text encoder is trained" in capsys.readouterr().out
+
+
+def test_defaults_are_those_of_the_method():
+    assert DreamBoothConfig(dataset="d").learning_rate == 5e-6
+    assert DreamBoothConfig(dataset="d", lora=True).learning_rate == 1e-4
+    assert DreamBoothConfig(dataset="d", lora=True, learning_rate=3e-4).learning_rate == 3e-4
+    assert "dreambooth" in contract.RECIPES
