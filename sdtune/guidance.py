@@ -27,36 +27,32 @@ def rescaled(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
     return share * (guided * deviations[0] / deviations[1]) + (1 - share) * guided
 
 
-def shifted(pred: Tensor, gradient: Tensor, alpha_bar: float, prediction: str) -> Tensor:
-    """``eps - s_t gradient``, in what the network predicts (Dhariwal & Nichol 2021, algorithm 2).
+def shifted(
+    pred: Tensor, x0: Tensor, gradient: Tensor, alpha_bar: float, prediction: str, limit: float | None = None
+) -> Tensor:
+    """``eps - s_t gradient``, in what the network predicts (Dhariwal & Nichol 2021, algorithm 2), within bounds.
 
-    Pure noise tells nothing of the image, so there, at zero terminal SNR, no gradient shifts anything.
+    On x0 the shift is ``s_t^2 / a_t gradient``, which near pure noise, where no gradient should count, leaves every
+    pixel far outside of what pixels can be. A scheduler that then clips x0 and keeps the noise walks away from what is
+    asked for; one that clips nothing never comes back. So x0 is shifted no further than to the range of pixels, and
+    the noise goes with it: both still add up to x_t. At zero terminal SNR nothing is shifted.
 
     Args:
+        x0: the estimate that ``pred`` stands for.
         gradient: of the log-probability of what is asked for, times its scale, by x_t.
         prediction: ``epsilon``, ``v_prediction`` or ``sample``.
+        limit: what the scheduler clips x0 to, which then holds for the noise as well. ``None`` is no clipping, and
+            pixels of x0 that lie outside [-1, 1] already may stay where they are.
     """
     a, s = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
     if a == 0:
         return pred
-    return pred + {"epsilon": -s, "v_prediction": -s / a, "sample": s * s / a}[prediction] * gradient
-
-
-def clipped(pred: Tensor, x_t: Tensor, alpha_bar: float, prediction: str, limit: float) -> Tensor:
-    """``pred`` as it would be if the x0 it stands for were within ``limit``.
-
-    A shift that is meant to be small is divided by a_t on its way to x0, and near pure noise leaves every pixel far
-    outside. Schedulers that clip x0 keep the shifted noise beside it, which then moves the sample away from what is
-    asked for. Here noise and x0 keep adding up to x_t.
-    """
-    a, s = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
-    match prediction:
-        case "epsilon":
-            return (x_t - ((x_t - s * pred) / a).clamp(-limit, limit) * a) / s
-        case "v_prediction":
-            return (a * x_t - (a * x_t - s * pred).clamp(-limit, limit)) / s
-        case _:
-            return pred.clamp(-limit, limit)
+    wanted = x0 + s * s / a * gradient
+    if limit is None:
+        wanted = wanted.maximum(x0.clamp(max=-1)).minimum(x0.clamp(min=1))
+    else:
+        wanted = wanted.clamp(-limit, limit)
+    return pred + {"epsilon": -a / s, "v_prediction": -1 / s, "sample": 1.0}[prediction] * (wanted - x0)
 
 
 def shifted_mean(mean: Tensor, gradient: Tensor, variance: float) -> Tensor:

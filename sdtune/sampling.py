@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sdtune.configs import UserError
 from sdtune.diffusion import DDPM
-from sdtune.guidance import classifier_free, clipped, rescaled, reverse_variance, shifted, shifted_mean
+from sdtune.guidance import classifier_free, rescaled, reverse_variance, shifted, shifted_mean
 from sdtune.guides import Guide
 from sdtune.samplers import alpha_bars
 
@@ -67,7 +67,7 @@ def draw(
     process = DDPM(bars, scheduler.config.prediction_type)  # by number of the step, not by timestep
     ancestral = isinstance(scheduler, DDPMScheduler)
     first = _first_step(scheduler, start[1]) if start else 0
-    limit = scheduler.config.get("clip_sample") and scheduler.config.get("clip_sample_range", 1.0)
+    limit = scheduler.config.get("clip_sample_range", 1.0) if scheduler.config.get("clip_sample") else None
     through_network = any(guide.sees_x0 for guide in guides)
     drawn = []
     with evaluating(unet):
@@ -87,13 +87,11 @@ def draw(
                     pred = predict(x_t, t)
                     x0 = process.x0(x_t, pred, torch.full((len(x),), k))
                 gradient = _gradient(guides, x_t, t, x0, rows) if guides else None
+                pred, x0 = pred.detach(), x0.detach()
                 if watch:
-                    watch(int(t), x0.detach())
-                pred = pred.detach()
+                    watch(int(t), x0)
                 if gradient is not None and not ancestral:
-                    pred = shifted(pred, gradient, float(bars[k]), process.prediction)
-                    if limit:
-                        pred = clipped(pred, x_t.detach(), float(bars[k]), process.prediction, limit)
+                    pred = shifted(pred, x0, gradient, float(bars[k]), process.prediction, limit)
                 x = scheduler.step(pred, t, x, **options).prev_sample
                 if gradient is not None and ancestral:
                     x = shifted_mean(x, gradient, _variance(scheduler, bars, k))

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
 from sdtune.diffusion import DDPM
-from sdtune.guidance import classifier_free, clipped, rescaled, reverse_variance, shifted, shifted_mean
+from sdtune.guidance import classifier_free, rescaled, reverse_variance, shifted, shifted_mean
 from sdtune.guides import ByClassifier, ByClip, opaque_squares
 from sdtune.samplers import SCHEDULERS, make_scheduler
 from sdtune.sampling import draw
@@ -68,21 +68,25 @@ def test_rescale_keeps_the_contrast_of_the_conditional_prediction():
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_algorithm_2_shifts_the_noise_whatever_is_predicted(prediction):
-    x_t, x0, gradient = (normal(k, 2, 3, 4, 4) for k in range(3))
+@pytest.mark.parametrize("limit", [None, 1.0])
+def test_algorithm_2_shifts_the_noise_whatever_is_predicted(prediction, limit):
+    x_t, x0 = normal(0, 2, 3, 4, 4), 0.5 * normal(1, 2, 3, 4, 4).tanh()
     for bar in (0.9, 0.3, 1e-4):
-        pred = shifted(told(prediction, x_t, x0, bar), gradient, bar, prediction)
+        gradient = 0.5 * bar**0.5 * normal(2, 2, 3, 4, 4).tanh()
+        pred = shifted(told(prediction, x_t, x0, bar), x0, gradient, bar, prediction, limit)
         expected = told("epsilon", x_t, x0, bar) - (1 - bar) ** 0.5 * gradient
         torch.testing.assert_close(eps_of(prediction, x_t, pred, bar), expected, rtol=1e-9, atol=1e-9)
-    assert torch.equal(shifted(x0, gradient, 0.0, prediction), x0)  # pure noise
+    assert torch.equal(shifted(x0, x0, gradient, 0.0, prediction), x0)  # pure noise
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_clipping_keeps_noise_and_image_adding_up(prediction):
-    x_t, x0 = normal(0, 2, 3, 4, 4), 2 * normal(1, 2, 3, 4, 4)
-    for bar in (0.9, 0.3, 1e-8):
-        pred = clipped(told(prediction, x_t, x0, bar), x_t, bar, prediction, 1.0)
-        expected = told("epsilon", x_t, x0.clamp(-1, 1), bar)
+def test_algorithm_2_stays_within_what_pixels_can_be(prediction):
+    bar, x_t = 1e-4, normal(0, 4)
+    x0 = torch.tensor([0.5, 0.5, 3.0, 3.0], dtype=torch.float64)
+    gradient = torch.tensor([1e3, -1e3, 1e3, -1e3], dtype=torch.float64)
+    for limit, wanted in ((None, [1.0, -1.0, 3.0, -1.0]), (1.0, [1.0, -1.0, 1.0, -1.0])):
+        pred = shifted(told(prediction, x_t, x0, bar), x0, gradient, bar, prediction, limit)
+        expected = told("epsilon", x_t, torch.tensor(wanted, dtype=torch.float64), bar)
         torch.testing.assert_close(eps_of(prediction, x_t, pred, bar), expected, rtol=1e-9, atol=1e-9)
 
 
@@ -214,8 +218,10 @@ class Up:
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "euler", "dpm++"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_a_strong_gradient_in_few_steps_does_not_turn_round(name, prediction):
-    scheduler = make_scheduler(name, DDPMScheduler(clip_sample=True, prediction_type=prediction), clip=True)
+@pytest.mark.parametrize("clip", [True, False])
+def test_a_strong_gradient_in_few_steps_does_not_turn_round(name, prediction, clip):
+    base = DDPMScheduler(clip_sample=clip, prediction_type=prediction, timestep_spacing="trailing")
+    scheduler = make_scheduler(name, base, clip=clip)
     plain, guided = (draw(Mixture(prediction), scheduler, [0], steps=10, guides=guides) for guides in ([], [Up()]))
     assert float((guided > 0).double().mean()) > float((plain > 0).double().mean()) + 0.1
 

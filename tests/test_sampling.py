@@ -194,7 +194,7 @@ def folders(tmp_path_factory):
     linear, cosine = DDPMScheduler(), DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     pixel_models.save(root / "plain", tiny_unet(), linear, [])
     pixel_models.save(root / "classes", tiny_unet(classes=3), linear, NAMES)
-    pixel_models.save(root / "rgba", tiny_unet(4), linear, [])
+    pixel_models.save(root / "rgba", tiny_unet(4), DDPMScheduler(100), [])
     pixel_models.save(root / "unnamed", tiny_unet(classes=3), linear, [])
     pixel_models.save(root / "miscounted", tiny_unet(classes=3), linear, NAMES[:2])
     for name, side, channels, scheduler in (
@@ -272,7 +272,7 @@ def test_steps_are_all_of_ddpm_and_50_of_others(sampled):
     images, _, _ = sampled("--scheduler", "ddim", "--eta", "0.5")
     assert "Steps: 50, Sampler: DDIMScheduler" in images[0].text["parameters"]
     images, _, _ = sampled(model="rgba")
-    assert "Steps: 1000, Sampler: DDPMScheduler" in images[-1].text["parameters"]
+    assert "Steps: 100, Sampler: DDPMScheduler" in images[-1].text["parameters"]
     assert images[-1].mode == "RGBA"
 
 
