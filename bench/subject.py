@@ -77,16 +77,14 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=100)
     parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS))
     args = parser.parse_args()
-    before, rows = weights_of("tiny"), {}
+    before = weights_of("tiny")
     for way in args.only:
         (shape, name), words = WAYS[way]
         out = args.work / way.replace(", ", "-").replace(" ", "-") if words else None
         if out is not None:
             train(words, out)
-        rows[way] = measure(out, shape, name, args.n)
-    print(f"\n{args.n} pictures each      " + "".join(f"{title:>14}" for title in rows[args.only[0]]))
-    for way, scores in rows.items():
-        print(f"{way:<24}" + "".join(f"{value:>14.0%}" for value in scores.values()))
+        scores = measure(out, shape, name, args.n)
+        print(f"{way:<24}" + ", ".join(f"{title} {value:.0%}" for title, value in scores.items()), flush=True)
     print(f"the base's weights before {before}, after {weights_of('tiny')}")
 
 
