@@ -15,7 +15,7 @@ import pydantic
 from huggingface_hub import HfApi, get_session
 
 from sdtune import card, hub, options
-from sdtune.configs import Hub, Run, RunFailed, UserError
+from sdtune.configs import Data, Hub, Optim, Preview, Run, RunFailed, UserError
 from sdtune.folder import artefact, by_path, export
 from sdtune.methods import config_class
 from sdtune.public import hide_paths
@@ -84,7 +84,9 @@ def config_of(run: Path) -> Any:
     command = known.pop("method", closest.method)
     base: Any = closest if command == closest.method else (Hub, Run)
     fields: dict[str, Any] = dict.fromkeys(known, (Any, None))
-    fields |= {name: (field.annotation, field) for name, field in closest.model_fields.items() if name in known}
+    # the defaults of a recipe of one's own are those of the sections, not those of the method that it resembles
+    for section in (closest,) if base is closest else (closest, Data, Optim, Preview, Run):
+        fields |= {name: (field.annotation, field) for name, field in section.model_fields.items() if name in known}
     config = pydantic.create_model("Config", __base__=base, **fields)
     config.method = command
     try:
