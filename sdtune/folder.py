@@ -159,36 +159,35 @@ def remove(out: Path, files: Iterable[Path]) -> None:
             folder.rmdir()
 
 
-def export(recipe: Any, state: Any, out: Path) -> list[Path]:
-    """Write the artefact of the weights as they are, or of their average where one is kept, to ``out``; its files."""
+def export(recipe: Any, out: Path) -> list[Path]:
+    """Write the artefact of the weights as they are to ``out``; its files. See ``State.complete``."""
     recipe.eval()
     try:
-        with state.evaluating():
-            return [Path(file) for file in recipe.export(out)]
+        return [Path(file) for file in recipe.export(out)]
     finally:
         recipe.train()
 
 
-def export_last(recipe: Any, state: Any, out: Path) -> list[Path]:
+def export_last(recipe: Any, out: Path, step: int) -> list[Path]:
     """Write the artefact of a run that has ended, in place of an older one, and record which files it is."""
     before = recorded(out)[1] if (out / ARTEFACT).exists() else []
     with telling_of_a_full_disk(out):
         record(out, None, before)
-        files = export(recipe, state, out)
+        files = export(recipe, out)
         remove(out, sorted(set(before) - set(files)))
-        record(out, state.step, files)
+        record(out, step, files)
     return files
 
 
-def export_copy(recipe: Any, state: Any, out: Path) -> None:
+def export_copy(recipe: Any, out: Path, step: int) -> None:
     """Write the artefact as it is now to ``exports/step-000500``, whole or not at all."""
-    final = out / "exports" / f"step-{state.step:06d}"
+    final = out / "exports" / f"step-{step:06d}"
     new = final.with_name(f".{final.name}")
     with telling_of_a_full_disk(final):
         try:
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir(parents=True)
-            export(recipe, state, new)
+            export(recipe, new)
             shutil.rmtree(final, ignore_errors=True)  # of a run that was killed after it and continued from before
             new.rename(final)
         finally:

@@ -129,21 +129,25 @@ def save_state(optimizer: Optimizer, names: dict[Tensor, str]) -> tuple[dict[str
         name = names[parameter]
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"{name}|{key}"] = value.detach().cpu().contiguous()
+                tensors[f"{name}|{key}"] = value.detach()
             else:
                 numbers["state"].setdefault(name, {})[key] = value
     for group in optimizer.param_groups:  # Prodigy and Schedule-Free keep counters there
         own = {k: v for k, v in group.items() if k != "params" and isinstance(v, bool | int | float)}
         held = {k: v for k, v in group.items() if k != "params" and isinstance(v, Tensor)}
-        tensors |= {f"|{len(numbers['groups'])}|{k}": v.detach().cpu().contiguous() for k, v in held.items()}
+        tensors |= {f"|{len(numbers['groups'])}|{k}": v.detach() for k, v in held.items()}
         numbers["groups"].append(own)
     return tensors, numbers
 
 
 def load_state(
-    optimizer: Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor], numbers: dict[str, Any]
+    optimizer: Optimizer,
+    names: dict[Tensor, str],
+    tensors: dict[str, Tensor],
+    numbers: dict[str, Any],
+    like: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
-    """Put back what ``save_state`` gave."""
+    """Put back what ``save_state`` gave; ``like`` puts a tensor where a parameter is."""
     by_name = {name: parameter for parameter, name in names.items()}
     for name, state in numbers["state"].items():
         optimizer.state[by_name[name]].update(state)
@@ -154,7 +158,7 @@ def load_state(
             continue
         parameter = by_name[name]
         on_host = rest[0] == "step" and not optimizer.param_groups[0].get("fused")
-        optimizer.state[parameter][rest[0]] = value if on_host else value.to(parameter.device)
+        optimizer.state[parameter][rest[0]] = value if on_host else like(value, parameter)
     for group, saved in zip(optimizer.param_groups, numbers["groups"], strict=True):
         group.update(saved)
 

@@ -1,5 +1,6 @@
 """What there is to see of a run while it trains: sample images, and the loss of held-out ones."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,31 +9,43 @@ from accelerate.utils import gather_object, send_to_device
 from PIL.Image import Image
 from torch.utils.data import DataLoader
 
+from sdtune.engine import Engine
 from sdtune.recipe import Recipe, told
 from sdtune.window import Figures
 
 
 def sample_images(recipe: Recipe, dataset: Any, accelerator: Accelerator) -> tuple[list[Image], list[str]]:
-    """The run's sample grid and its prompts; each process draws its share, from seeds that never change."""
+    """The run's sample grid and its prompts; each process draws its share, from seeds that never change.
+
+    All draw equally many, since they may hold the weights together; what is too much is dropped.
+    """
     cfg, rank, world = recipe.cfg, accelerator.process_index, accelerator.num_processes
-    prompts = dataset.prompts
-    wanted = [(k, prompts[k % len(prompts)]) for k in range(cfg.num_validation_images)]
-    mine = wanted[rank::world]
-    images = recipe.sample([p for _, p in mine], [cfg.seed + k for k, _ in mine]) if mine else []
-    drawn = gather_object([(k, image) for (k, _), image in zip(mine, images, strict=True)])
-    return [image for _, image in sorted(drawn, key=lambda pair: pair[0])], [prompt for _, prompt in wanted]
+    prompts, count = dataset.prompts, cfg.num_validation_images
+    mine = range(rank, math.ceil(count / world) * world, world)
+    images = recipe.sample([prompts[k % len(prompts)] for k in mine], [cfg.seed + k for k in mine])
+    drawn = sorted(gather_object(list(zip(mine, images, strict=True))), key=lambda pair: pair[0])
+    return [image for _, image in drawn[:count]], [prompts[k % len(prompts)] for k in range(count)]
 
 
 @torch.no_grad()
-def holdout(recipe: Recipe, dataset: Any, accelerator: Accelerator) -> dict[str, float]:
-    """Means over the held-out images of loss and figures, at timesteps and noise that never change."""
-    cfg = recipe.cfg
-    keys = dataset.holdout[accelerator.process_index :: accelerator.num_processes]
+def holdout(engine: Engine, dataset: Any, accelerator: Accelerator) -> dict[str, float]:
+    """Means over the held-out images of loss and figures, at timesteps and noise that never change.
+
+    All processes make equally many forward passes, since they may hold the weights together.
+    """
+    cfg, keys = engine.recipe.cfg, dataset.holdout
     size = 1 if cfg.buckets else cfg.train_batch_size  # neighbours may differ in shape
+    shares = [keys[rank :: accelerator.num_processes] for rank in range(accelerator.num_processes)]
+    passes = math.ceil(len(shares[0]) / size)
+    mine = shares[accelerator.process_index]
+    parts = [mine[k * size : (k + 1) * size] for k in range(passes)]
     figures = Figures()
-    for batch in DataLoader(dataset, batch_sampler=[keys[i : i + size] for i in range(0, len(keys), size)]):
-        count = len(batch.pop("name"))
-        loss, more = told(recipe(send_to_device(batch, accelerator.device)))
+    for part, batch in zip(parts, DataLoader(dataset, batch_sampler=[p or keys[:1] for p in parts]), strict=True):
+        batch.pop("name")
+        with engine.autocast():
+            loss, more = told(engine.recipe(send_to_device(batch, accelerator.device)))
         loss = loss.float().nan_to_num(torch.inf, posinf=torch.inf)  # a loss that is none is not left out
-        figures.add({"holdout_loss": loss.expand(count)} | {f"holdout_{name}": v for name, v in more.items()})
+        if part:
+            told_of = {"holdout_loss": loss.expand(len(part))} | {f"holdout_{name}": v for name, v in more.items()}
+            figures.add(told_of)
     return figures.means()

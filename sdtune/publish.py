@@ -141,7 +141,9 @@ class Publisher:
 
     def __init__(self, cfg: Any, main: bool):
         self.cfg, self.main = cfg, main
-        self.api = hub.connect() if main and getattr(cfg, "push_to_hub", False) else None
+        asked = getattr(cfg, "push_to_hub", False)
+        self.api = hub.connect() if main and asked else None
+        self.each_checkpoint = asked and cfg.hub_strategy == "checkpoint"
         if self.api:
             hub.refuse_secrets({"config.yaml": options.to_yaml(cfg).encode()})
             self.repo, self.origin = hub.ready(self.api, cfg), origin_of(self.api, cfg)
@@ -149,22 +151,29 @@ class Publisher:
         self.waiting: Snapshot | None = None
         self.thread: Thread | None = None
 
-    def checkpoint(self, recipe: Any, state: Any) -> None:
-        """Export the artefact as it is now and have it uploaded beside training; the newest waits, older ones drop."""
-        if not self.api or self.cfg.hub_strategy != "checkpoint":
-            return
-        stage = self.cfg.output_dir / f"{STAGE}{state.step:06d}"
+    def checkpoint(self, state: Any) -> None:
+        """Export the artefact as it is now and have it uploaded beside training; the newest waits, older ones drop.
+
+        Called by every process, since each may hold a slice of the weights.
+        """
+        if self.each_checkpoint:
+            with state.complete() as recipe:
+                if self.api:
+                    self._checkpoint(recipe, state.step)
+
+    def _checkpoint(self, recipe: Any, step: int) -> None:
+        stage = self.cfg.output_dir / f"{STAGE}{step:06d}"
         try:
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir()
-            weights = by_path(stage, export(recipe, state, stage))
+            weights = by_path(stage, export(recipe, stage))
             files = contents(self.cfg, self.repo, self.origin, weights, report=False)
         except Exception as error:  # a full disk, say; what matters to the run meets it on its own way
             shutil.rmtree(stage, ignore_errors=True)
-            hub.warn(f"step {state.step} is not pushed: {error}")
+            hub.warn(f"step {step} is not pushed: {error}")
             return
         with self.lock:
-            dropped, self.waiting = self.waiting, Snapshot(state.step, stage, files)
+            dropped, self.waiting = self.waiting, Snapshot(step, stage, files)
             if self.thread is None:
                 self.thread = Thread(target=self._uploads, name="push", daemon=True)
                 self.thread.start()

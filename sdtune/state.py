@@ -3,7 +3,8 @@
 Everything else (learning rate, data order, noise, dropout) is a function of the step, so it needs no saving.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from sdtune import checkpoints, optim
 from sdtune.configs import UserError
+from sdtune.engine import Engine, like, whole
 from sdtune.environment import environment
+from sdtune.recipe import Recipe
 
 
 class State:
@@ -26,8 +29,8 @@ class State:
         TypeError: a trained parameter is not fp32; its updates would round to nothing.
     """
 
-    def __init__(self, cfg: Any, recipe: nn.Module, accelerator: Accelerator, identity: dict[str, Any]):
-        self.cfg, self.accelerator, self.identity = cfg, accelerator, identity
+    def __init__(self, cfg: Any, recipe: nn.Module, engine: Engine, accelerator: Accelerator, identity: dict[str, Any]):
+        self.cfg, self.engine, self.accelerator, self.identity = cfg, engine, accelerator, identity
         self.root = cfg.output_dir / "checkpoints"
         self.weights: dict[str, Tensor] = {n: p for n, p in recipe.named_parameters() if p.requires_grad}
         if wrong := [name for name, p in self.weights.items() if p.dtype != torch.float32]:
@@ -45,23 +48,37 @@ class State:
         """Context in which the model holds the weights to sample and export: the average, if one is kept."""
         return self.average.in_place() if self.average else optim.evaluation(self.optimizer)
 
+    @contextmanager
+    def complete(self) -> Iterator[Recipe]:
+        """Context in which the first process has a recipe with the weights to export, whole; all enter it together."""
+        with self.evaluating():
+            yield self.engine.gathered()
+
     def save(self) -> None:
-        """Called by every process; the first one writes."""
+        """Called by every process; the first one writes whole tensors, which any number of processes can read."""
+        moments, numbers = optim.save_state(self.optimizer, self.names)
+        tensors = {"weights": self.gathered(self.weights), "optimizer": self.gathered(moments)}
+        if self.average:
+            tensors["average"] = self.gathered(self.average.mean)
         if self.accelerator.is_main_process:
-            moments, numbers = optim.save_state(self.optimizer, self.names)
-            tensors = {"weights": self.weights, "optimizer": moments}
-            if self.average:
-                tensors["average"] = self.average.mean
-            scaler = self.accelerator.scaler
             facts = self.identity | {
                 "step": self.step,
                 "skipped": self.skipped,
                 "optimizer": numbers,
-                "scaler": scaler.state_dict() if scaler else None,
+                "scaler": self.engine.scaler.state_dict() or None,
                 "versions": environment(),
             }
             checkpoints.save(self.root, self.step, tensors, facts, self.cfg.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
+
+    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors, whole; on the first process alone, and there in the main memory where they were in slices."""
+        kept = {}
+        for name, tensor in tensors.items():
+            full = whole(tensor.detach())
+            if self.accelerator.is_main_process:
+                kept[name] = full if full is tensor else full.cpu()
+        return kept
 
     @torch.no_grad()
     def restore(self, allow_change: bool, say: Callable[[str], None]) -> None:
@@ -84,12 +101,12 @@ class State:
         if tensors["weights"].keys() != self.weights.keys():
             raise UserError(f"{folder} holds other weights than this run trains; --overwrite starts anew")
         for name, w in self.weights.items():
-            w.copy_(tensors["weights"][name])
-        optim.load_state(self.optimizer, self.names, tensors.get("optimizer", {}), saved["optimizer"])
+            w.copy_(like(tensors["weights"][name], w))
+        optim.load_state(self.optimizer, self.names, tensors.get("optimizer", {}), saved["optimizer"], like)
         if self.average:
             for name, w in self.average.mean.items():
-                w.copy_(tensors["average"][name])
-        if self.accelerator.scaler and saved["scaler"]:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
+                w.copy_(like(tensors["average"][name], w))
+        if self.engine.scaler.is_enabled() and saved["scaler"]:
+            self.engine.scaler.load_state_dict(saved["scaler"])
         self.step, self.skipped = saved["step"], saved["skipped"]
         say(f"continuing at step {self.step}, from {folder}")

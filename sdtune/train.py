@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -15,12 +15,13 @@ from torch.utils.data import DataLoader
 from sdtune import checkpoints, draws, folder, optim, preview
 from sdtune.configs import Run, UserError
 from sdtune.data import positions
+from sdtune.engine import spread
 from sdtune.environment import environment
 from sdtune.metrics import Metrics, check_trackers
 from sdtune.options import same_command
 from sdtune.precision import precision_of
 from sdtune.publish import Publisher
-from sdtune.recipe import Recipe, told
+from sdtune.recipe import Recipe
 from sdtune.report import write_report
 from sdtune.signals import Stopping
 from sdtune.state import State
@@ -69,10 +70,10 @@ def fit(
     stream = dataset.stream
     total = math.ceil(cfg.num_train_epochs * stream.epoch_length / group) if cfg.num_train_epochs else cfg.max_steps
     prepare_modules(recipe, cfg, accelerator.device)
-    state = State(cfg, recipe, accelerator, {"group": group, "data": stream.images.fingerprint})
-    optimizer, weights = state.optimizer, list(state.weights.values())
+    engine = spread(recipe, cfg, accelerator)
+    state = State(cfg, recipe, engine, accelerator, {"group": group, "data": stream.images.fingerprint})
+    optimizer = state.optimizer
     peaks, rate = [g["lr"] for g in optimizer.param_groups], optim.learning_rate(cfg, total)
-    model, prepared = accelerator.prepare(recipe, optimizer)
     state.restore(allow_change, say)
     if state.step >= total and folder.artefact(out, state.step) and (out / "report.html").exists():
         say(f"{out}: trained for {state.step} steps already; --steps trains on, --overwrite starts anew")
@@ -80,8 +81,10 @@ def fit(
     say(
         f"plan: {total} steps of {batch_size} images x {accumulation} accumulated x {world} processes = {group}; "
         f"{stream.epoch_length} images an epoch, {total * group / stream.epoch_length:.1f} epochs; "
-        f"{sum(p.numel() for p in weights):,} parameters train"
+        f"{sum(p.numel() for p in state.weights.values()):,} parameters train"
     )
+    if engine.told:
+        say(engine.told)
     metrics = Metrics(cfg, accelerator, state.step, total)
     sampler = positions(state.step, total - state.step, batch_size, accumulation, rank, world)
     pinned = accelerator.device.type == "cuda"
@@ -95,7 +98,7 @@ def fit(
             if cfg.num_validation_images:
                 metrics.images(state.step, *preview.sample_images(recipe, dataset, accelerator))
             if dataset.holdout:
-                metrics.log(state.step, preview.holdout(recipe, dataset, accelerator))
+                metrics.log(state.step, preview.holdout(engine, dataset, accelerator))
         recipe.train()
 
     @torch.no_grad()
@@ -104,13 +107,15 @@ def fit(
         state.skipped = window.skipped
 
     # Train
-    model.train()
+    recipe.train()
     if state.step == 0:
         look()
     while state.step < total and not stopping.agreed():
+        # fp16 overflows as a matter of course until its scale is found: such steps do not move the schedule
+        taken = state.step - (window.skipped_so_far() if engine.scaler.is_enabled() else 0)
         for parameters, peak in zip(optimizer.param_groups, peaks, strict=True):
             moves = state.step < parameters.get("until", 1.0) * total
-            parameters["lr"] = peak * rate(state.step) * moves
+            parameters["lr"] = peak * rate(taken) * moves
         for micro in range(accumulation):
             with metrics.waiting():
                 batch = next(batches)
@@ -118,16 +123,11 @@ def fit(
             draws.seed_model(
                 draws.key(cfg.seed, "dropout", state.step, rank * accumulation + micro), accelerator.device
             )
-            with accelerator.accumulate(model):
-                loss, figures = told(model(send_to_device(batch, accelerator.device, non_blocking=True)))
-                accelerator.backward(loss.mean() * finite_or_nan(loss))
+            with engine.local() if micro + 1 < accumulation else nullcontext():
+                loss, figures = engine(send_to_device(batch, accelerator.device, non_blocking=True))
+                engine.backward(loss.mean() * finite_or_nan(loss))
             window.add(loss, figures, samples)
-        norm = accelerator.clip_grad_norm_(weights, cfg.max_grad_norm)
-        if accelerator.scaler:
-            prepared.step()
-        else:
-            optim.step_if_finite(optimizer, norm)
-        optimizer.zero_grad()
+        norm = engine.step(optimizer, cfg.max_grad_norm)
         window.end_step(norm)
         state.step += 1
         recipe.after_step()
@@ -137,13 +137,14 @@ def fit(
         saving = state.step == total or (cfg.checkpointing_steps and state.step % cfg.checkpointing_steps == 0)
         if saving or state.step % cfg.log_steps == 0:
             report()
-        if main and cfg.export_steps and state.step % cfg.export_steps == 0:
-            with metrics.paused():
-                folder.export_copy(recipe, state, out)  # before saving, so that none is missing after a kill
+        if cfg.export_steps and state.step % cfg.export_steps == 0:
+            with metrics.paused(), state.complete() as whole:  # before saving, so that none is missing after a kill
+                if main:
+                    folder.export_copy(whole, out, state.step)
         if saving:
             with metrics.paused():
                 state.save()
-                publisher.checkpoint(recipe, state)
+                publisher.checkpoint(state)
         if cfg.validation_steps and state.step % cfg.validation_steps == 0 and state.step < total:
             look()
 
@@ -159,8 +160,9 @@ def fit(
         sys.exit(128 + stopping.signal)
     look()
     metrics.close()
+    with state.complete() as whole:
+        files = folder.export_last(whole, out, state.step) if main else []
     if main:
-        files = folder.export_last(recipe, state, out)
         say(f"wrote {', '.join(str(out / name) for name in folder.entries(out, files))}\nreport: {write_report(out)}")
 
 
@@ -170,15 +172,10 @@ def finite_or_nan(loss: Tensor) -> Tensor:
 
 
 def start(cfg: Run) -> Accelerator:
-    """The processes of the run, its device and its precision."""
+    """The processes of the run, and its device; the precision is the engine's."""
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
-    return Accelerator(
-        mixed_precision=precision_of(cfg),
-        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
-        log_with=cfg.report_to or None,
-        project_dir=cfg.output_dir / "logs",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
+    precision_of(cfg)  # refuses before a model is read
+    return Accelerator(mixed_precision="no", log_with=cfg.report_to or None, project_dir=cfg.output_dir / "logs")
 
 
 def open_folder(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) -> Any:

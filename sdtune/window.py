@@ -68,6 +68,10 @@ class Window:
         self.counts = torch.stack([self.counts[0] + bad, (self.counts[1] + 1) * bad])
         self.steps += 1
 
+    def skipped_so_far(self) -> int:
+        """Steps skipped in the run; waits for the device."""
+        return int(self.counts[0])
+
     def line(self, step: int, norm: Tensor, learning_rate: float) -> dict[str, float]:
         """The numbers of the steps since the last line, over all processes.
 

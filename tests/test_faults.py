@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from sdtune import checkpoints
@@ -96,12 +95,6 @@ def test_resolution_that_the_vae_cannot_halve(refused):
 
 def test_zero_snr_with_an_epsilon_base(refused):
     assert "--prediction-type v_prediction" in refused("--rescale-betas-zero-snr")
-
-
-def test_fp16_without_a_gpu(refused):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    assert "needs a GPU" in refused("--mixed-precision", "fp16")
 
 
 def test_precision_that_the_launcher_was_told_otherwise(refused, monkeypatch):

@@ -17,7 +17,7 @@ FLOORS = (
     "checkpoints curves data diffusion distances draws environment folder guidance guides hub inception lowrank "
     "noisy_classifier optim options precision public samplers schedules shapes sheets signals usage window",
     "adapters cache families metrics noised pipelines recipe report sampling templates words",
-    "card features formats loading pixel_models pixels plots preview samples state",
+    "card engine features formats loading pixel_models pixels plots preview samples state",
     "fold inspect_adapter judges publish sample sample_pixels",
     "class_pictures finetune",
     "convert evaluate recipes scores truncate",
@@ -31,6 +31,8 @@ NEIGHBOURS = {
     "data": "draws",
     "distances": "draws",
     "folder": "options",
+    "preview": "engine",
+    "state": "engine",
     "cli": "launch",
     "sample": "sample_pixels",
     "sample_pixels": "judges",
