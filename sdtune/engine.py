@@ -5,12 +5,13 @@ fp16 losses are scaled, so that small gradients do not round to nothing; a step 
 """
 
 import copy
+import importlib
 import os
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -47,6 +48,9 @@ class Engine:
         with self.autocast():
             return told(self.model(batch))
 
+    def take(self, optimizer: Optimizer) -> None:
+        """The optimizer is made; training may begin."""
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Context in which the recipe runs in the precision of the run."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -76,6 +80,27 @@ class Engine:
     def gathered(self) -> Recipe:
         """On the first process the recipe with all weights, whole, to be exported; every process has to ask for it."""
         return self.recipe
+
+    # ---- checkpoints: whole tensors, to be asked for by every process ------------------------------------
+
+    def weight(self, parameter: Tensor) -> Tensor:
+        """A trained weight, or its average, in float32."""
+        return whole(parameter.detach())
+
+    def set_weight(self, parameter: Tensor, value: Tensor) -> None:
+        parameter.copy_(like(value, parameter))
+
+    def save_optimizer(
+        self, optimizer: Optimizer, names: dict[Tensor, str]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """See `optim.save_state`."""
+        tensors, numbers = optim.save_state(optimizer, names)
+        return {name: whole(tensor) for name, tensor in tensors.items()}, numbers
+
+    def load_optimizer(
+        self, optimizer: Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor], numbers: dict[str, Any]
+    ) -> None:
+        optim.load_state(optimizer, names, tensors, numbers, like)
 
 
 class Replicated(Engine):
@@ -156,6 +181,12 @@ def spread(recipe: Recipe, cfg: Run, accelerator: Accelerator) -> Engine:
             raise UserError("accelerate config: fsdp_version 1 is not supported; write `fsdp_version: 2`")
         if accelerator.num_processes > 1:
             return Sharded(recipe, cfg, accelerator, plugin)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        try:
+            zero = importlib.import_module("sdtune.zero")
+        except ImportError as error:
+            raise UserError(f"accelerate config: DeepSpeed: {error}; pip install 'sdtune[deepspeed]'") from None
+        return zero.Zero(recipe, cfg, accelerator, DeepSpeedPlugin())
     kind = Replicated if accelerator.num_processes > 1 else Engine
     return kind(recipe, cfg, accelerator)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sdtune import checkpoints, optim
 from sdtune.configs import UserError
-from sdtune.engine import Engine, like, whole
+from sdtune.engine import Engine
 from sdtune.environment import environment
 from sdtune.recipe import Recipe
 
@@ -39,6 +39,7 @@ class State:
         self.names = {p: name for name, p in self.weights.items()}
         self.average = optim.Average(cfg, self.weights) if cfg.use_ema else None
         self.step, self.skipped = 0, 0
+        engine.take(self.optimizer)
         if accelerator.is_main_process:
             copies = 4 if self.average else 3  # the weights, their two moments, their average
             size = copies * sum(w.numel() * w.element_size() for w in self.weights.values())
@@ -56,8 +57,8 @@ class State:
 
     def save(self) -> None:
         """Called by every process; the first one writes whole tensors, which any number of processes can read."""
-        moments, numbers = optim.save_state(self.optimizer, self.names)
-        tensors = {"weights": self.gathered(self.weights), "optimizer": self.gathered(moments)}
+        moments, numbers = self.engine.save_optimizer(self.optimizer, self.names)
+        tensors = {"weights": self.gathered(self.weights), "optimizer": moments}
         if self.average:
             tensors["average"] = self.gathered(self.average.mean)
         if self.accelerator.is_main_process:
@@ -72,12 +73,12 @@ class State:
         self.accelerator.wait_for_everyone()
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors, whole; on the first process alone, and there in the main memory where they were in slices."""
+        """The tensors, whole; on the first process alone, where slices are put together in the main memory."""
         kept = {}
         for name, tensor in tensors.items():
-            full = whole(tensor.detach())
+            full = self.engine.weight(tensor)
             if self.accelerator.is_main_process:
-                kept[name] = full if full is tensor else full.cpu()
+                kept[name] = full.cpu()
         return kept
 
     @torch.no_grad()
@@ -101,11 +102,11 @@ class State:
         if tensors["weights"].keys() != self.weights.keys():
             raise UserError(f"{folder} holds other weights than this run trains; --overwrite starts anew")
         for name, w in self.weights.items():
-            w.copy_(like(tensors["weights"][name], w))
-        optim.load_state(self.optimizer, self.names, tensors.get("optimizer", {}), saved["optimizer"], like)
+            self.engine.set_weight(w, tensors["weights"][name])
+        self.engine.load_optimizer(self.optimizer, self.names, tensors.get("optimizer", {}), saved["optimizer"])
         if self.average:
             for name, w in self.average.mean.items():
-                w.copy_(like(tensors["average"][name], w))
+                self.engine.set_weight(w, tensors["average"][name])
         if self.engine.scaler.is_enabled() and saved["scaler"]:
             self.engine.scaler.load_state_dict(saved["scaler"])
         self.step, self.skipped = saved["step"], saved["skipped"]

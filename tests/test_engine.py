@@ -45,6 +45,23 @@ def test_sharded_is_the_same_run(recipe, trained, places, tmp_path):
     assert all(kind.startswith("UNet2D") for kind in kinds)  # not the class that FSDP makes of it
 
 
+@pytest.mark.parametrize("stage", ["2", "3"])
+@pytest.mark.parametrize("recipe", ["lora", "text-to-image"])
+def test_deepspeed_is_the_same_run(recipe, stage, trained, places, tmp_path):
+    """Two processes under ZeRO, then one without, then two again."""
+    pytest.importorskip("deepspeed")
+    contract, out = RECIPES[recipe], tmp_path / "zero"
+    options = ["--learning-rate", "1e-5", "--random-flip", *contract.previews]
+    zero = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage, "DS_ACCELERATOR": "cpu"}
+    whole = contract.artefact(trained(recipe, "whole", *options, "--train-batch-size", "8"))
+    words = command(recipe, places, out, *options, *CUT)
+    told = run([*words, "--num-processes", "2", "--steps", "4"], **zero)
+    assert f"ZeRO-{stage}" in told
+    trained(recipe, "zero", *options, "--train-batch-size", "8", "--steps", "8")
+    assert "continuing at step 8" in run([*words, "--num-processes", "2"], **zero)
+    assert difference(whole, contract.artefact(out)) < 1e-6
+
+
 def lines_of(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 

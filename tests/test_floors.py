@@ -19,7 +19,7 @@ FLOORS = (
     "adapters cache families metrics noised pipelines recipe report sampling templates words",
     "card engine features formats loading pixel_models pixels plots preview samples state",
     "fold inspect_adapter judges publish sample sample_pixels",
-    "class_pictures finetune",
+    "class_pictures finetune zero",
     "convert evaluate recipes scores truncate",
     "merge train",
     "launch cli",
