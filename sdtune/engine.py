@@ -5,13 +5,11 @@ fp16 losses are scaled, so that small gradients do not round to nothing; a step 
 """
 
 import copy
-import importlib
-import os
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -20,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sdtune import optim
-from sdtune.configs import Run, UserError
+from sdtune.configs import Run
 from sdtune.precision import dtype_of
 from sdtune.recipe import Recipe, told
 
@@ -167,28 +165,6 @@ class Sharded(Engine):
                 if p.requires_grad:
                     p.data.copy_(live[name])
         return self.spare or self.recipe
-
-
-def spread(recipe: Recipe, cfg: Run, accelerator: Accelerator) -> Engine:
-    """The engine that the launcher asks for; the recipe's weights may be others after it.
-
-    Raises:
-        UserError: what the launcher asks for is not to be had.
-    """
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        plugin = FullyShardedDataParallelPlugin()
-        if plugin.fsdp_version != 2:
-            raise UserError("accelerate config: fsdp_version 1 is not supported; write `fsdp_version: 2`")
-        if accelerator.num_processes > 1:
-            return Sharded(recipe, cfg, accelerator, plugin)
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        try:
-            zero = importlib.import_module("sdtune.zero")
-        except ImportError as error:
-            raise UserError(f"accelerate config: DeepSpeed: {error}; pip install 'sdtune[deepspeed]'") from None
-        return zero.Zero(recipe, cfg, accelerator, DeepSpeedPlugin())
-    kind = Replicated if accelerator.num_processes > 1 else Engine
-    return kind(recipe, cfg, accelerator)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from sdtune import checkpoints, draws, folder, optim, preview
 from sdtune.configs import Run, UserError
 from sdtune.data import positions
-from sdtune.engine import spread
+from sdtune.engines import spread
 from sdtune.environment import environment
 from sdtune.metrics import Metrics, check_trackers
 from sdtune.options import same_command

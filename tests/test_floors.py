@@ -20,7 +20,7 @@ FLOORS = (
     "card engine features formats loading pixel_models pixels plots preview samples state",
     "fold inspect_adapter judges publish sample sample_pixels",
     "class_pictures finetune zero",
-    "convert evaluate recipes scores truncate",
+    "convert engines evaluate recipes scores truncate",
     "merge train",
     "launch cli",
     "__main__",
