@@ -1,72 +1,35 @@
 """Training from shards: the order, the bytes, exact resume and the cuts of a step; what is wrong with a shard."""
 
-import gc
-import io
 import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 from collections import Counter
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
+from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file
 
-from sdtune import cache, encoded, shapes
+from sdtune import cache, encoded
 from sdtune.configs import RunFailed, UserError
-from sdtune.data import Streamed, open_images, shards
+from sdtune.data import Streamed, files, open_images
 from sdtune.data.lanes import Lanes
 from sdtune.methods import LoraConfig
 from tests.conftest import status
+from tests.tars import UNEQUAL, parquet, unequal
 from tests.test_cuts import difference
 from tests.test_resume import assert_same_bits, start_then_kill
+from tests.tinyhub import TinyHub
 
-UNEQUAL = (7, 1, 5, 9, 3)
-"""Images of each shard."""
 DRAWS = ["--no-center-crop", "--random-flip", "--caption-dropout", "0.2", "--noise-offset", "0.05"]
-
-
-def pack(path, *samples):
-    """A tar of ``(key, {ending: bytes})``."""
-    with tarfile.open(path, "w") as tar:
-        for key, members in samples:
-            for ending, data in members.items():
-                header = tarfile.TarInfo(f"{key}.{ending}")
-                header.size = len(data)
-                tar.addfile(header, io.BytesIO(data))
-    return path
-
-
-def png(image):
-    data = io.BytesIO()
-    image.save(data, "PNG")
-    return data.getvalue()
-
-
-def drawn(first, count):
-    """Captioned pictures of flat shapes, as samples of a shard."""
-    for number in range(first, first + count):
-        draws = np.random.default_rng(number)
-        scene = shapes.random_scene(draws)
-        text = shapes.random_caption(scene, draws)
-        yield f"{number:06}", {"png": png(shapes.render(scene, 64, 72)), "txt": text.encode()}
 
 
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory):
-    """Twenty-five captioned pictures in five tars of unequal length."""
-    folder, first = tmp_path_factory.mktemp("data") / "shards", 0
-    folder.mkdir()
-    for shard, count in enumerate(UNEQUAL):
-        pack(folder / f"{shard:06}.tar", *drawn(first, count))
-        first += count
-    return folder
+    return unequal(tmp_path_factory.mktemp("data") / "shards")
 
 
 @pytest.fixture
@@ -230,197 +193,60 @@ def test_a_shard_cache_that_does_not_fit(tars, tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "kept").rglob("*.safetensors"))
 
 
-# ---- bad images
+# ---- far away
 
 
-def test_a_bad_image_is_told_when_it_is_met(copy, tmp_path, capsys):
-    samples = list(drawn(8, 5))
-    samples[2][1]["png"] = samples[2][1]["png"][:300]
-    pack(copy / "000002.tar", *samples)
-    assert status(lora(copy, tmp_path / "run", "--dataloader-num-workers", "2", "--steps", "12")) == 2
-    told = capsys.readouterr().err
-    assert "000002.tar, image 2: 000002.tar/000010.png: truncated or corrupt" in told
-    assert "--on-bad-image skip" in told and len(told.strip().splitlines()) == 1
-    gc.collect()  # the loader's workers, which hold the lock of the folder
-    again = lora(copy, tmp_path / "run", "--on-bad-image", "skip", "--allow-change", "--dataloader-num-workers", "0")
-    assert status([*again, "--steps", "12"]) == 0
+@pytest.fixture
+def hub(tmp_path_factory, monkeypatch):
+    """A Hub on the loopback that this process asks, with the tars and the parquet files as two data sets."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    work = tmp_path_factory.mktemp("hub")
+    with TinyHub() as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        api = HfApi(endpoint=running.url, token=running.token)
+        for name, folder in (("pictures", parquet(work / "pictures")), ("shards", unequal(work / "shards"))):
+            api.create_repo(f"tester/{name}", repo_type="dataset")
+            api.upload_folder(folder_path=folder, repo_id=f"tester/{name}", repo_type="dataset")
+        running.requests.clear()
+        running.folder = work
+        yield running
 
 
-def test_the_next_image_is_shown_in_place_of_a_bad_one(copy):
-    good = stream(copy)
-    names = [good[p].name for p in range(60)]
-    samples = list(drawn(8, 5))
-    samples[4][1]["png"] = b"no image"
-    samples[2][1]["txt"] = b"  "
-    pack(copy / "000002.tar", *samples)
-    bad = stream(copy, on_bad_image="skip", num_holdout_images=0)
-    instead = {"000002.tar/000012.png": "000002.tar/000008.png", "000002.tar/000010.png": "000002.tar/000011.png"}
-    assert instead.keys() <= set(names)
-    assert [bad[p].name for p in range(60)] == [instead.get(name, name) for name in names]
-    travelled = pickle.loads(pickle.dumps(bad))
-    assert [travelled[p].name for p in reversed(range(60))] == [bad[p].name for p in reversed(range(60))]
+def test_a_hub_dataset_is_trained_on_without_a_download(hub, tmp_path):
+    """The same bits as from the same files on disk; they are asked for in parts, and nothing is kept of them."""
+    assert status(lora(hub.folder / "pictures", tmp_path / "near", "--streaming", "--steps", "4")) == 0
+    known = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": hub.token}
+    words = lora("tester/pictures", tmp_path / "far", "--streaming", "--steps", "4", "--dataloader-num-workers", "2")
+    done = subprocess.run(
+        [sys.executable, "-m", "sdtune", *words], env=os.environ | known, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "shards: 6, of 4 to 4 images" in done.stdout
+    one, other = (load_file(tmp_path / run / "pytorch_lora_weights.safetensors") for run in ("near", "far"))
+    assert difference(one, other) == 0
+    asked = {(method, code) for method, path, _, code in hub.requests if path.endswith(".parquet")}
+    assert asked == {("GET", 206)}
+    assert not list((tmp_path / "hf").rglob("*.parquet"))
 
 
-def test_held_out_images_are_the_first_and_never_shown(copy):
-    samples = list(drawn(0, 7))
-    samples[6][1]["png"] = b"no image"  # the last of its shard: what comes after it are the held-out ones
-    pack(copy / "000000.tar", *samples)
-    shown = stream(copy, num_holdout_images=4, on_bad_image="skip")
-    held = [sample.name for sample in shown.holdout]
-    assert held == [f"000000.tar/{number:06}.png" for number in range(4)]
-    assert not set(held) & {shown[p].name for p in range(120)}
-
-
-# ---- what is wrong with shards
-
-
-def refusal(dataset, **fields):
-    with pytest.raises(UserError) as caught:
-        open_images(config(dataset, **fields))
-    return str(caught.value)
-
-
-def spoil_gone(folder):
-    (folder / "000003.tar").unlink()
-
-
-def spoil_cut(folder):
-    file = folder / "000001.tar"
-    file.write_bytes(file.read_bytes()[:2000])
-
-
-def spoil_header(folder):
-    data = bytearray((folder / "000003.tar").read_bytes())
-    at = data.index(b"000014.txt")
-    data[at : at + 200] = bytes(range(1, 201))
-    (folder / "000003.tar").write_bytes(data)
-
-
-def spoil_end(folder):
-    with tarfile.open(folder / "000003.tar") as tar:
-        last = tar.getmembers()[-2]
-    data = (folder / "000003.tar").read_bytes()
-    (folder / "000003.tar").write_bytes(data[: last.offset])
-
-
-def spoil_no_tar(folder):
-    (folder / "000000.tar").write_bytes(b"<html>not found</html>" * 100)
-
-
-def spoil_caption(folder):
-    samples = list(drawn(0, 7))
-    del samples[3][1]["txt"]
-    pack(folder / "000000.tar", *samples)
-
-
-def spoil_image(folder):
-    samples = list(drawn(0, 7))
-    del samples[6][1]["png"]
-    pack(folder / "000000.tar", *samples)
-
-
-def spoil_empty(folder):
-    pack(folder / "000004.tar")
-
-
-def spoil_two(folder):
-    pack(folder / "000004.tar", ("a", {"png": png(Image.new("RGB", (64, 64))), "jpg": b"x", "txt": b"both"}))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "told"),
-    [
-        (spoil_gone, "000003.tar: no such file"),
-        (spoil_cut, "000001.tar: damaged or cut short at byte 1536; copy it again"),
-        (spoil_header, "000003.tar: damaged or cut short at byte"),
-        (spoil_end, "000003.tar: damaged or cut short at byte"),
-        (spoil_no_tar, "000000.tar: not a whole tar file"),
-        (spoil_caption, "000000.tar: 1 of 7 samples are without an image and a caption (.txt, or 'txt' in .json"),
-        (spoil_image, "or not beside it: 000006 has txt; or leave them out with --on-bad-image skip"),
-        (spoil_empty, "000004.tar: an empty shard; remove it, or pass over it with --on-bad-image skip"),
-        (spoil_two, "000004.tar: sample a has images png and jpg; say with --image-column which to train on"),
-    ],
-)
-def test_a_shard_that_cannot_be_used_is_one_line(spoil, told, copy):
-    spoil(copy)
-    message = refusal(copy / "{000000..000004}.tar")
-    assert message.startswith("1 of 5 shards cannot be used; mend them, or leave them out\n")
-    assert told in message and len(message.splitlines()) == 2
-    assert refusal(copy / "{000000..000004}.tar") == message  # nothing of it is remembered
-
-
-@pytest.mark.parametrize("spoil", [spoil_caption, spoil_image, spoil_empty])
-def test_samples_that_lack_a_part_are_left_out_on_request(spoil, copy):
-    spoil(copy)
-    images = open_images(config(copy, on_bad_image="skip"))
-    assert len(images) == (22 if spoil is spoil_empty else 24)
-    assert images.notes == (["empty shards: 1"] if spoil is spoil_empty else [images.notes[0]])
-    assert spoil is spoil_empty or images.notes[0].endswith("left out: 1")
-
-
-@pytest.mark.parametrize(
-    ("pattern", "told"),
-    [
-        ("{000004..000000}.tar", "{000004..000000} matches nothing; the smaller number goes first"),
-        ("{}.tar", "{} matches nothing; write {000000..000099} or {a,b}"),
-        ("{a..b}.tar", "{a..b} matches nothing"),
-        ("{000000..000004.tar", "braces that are not closed"),
-        ("x*.tar", "no file matches"),
-        ("000000.tar.gz", "000000.tar.gz: no such file"),
-    ],
-)
-def test_a_pattern_that_matches_nothing(pattern, told, tars):
-    assert told in refusal(tars / pattern)
-
-
-@pytest.mark.parametrize(
-    ("fields", "told"),
-    [
-        ({"buckets": True}, "--buckets: what is streamed is not looked at image by image before training"),
-        ({"repeats": 2}, "--repeats: "),
-        ({"max_train_samples": 5}, "--max-train-samples: "),
-    ],
-)
-def test_options_that_want_to_know_every_image(fields, told, tars):
-    assert told in refusal(tars, **fields)
-
-
-def test_methods_and_folders_that_do_not_stream(tars, pictures, tmp_path, capsys):
-    word = f"textual-inversion --placeholder-token <x> --dataset {tars} --output-dir {tmp_path}/word"
-    assert status(word.split()) == 2
-    assert "tar shards are for lora, text-to-image and ddpm; unpack them" in capsys.readouterr().err
-    assert status(lora(pictures, tmp_path / "run", "--streaming")) == 2
-    assert "--streaming: reads .parquet or .tar files" in capsys.readouterr().err
-    assert status(lora(pictures, tmp_path / "other", "--shard-cache", str(tmp_path))) == 2
-    assert "--shard-cache: is for data sets that are streamed" in capsys.readouterr().err
-    assert status(lora(tars, tmp_path / "third", "--shard-cache", str(tmp_path))) == 2
-    assert "random crops differ each time" in capsys.readouterr().err
-    assert status(f"ddpm --dataset {tars} --class-column cls --output-dir {tmp_path}/ddpm".split()) == 2
-    assert "--class-column: what is streamed" in capsys.readouterr().err
-
-
-def test_a_shard_that_changes_while_it_is_read(copy):
-    shown = stream(copy)
-    names = [shown[p].name for p in range(40)]
-    pack(copy / "000003.tar", *drawn(50, 9))
-    anew = pickle.loads(pickle.dumps(shown))
-    with pytest.raises(UserError, match="changed since this command looked into it"):
-        for position in range(len(names)):
-            anew[position]
-    (copy / "000003.tar").unlink()
-    with pytest.raises(UserError, match="was there when training began, but not now"):
-        for position in range(len(names)):
-            pickle.loads(pickle.dumps(shown))[position]
-
-
-def test_captions_in_other_members(tmp_path):
-    image = png(Image.new("RGB", (64, 64), "red"))
-    (tmp_path / "json").mkdir()
-    row = {"long": ["one", "two"], "short": "red"}
-    pack(tmp_path / "json" / "0.tar", ("a/b", {"json": json.dumps(row).encode(), "jpg": image, "cap": "ö".encode()}))
-    assert stream(tmp_path / "json", caption_column="short")[0].caption == "red"
-    assert stream(tmp_path / "json", caption_column="cap")[0].caption == "ö"
-    assert {stream(tmp_path / "json", caption_column="long")[p].caption for p in range(20)} == {"one", "two"}
-    assert stream(tmp_path / "json", caption="mine")[0].caption == "mine"
-    with pytest.raises(UserError, match="the caption is missing"):
-        stream(tmp_path / "json", caption_column="none")[0]
+def test_shards_on_a_web_server(hub, tars, monkeypatch):
+    """By byte range, and patient; a run that cannot read on fails through no mistake of the user."""
+    waited = []
+    monkeypatch.setattr(files.time, "sleep", waited.append)
+    address = f"{hub.url}/datasets/tester/shards/resolve/main/{{000000..000004}}.tar"
+    near, far = stream(tars), stream(address)
+    hub.requests.clear()
+    for position in range(30):
+        here, there = near[position], far[position]
+        assert here == there and near.pixels(here).equal(far.pixels(there))
+    assert [code for *_, code in hub.requests] == [206] * 30  # one read for each image, caption and all
+    hub.fail(r"GET .*\.tar", 503, times=2)
+    assert far[30] == near[30]
+    assert waited == [1, 2]
+    hub.fail(r"GET .*\.tar", 503, times=9)
+    with pytest.raises(RunFailed, match="tar cannot be read: the server answers 503; the last checkpoint is whole"):
+        far[31]
+    hub.faults.clear()
+    with pytest.raises(UserError, match=r"000005\.tar: no such file"):
+        stream(address.replace("000004", "000005"))

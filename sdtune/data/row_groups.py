@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from sdtune.configs import UserError
+from sdtune.data.files import opened, patiently
 from sdtune.data.metadata import caption_column, parse_captions
-from sdtune.data.shards import Record, Shards, look_up, opened, patiently
+from sdtune.data.shards import Record, Shards, look_up
 
 
 def open_row_groups(cfg: Any, urls: list[str], captions: bool) -> "RowGroups":

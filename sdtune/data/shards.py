@@ -7,7 +7,6 @@ into memory while a window of the run lies in that shard. Images and captions ar
 
 import hashlib
 import os
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,16 +17,15 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.progress import track
 
-from sdtune.configs import RunFailed, UserError
+from sdtune.configs import UserError
+from sdtune.data.files import remote, stamp_of
 from sdtune.data.metadata import problem_list
-from sdtune.data.probes import cache_root, stamp
+from sdtune.data.probes import cache_root
 from sdtune.data.sources import Row
 
 _VERSION = 1
 READERS = 16
 """Shards that are looked up at the same time where they are far away, which is waiting for the most part."""
-TRIES = 4
-"""Times that a read over the network is tried, with a second, then two, then four between them."""
 
 
 class Record(NamedTuple):
@@ -188,11 +186,15 @@ def _stamps(urls: list[str]) -> tuple[list[str], list[str]]:
 
     def ask(url: str) -> tuple[str, str]:
         try:
-            return _stamp(url), ""
+            return stamp_of(url), ""
         except FileNotFoundError:
             return "", f"{url}: no such file"
         except OSError as error:
             return "", f"{url}: cannot be read ({error.strerror or error})"
+        except UserError:
+            raise
+        except Exception as error:  # each file system raises kinds of its own
+            return "", f"{url}: cannot be read ({str(error) or type(error).__name__})"
 
     asked = [ask(url) for url in urls if not remote(url)]
     if far := [url for url in urls if remote(url)]:
@@ -202,51 +204,3 @@ def _stamps(urls: list[str]) -> tuple[list[str], list[str]]:
         if state.num_processes > 1:
             (asked,) = broadcast_object_list([asked])
     return [when for when, _ in asked], [problem for _, problem in asked if problem]
-
-
-def _stamp(url: str) -> str:
-    if not remote(url):
-        return stamp(Path(url))
-    facts = fs_of(url)[0].info(url)
-    if not facts.get("size"):
-        raise OSError("the server does not say how large it is, so no part of it can be asked for")
-    return repr([facts.get(name) for name in ("size", "ETag", "etag", "blob_id", "LastModified", "mtime")])
-
-
-# ---- bytes, near and far
-
-
-def remote(url: str) -> bool:
-    return "://" in url
-
-
-def fs_of(url: str) -> tuple[Any, str]:
-    """The file system of a URL by fsspec, and the path there."""
-    import fsspec  # half a second, and only what is far away needs it
-
-    try:
-        return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"--dataset {url}: {str(error).splitlines()[0]}") from None
-
-
-def opened(url: str) -> Any:
-    """The file at a path or URL, to read."""
-    if not remote(url):
-        return Path(url).open("rb")
-    fs, path = fs_of(url)
-    return fs.open(path, "rb")
-
-
-def patiently(url: str, read: Callable[[], Any]) -> Any:
-    """``read()``, tried again when the network fails. Raises: RunFailed when it goes on failing."""
-    for attempt in range(TRIES):
-        try:
-            return read()
-        except FileNotFoundError:
-            raise UserError(f"{url} was there when training began, but is not now; put it back and continue") from None
-        except Exception as error:  # each file system raises kinds of its own
-            reason = str(error) or type(error).__name__
-            if attempt < TRIES - 1:
-                time.sleep(2**attempt)
-    raise RunFailed(f"{url} cannot be read: {reason}; the last checkpoint is whole, the same command continues")

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from sdtune.configs import UserError
+from sdtune.data.files import opened, patiently, remote, system_of
 from sdtune.data.images import EXTENSIONS
 from sdtune.data.metadata import parse_captions
-from sdtune.data.shards import Record, Shards, fs_of, look_up, opened, patiently, remote
+from sdtune.data.shards import Record, Shards, look_up
 
 BLOCK = tarfile.BLOCKSIZE
 IMAGE = "image"
@@ -82,7 +83,7 @@ class Tar:
         self.url, self.name, self.shards = shards.urls[shard], shards.names[shard], shards
         self.table = np.load(shards.files[shard], mmap_mode="r")
         if remote(self.url):
-            self.fs, self.path = fs_of(self.url)
+            self.system, self.path = system_of(self.url)
         else:
             try:
                 self.file = os.open(self.url, os.O_RDONLY)
@@ -109,7 +110,7 @@ class Tar:
 
     def _bytes(self, first: int, last: int) -> bytes:
         if remote(self.url):
-            return patiently(self.url, lambda: self.fs.cat_file(self.path, start=first, end=last))
+            return patiently(self.url, lambda: self.system.cat_file(self.path, start=first, end=last))
         return os.pread(self.file, last - first, first)
 
     def _member(self, data: bytes, at: int, size: int) -> str:
