@@ -45,6 +45,8 @@ class Given(NamedTuple):
     """Bytes a second between GPUs of different machines, for each GPU."""
     latency: float = 0.05
     """Seconds that a read of a part of a file takes from an object store."""
+    stream: float = 100e6
+    """Bytes a second that a process reads from front to back."""
     disk: float = 20e9
     """Bytes a second that the shared disk takes from all machines."""
     writer: float = 1e9
@@ -72,6 +74,7 @@ def sources(g: Given) -> Iterator[Row]:
     yield "a core looks up a tar", f"{1 / g.looked_up:,.0f} images/s", "[log](log.md), from a disk in memory"
     yield "between machines, for each GPU", f"{g.link / 1e9:.0f} GB/s", "a card of 400 Gb/s each; assumed"
     yield "a read from an object store", f"{g.latency * 1e3:.0f} ms", "assumed"
+    yield "the same, from front to back", f"{g.stream / 1e6:.0f} MB/s for each process", "assumed"
     yield "shared disk: all writers; one process", f"{g.disk / 1e9:.0f}; {g.writer / 1e9:.0f} GB/s", "assumed"
     yield "from a failure to the next step", f"{g.restart:.0f} s", "assumed"
     often = f"{g.failures} in {g.failure_days} days on {g.failure_gpus:,} GPUs"
@@ -111,6 +114,8 @@ def steps_and_data(g: Given) -> Iterator[Row]:
     yield "index: on disk; in memory of a process", "32 B an image; 600 B a shard", held
     looking = g.images * g.looked_up / g.gpus
     yield "looking up all shards, once", "images x 60 us / processes", f"{looking:.0f} s, beside the disk"
+    far = g.images * g.image_bytes / (g.gpus * g.stream)
+    yield "the same far away, all of it read once", "images x size / (processes x 100 MB/s)", f"{far / 60:.1f} min"
     yield "the run with `--shard-cache`", "no VAE", f"{hours(g, kept):.1f} h, after its build"
 
 
