@@ -1,10 +1,11 @@
-"""Images a second from tar shards and from a folder of the same files: no model, only what the loader does.
+"""Images a CPU second from tar shards and from a folder of the same files: no model, only what a loader's worker does.
 
-    python bench/streaming.py --rounds 3 [--images 2000 --side 512 --shards 8 --workers 0]
+    python bench/streaming.py --rounds 3 [--images 1000 --side 512 --shards 8]
 
-Rounds alternate, so that a busy machine slows both alike; only their ratio within one run means something. Both arms
-read, decode, crop and convert the same number of images, each in its own seeded order, from files that the system has
-in memory. Before that each is told what a run has to know: a folder decodes every image once, a tar's headers are read.
+Rounds alternate, so that a busy machine slows both alike; seconds are CPU seconds of this process, and only their ratio
+within one run means something. Both arms read, decode, crop and convert the same images, each in its own seeded order,
+from files that the system has in memory. Before that each looks up what a run has to know: a folder's images are
+decoded once, a tar's headers are read.
 """
 
 import argparse
@@ -18,22 +19,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter
-from torch.utils.data import DataLoader, Dataset
 
-from sdtune.data import open_images, open_stream
+from sdtune.data import Stream, open_images, open_stream
 from sdtune.methods import LoraConfig
-
-BATCH = 16
-
-
-class Shown(Dataset):
-    """What a position shows, as pixels."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getitem__(self, position):
-        return self.stream.pixels(self.stream[position])
 
 
 def photograph(number: int, side: int) -> bytes:
@@ -65,22 +53,19 @@ def write(work: Path, images: int, side: int, shards: int) -> float:
     return total / images
 
 
-def images_per_second(stream, workers: int, first: int, count: int) -> float:
+def images_per_second(stream: Stream, first: int, count: int) -> float:
     """Of ``count`` images from position ``first`` on."""
-    batches = [list(range(p, p + BATCH)) for p in range(first, first + count, BATCH)]
-    loader = iter(DataLoader(Shown(stream), batch_sampler=batches, num_workers=workers))
-    next(loader)  # workers have started
-    start = time.perf_counter()
-    left = sum(len(batch) for batch in loader)
-    return left / (time.perf_counter() - start)
+    start = time.process_time()
+    for position in range(first, first + count):
+        stream.pixels(stream[position])
+    return count / (time.process_time() - start)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--shards", type=int, default=8)
-    parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -90,17 +75,15 @@ if __name__ == "__main__":
         streams = {}
         for arm in ("folder", "shards"):
             cfg = LoraConfig(dataset=str(work / arm), resolution=given.side)
-            start = time.perf_counter()
-            streams[arm] = open_stream(cfg, open_images(cfg), BATCH)
-            print(
-                f"{arm}: ready in {time.perf_counter() - start:.2f} s, for {given.images} images of {size / 1e3:.0f} kB"
-            )
+            start = time.process_time()
+            streams[arm] = open_stream(cfg, open_images(cfg), group=16)
+            seconds = time.process_time() - start
+            print(f"{arm}: ready in {seconds:.2f} CPU s, for {given.images} images of {size / 1e3:.0f} kB")
         rates: dict[str, list[float]] = {arm: [] for arm in streams}
         for round in range(given.rounds):
             for arm, stream in streams.items():
-                rates[arm].append(images_per_second(stream, given.workers, round * given.images, given.images))
+                rates[arm].append(images_per_second(stream, round * given.images, given.images))
         folder, shards = (statistics.median(rates[arm]) for arm in ("folder", "shards"))
-        ratio = f"ratio {shards / folder:.3f}"
-        print(f"folder {folder:.1f}, shards {shards:.1f} images/s with {given.workers} workers; {ratio}")
+        print(f"folder {folder:.1f}, shards {shards:.1f} images a CPU second; ratio {shards / folder:.3f}")
         for arm, each in rates.items():
             print(f"  {arm}: {', '.join(f'{rate:.1f}' for rate in each)}")

@@ -170,6 +170,12 @@ def test_a_pattern_that_matches_nothing(pattern, told, tars):
     assert told in refusal(tars / pattern)
 
 
+def test_addresses_that_cannot_be_read():
+    told = refusal("https://me:secret@localhost/0.tar")
+    assert "holds a password" in told and "secret" not in told
+    assert "--dataset nothing://localhost/0.tar: Protocol not known" in refusal("nothing://localhost/{0,1}.tar")
+
+
 @pytest.mark.parametrize(
     ("fields", "told"),
     [

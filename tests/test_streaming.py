@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -177,11 +178,13 @@ def test_moments_kept_by_shard(tars, tmp_path, monkeypatch):
     one, other = (load_file(tmp_path / run / "pytorch_lora_weights.safetensors") for run in ("fresh", "cached"))
     assert difference(one, other) < 1e-5  # batches of the VAE differ
 
-    monkeypatch.setattr(cache, "write", real)
-    anew = ["--shard-cache", str(tmp_path / "anew"), "--num-processes", "2", "--train-batch-size", "2", "--steps", "1"]
-    words = lora(tars, tmp_path / "two", *options, *anew)
-    done = subprocess.run([sys.executable, "-m", "sdtune", *words], env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    share = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False, wait_for_everyone=lambda: None)
+    anew = lora(tars, tmp_path / "two", *options, "--shard-cache", str(tmp_path / "anew"), "--steps", "1")
+    with monkeypatch.context() as patched:
+        patched.setattr(encoded, "PartialState", lambda: share)
+        assert status(anew) == 2  # without the other process
+    assert built[5:] == [UNEQUAL[1], UNEQUAL[3]]
+    assert status(anew) == 0
     assert {file.name: file.read_bytes() for file in (tmp_path / "anew").rglob("*.safetensors")} == files
 
 

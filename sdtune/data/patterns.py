@@ -23,6 +23,8 @@ def names_shards(dataset: str) -> bool:
 
 def shard_urls(dataset: str) -> list[str]:
     """The shards that ``dataset`` names, sorted. Raises: UserError if there are none, or braces are not closed."""
+    if re.match(r"\w+://[^/]*:[^/]*@", dataset):
+        raise UserError("--dataset: holds a password, which would stand in the run's records; put it in ~/.netrc")
     found = expand(dataset)
     if "://" in dataset:
         return sorted(found)
