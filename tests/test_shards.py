@@ -170,6 +170,12 @@ def test_a_pattern_that_matches_nothing(pattern, told, tars):
     assert told in refusal(tars / pattern)
 
 
+def test_nowhere_to_keep_what_is_in_shards(tars, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / "file"))
+    assert "make room, or set SDTUNE_CACHE to a folder on another disk" in refusal(tars)
+
+
 def test_addresses_that_cannot_be_read():
     told = refusal("https://me:secret@localhost/0.tar")
     assert "holds a password" in told and "secret" not in told

@@ -130,7 +130,6 @@ def look_up(urls: list[str], how: str, build: Callable[[str], tuple[np.ndarray, 
         UserError: names all shards that are damaged or gone.
     """
     state, folder = PartialState(), cache_root() / "shards"
-    folder.mkdir(parents=True, exist_ok=True)
     stamps, problems = _stamps(urls)
     keys = [
         hashlib.sha256(repr((_VERSION, how, *pair)).encode()).hexdigest()[:24]
@@ -144,9 +143,14 @@ def look_up(urls: list[str], how: str, build: Callable[[str], tuple[np.ndarray, 
         except (ValueError, OSError) as error:
             return f"{where[key]}: {error}"
         new = folder / f".{key}-{os.getpid()}.tmp"
-        with new.open("wb") as file:
-            np.save(file, table)
-        new.replace(folder / f"{key}-{len(table)}-{left_out}-{content}.npy")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with new.open("wb") as file:
+                np.save(file, table)
+            new.replace(folder / f"{key}-{len(table)}-{left_out}-{content}.npy")
+        except OSError as error:
+            way_out = "make room, or set SDTUNE_CACHE to a folder on another disk"
+            raise UserError(f"{folder}: what is in the shards cannot be kept ({error}); {way_out}") from None
         return None
 
     with ThreadPoolExecutor(READERS if any(map(remote, urls)) else 1) as pool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdtune.configs import Data, Latents, Streaming, UserError
+from sdtune.configs import Classes, Data, Latents, Streaming, UserError
 from sdtune.data.images import decode, probe, to_tensor
 from sdtune.data.lanes import Lanes
 from sdtune.data.patterns import names_shards, shard_urls
@@ -48,10 +48,15 @@ def open_stream(cfg: Any, images: Any, group: int, mode: str = "RGB") -> Stream:
 
 def refuse_what_cannot_be(cfg: Data) -> None:
     """Raises: UserError for options that want to know every image before training."""
-    why = "what is streamed is not looked at image by image before training"
-    for name, default in (("buckets", False), ("repeats", 1), ("max_train_samples", None), ("class_column", None)):
-        if getattr(cfg, name, default) != default:
-            raise UserError(f"--{name.replace('_', '-')}: {why}; leave it out, or train from a folder of images")
+    wants = {
+        "buckets": cfg.buckets,
+        "repeats": cfg.repeats > 1,
+        "max-train-samples": cfg.max_train_samples,
+        "class-column": isinstance(cfg, Classes) and cfg.class_column,
+    }
+    if given := [name for name, asked in wants.items() if asked]:
+        why = "what is streamed is not looked at image by image before training"
+        raise UserError(f"--{given[0]}: {why}; leave it out, or train from a folder of images")
 
 
 class Streamed(Stream):
