@@ -64,7 +64,11 @@ class Store(Mapping[str, Tensor]):
         return self.__dict__ | {"opened": {}}  # an open file does not travel to a loader's worker
 
 
-def write(file: Path, tensors: dict[str, Tensor]) -> None:
+def write(
+    file: Path,
+    tensors: dict[str, Tensor],
+    way_out: str = "make room, set SDTUNE_CACHE to a folder on another disk, or train with --no-cache",
+) -> None:
     """A file of the store, whole or not at all."""
     new = file.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -72,10 +76,7 @@ def write(file: Path, tensors: dict[str, Tensor]) -> None:
         new.replace(file)
     except (OSError, SafetensorError) as error:  # a full disk is either
         new.unlink(missing_ok=True)
-        raise UserError(
-            f"{file.parent}: the cache cannot be written ({error}); make room, set SDTUNE_CACHE to a folder on "
-            "another disk, or train with --no-cache"
-        ) from None
+        raise UserError(f"{file.parent}: the cache cannot be written ({error}); {way_out}") from None
 
 
 def fill(folder: Path, keys: Iterable[str], compute: Callable[[str], Tensor], title: str) -> Store:

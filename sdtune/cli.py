@@ -264,5 +264,6 @@ def main(argv: list[str] | None = None) -> None:
         typer.echo(f"error: {told.rstrip()}", err=True)
         sys.exit(2)
     except RunFailed as error:
-        typer.echo(f"failed: {error}", err=True)
+        told = str(error).rpartition("RunFailed: ")[2]
+        typer.echo(f"failed: {told.rstrip()}", err=True)
         sys.exit(1)

@@ -88,7 +88,7 @@ class Source(Section):
 
 class Data(Source):
     dataset: Annotated[str, also("dataset_name", "train_data_dir")]
-    """Folder of images, Hub dataset id, dataset saved by `save_to_disk`, or `tiny-hearts` (built in)."""
+    """Folder of images, Hub id, dataset saved by `save_to_disk`, tar shards, or `tiny-hearts` (built in)."""
     max_train_samples: Count | None = None
     """Use this many images, drawn with the seed; none is all."""
     repeats: Count = 1
@@ -113,6 +113,20 @@ class Data(Source):
     """Keep this many images from training and report their loss at fixed timesteps and noise."""
     dataloader_num_workers: Natural = 2
     """Processes that read images; changes speed only."""
+
+
+class Streaming(Section):
+    streaming: bool = False
+    """Read a Hub dataset (parquet or tar) during training, downloading only what is shown; tar shards always are."""
+    shuffle_window: Count = 8192
+    """Streamed images that are shuffled at a time; the shards are permuted each epoch."""
+    stream_lanes: Count = 8
+    """Parts of a step with shards of their own, best a multiple of the processes; as many as also divide the step."""
+
+
+class Latents(Section):
+    shard_cache: Path | None = None
+    """Folder for the VAE moments of a streamed dataset, computed once, a file for each shard; none computes anew."""
 
 
 class Captions(Section):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sdtune import __version__, families
-from sdtune.data import Images, Mixture, Stream, load_images
+from sdtune.data import Images, Mixture, Shards, open_images, open_stream
 from sdtune.diffusion import denoising_loss
 from sdtune.precision import dtype_of
 from sdtune.recipe import Recipe
@@ -39,11 +39,11 @@ class FineTune(Recipe):
         """Whether text embeddings change during the run, so that they cannot be cached."""
         return any(p.requires_grad for name, p in self.named_parameters() if name.startswith("text_encoder."))
 
-    def load_images(self) -> Images | Mixture:
-        return load_images(self.cfg)
+    def load_images(self) -> Images | Mixture | Shards:
+        return open_images(self.cfg)
 
     def dataset(self, group, say):
-        stream = Stream(self.cfg, self.images, group)
+        stream = open_stream(self.cfg, self.images, group)
         return text_to_image(self.cfg, self.family, stream, say, trains_text=self.trains_text)
 
     def forward(self, batch):

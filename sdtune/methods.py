@@ -17,6 +17,7 @@ from sdtune.configs import (
     Decline,
     Denoising,
     Hub,
+    Latents,
     Model,
     Natural,
     Network,
@@ -29,12 +30,13 @@ from sdtune.configs import (
     Schedule,
     Section,
     Share,
+    Streaming,
     Strings,
     also,
 )
 
 
-class LoraConfig(Adapter, Denoising, Model, Captions, Data, Optim, Prompts, Preview, Hub, Run):
+class LoraConfig(Adapter, Denoising, Model, Captions, Latents, Streaming, Data, Optim, Prompts, Preview, Hub, Run):
     """Low-rank adapters on a text-to-image model (LoRA; Hu et al. 2021)."""
 
     method: ClassVar[str] = "lora"
@@ -43,7 +45,7 @@ class LoraConfig(Adapter, Denoising, Model, Captions, Data, Optim, Prompts, Prev
     output_dir: Path = Path("runs/lora")
 
 
-class TextToImageConfig(Denoising, Model, Captions, Data, Optim, Prompts, Preview, Hub, Run):
+class TextToImageConfig(Denoising, Model, Captions, Latents, Streaming, Data, Optim, Prompts, Preview, Hub, Run):
     """Full fine-tuning of a text-to-image model's denoiser (Rombach et al. 2022)."""
 
     method: ClassVar[str] = "text-to-image"
@@ -169,7 +171,7 @@ class DreamBoothConfig(NewWord, Adapter, Denoising, Model, Captions, Data, Optim
         return self
 
 
-class DdpmConfig(Network, Schedule, Denoising, Classes, Data, Optim, Preview, Hub, Run):
+class DdpmConfig(Network, Schedule, Denoising, Classes, Streaming, Data, Optim, Preview, Hub, Run):
     """A diffusion model of pixels, from scratch or continued, with classes or without (DDPM; Ho et al. 2020)."""
 
     method: ClassVar[str] = "ddpm"
@@ -272,7 +274,7 @@ def config_class(settings: Mapping[str, Any]) -> type[Run]:
 
 
 MAY_CHANGE = frozenset(
-    "steps num_train_epochs output_dir dataloader_num_workers cache cache_dir gradient_checkpointing "
+    "steps num_train_epochs output_dir dataloader_num_workers cache cache_dir shard_cache gradient_checkpointing "
     "checkpointing_steps checkpoints_total_limit export_steps max_bad_steps log_steps report_to tracker_project_name "
     "train_batch_size gradient_accumulation_steps validation_prompt negative_prompt num_validation_images "
     "validation_steps validation_inference_steps validation_guidance_scale push_to_hub hub_model_id hub_private "

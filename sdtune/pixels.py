@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdtune import draws
 from sdtune.configs import UserError
-from sdtune.data import MODES, Images, Row, Sample, Stream, report
+from sdtune.data import MODES, Images, Row, Sample, Shards, Stream, Streamed, report
 from sdtune.noised import Noised
 
 
@@ -58,7 +58,7 @@ def pixels(
     class_dropout: float = 0.0,
 ) -> Pixels:
     """The dataset of a recipe without captions; what a person should know of it is said."""
-    for line in report(stream):
+    for line in stream.told() if isinstance(stream, Streamed) else report(stream):
         say(line)
     for loss, deed in (("colour", "turned grey"), ("transparency", "laid on white")):
         if count := sum(loss in lost(row, stream.mode) for row in stream.images.rows):
@@ -79,7 +79,7 @@ def lost(row: Row, mode: str) -> list[str]:
     return ["colour"] * colour + ["transparency"] * transparency
 
 
-def mode_for(cfg: Any, images: Images, held: int | None) -> str:
+def mode_for(cfg: Any, images: Images | Shards, held: int | None) -> str:
     """The Pillow mode that every image becomes: as ``--channels`` asks, else what loses nothing.
 
     Args:
@@ -94,6 +94,8 @@ def mode_for(cfg: Any, images: Images, held: int | None) -> str:
         raise UserError(f"--channels {cfg.channels}: the model has {held}; leave it out, or start from scratch")
     if cfg.channels:
         return MODES[cfg.channels]
+    if isinstance(images, Shards):
+        return MODES[held or 3]  # their images are not known yet
     if held is None:
         colour, alpha = (any(row.mode.count(part) for row in images.rows) for part in ("RGB", "A"))
         return MODES[(3 if colour else 1) + alpha]
@@ -108,7 +110,7 @@ def mode_for(cfg: Any, images: Images, held: int | None) -> str:
     return mode
 
 
-def classes_of(cfg: Any, images: Images, held: Sequence[str] | None = None) -> list[str]:
+def classes_of(cfg: Any, images: Images | Shards, held: Sequence[str] | None = None) -> list[str]:
     """The classes that ``--class-column`` names, in label order; empty without it.
 
     Args:
@@ -121,7 +123,7 @@ def classes_of(cfg: Any, images: Images, held: Sequence[str] | None = None) -> l
     if held is None:
         if cfg.class_column and len(images.classes) < 2:
             raise UserError(f"{asked}: all images of {cfg.dataset} have one class, {images.classes[0]}")
-        return images.classes
+        return list(images.classes)
     if held and not cfg.class_column:
         raise UserError(
             f"--model {cfg.model}: has {len(held)} classes; say with --class-column where those of the images are"

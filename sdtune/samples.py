@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sdtune import cache
 from sdtune.configs import UserError
-from sdtune.data import Stream, cache_root, report
+from sdtune.data import Stream, Streamed, cache_root, report
+from sdtune.encoded import Encoded, encode_shards
 from sdtune.noised import Noised
 from sdtune.words import new_words
 
@@ -59,7 +60,7 @@ class TextToImage(Noised):
         stream: Stream,
         tokens: Tokens,
         latent: tuple[int, int],
-        moments: Mapping[str, Tensor] | None = None,
+        moments: Mapping[str, Tensor] | Encoded | None = None,
         texts: Mapping[str, Tensor] | None = None,
     ):
         super().__init__(cfg, stream)
@@ -107,6 +108,8 @@ def text_to_image(
         native = f"this base was made for {family.resolution} pixels"
         say(f"{native}; --resolution {cfg.resolution} is far from that")
     tokens = Tokens(family.tokenizer)
+    if isinstance(stream, Streamed):
+        return streamed(cfg, family, stream, tokens, say)
     for line in report(stream, tokens.count, tokens.window):
         say(line)
     moments = texts = None
@@ -136,3 +139,24 @@ def text_to_image(
     if cfg.cache:
         family.release()
     return TextToImage(cfg, stream, tokens, (family.latent_channels, family.downscale), moments, texts)
+
+
+def streamed(cfg: Any, family: Any, stream: Streamed, tokens: Tokens, say: Callable[[str], None]) -> TextToImage:
+    """The dataset over shards. Captions are encoded as they are shown; moments are kept with ``--shard-cache``."""
+    for line in stream.told():
+        say(line)
+    latent = family.latent_channels, family.downscale
+    if cfg.shard_cache is None:
+        if cfg.cache:
+            say("nothing is cached of a streamed dataset; --shard-cache FOLDER keeps its VAE moments")
+        return TextToImage(cfg, stream, tokens, latent)
+    if not cfg.center_crop:
+        raise UserError("--shard-cache: random crops differ each time; --center-crop makes them alike, or leave it out")
+
+    @torch.no_grad()
+    def encode(pixels: Tensor) -> Tensor:
+        return family.moments(pixels)
+
+    kept = encode_shards(cfg.shard_cache, stream, cache.weights_digest(family.vae), encode, family.dtype)
+    family.release()
+    return TextToImage(cfg, Streamed(cfg, kept, stream.group), tokens, latent, kept)

@@ -17,7 +17,7 @@ FLOORS = (
     "checkpoints curves data diffusion distances draws environment folder guidance guides hub inception lowrank "
     "noisy_classifier optim options precision public samplers schedules shapes sheets signals usage window",
     "adapters cache families metrics noised pipelines recipe report sampling templates words",
-    "card engine features formats loading pixel_models pixels plots preview samples state",
+    "card encoded engine features formats loading pixel_models pixels plots preview samples state",
     "fold inspect_adapter judges publish sample sample_pixels",
     "class_pictures finetune zero",
     "convert engines evaluate recipes scores truncate",
@@ -34,6 +34,7 @@ NEIGHBOURS = {
     "preview": "engine",
     "state": "engine",
     "cli": "launch",
+    "samples": "encoded",
     "sample": "sample_pixels",
     "sample_pixels": "judges",
 }

@@ -7,8 +7,11 @@ what is between them is replaced. ``tests/test_docs.py`` fails when a file is no
 """
 
 import ast
+import io
 import re
+import runpy
 from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from sdtune import options
@@ -139,12 +142,21 @@ def code(name: str) -> str:
     return f"```python\n{(ROOT / name).read_text(encoding='utf-8')}```"
 
 
+def printed(name: str) -> str:
+    """What a Python file prints."""
+    told = io.StringIO()
+    with redirect_stdout(told):
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    return told.getvalue().strip()
+
+
 PARTS = {
     "options": option_tables,
     "recipes": recipe_table,
     "files": file_table,
     "may-change": may_change,
     "code": code,
+    "printed": printed,
 }
 
 

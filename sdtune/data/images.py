@@ -88,6 +88,8 @@ def decode(data: Path | bytes, mode: str = "RGB") -> Image.Image:
     Raises: OSError (also for a file that is no image), ValueError or SyntaxError on a broken file.
     """
     with Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"more than {MAX_PIXELS / 1e6:g} million pixels")
         return _upright(image, mode)
 
 

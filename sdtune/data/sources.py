@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from sdtune.configs import Data
+from sdtune.configs import Data, UserError
 from sdtune.data.buckets import candidates, nearest
 from sdtune.data.builtin import BUILT_IN
 from sdtune.data.folders import read_folder
 from sdtune.data.metadata import Found, problem_list
+from sdtune.data.patterns import names_shards
 from sdtune.data.probes import probe_all
 from sdtune.data.tables import cell, is_table, read_table
 from sdtune.draws import rng
@@ -113,6 +114,10 @@ def load_images(
 
     Raises: UserError for whatever is wrong with it.
     """
+    if cfg.dataset not in BUILT_IN and names_shards(cfg.dataset):
+        raise UserError(
+            f"--dataset {cfg.dataset}: tar shards are for lora, text-to-image and ddpm; unpack them into a folder"
+        )
     folder = BUILT_IN[cfg.dataset]() if cfg.dataset in BUILT_IN else Path(cfg.dataset).expanduser()
     read = read_folder if folder.is_dir() and not is_table(folder) else read_table
     return _checked(cfg, read(cfg, folder, captions, default, class_column))

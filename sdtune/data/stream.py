@@ -71,15 +71,18 @@ class Stream:
 
     def __getitem__(self, position: int) -> Sample:
         """Sample ``position`` of the run, without its pixels."""
-        cfg = self.cfg
         turn, part = divmod(position, len(self.orders))
         sample = self._plain(self.orders[part][turn])
-        if not cfg.center_crop:
+        return self._varied(sample, self.images.rows[sample.index].captions, position)
+
+    def _varied(self, sample: Sample, captions: tuple[str, ...], position: int) -> Sample:
+        """The sample with the crop, flip and caption of a position."""
+        if not self.cfg.center_crop:
             left, top = torch.rand(2, generator=self._rng("crop", position)).tolist()
             sample = replace(sample, left=left, top=top)
-        if cfg.random_flip:
+        if self.cfg.random_flip:
             sample = replace(sample, flip=self._uniform("flip", position) < 0.5)
-        return replace(sample, caption=self._caption(sample.index, position))
+        return replace(sample, caption=self._caption(captions, position))
 
     def _order(self, part: int, parts: int) -> Order:
         """Of the images of one part; the second has draws of its own, and no repeats, since it never ends an epoch."""
@@ -101,8 +104,8 @@ class Stream:
         caption = row.captions[0] if row.captions else ""
         return Sample(index, row.name, width, height, 0.5, 0.5, False, caption, int(index >= self.first))
 
-    def _caption(self, index: int, position: int) -> str:
-        cfg, captions = self.cfg, self.images.rows[index].captions
+    def _caption(self, captions: tuple[str, ...], position: int) -> str:
+        cfg = self.cfg
         if not captions or (cfg.caption_dropout and self._uniform("dropout", position) < cfg.caption_dropout):
             return ""
         caption = captions[0]

@@ -64,6 +64,32 @@ def read_table(
     return _from_table(cfg, table.with_format(None), wanted, default, class_from)
 
 
+def files_of(cfg: Data) -> list[str]:
+    """The parquet or tar files of a split, as paths or ``hf://`` URLs of one commit; none is downloaded."""
+    folder = Path(cfg.dataset).expanduser()
+    if not folder.is_dir() and not _is_hub_id(cfg.dataset):
+        raise UserError(
+            f"--dataset {cfg.dataset}: {_missing(folder)}; --streaming wants a Hub id, or tar shards by name"
+        )
+    import datasets  # a second; folders do without
+
+    at = str(folder) if folder.is_dir() else cfg.dataset
+    try:
+        builder = datasets.load_dataset_builder(at, cfg.dataset_config_name, revision=cfg.dataset_revision)
+        splits = builder.config.data_files or {}
+    except Exception as error:  # the library's, the Hub's or the network's
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--dataset {cfg.dataset} cannot be loaded: {reason}") from error
+    if cfg.split not in splits:
+        raise UserError(f"--split {cfg.split}: no such split in {cfg.dataset}; it has {', '.join(splits)}")
+    files = [str(file) for file in splits[cfg.split]]
+    kinds = {file.rpartition(".")[2] for file in files}
+    if kinds not in ({"parquet"}, {"tar"}):
+        has = ", ".join(sorted(f".{kind}" for kind in kinds))
+        raise UserError(f"--streaming: reads .parquet or .tar files, and {cfg.dataset} has {has}; leave it out")
+    return files
+
+
 def _from_table(cfg: Data, table: Any, wanted: bool, default: str | None, class_from: str | None) -> Found:
     import datasets
 

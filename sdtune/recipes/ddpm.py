@@ -9,7 +9,7 @@ network is both models of classifier-free guidance (Ho & Salimans 2022, algorith
 import torch
 
 from sdtune import pixel_models, schedules
-from sdtune.data import Stream, load_images
+from sdtune.data import open_images, open_stream
 from sdtune.diffusion import DDPM, denoising_loss
 from sdtune.methods import DdpmConfig
 from sdtune.pixels import classes_of, mode_for, pixels
@@ -26,7 +26,7 @@ class Ddpm(Recipe):
         model = pixel_models.plan(cfg)
         self.scheduler = schedules.noise_scheduler(cfg, model.scheduler)
         self.objective = DDPM.of(cfg, self.scheduler)
-        self.images = load_images(cfg, captions=False, class_column=cfg.class_column)
+        self.images = open_images(cfg, captions=False, class_column=cfg.class_column)
         self.mode = mode_for(cfg, self.images, model.channels)
         self.classes = classes_of(cfg, self.images, model.classes)
         self.unet = pixel_models.build(cfg, model, len(self.mode), self.classes)
@@ -34,7 +34,7 @@ class Ddpm(Recipe):
     def dataset(self, group, say):
         for line in (pixel_models.told(self.unet), *schedules.told(self.scheduler)):
             say(line)
-        stream = Stream(self.cfg, self.images, group, self.mode)
+        stream = open_stream(self.cfg, self.images, group, self.mode)
         return pixels(self.cfg, stream, say, self.classes, self.cfg.class_dropout)
 
     def forward(self, batch):

@@ -1,0 +1,69 @@
+"""Names of shards: a folder of tar files, ``shards/{000000..000099}.tar``, ``shards/*.tar``, URLs with such braces."""
+
+import itertools
+import re
+from pathlib import Path
+
+from sdtune.configs import UserError
+from sdtune.data.images import EXTENSIONS
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+
+
+def names_shards(dataset: str) -> bool:
+    """Whether it is tar files: by its name, or a folder that holds some and no images beside them."""
+    if re.search(r"\.(tar|tgz)(\.\w+)?\}?$", dataset):
+        return True
+    folder = Path(dataset).expanduser()
+    if "://" in dataset or not folder.is_dir():
+        return False
+    kinds = {file.suffix.lower() for file in folder.iterdir()}
+    return ".tar" in kinds and not kinds & EXTENSIONS
+
+
+def shard_urls(dataset: str) -> list[str]:
+    """The shards that ``dataset`` names, sorted. Raises: UserError if there are none, or braces are not closed."""
+    if re.match(r"\w+://[^/]*:[^/]*@", dataset):
+        raise UserError("--dataset: holds a password, which would stand in the run's records; put it in ~/.netrc")
+    found = expand(dataset)
+    if "://" in dataset:
+        return sorted(found)
+    if Path(dataset).expanduser().is_dir():
+        return sorted(str(file) for file in Path(dataset).expanduser().glob("*.tar"))
+    paths: list[str] = []
+    for name in found:
+        path = Path(name).expanduser()
+        if not any(letter in path.name for letter in "*?["):
+            paths.append(str(path))
+        elif matching := sorted(map(str, path.parent.glob(path.name))):
+            paths += matching
+        else:
+            raise UserError(f"--dataset {dataset}: no file matches {name}")
+    return sorted(set(paths))
+
+
+def expand(pattern: str) -> list[str]:
+    """``{00..12}`` becomes the numbers, as wide as the first; ``{a,b}`` the words.
+
+    Raises: UserError for braces that stand for nothing.
+    """
+    parts, end = [], 0
+    for braces in _BRACES.finditer(pattern):
+        parts += [[pattern[end : braces.start()]], _choices(pattern, braces[1])]
+        end = braces.end()
+    parts.append([pattern[end:]])
+    if any("{" in word or "}" in word for part in parts for word in part):
+        raise UserError(f"--dataset {pattern}: braces that are not closed; write {{000000..000099}} or {{a,b}}")
+    return ["".join(words) for words in itertools.product(*parts)]
+
+
+def _choices(pattern: str, inside: str) -> list[str]:
+    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
+        first, last = numbers.groups()
+        if int(first) > int(last):
+            raise UserError(f"--dataset {pattern}: {{{inside}}} matches nothing; the smaller number goes first")
+        return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    words = [word for word in inside.split(",") if word]
+    if not words or ".." in inside:
+        raise UserError(f"--dataset {pattern}: {{{inside}}} matches nothing; write {{000000..000099}} or {{a,b}}")
+    return words
