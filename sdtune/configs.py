@@ -223,7 +223,7 @@ class Optim(Section):
     lr_step_rules: str | None = None
     """Rules of `piecewise_constant`, such as 1:100,0.1:200,0.01; none is needed by the others."""
     optimizer: str = "adamw"
-    """adamw, adamw8bit, prodigy, adamw_schedulefree, or module:Class of your own."""
+    """adamw, adamw8bit, torchao_adamw8bit (4bit, fp8), prodigy, adamw_schedulefree, or module:Class of your own."""
     optimizer_args: dict[str, Any] = {}
     """Further arguments of the optimizer, as YAML: '{d_coef: 2}'."""
     use_8bit_adam: bool = False

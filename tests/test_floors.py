@@ -22,6 +22,9 @@ FLOORS = (
     "class_pictures finetune zero",
     "convert engines evaluate recipes scores truncate",
     "merge train",
+    "memory",
+    "fitting",
+    "check",
     "launch cli",
     "__main__",
 )
