@@ -28,6 +28,8 @@ CASES = {
     "LoRA": ["lora"],
     "LoRA, checkpointing": ["lora", "--gradient-checkpointing"],
     "LoRA, bf16": ["lora", "--mixed-precision", "bf16"],
+    "LoRA, int8 base": ["lora", "--quantize-base", "int8"],
+    "LoRA, nf4 base": ["lora", "--quantize-base", "nf4"],
 }
 PIXELS = {
     "full": ["ddpm", "--no-use-ema"],

@@ -113,7 +113,9 @@ def too_much(cfg: Run, estimates: Estimates, limit: int, device: torch.device) -
     if fits:
         return "\n       ".join([f"--memory: {there}; it fits with", *fits])
     changed, need = found[-1]
-    return f"--memory: {there}; {flags(changed) or 'nothing'} would make it {told(need.total)}, and nothing makes it fit"
+    return (
+        f"--memory: {there}; {flags(changed) or 'nothing'} would make it {told(need.total)}, and nothing makes it fit"
+    )
 
 
 def flags(changed: dict[str, Any]) -> str:

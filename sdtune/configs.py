@@ -362,3 +362,11 @@ class Adapter(Section):
     """Learning rate of the text encoder's adapters; none is learning_rate."""
     init_adapter: Annotated[Path | None, also("init_lora")] = None
     """Start from this adapter file instead of from zero."""
+    quantize_base: Literal["int8", "nf4"] | None = None
+    """Hold the linear layers of the frozen base in 8 or 4 bits (QLoRA; Dettmers et al. 2023); none is in full."""
+
+    @model_validator(mode="after")
+    def _adapters_on_codes(self) -> Self:
+        if self.quantize_base and self.use_dora:
+            raise ValueError("use_dora with quantize_base: DoRA reads the weights themselves; leave one of them out")
+        return self

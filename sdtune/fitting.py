@@ -9,6 +9,7 @@ import torch
 
 from sdtune.configs import RunFailed, UserError
 from sdtune.memory import Need, estimate, outline, rehearse
+from sdtune.methods import DreamBoothConfig, LoraConfig
 from sdtune.recipe import Recipe
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -83,6 +84,8 @@ def savings(cfg: Any) -> Iterator[dict[str, Any]]:
     """Changes of options that save memory, those first that change least of what is learnt."""
     if not cfg.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
+    if isinstance(cfg, LoraConfig) or (isinstance(cfg, DreamBoothConfig) and cfg.lora):
+        yield from ({"quantize_base": bits} for bits in ("int8", "nf4") if not cfg.quantize_base and not cfg.use_dora)
     if cfg.optimizer == "adamw" and not cfg.use_8bit_adam:
         yield {"use_8bit_adam": True}
     if cfg.mixed_precision in (None, "no"):
@@ -124,7 +127,7 @@ def ways(estimates: Estimates, limit: int) -> Iterator[tuple[dict[str, Any], Nee
 
 
 def largest_batch(kind: type[Recipe], cfg: Any, world: int, memory: str | None) -> Any:
-    """The config with the images of a step cut into the largest batches that fit, which changes nothing of what is learnt.
+    """The config with the images of a step cut into the largest batches that fit; what is learnt stays the same.
 
     On a GPU a batch that should fit is tried, and the next smaller one if it does not.
 

@@ -24,8 +24,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 
 from sdtune import optim
+from sdtune.configs import Adapter
 from sdtune.finetune import FineTune
 from sdtune.precision import dtype_of
+from sdtune.quantize import saved
 from sdtune.recipe import Recipe, told
 from sdtune.train import prepare_modules
 
@@ -134,14 +136,15 @@ def estimate(recipe: Recipe, dataset: Any, device: torch.device, base: int | Non
         batch = {name: torch.empty_like(x, device=device) for name, x in batch.items()}
         worst = traced(recipe, batch, held)
     trained = [p for p in recipe.parameters() if p.requires_grad]
+    spared, decoded = quantised(recipe)
     return Need(
         base=base,
-        weights=size_of(held),
+        weights=size_of(held) - spared,
         optimizer=state_size(cfg, trained, device),
         average=size_of(trained) if cfg.use_ema else 0,
         gradients=worst["gradients"],
         activations=worst["activations"] + size_of(batch.values()),
-        temporary=worst["temporary"],
+        temporary=worst["temporary"] + decoded,
     )
 
 
@@ -201,6 +204,14 @@ def on(recipe: Recipe, device: torch.device) -> Iterator[nn.Module]:
         own = set(recipe.modules())
         yield from (part.to_empty(device=device) for part in recipe.family.parts.values() if part not in own)
         recipe.family.device = device
+
+
+def quantised(recipe: Recipe) -> tuple[int, int]:
+    """Bytes that a quantised base spares, and those of one of its weights while it is used."""
+    if not (isinstance(recipe, FineTune) and isinstance(recipe.cfg, Adapter) and recipe.cfg.quantize_base):
+        return 0, 0
+    both = [saved(part, recipe.cfg.quantize_base) for part in recipe.trained.values()]
+    return sum(spared for spared, _ in both), max(decoded for _, decoded in both)
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

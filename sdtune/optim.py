@@ -140,15 +140,21 @@ class Average:
 
 
 def save_state(optimizer: Optimizer, names: dict[Tensor, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors, and numbers that JSON holds, under the names of the parameters."""
+    """An optimizer's state as tensors, and numbers that JSON holds, under the names of the parameters.
+
+    No two tensors share memory, which bitsandbytes' tables do: a safetensors file cannot hold that.
+    """
     tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
     numbers: dict[str, Any] = {"state": {}, "groups": []}
     for parameter, state in optimizer.state.items():
         name = names[parameter]
         for key, value in state.items():
             if isinstance(value, Tensor):
                 for part, inner in parts_of(value).items():
-                    tensors[f"{name}|{key}{part}"] = inner.detach()
+                    place = id(inner) if isinstance(inner, DTensor) else inner.data_ptr()
+                    tensors[f"{name}|{key}{part}"] = inner.detach().clone() if place in seen else inner.detach()
+                    seen.add(place)
             else:
                 numbers["state"].setdefault(name, {})[key] = value
     for group in optimizer.param_groups:  # Prodigy and Schedule-Free keep counters there

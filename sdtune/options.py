@@ -32,6 +32,9 @@ NEEDLESS = {
 }
 """Flags of other trainers that have no field here, and what to do instead."""
 
+LAUNCH = ("num_processes", "find_batch_size", "memory", "overwrite", "allow_change")
+"""Flags of the commands that train which describe the launch, so they are no fields."""
+
 
 # ---- what a config class declares --------------------------------------------------------------------
 
@@ -191,7 +194,7 @@ def advice(config: type[Section], name: str, dash: str) -> str:
     known = [
         *names_of(config),
         *(["config", "dry_run"] if dash else []),
-        *(["num_processes", "overwrite", "allow_change", "find_batch_size", "memory"] if dash and issubclass(config, Run) else []),
+        *(LAUNCH if dash and issubclass(config, Run) else []),
     ]
     close = difflib.get_close_matches(name, known, n=1)
     spelt = close[0].replace("_", "-") if dash and close else "".join(close)

@@ -164,7 +164,9 @@ def fit(
 
 def steps_of(cfg: Run, stream: Stream) -> int:
     """Optimizer steps of a run."""
-    return math.ceil(cfg.num_train_epochs * stream.epoch_length / stream.group) if cfg.num_train_epochs else cfg.max_steps
+    if not cfg.num_train_epochs:
+        return cfg.max_steps
+    return math.ceil(cfg.num_train_epochs * stream.epoch_length / stream.group)
 
 
 def plan(cfg: Run, stream: Stream, world: int, weights: list[Tensor]) -> str:

@@ -107,7 +107,11 @@ class StableDiffusion:
     @property
     def vae_config(self) -> Any:
         """The VAE's configuration, without its weights."""
-        return self.parts["vae"].config if "vae" in self.parts else self._read(Settings(AutoencoderKL), "vae", self.cfg.vae)
+        return (
+            self.parts["vae"].config
+            if "vae" in self.parts
+            else self._read(Settings(AutoencoderKL), "vae", self.cfg.vae)
+        )
 
     @property
     def latent_channels(self) -> int:
