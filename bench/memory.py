@@ -1,9 +1,9 @@
-"""What `sdtune check` says of memory beside what a run takes: the same options, estimated and trained, in fresh processes.
+"""What `sdtune check` says of memory beside what a run takes: the same options, in fresh processes.
 
     python bench/memory.py --work runs/memory
-    python bench/memory.py --work runs/memory --only middle
+    python bench/memory.py --work runs/memory --only '^middle, LoRA'
 
-Measured is the peak resident set of the process that trains, of its three steps, as metrics.jsonl has it: the model is
+Measured is the peak resident set of the process that trains, of its two steps, as metrics.jsonl has it: the model is
 loaded and the cache was filled by a run before. malloc gives memory back at once (MALLOC_MMAP_THRESHOLD_=131072,
 MALLOC_ARENA_MAX=2), so that what is counted is what is in use. The shapes are `tiny`; `tiny` with a UNet of a hundred
 million random parameters; and the UNet of `ddpm/cifar10`.
@@ -12,12 +12,13 @@ million random parameters; and the UNet of `ddpm/cifar10`.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
-STEPS = "--steps 3 --log-steps 3 --num-validation-images 0 --dataloader-num-workers 0 --overwrite".split()
+STEPS = "--steps 2 --log-steps 2 --num-validation-images 0 --dataloader-num-workers 0 --overwrite".split()
 LATENT = ["--dataset", "tiny-hearts", "--resolution", "64"]
 CASES = {
     "full": ["text-to-image"],
@@ -83,7 +84,7 @@ def estimate(words: list[str]) -> None:
 
 
 def measured(words: list[str], out: Path) -> int:
-    """Bytes at the peak of a run that trains three steps."""
+    """Bytes at the peak of a run that trains two steps."""
     python(["-m", "sdtune", *words, *STEPS, "--output-dir", str(out)])
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return max(line["peak_memory"] for line in lines if "peak_memory" in line)
@@ -99,14 +100,14 @@ def python(words: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--only", default="", help="shapes and options whose names have this in them")
+    parser.add_argument("--only", default="", help="the cases to measure: a regular expression on `shape, options`")
     given = parser.parse_args()
     if not (given.work / "middle" / "model_index.json").exists():
         python([__file__, "--build", str(given.work / "middle")])  # a child's peak begins at its parent's
     filled: set[str] = set()  # whose cache of moments and embeddings is
     print("| Shape, options | estimate | measured | error |\n| --- | --- | --- | --- |")
     for (shape, name), words in cases(given.work).items():
-        if given.only not in f"{shape}, {name}":
+        if not re.search(given.only, f"{shape}, {name}"):
             continue
         need = sum(estimated([*words, "--output-dir", str(given.work / "none")]).values())
         if words[0] != "ddpm" and shape not in filled:

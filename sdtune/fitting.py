@@ -68,16 +68,23 @@ class Estimates:
             self.base = self.known[key].base
         return self.known[key]
 
+    def attempt(self, changed: dict[str, Any]) -> Need | None:
+        """As `of`; ``None`` where an option needs what is not there."""
+        try:
+            return self.of(**changed)
+        except UserError:
+            return None
+
     def batches(self) -> Iterator[dict[str, int]]:
         """Ways to cut the images of a step, the largest batch first."""
         for size in range(self.share, 0, -1):
             if self.share % size == 0:
                 yield {"train_batch_size": size, "gradient_accumulation_steps": self.share // size}
 
-    def fitting_batch(self, limit: int, **changed: Any) -> dict[str, int] | None:
-        """The largest batch that fits, no larger than the run's own."""
+    def fitting_batch(self, limit: int) -> dict[str, int] | None:
+        """The largest batch that fits and is smaller than the run's own."""
         smaller = (cut for cut in self.batches() if cut["train_batch_size"] < self.cfg.train_batch_size)
-        return next((cut for cut in smaller if self.of(**cut, **changed).total <= limit), None)
+        return next((cut for cut in smaller if self.of(**cut).total <= limit), None)
 
 
 def savings(cfg: Any) -> Iterator[dict[str, Any]]:
@@ -94,36 +101,25 @@ def savings(cfg: Any) -> Iterator[dict[str, Any]]:
         yield {"use_ema": False}
 
 
-def ways(estimates: Estimates, limit: int) -> Iterator[tuple[dict[str, Any], Need]]:
-    """The changes with each of which a run fits; where none is enough alone, the fewest in a row that are.
+def ways(estimates: Estimates, limit: int) -> list[tuple[dict[str, Any], Need]]:
+    """The changes with each of which a run fits; where none is enough alone, as many together as are.
 
-    The last one given does not fit where nothing does.
+    The one returned does not fit where nothing does.
     """
-    found, best = False, estimates.of()
+    cfg, smaller = estimates.cfg, estimates.fitting_batch(limit)
+    alone = [*([smaller] if smaller else []), *savings(cfg)]
+    fits = [(changed, need) for changed in alone if (need := estimates.attempt(changed)) and need.total <= limit]
+    if fits:
+        return fits
     together: dict[str, Any] = {}
-    for changed in ({}, *savings(estimates.cfg)):
-        try:
-            if not changed:
-                if not (changed := estimates.fitting_batch(limit) or {}):
-                    continue
-            need = estimates.of(**changed)
-        except UserError:  # an extra that is not there, or a method that cannot
-            continue
-        if need.total <= limit:
-            found = True
-            yield changed, need
-    if found:
-        return
-    for changed in (*savings(estimates.cfg), {"train_batch_size": 1, "gradient_accumulation_steps": estimates.share}):
-        try:
-            need = estimates.of(**together, **changed)
-        except UserError:
-            continue
-        if need.total < best.total:
+    best = estimates.of()
+    for changed in (*savings(cfg), {"train_batch_size": 1, "gradient_accumulation_steps": estimates.share}):
+        need = estimates.attempt(together | changed)
+        if need and need.total < best.total:
             together, best = together | changed, need
         if best.total <= limit:
             break
-    yield together, best
+    return [(together, best)]
 
 
 def largest_batch(kind: type[Recipe], cfg: Any, world: int, memory: str | None) -> Any:
@@ -138,25 +134,22 @@ def largest_batch(kind: type[Recipe], cfg: Any, world: int, memory: str | None) 
     limit = limit_of(memory, device)
     estimates = Estimates(kind, cfg, device, world)
     try:
-        least = None
         for cut in estimates.batches():
-            least = estimates.of(**cut)
-            if least.total > limit:
-                continue
-            chosen = cfg.model_copy(update=cut)
-            if device.type == "cuda" and not really_fits(kind, chosen, device, estimates.share * world, limit):
-                continue
-            size, times = cut.values()
-            print(
-                f"--find-batch-size: --train-batch-size {size} --gradient-accumulation-steps {times}, "
-                f"{told(least.total)} of {told(limit)} (estimate)"
-            )
-            return chosen
+            chosen, need = cfg.model_copy(update=cut), estimates.of(**cut)
+            fits = need.total <= limit
+            if fits and device.type == "cuda":
+                fits = really_fits(kind, chosen, device, estimates.share * world, limit)
+            if fits:
+                size, times = cut.values()
+                print(
+                    f"--find-batch-size: --train-batch-size {size} --gradient-accumulation-steps {times}, "
+                    f"{told(need.total)} of {told(limit)} (estimate)"
+                )
+                return chosen
     except RuntimeError as error:
         raise RunFailed(f"--find-batch-size: this recipe cannot be traced ({str(error).splitlines()[0]})") from error
-    assert least is not None
     raise UserError(
-        f"--find-batch-size: a batch of one image needs {told(least.total)}, and {told(limit)} are there; "
+        f"--find-batch-size: a batch of one image needs {told(need.total)}, and {told(limit)} are there; "
         "`sdtune check`, with the same options, says what makes it fit"
     )
 

@@ -132,7 +132,7 @@ def estimate(recipe: Recipe, dataset: Any, device: torch.device, base: int | Non
     if base is None:
         base = 0 if device.type == "cuda" else resident()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        held = [t for part in on(recipe, device) for t in (*part.parameters(), *part.buffers())]
+        held = on(recipe, device)
         batch = {name: torch.empty_like(x, device=device) for name, x in batch.items()}
         worst = traced(recipe, batch, held)
     trained = [p for p in recipe.parameters() if p.requires_grad]
@@ -197,13 +197,20 @@ def rehearse(kind: type[Recipe], cfg: Any, device: torch.device, group: int) -> 
     return torch.cuda.max_memory_allocated(device)
 
 
-def on(recipe: Recipe, device: torch.device) -> Iterator[nn.Module]:
-    """Turn a recipe of the meta device into empty tensors on ``device``: the recipe, and the frozen parts beside it."""
-    yield recipe.to_empty(device=device)
+def on(recipe: Recipe, device: torch.device) -> list[Tensor]:
+    """Make a recipe of the meta device, and the frozen parts beside it, empty tensors on ``device``; all of these."""
+    parts: list[nn.Module] = [recipe]
     if isinstance(recipe, FineTune):
-        own = set(recipe.modules())
-        yield from (part.to_empty(device=device) for part in recipe.family.parts.values() if part not in own)
+        parts += recipe.family.parts.values()
         recipe.family.device = device
+    made: dict[Tensor, Tensor] = {}  # what is shared stays so
+    for module in dict.fromkeys(module for part in parts for module in part.modules()):
+        for name, old in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if old not in made:
+                new = torch.empty_like(old, device=device)
+                made[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+            setattr(module, name, made[old])
+    return list(made.values())
 
 
 def quantised(recipe: Recipe) -> tuple[int, int]:
