@@ -46,8 +46,9 @@ def cases(work: Path) -> dict[tuple[str, str], list[str]]:
     given = {("tiny", name): [*words, *LATENT, "--train-batch-size", "8"] for name, words in CASES.items()}
     middle = ["--model", str(work / "middle"), "--train-batch-size", "2"]
     given |= {("middle", name): [*words, *LATENT, *middle] for name, words in CASES.items()}
-    cifar = ["--config", "ddpm/cifar10", "--dataset", "tiny-hearts", "--train-batch-size", "16", "--num-train-epochs"]
-    return given | {("cifar10", name): [*words, *cifar[:-1]] for name, words in PIXELS.items()}
+    cifar = ["--config", "ddpm/cifar10", "--dataset", "tiny-hearts", "--image-column", "image"]
+    cifar += ["--train-batch-size", "16", "--num-holdout-images", "0"]
+    return given | {("cifar10", name): [*words, *cifar] for name, words in PIXELS.items()}
 
 
 def build_middle(folder: Path) -> None:
