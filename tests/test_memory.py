@@ -41,7 +41,7 @@ def test_live_bytes_are_those_counted_by_hand():
     tensor, weight = 4 * batch * width, 4 * width * width
     found = worst(layers, width, batch)
     # autograd keeps what each ReLU gave; a linear layer's own result is gone once the ReLU is through. Going back, the
-    # worst moment has the seed, the gradients after and before a linear layer, and that of its weight, not yet handed on
+    # worst moment has the seed, the gradients after and before a linear layer, and its weight's, not handed on
     assert found["activations"] == layers * tensor
     assert found["temporary"] == 3 * tensor + weight
     assert found["gradients"] == 0
