@@ -381,7 +381,7 @@ def test_a_run_put_back_goes_on_as_if_it_had_not_stopped(cfg, stop):
         for mine, theirs in zip(other.parameters(), module.parameters(), strict=True):
             mine.copy_(theirs)
     resumed = optimizer_of(other, cfg)
-    optim.load_state(resumed, named(other), tensors, numbers)
+    optim.load_state(resumed, named(other), tensors, numbers, lambda tensor, parameter: tensor.to(parameter.device))
     assert same(bits(other, resumed), bits(module, optimizer))
     advance(module, optimizer, stop, stop + 4)
     advance(other, resumed, stop, stop + 4)
