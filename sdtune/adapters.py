@@ -22,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sdtune.configs import Adapter, UserError
+from sdtune.quantize import quantize
 
 FILE = "pytorch_lora_weights.safetensors"
 TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -31,7 +32,7 @@ PORTABLE = "r lora_alpha target_modules rank_pattern alpha_pattern use_rslora us
 
 
 def add_adapter(model: nn.Module, cfg: Adapter, targets: list[str], what: str) -> None:
-    """Freeze ``model`` and put a trainable adapter in fp32 on the modules that ``targets`` name.
+    """Freeze ``model``, quantise it if asked, and put a trainable adapter in fp32 on the modules that ``targets`` name.
 
     One target with a character that no module name has is a regular expression on the whole name. fp16 updates
     of fp16 weights would round to nothing, hence fp32 whatever the precision of the base.
@@ -50,6 +51,8 @@ def add_adapter(model: nn.Module, cfg: Adapter, targets: list[str], what: str) -
             init_lora_weights="gaussian",
         )
         model.requires_grad_(False)
+        if cfg.quantize_base and model.device.type != "meta":
+            quantize(model, cfg.quantize_base)
         model.add_adapter(adapter)
     except (ValueError, re.error) as error:
         ends = (re.search(r"[^.]*[a-z][^.]*(\.\d+)*$", n) for n, m in model.named_modules() if is_target(m))

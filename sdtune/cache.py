@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdtune.configs import UserError
+from sdtune.data import cache_root
 
 CHUNK = 64
 """Tensors in a file: what a run that dies loses at most."""
@@ -64,6 +66,22 @@ class Store(Mapping[str, Tensor]):
         return self.__dict__ | {"opened": {}}  # an open file does not travel to a loader's worker
 
 
+class Outlines(Mapping[str, Tensor]):
+    """What a store would hold, of a model on the meta device: shapes, computed when they are asked for."""
+
+    def __init__(self, keys: Iterable[str], compute: Callable[[str], Tensor]):
+        self.known, self.compute = list(keys), compute
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.compute(key)
+
+    def __iter__(self):
+        return iter(self.known)
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+
 def write(
     file: Path,
     tensors: dict[str, Tensor],
@@ -77,6 +95,13 @@ def write(
     except (OSError, SafetensorError) as error:  # a full disk is either
         new.unlink(missing_ok=True)
         raise UserError(f"{file.parent}: the cache cannot be written ({error}); {way_out}") from None
+
+
+def keep(name: str, module: nn.Module, keys: Iterable[str], compute: Callable[[str], Tensor], title: str) -> Any:
+    """What ``compute`` makes of ``keys`` by the weights of ``module``: the store ``name`` of exactly those, filled."""
+    if module.device.type == "meta":
+        return Outlines(keys, compute)
+    return fill(cache_root() / name / weights_digest(module), keys, compute, title)
 
 
 def fill(folder: Path, keys: Iterable[str], compute: Callable[[str], Tensor], title: str) -> Store:

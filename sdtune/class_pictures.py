@@ -33,6 +33,8 @@ def class_images(cfg: DreamBoothConfig, family: Any) -> Images:
         UserError: there are too few and nothing to make them from, or they were made with other settings.
     """
     folder = (cfg.class_data or cfg.output_dir / FOLDER).expanduser()
+    if family.device.type == "meta" and len(pictures(folder)) < cfg.num_class_images:
+        return load_images(cfg, default=cfg.instance_prompt)  # a look makes none: the subject's own stand in for them
     with PartialState().main_process_first():
         own = [p for p in pictures(folder) if not p.name.startswith(MADE)]
         lacking = cfg.num_class_images - len(own)

@@ -51,8 +51,16 @@ LENIENT = {
 }
 
 
-def command(config: type[Section], work: Callable[[Any, dict[str, Any]], None], launch: bool) -> Callable[..., None]:
-    """The function behind a command: resolve ``config`` from file and flags, then call ``work(cfg, launching)``."""
+Flags = dict[str, tuple[Any, Any]]
+"""Options that are no fields of a config: annotation and default by name."""
+
+
+def command(config: type[Section], work: Callable[[Any, dict[str, Any]], None], beside: Flags) -> Callable[..., None]:
+    """The function behind a command: resolve ``config`` from file and flags, then call ``work(cfg, launching)``.
+
+    Args:
+        beside: options that ``work`` gets as ``launching``, where they were given.
+    """
 
     def run(ctx: typer.Context, **values: Any) -> None:
         flags: dict[str, Any] = {
@@ -62,9 +70,7 @@ def command(config: type[Section], work: Callable[[Any, dict[str, Any]], None], 
         }
         file, dry_run = flags.pop("config", None), flags.pop("dry_run", False)
         launching: dict[str, Any] = {
-            name: flags.pop(name)
-            for name in ("num_processes", "overwrite", "allow_change")
-            if name in flags and name not in config.model_fields
+            name: flags.pop(name) for name in beside if name in flags and name not in config.model_fields
         }
         loose = list(ctx.args)
         if strays := [n for n in flags if options.positional(config.model_fields[n]) and flags[n].startswith("--")]:
@@ -80,7 +86,7 @@ def command(config: type[Section], work: Callable[[Any, dict[str, Any]], None], 
         inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
         *(
             inspect.Parameter(name, keyword, default=default, annotation=annotation)
-            for name, (annotation, default) in (COMMON | (LAUNCH if launch else {})).items()
+            for name, (annotation, default) in (COMMON | beside).items()
         ),
     ]
     run.__signature__ = inspect.Signature([*own, *flags_of(config)])  # type: ignore[attr-defined]
@@ -88,7 +94,7 @@ def command(config: type[Section], work: Callable[[Any, dict[str, Any]], None], 
     return run
 
 
-COMMON: dict[str, tuple[Any, Any]] = {
+COMMON: Flags = {
     "config": (
         Annotated[
             str | None,
@@ -101,7 +107,7 @@ COMMON: dict[str, tuple[Any, Any]] = {
         False,
     ),
 }
-LAUNCH: dict[str, tuple[Any, Any]] = {
+FITTING: Flags = {
     "num_processes": (
         Annotated[
             int | None,
@@ -109,6 +115,26 @@ LAUNCH: dict[str, tuple[Any, Any]] = {
         ],
         None,
     ),
+    "find_batch_size": (
+        Annotated[
+            bool,
+            typer.Option(
+                "--find-batch-size",
+                help="Cut the images of a step into the largest batches that fit, the rest accumulated.",
+                rich_help_panel="Launch",
+            ),
+        ],
+        False,
+    ),
+    "memory": (
+        Annotated[
+            str | None,
+            typer.Option(help="What a process may use, such as 8GB; none is all there is.", rich_help_panel="Launch"),
+        ],
+        None,
+    ),
+}
+LAUNCH: Flags = FITTING | {
     "overwrite": (
         Annotated[bool, typer.Option("--overwrite", help="Discard the run in output_dir.", rich_help_panel="Launch")],
         False,
@@ -154,11 +180,29 @@ def train(words: list[str], entry: Callable[[], Any]) -> Callable[[Any, dict[str
     def work(cfg: Run, launching: dict[str, Any]) -> None:
         launch = importlib.import_module("sdtune.launch")
         processes = launching.pop("num_processes", None)
+        find, limit = launching.pop("find_batch_size", False), launching.pop("memory", None)
+        if find and launch.launched():
+            raise UserError("--find-batch-size: give it without a launcher, with --num-processes")
+        if find:
+            importlib.import_module("sdtune.families").hush()
+            cfg = importlib.import_module("sdtune.fitting").largest_batch(entry(), cfg, processes or 1, limit)
+        elif limit:
+            raise UserError("--memory: goes with --find-batch-size; `sdtune check` says whether a run fits as it is")
         if processes and processes > 1 and not launch.launched():
             raise typer.Exit(launch.relaunch(words, cfg, processes, launching))
         importlib.import_module("sdtune.families").hush()
         with launch.telling(cfg):
             importlib.import_module("sdtune.train").train(entry(), cfg, words, **launching)
+
+    return work
+
+
+def checked(_: list[str], entry: Callable[[], Any]) -> Callable[[Any, dict[str, Any]], None]:
+    """What `check` does with the config of a training command."""
+
+    def work(cfg: Run, launching: dict[str, Any]) -> None:
+        importlib.import_module("sdtune.families").hush()
+        importlib.import_module("sdtune.check").check(entry(), cfg, **launching)
 
     return work
 
@@ -169,9 +213,20 @@ def function(entry: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+checks = typer.Typer(no_args_is_help=True)
+app.add_typer(
+    checks,
+    name="check",
+    rich_help_panel="Look",
+    help="Say what is wrong with a run and what it will cost, without training: sdtune check lora ...",
+)
 for method in METHODS:
+    words, entry = [method.method], partial(function, method.entry)
     app.command(method.method, help=method.__doc__, context_settings=LENIENT, rich_help_panel="Train")(
-        command(method, train([method.method], partial(function, method.entry)), launch=True)
+        command(method, train(words, entry), LAUNCH)
+    )
+    checks.command(method.method, help=method.__doc__, context_settings=LENIENT)(
+        command(method, checked(words, entry), FITTING)
     )
 
 
@@ -180,6 +235,19 @@ def run_file(
     ctx: typer.Context, file: Annotated[Path, typer.Argument(help="Python file with one Recipe of your own.")]
 ) -> None:
     """Train a recipe of your own, from a Python file: same flags, resume, processes and report."""
+    with_recipe(ctx, file, train, LAUNCH)
+
+
+@checks.command("run", context_settings=LENIENT | {"help_option_names": []})
+def check_file(
+    ctx: typer.Context, file: Annotated[Path, typer.Argument(help="Python file with one Recipe of your own.")]
+) -> None:
+    """A recipe of your own, from a Python file."""
+    with_recipe(ctx, file, checked, FITTING)
+
+
+def with_recipe(ctx: typer.Context, file: Path, work: Callable[..., Any], beside: Flags) -> None:
+    """Have ``work`` done with the recipe in ``file``, by the words that follow it."""
     if str(file) in ("-h", "--help"):  # after a file, --help is about that recipe's options
         typer.echo(ctx.get_help())
         return
@@ -187,9 +255,9 @@ def run_file(
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     words = ["run", str(file)]
     alone.command(help=recipe.__doc__, context_settings=LENIENT)(
-        command(recipe.Config, train(words, lambda: recipe), launch=True)
+        command(recipe.Config, work(words, lambda: recipe), beside)
     )
-    alone(options.canonical(recipe.Config, ctx.args), prog_name=f"sdtune run {file}")
+    alone(options.canonical(recipe.Config, ctx.args), prog_name=f"{ctx.command_path} {file}")
 
 
 def recipe_in(file: Path) -> Any:
@@ -220,7 +288,7 @@ def told(verb: type[Verb]) -> Callable[[Any, dict[str, Any]], None]:
 
 for verb in VERBS:
     app.command(verb.method, help=verb.__doc__, context_settings=LENIENT, rich_help_panel=verb.panel)(
-        command(verb, told(verb), launch=False)
+        command(verb, told(verb), {})
     )
 
 
@@ -256,8 +324,9 @@ def main(argv: list[str] | None = None) -> None:
     by_name: dict[str, type[Section]] = {c.method: c for c in METHODS}
     by_name |= {c.method: c for c in VERBS}
     try:
-        if words and (config := by_name.get(words[0].replace("_", "-"))):
-            words = options.canonical(config, words)
+        start = int(words[:1] == ["check"])
+        if config := by_name.get("".join(words[start : start + 1]).replace("_", "-")):
+            words = words[:start] + options.canonical(config, words[start:])
         app(words, prog_name="sdtune")
     except UserError as error:
         told = str(error).rpartition("UserError: ")[2]  # a loader's worker wraps it in its whole traceback

@@ -237,7 +237,7 @@ class Optim(Section):
     lr_step_rules: str | None = None
     """Rules of `piecewise_constant`, such as 1:100,0.1:200,0.01; none is needed by the others."""
     optimizer: str = "adamw"
-    """adamw, adamw8bit, prodigy, adamw_schedulefree, or module:Class of your own."""
+    """adamw, adamw8bit, torchao_adamw8bit (4bit, fp8), prodigy, adamw_schedulefree, or module:Class of your own."""
     optimizer_args: dict[str, Any] = {}
     """Further arguments of the optimizer, as YAML: '{d_coef: 2}'."""
     use_8bit_adam: bool = False
@@ -376,3 +376,11 @@ class Adapter(Section):
     """Learning rate of the text encoder's adapters; none is learning_rate."""
     init_adapter: Annotated[Path | None, also("init_lora")] = None
     """Start from this adapter file instead of from zero."""
+    quantize_base: Literal["int8", "nf4"] | None = None
+    """Hold the linear layers of the frozen base in 8 or 4 bits (QLoRA; Dettmers et al. 2023); none is in full."""
+
+    @model_validator(mode="after")
+    def _adapters_on_codes(self) -> Self:
+        if self.quantize_base and self.use_dora:
+            raise ValueError("use_dora with quantize_base: DoRA reads the weights themselves; leave one of them out")
+        return self

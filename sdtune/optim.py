@@ -2,11 +2,12 @@
 
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sdtune.configs import Optim, UserError
@@ -14,6 +15,9 @@ from sdtune.configs import Optim, UserError
 NAMED = {
     "adamw": ("torch.optim:AdamW", ""),
     "adamw8bit": ("bitsandbytes.optim:AdamW8bit", "bnb"),
+    "torchao_adamw8bit": ("torchao.optim:AdamW8bit", "torchao"),
+    "torchao_adamw4bit": ("torchao.optim:AdamW4bit", "torchao"),
+    "torchao_adamwfp8": ("torchao.optim:AdamWFp8", "torchao"),
     "prodigy": ("prodigyopt:Prodigy", "optimizers"),
     "adamw_schedulefree": ("schedulefree:AdamWScheduleFree", "optimizers"),
 }
@@ -71,6 +75,14 @@ def learning_rate(cfg: Optim, total: int) -> Callable[[int], float]:
     return schedule.lr_lambdas[0]
 
 
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Give a parameter group its learning rate; torchao keeps it in a tensor, which it wants filled."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
 def step_if_finite(optimizer: Any, norm: Tensor) -> None:
     """Take the step unless the gradient's norm is infinite or not a number.
 
@@ -82,7 +94,13 @@ def step_if_finite(optimizer: Any, norm: Tensor) -> None:
         optimizer.step()
         del optimizer.found_inf, optimizer.grad_scale
     elif norm.isfinite():
-        optimizer.step()
+        with eager(norm.device):
+            optimizer.step()
+
+
+def eager(device: torch.device) -> Any:
+    """On a CPU, run as it is written what torchao compiles: there torch.compile has returned wrong results."""
+    return torch.compiler.set_stance("force_eager") if device.type == "cpu" else nullcontext()
 
 
 class Average:
@@ -122,14 +140,21 @@ class Average:
 
 
 def save_state(optimizer: Optimizer, names: dict[Tensor, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors, and numbers that JSON holds, under the names of the parameters."""
+    """An optimizer's state as tensors, and numbers that JSON holds, under the names of the parameters.
+
+    No two tensors share memory, which bitsandbytes' tables do: a safetensors file cannot hold that.
+    """
     tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
     numbers: dict[str, Any] = {"state": {}, "groups": []}
     for parameter, state in optimizer.state.items():
         name = names[parameter]
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"{name}|{key}"] = value.detach()
+                for part, inner in parts_of(value).items():
+                    place = id(inner) if isinstance(inner, DTensor) else inner.data_ptr()
+                    tensors[f"{name}|{key}{part}"] = inner.detach().clone() if place in seen else inner.detach()
+                    seen.add(place)
             else:
                 numbers["state"].setdefault(name, {})[key] = value
     for group in optimizer.param_groups:  # Prodigy and Schedule-Free keep counters there
@@ -140,6 +165,25 @@ def save_state(optimizer: Optimizer, names: dict[Tensor, str]) -> tuple[dict[str
     return tensors, numbers
 
 
+def parts_of(tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor as plain ones: itself, or of one that is made of others (codes and scales) each by ``|name``."""
+    if isinstance(tensor, DTensor) or not hasattr(tensor, "__tensor_flatten__"):
+        return {"": tensor}
+    return {f"|{name}": getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
+
+
+@torch.no_grad()
+def begin_state(optimizer: Optimizer) -> None:
+    """Have an optimizer make its state for every weight, by a step at a rate of 0, which moves none."""
+    for group in optimizer.param_groups:
+        set_rate(group, 0.0)
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    with eager(optimizer.param_groups[0]["params"][0].device):
+        optimizer.step()
+    optimizer.zero_grad()
+
+
 def load_state(
     optimizer: Optimizer,
     names: dict[Tensor, str],
@@ -148,6 +192,8 @@ def load_state(
     like: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
     """Put back what ``save_state`` gave; ``like`` puts a tensor where a parameter is."""
+    if any(name and len(rest) == 2 for name, *rest in (key.split("|") for key in tensors)):
+        begin_state(optimizer)  # it alone knows how to put codes and scales together
     by_name = {name: parameter for parameter, name in names.items()}
     for name, state in numbers["state"].items():
         optimizer.state[by_name[name]].update(state)
@@ -157,6 +203,9 @@ def load_state(
             optimizer.param_groups[int(rest[0])][rest[1]] = value
             continue
         parameter = by_name[name]
+        if len(rest) == 2:
+            getattr(optimizer.state[parameter][rest[0]], rest[1]).copy_(value)
+            continue
         on_host = rest[0] == "step" and not optimizer.param_groups[0].get("fused")
         optimizer.state[parameter][rest[0]] = value if on_host else like(value, parameter)
     for group, saved in zip(optimizer.param_groups, numbers["groups"], strict=True):

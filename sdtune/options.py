@@ -32,6 +32,9 @@ NEEDLESS = {
 }
 """Flags of other trainers that have no field here, and what to do instead."""
 
+LAUNCH = ("num_processes", "find_batch_size", "memory", "overwrite", "allow_change")
+"""Flags of the commands that train which describe the launch, so they are no fields."""
+
 
 # ---- what a config class declares --------------------------------------------------------------------
 
@@ -191,7 +194,7 @@ def advice(config: type[Section], name: str, dash: str) -> str:
     known = [
         *names_of(config),
         *(["config", "dry_run"] if dash else []),
-        *(["num_processes", "overwrite", "allow_change"] if dash and issubclass(config, Run) else []),
+        *(LAUNCH if dash and issubclass(config, Run) else []),
     ]
     close = difflib.get_close_matches(name, known, n=1)
     spelt = close[0].replace("_", "-") if dash and close else "".join(close)
@@ -356,11 +359,12 @@ def same_command(cfg: Section, words: list[str]) -> str:
         if name in cfg.model_fields_set and (
             fields[name].is_required() or getattr(cfg, name) != fields[name].get_default()
         ):
-            parts += _flag_words(name, value)
+            parts += flag_words(name, value)
     return shlex.join(parts)
 
 
-def _flag_words(name: str, value: Any) -> list[str]:
+def flag_words(name: str, value: Any) -> list[str]:
+    """An option as it is given on the command line."""
     if isinstance(value, bool):
         return [flag(name) if value else "--no-" + name.replace("_", "-")]
     if isinstance(value, list):

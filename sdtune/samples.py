@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdtune import cache
 from sdtune.configs import UserError
-from sdtune.data import Stream, Streamed, cache_root, report
+from sdtune.data import Stream, Streamed, report
 from sdtune.encoded import Encoded, encode_shards
 from sdtune.noised import Noised
 from sdtune.words import new_words
@@ -117,25 +117,23 @@ def text_to_image(
         say(f"VAE moments are not cached: {reason}")
     elif cfg.cache:
         variants = {stream.pixel_key(s): s for s in stream.pixel_variants()}
-        folder = cache_root() / "moments" / cache.weights_digest(family.vae)
 
         @torch.no_grad()
         def encode(key: str) -> Tensor:
             return family.moments(stream.pixels(variants[key])[None])[0]
 
-        moments = cache.fill(folder, variants, encode, "Encoding images")
+        moments = cache.keep("moments", family.vae, variants, encode, "Encoding images")
     reason = "the text encoder is trained" if trains_text else stream.text_cacheable
     if cfg.cache and reason:
         say(f"text embeddings are not cached: {reason}")
     elif cfg.cache:
         captions = {text_key(ids): ids for ids in map(tokens, stream.texts())}
-        folder = cache_root() / "texts" / cache.weights_digest(family.text_encoder)
 
         @torch.no_grad()
         def embed(key: str) -> Tensor:
             return family.embed(captions[key][None])[0]
 
-        texts = cache.fill(folder, captions, embed, "Encoding captions")
+        texts = cache.keep("texts", family.text_encoder, captions, embed, "Encoding captions")
     if cfg.cache:
         family.release()
     return TextToImage(cfg, stream, tokens, (family.latent_channels, family.downscale), moments, texts)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from sdtune import checkpoints, draws, folder, optim, preview
 from sdtune.configs import Run, UserError
-from sdtune.data import positions
+from sdtune.data import Stream, positions
 from sdtune.engines import spread
 from sdtune.environment import environment
 from sdtune.metrics import Metrics, check_trackers
@@ -68,21 +68,17 @@ def fit(
     group = batch_size * accumulation * world  # images per optimizer step
     dataset = recipe.dataset(group, say)
     stream = dataset.stream
-    total = math.ceil(cfg.num_train_epochs * stream.epoch_length / group) if cfg.num_train_epochs else cfg.max_steps
+    total = steps_of(cfg, stream)
     prepare_modules(recipe, cfg, accelerator.device)
     engine = spread(recipe, cfg, accelerator)
     state = State(cfg, recipe, engine, accelerator, {"group": group, "data": stream.images.fingerprint})
     optimizer = state.optimizer
-    peaks, rate = [g["lr"] for g in optimizer.param_groups], optim.learning_rate(cfg, total)
+    peaks, rate = [float(g["lr"]) for g in optimizer.param_groups], optim.learning_rate(cfg, total)
     state.restore(allow_change, say)
     if state.step >= total and folder.artefact(out, state.step) and (out / "report.html").exists():
         say(f"{out}: trained for {state.step} steps already; --steps trains on, --overwrite starts anew")
         return
-    say(
-        f"plan: {total} steps of {batch_size} images x {accumulation} accumulated x {world} processes = {group}; "
-        f"{stream.epoch_length} images an epoch, {total * group / stream.epoch_length:.1f} epochs; "
-        f"{sum(p.numel() for p in state.weights.values()):,} parameters train"
-    )
+    say(plan(cfg, stream, world, list(state.weights.values())))
     if engine.told:
         say(engine.told)
     metrics = Metrics(cfg, accelerator, state.step, total)
@@ -103,7 +99,7 @@ def fit(
 
     @torch.no_grad()
     def report() -> None:
-        metrics.log(state.step, window.line(state.step, norm, optimizer.param_groups[0]["lr"]))
+        metrics.log(state.step, window.line(state.step, norm, float(optimizer.param_groups[0]["lr"])))
         state.skipped = window.skipped
 
     # Train
@@ -115,7 +111,7 @@ def fit(
         taken = state.step - (window.skipped_so_far() if engine.scaler.is_enabled() else 0)
         for parameters, peak in zip(optimizer.param_groups, peaks, strict=True):
             moves = state.step < parameters.get("until", 1.0) * total
-            parameters["lr"] = peak * rate(taken) * moves
+            optim.set_rate(parameters, peak * rate(taken) * moves)
         for micro in range(accumulation):
             with metrics.waiting():
                 batch = next(batches)
@@ -164,6 +160,24 @@ def fit(
         files = folder.export_last(whole, out, state.step) if main else []
     if main:
         say(f"wrote {', '.join(str(out / name) for name in folder.entries(out, files))}\nreport: {write_report(out)}")
+
+
+def steps_of(cfg: Run, stream: Stream) -> int:
+    """Optimizer steps of a run."""
+    if not cfg.num_train_epochs:
+        return cfg.max_steps
+    return math.ceil(cfg.num_train_epochs * stream.epoch_length / stream.group)
+
+
+def plan(cfg: Run, stream: Stream, world: int, weights: list[Tensor]) -> str:
+    """What a run will do, in a line."""
+    total, group = steps_of(cfg, stream), stream.group
+    cut = f"{cfg.train_batch_size} images x {cfg.gradient_accumulation_steps} accumulated x {world} processes"
+    return (
+        f"plan: {total} steps of {cut} = {group}; "
+        f"{stream.epoch_length} images an epoch, {total * group / stream.epoch_length:.1f} epochs; "
+        f"{sum(p.numel() for p in weights):,} parameters train"
+    )
 
 
 def finite_or_nan(loss: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ class Embedding(nn.Module):
         super().__init__()
         self.table, self.size = table.requires_grad_(False), size
         self.rows = nn.Parameter(start.detach().float().clone())
-        self.usual_norm = float(table.weight[:size].detach().float().norm(dim=1).mean())
-        """Mean norm of the old rows."""
+        norm = table.weight[:size].detach().float().norm(dim=1).mean()
+        self.register_buffer("usual_norm", norm, persistent=False)  # mean norm of the old rows
 
     @property
     def weight(self) -> Tensor:

@@ -67,6 +67,7 @@ RECIPES = {
             **WORKERS,
             **CUT_AND_AVERAGED,
             "text encoder, dropout": ["--train-text-encoder", "--dropout", "0.1", "--lr-scheduler", "cosine"],
+            "8 bits": ["--quantize-base", "int8", "--optimizer", "torchao_adamw8bit", "--rank", "128"],
             "random crops, flips, buckets": ["--no-center-crop", "--random-flip", "--buckets", "--bucket-step", "8"],
         },
         draws=[

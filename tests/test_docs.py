@@ -15,7 +15,7 @@ from tests.conftest import status
 from tools.make_docs import ROOT, header, made, pages, shipped
 
 NAMES = [str(page.relative_to(ROOT)) for page in pages()]
-COMMANDS = {c.method for c in (*METHODS, *VERBS)} | {"run", "ls", "cp", "env"}
+COMMANDS = {c.method for c in (*METHODS, *VERBS)} | {"run", "ls", "cp", "env", "check"}
 
 
 def read(name):

@@ -15,13 +15,16 @@ FLOORS = (
     "configs",
     "methods verbs",
     "checkpoints curves data diffusion distances draws environment folder guidance guides hub inception lowrank "
-    "noisy_classifier optim options precision public samplers schedules shapes sheets signals usage window",
+    "noisy_classifier optim options precision public quantize samplers schedules shapes sheets signals usage window",
     "adapters cache families metrics noised pipelines recipe report sampling templates words",
     "card encoded engine features formats loading pixel_models pixels plots preview samples state",
     "fold inspect_adapter judges publish sample sample_pixels",
     "class_pictures finetune zero",
     "convert engines evaluate recipes scores truncate",
     "merge train",
+    "memory",
+    "fitting",
+    "check",
     "launch cli",
     "__main__",
 )

@@ -1,6 +1,5 @@
 """Learning rates, steps that are skipped, averages and saved states, against torch and diffusers."""
 
-import copy
 import json
 
 import pytest
@@ -9,6 +8,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load, save
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from sdtune import optim
 from sdtune.configs import Optim, UserError
@@ -21,7 +21,8 @@ def config(**fields) -> Optim:
 def network(seed=0) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(5, 7), nn.SiLU(), nn.Linear(7, 3))
+        # 5120 weights in the first matrix: optimizers of 8 and 4 bits keep fewer than 4096 in 32
+        return nn.Sequential(nn.Linear(5, 1024), nn.SiLU(), nn.Linear(1024, 3))
 
 
 def optimizer_of(module, cfg):
@@ -47,8 +48,15 @@ def advance(module, optimizer, first, last):
 
 def bits(module, optimizer):
     """All that moves, as bytes and numbers."""
-    state = copy.deepcopy(optimizer.state_dict())
+    state = tree_map(copied, optimizer.state_dict())
     return [p.detach().clone() for p in module.parameters()], state
+
+
+def copied(value):
+    """A tensor as copies of the plain ones that it consists of, which torchao's own cannot be copied as."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return {part: inner.detach().clone() for part, inner in optim.parts_of(value).items()}
 
 
 def same(one, other) -> bool:
@@ -148,7 +156,7 @@ def test_an_optimizer_of_ones_own():
     [
         (
             {"optimizer": "adam"},
-            "--optimizer adam: is none of adamw, adamw8bit, prodigy, adamw_schedulefree, nor written",
+            "--optimizer adam: is none of adamw, adamw8bit, .*, prodigy, adamw_schedulefree, nor written",
         ),
         ({"optimizer": "torch.optim:AdamX"}, "--optimizer torch.optim:AdamX: .*AdamX"),
         ({"optimizer": "no_such_module:Adam"}, "--optimizer no_such_module:Adam: No module named 'no_such_module'"),
@@ -170,6 +178,7 @@ def test_an_optimizer_that_cannot_be_made_is_told_in_a_line(fields, told):
     [
         ({"use_8bit_adam": True}, "bitsandbytes", "bnb"),
         ({"optimizer": "adamw8bit"}, "bitsandbytes", "bnb"),
+        ({"optimizer": "torchao_adamw4bit"}, "torchao", "torchao"),
         ({"optimizer": "prodigy"}, "prodigyopt", "optimizers"),
         ({"optimizer": "adamw_schedulefree"}, "schedulefree", "optimizers"),
     ],
@@ -192,8 +201,12 @@ KINDS = {
     "prodigy": {"optimizer": "prodigy", "adam_weight_decay": 0.0},
     "adamw_schedulefree": {"optimizer": "adamw_schedulefree", "optimizer_args": {"warmup_steps": 3}},
     "adamw8bit": {"optimizer": "adamw8bit"},
+    "torchao_adamw8bit": {"optimizer": "torchao_adamw8bit"},
+    "torchao_adamw4bit": {"optimizer": "torchao_adamw4bit"},
+    "torchao_adamwfp8": {"optimizer": "torchao_adamwfp8"},
 }
 NEEDS = {"prodigy": "prodigyopt", "adamw_schedulefree": "schedulefree", "adamw8bit": "bitsandbytes"}
+NEEDS |= {name: "torchao" for name in KINDS if name.startswith("torchao")}
 
 
 @pytest.fixture(params=KINDS)
@@ -201,8 +214,6 @@ def cfg(request) -> Optim:
     """Settings of each kind of optimizer that is installed."""
     if request.param in NEEDS:
         pytest.importorskip(NEEDS[request.param])
-    if request.param == "adamw8bit" and not torch.cuda.is_available():
-        pytest.skip("8-bit Adam wants a GPU")
     return config(**KINDS[request.param])
 
 
@@ -370,7 +381,7 @@ def test_a_run_put_back_goes_on_as_if_it_had_not_stopped(cfg, stop):
         for mine, theirs in zip(other.parameters(), module.parameters(), strict=True):
             mine.copy_(theirs)
     resumed = optimizer_of(other, cfg)
-    optim.load_state(resumed, named(other), tensors, numbers)
+    optim.load_state(resumed, named(other), tensors, numbers, lambda tensor, parameter: tensor.to(parameter.device))
     assert same(bits(other, resumed), bits(module, optimizer))
     advance(module, optimizer, stop, stop + 4)
     advance(other, resumed, stop, stop + 4)

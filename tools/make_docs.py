@@ -24,6 +24,8 @@ ON_THE_COMMAND = {
     "--config FILE": "YAML file of these options, or the name of a shipped one.",
     "--dry-run": "Print the resolved config and stop.",
     "--num-processes N": "Train on this many processes, a GPU each; without GPUs, on the CPU.",
+    "--find-batch-size": "Cut the images of a step into the largest batches that fit, the rest accumulated.",
+    "--memory SIZE": "With --find-batch-size, what a process may use, such as 8GB; none is all there is.",
     "--overwrite": "Discard the run in `output_dir`.",
     "--allow-change": "Continue though config or data changed.",
 }

@@ -8,16 +8,17 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdtune.configs import UserError
 from sdtune.diffusion import DDPM, bias_timesteps
 
 
-class VaeConfig:
-    """Reads what an AutoencoderKL is, and not its weights."""
+class Settings:
+    """Reads what a module of diffusers is, and not its weights."""
 
-    from_pretrained = AutoencoderKL.load_config
+    def __init__(self, kind: Any):
+        self.from_pretrained = kind.load_config
 
 
 class StableDiffusion:
@@ -56,13 +57,25 @@ class StableDiffusion:
             asked = f"--vae {source}" if source else f"--model {self.cfg.model}: {part}"
             raise UserError(f"{asked}: {str(error).strip().splitlines()[0]}") from None
 
+    def _outline(self, kind: Any, part: str, source: str | None) -> nn.Module:
+        """A part without its weights: its configuration alone is read."""
+        if part == "text_encoder":
+            config, make = self._read(CLIPTextConfig, part), kind
+        else:
+            config, make = self._read(Settings(kind), part, source), kind.from_config
+        with self.device:
+            return make(config).to(self.dtype)
+
     def part(self, name: str) -> nn.Module:
-        """A frozen part of the base on the run's device, in evaluation mode."""
+        """A frozen part of the base on the run's device, in evaluation mode; on the meta device its shapes alone."""
         if name not in self.parts:
             kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}[name]
             other = self.cfg.vae if name == "vae" else None
-            variant = {} if other else {"variant": self.cfg.variant}
-            module = self._read(kind, name, other, dtype=self.dtype, **variant)
+            if self.device.type == "meta":
+                module = self._outline(kind, name, other)
+            else:
+                variant = {} if other else {"variant": self.cfg.variant}
+                module = self._read(kind, name, other, dtype=self.dtype, **variant)
             self.parts[name] = module.requires_grad_(False).eval().to(self.device)
         return self.parts[name]
 
@@ -94,7 +107,11 @@ class StableDiffusion:
     @property
     def vae_config(self) -> Any:
         """The VAE's configuration, without its weights."""
-        return self.parts["vae"].config if "vae" in self.parts else self._read(VaeConfig, "vae", self.cfg.vae)
+        return (
+            self.parts["vae"].config
+            if "vae" in self.parts
+            else self._read(Settings(AutoencoderKL), "vae", self.cfg.vae)
+        )
 
     @property
     def latent_channels(self) -> int:

@@ -1,0 +1,99 @@
+"""The memory of a step: the count of live bytes against counting by hand, and the estimate against real runs."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from sdtune import memory, options
+from sdtune.cli import function
+from sdtune.methods import METHODS
+from tests import contract
+
+
+def worst(layers, width, batch, recompute=False):
+    """The worst moment of a step of ``layers`` linear layers with a ReLU after each, all of one width, in fp32."""
+    with FakeTensorMode():
+        blocks = [nn.Sequential(nn.Linear(width, width, bias=False), nn.ReLU()) for _ in range(layers)]
+        weights = [block[0].weight for block in blocks]
+        x = torch.empty(batch, width)
+        alive = memory.Alive([*weights, x])
+        for w in weights:
+            w.register_post_accumulate_grad_hook(alive.is_gradient)
+        with alive:
+            h = x
+            for block in blocks:
+                h = checkpoint(block, h, use_reentrant=False) if recompute else block(h)
+            alive.kind = "temporary"
+            h.backward(torch.empty_like(h))
+        return alive.worst
+
+
+def test_live_bytes_are_those_counted_by_hand():
+    layers, width, batch = 3, 64, 512
+    tensor, weight = 4 * batch * width, 4 * width * width
+    found = worst(layers, width, batch)
+    # autograd keeps what each ReLU gave; a linear layer's own result is gone once the ReLU is through. Going back, the
+    # worst moment has the seed, the gradients after and before a linear layer, and its weight's, not handed on
+    assert found["activations"] == layers * tensor
+    assert found["temporary"] == 3 * tensor + weight
+    assert found["gradients"] == 0
+    assert worst(layers, width, batch, recompute=True).total() <= found.total()
+
+
+def outlined(words):
+    """An estimate by the command line of a run."""
+    config = next(c for c in METHODS if c.method == words[0])
+    names = [word[2:].replace("-", "_") for word in words[1::2]]
+    cfg = options.resolve(config, None, dict(zip(names, words[2::2], strict=True)), [])
+    recipe, dataset = memory.outline(function(cfg.entry), cfg, cfg.train_batch_size, lambda line: None)
+    return memory.estimate(recipe, dataset, torch.device("cpu"), base=0)
+
+
+LIBRARY = {"adamw": "torch", "adamw8bit": "bitsandbytes", "torchao_adamw4bit": "torchao"}
+
+
+@pytest.mark.parametrize("optimizer", LIBRARY)
+def test_what_a_checkpoint_holds_is_what_was_estimated(optimizer, trained, places, tmp_path):
+    pytest.importorskip(LIBRARY[optimizer])
+    more = ["--optimizer", optimizer, "--rank", "32", "--use-ema", "true"]
+    need = outlined(contract.command("lora", places, tmp_path / "none", *more))
+    out = trained("lora", "run", *more[:4], "--use-ema", "--steps", "1")
+    held = next((out / "checkpoints").glob("step-*"))
+    kept = {name: load_file(held / f"{name}.safetensors") for name in ("optimizer", "average")}
+    moments = sum(t.nbytes for name, t in kept["optimizer"].items() if not name.startswith("|"))
+    assert need.optimizer == moments
+    assert need.average == sum(t.nbytes for t in kept["average"].values())
+
+
+CELLS = {
+    "adapters": ["lora", "--dataset", "tiny-hearts", "--resolution", "64", "--train-batch-size", "8", "--no-cache"],
+    "all weights, checkpointing, average": [
+        *("ddpm", "--dataset", "tiny-hearts", "--resolution", "32", "--train-batch-size", "8"),
+        *("--block-out-channels", "128", "256", "256", "--gradient-checkpointing"),
+    ],
+}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_estimate_is_within_a_tenth_of_what_a_run_takes(cell, tmp_path):
+    """As bench/memory.py: fresh processes, and a malloc that gives memory back at once."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1"}
+    words = [*CELLS[cell], "--steps", "2", "--log-steps", "2", "--num-validation-images", "0"]
+    words += ["--dataloader-num-workers", "0", "--output-dir", str(tmp_path / "run")]
+    printed = [
+        subprocess.run(
+            [sys.executable, "-m", "sdtune", *more, *words], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        for more in (["check"], [])
+    ]
+    estimate = float(re.search(r"^memory: ([\d.]+) GB", printed[0], re.M)[1]) * 1e9
+    measured = float(re.search(r'"peak_memory": ([\d.]+)', (tmp_path / "run" / "metrics.jsonl").read_text())[1])
+    assert estimate == pytest.approx(measured, rel=0.1)

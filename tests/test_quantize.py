@@ -1,0 +1,78 @@
+"""A base in fewer bits: the gradient that flows through it, what it takes, and the artefact that it leaves."""
+
+import json
+import sys
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import nn
+
+from sdtune import families
+from sdtune.configs import UserError
+from sdtune.quantize import Coded, held, quantize, saved
+from tests.conftest import status
+
+KINDS = {"int8": "torchao", "nf4": "bitsandbytes"}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    pytest.importorskip(KINDS[request.param])
+    return request.param
+
+
+def test_codes_give_the_numbers_and_the_gradient_of_what_they_stand_for(kind):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(128, 96), torch.randn(5, 7, 128, requires_grad=True)
+    exact = layer.weight.detach().clone()
+    quantize(nn.Sequential(layer), kind)
+    assert isinstance(layer, Coded)
+    decoded = layer.decode()
+    assert (decoded - exact).norm() / exact.norm() < {"int8": 0.01, "nf4": 0.12}[kind]
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        y = layer(x)
+    assert seen == []  # no decoded weight waits for the backward pass
+    y.square().sum().backward()
+    mine, x.grad = x.grad, None
+    other = nn.functional.linear(x, decoded, layer.bias)
+    assert torch.equal(y, other)
+    other.square().sum().backward()
+    assert torch.allclose(mine, x.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_saved_is_what_was_told(kind):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(1024, 640), nn.Linear(320, 1280)).requires_grad_(False)
+    before, (spared, largest) = held(model), saved(model, kind)
+    assert largest == 4 * 1024 * 640
+    quantize(model, kind)
+    assert before - held(model) == pytest.approx(spared, rel=0.01)
+    assert held(model) < before * {"int8": 0.27, "nf4": 0.15}[kind]
+
+
+def test_a_missing_library_is_named(kind, monkeypatch):
+    monkeypatch.setitem(sys.modules, KINDS[kind], None)
+    extra = {"int8": "torchao", "nf4": "bnb"}[kind]
+    with pytest.raises(UserError, match=f"--quantize-base {kind}: .*; pip install 'sdtune\\[{extra}\\]'"):
+        quantize(nn.Sequential(nn.Linear(4, 4)), kind)
+
+
+def test_adapters_learn_on_codes_as_on_numbers_and_load_in_the_stock_pipeline(kind, tmp_path):
+    losses = {}
+    for name, more in {"full": [], kind: ["--quantize-base", kind]}.items():
+        words = ["lora", "--dataset", "tiny-hearts", "--resolution", "64", "--rank", "8", "--learning-rate", "1e-3"]
+        words += ["--steps", "12", "--log-steps", "12", "--train-batch-size", "2", "--num-validation-images", "0"]
+        out = tmp_path / name
+        assert status([*words, "--dataloader-num-workers", "0", "--output-dir", str(out), *more]) == 0
+        losses[name] = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
+    assert losses[kind] == pytest.approx(losses["full"], rel={"int8": 0.02, "nf4": 0.5}[kind])
+    assert losses[kind] != losses["full"]
+    pipe = StableDiffusionPipeline.from_pretrained(families.resolve_model("tiny"), safety_checker=None)
+    pipe.load_lora_weights(tmp_path / kind, weight_name="pytorch_lora_weights.safetensors", adapter_name="own")
+    assert any("own" in name for name, _ in pipe.unet.named_parameters())
+
+
+def test_dora_wants_the_numbers(capsys):
+    assert status(["lora", "--dataset", "d", "--quantize-base", "int8", "--use-dora", "--dry-run"]) == 2
+    assert "use_dora with quantize_base" in capsys.readouterr().err
