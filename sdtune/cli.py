@@ -62,14 +62,16 @@ def command(config: type[Section], work: Callable[[Any, dict[str, Any]], None], 
         }
         file, dry_run = flags.pop("config", None), flags.pop("dry_run", False)
         launching: dict[str, Any] = {
-            name: flags.pop(name)
-            for name in ("num_processes", "overwrite", "allow_change")
-            if name in flags and name not in config.model_fields
+            name: flags.pop(name) for name in LAUNCH if name in flags and name not in config.model_fields
         }
         loose = list(ctx.args)
         if strays := [n for n in flags if options.positional(config.model_fields[n]) and flags[n].startswith("--")]:
             loose = [flags.pop(n) for n in strays] + loose  # an unknown flag has taken the place of an argument
         cfg = options.resolve(config, file, flags, loose)
+        if name := launching.get("accelerate_config"):
+            importlib.import_module("sdtune.launch").config_file(
+                name
+            )  # a mistake is told before anything slow, and of a dry run
         if dry_run:
             typer.echo(options.to_yaml(cfg), nl=False)
         else:
@@ -106,6 +108,16 @@ LAUNCH: dict[str, tuple[Any, Any]] = {
         Annotated[
             int | None,
             typer.Option(min=1, help="Train on this many processes, a GPU each.", rich_help_panel="Launch"),
+        ],
+        None,
+    ),
+    "accelerate_config": (
+        Annotated[
+            str | None,
+            typer.Option(
+                help="Launch as this accelerate config says: a file, or the name of a shipped one (sdtune ls).",
+                rich_help_panel="Launch",
+            ),
         ],
         None,
     ),
@@ -152,13 +164,11 @@ def train(words: list[str], entry: Callable[[], Any]) -> Callable[[Any, dict[str
     """What a training command does once its config is resolved; ``words`` are the command's own, as typed."""
 
     def work(cfg: Run, launching: dict[str, Any]) -> None:
-        launch = importlib.import_module("sdtune.launch")
-        processes = launching.pop("num_processes", None)
-        if processes and processes > 1 and not launch.launched():
-            raise typer.Exit(launch.relaunch(words, cfg, processes, launching))
+        code = importlib.import_module("sdtune.launch").start(words, cfg, launching)
+        if code is not None:
+            raise typer.Exit(code)
         importlib.import_module("sdtune.families").hush()
-        with launch.telling(cfg):
-            importlib.import_module("sdtune.train").train(entry(), cfg, words, **launching)
+        importlib.import_module("sdtune.train").train(entry(), cfg, words, **launching)
 
     return work
 
@@ -226,21 +236,30 @@ for verb in VERBS:
 
 @app.command("ls", rich_help_panel="Look")
 def list_recipes() -> None:
-    """List the ready-made recipes that --config knows by name."""
-    for name, path in options.shipped().items():
-        first = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
-        typer.echo(f"{name:<28} {first}")
+    """List what comes ready-made: recipes for --config, files for --accelerate-config, scripts for Slurm."""
+    for title, files in {
+        "Recipes, for --config": options.shipped(),
+        "Launching, for --accelerate-config": options.ready_made("accelerate"),
+        "Launching, for Slurm's sbatch (sdtune cp)": options.ready_made("slurm"),
+    }.items():
+        typer.echo(f"{title}:")
+        for name, path in files.items():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            first = next(line for line in lines if not line.startswith("#!")).removeprefix("#").strip()
+            typer.echo(f"  {name:<28} {first}")
 
 
 @app.command("cp", rich_help_panel="Look")
 def copy_recipe(name: str, to: Annotated[Path, typer.Argument(help="Folder or file.")] = Path()) -> None:
-    """Copy a ready-made recipe to edit it."""
-    source = options.config_file(name)
+    """Copy a ready-made recipe, accelerate config or Slurm script to edit it."""
+    source = options.found(name, "", options.shipped() | options.ready_made(*options.LAUNCH), "recipe")
     target = to / source.name if to.is_dir() else to
     if target.exists():
         raise UserError(f"{target} exists; name another file")
     target.write_bytes(source.read_bytes())
-    typer.echo(f"{target}: run it with `sdtune {name.partition('/')[0]} --config {target}`")
+    kind = source.parent.name
+    use = {"accelerate": f"sdtune lora --accelerate-config {target}", "slurm": f"sbatch {target} lora"}
+    typer.echo(f"{target}: run it with `{use.get(kind, f'sdtune {kind} --config {target}')}`")
 
 
 @app.command("env", rich_help_panel="Look")

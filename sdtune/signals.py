@@ -1,16 +1,19 @@
-"""SIGTERM and Ctrl-C raise a flag; the step is finished and saved, and then all processes stop together."""
+"""SIGTERM, SIGUSR1 and Ctrl-C raise a flag; the step is finished and saved, and then all processes stop together."""
 
 import signal
 from typing import Any
 
 import torch
 
+STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Slurm sends SIGUSR1 as early before the end of a job's time as `--signal` says."""
+
 
 class Stopping:
     def __init__(self, world: int):
         self.signal = 0
         self.peers = torch.distributed.new_group(backend="gloo") if world > 1 else None
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP:
             signal.signal(number, self._note)
 
     def _note(self, number: int, _: Any) -> None:

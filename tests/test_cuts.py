@@ -46,8 +46,8 @@ def test_two_processes(recipe, whole, places, tmp_path):
     words = command(recipe, places, tmp_path / "cut", *contract.draws, *cut, *contract.previews)
     done = subprocess.run([sys.executable, "-m", "sdtune", *words], env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "torch.distributed.run" in done.stderr  # the line it became is told
-    assert "x 2 processes = 8" in done.stdout
+    assert "ACCELERATE_USE_CPU=true accelerate launch --config_file" in done.stderr  # the line it became is told
+    assert "2 a process x 2 accumulated x 2 processes = 8 a step" in done.stdout
     assert difference(whole, contract.artefact(tmp_path / "cut")) < 1e-6
 
 

@@ -21,6 +21,7 @@ ON_THE_COMMAND = {
     "--config FILE": "YAML file of these options, or the name of a shipped one.",
     "--dry-run": "Print the resolved config and stop.",
     "--num-processes N": "Train on this many processes, a GPU each; without GPUs, on the CPU.",
+    "--accelerate-config NAME": "Launch as this accelerate config says: a file, or [a shipped one](../scale.md).",
     "--overwrite": "Discard the run in `output_dir`.",
     "--allow-change": "Continue though config or data changed.",
 }
@@ -101,8 +102,7 @@ def recipe_table() -> str:
 
 
 def shipped() -> list[str]:
-    root = ROOT / "recipes"
-    return [str(p.relative_to(root).with_suffix("")) for p in sorted(root.glob("*/*.yaml"))]
+    return list(options.shipped())
 
 
 def header(file: Path) -> dict[str, str]:
