@@ -118,7 +118,7 @@ def placed(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if on_cpu and settings["distributed_type"] == "DEEPSPEED":
-        raise UserError(f"--accelerate-config {file}: DeepSpeed wants a GPU for each process; none is visible")
+        raise UserError(f"--accelerate-config {file}: DeepSpeed wants a GPU for each process, and none is visible")
     if count is None and on_cpu:
         raise UserError(f"{file} leaves the number of processes to the GPUs, and none is visible: add --num-processes")
     count = count or gpus * machines
@@ -155,16 +155,17 @@ def join(cfg: Run, file: Path | None) -> None:
     world = int(os.environ["WORLD_SIZE"])
     if file and "ACCELERATE_MIXED_PRECISION" in os.environ:
         raise UserError("--accelerate-config: accelerate launch takes it, as --config_file; leave it out here")
-    if world > 1:
-        import torch
-
-        if not torch.cuda.is_available():  # accelerate would train as many runs that know nothing of each other
-            os.environ["ACCELERATE_USE_CPU"] = "true"
     if file:
         settings = read(file, cfg, None)
         if (settings["num_processes"] or world) != world:
             raise UserError(f"{file} says num_processes: {settings['num_processes']}; the launcher started {world}")
-        os.environ.update(environment(file, settings | {"num_processes": world, "num_machines": 1}))
+        settings = placed(file, settings | {"num_processes": world})
+        os.environ.update(environment(file, settings))
+    elif world > 1:
+        import torch
+
+        if not torch.cuda.is_available():  # accelerate would train as many runs that know nothing of each other
+            os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
 def environment(file: Path, settings: Mapping[str, Any]) -> dict[str, str]:
