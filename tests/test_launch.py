@@ -4,22 +4,23 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
+from functools import partial
 
 import psutil
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed import run as torchrun
 
 from sdtune import checkpoints, launch, options, peers
+from sdtune.cli import main
 from sdtune.configs import UserError
 from sdtune.methods import LoraConfig
 from tests import ranks
-from tests.conftest import command, status
+from tests.conftest import LONG, command, status
 from tests.contract import RECIPES
+from tests.ranks import reached, wait_until
 from tests.test_cuts import difference
 from tests.test_resume import assert_same_bits
 
@@ -157,30 +158,14 @@ class Fails(Lora):
             raise ZeroDivisionError("the seventh batch of process 1")
         return super().forward(batch)
 """
-LONG = ["--steps", "60", "--checkpointing-steps", "5", "--log-steps", "1", "--train-batch-size", "1"]
 
 
-def reached(out: Path, lines: int) -> bool:
-    metrics = out / "metrics.jsonl"
-    return metrics.exists() and metrics.read_text().count("\n") >= lines
+def accelerate_launch(*words: str) -> None:
+    launch_command(launch_command_parser().parse_args(words))
 
 
-def wait_until(holds, *running):
-    deadline = time.monotonic() + 120
-    while not holds():
-        assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in running), "it ended before it could be interrupted"
-        time.sleep(0.005)
-
-
-def start(words, **environment) -> subprocess.Popen:
-    argv = [sys.executable, "-m", *words]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(argv, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, **pipes)
-
-
-def worker(launcher: subprocess.Popen, rank: int) -> psutil.Process:
-    running = psutil.Process(launcher.pid).children()
+def worker(launcher: ranks.Forked, rank: int) -> psutil.Process:
+    running = psutil.Process(launcher.process.pid).children()
     return next(p for p in running if p.environ().get("RANK") == str(rank))
 
 
@@ -199,35 +184,33 @@ def test_error_of_one_process_is_told_once_and_ends_the_others(places, tmp_path)
     assert saved.name == "step-000005" and checkpoints.verify(saved) is None
 
 
-def test_killed_process_is_named_and_the_same_command_continues_to_the_same_bits(places, tmp_path, capfd):
+def test_killed_process_is_named_and_the_same_command_continues_to_the_same_bits(uninterrupted, places, tmp_path):
     """On one machine, under `sdtune` itself, at a step that is another each time."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    ranks.trained(2, command(*places, whole, *LONG), tmp_path / "said")
+    cut = tmp_path / "cut"
     words = command(*places, cut, *LONG, "--num-processes", "2")
-    launcher = start(["sdtune", *words])
-    wait_until(lambda: reached(cut, random.randrange(6, 30)), launcher)
-    rank = random.randrange(2)
+    launcher = ranks.Forked(partial(main, words), tmp_path / "launcher")
+    rank, step = random.randrange(2), random.randrange(6, 30)
+    wait_until(lambda: reached(cut, step), launcher)
     worker(launcher, rank).send_signal(signal.SIGKILL)
-    _, said = launcher.communicate(timeout=30)
-    assert launcher.returncode == 1
+    assert launcher.code(30) == 1
+    said = launcher.said("err")
     told = [line for line in said.splitlines() if line.startswith("failed: ")]
     assert len(told) == 1, said
     assert told[0].startswith(f"failed: process {rank} of 2 was killed by SIGKILL; the last checkpoint is whole; ")
     assert told[0].endswith("--num-processes 2") and f"continue with: sdtune lora --output-dir {cut}" in told[0]
     assert "Traceback" not in said
     ranks.trained(2, words, tmp_path / "said")
-    assert_same_bits(whole, cut)
+    assert_same_bits(uninterrupted, cut)
 
 
 def test_process_that_hangs_is_named_after_the_time_out(places, tmp_path):
     out = tmp_path / "run"
     started = ranks.Ranks(2, command(*places, out, *LONG, "--ddp-timeout", "3"), tmp_path / "said")
     wait_until(lambda: reached(out, 6))
-    os.kill(started.processes[1].pid, signal.SIGSTOP)
-    started.processes[0].join(30)
-    assert started.processes[0].exitcode == 1
+    os.kill(started.all[1].process.pid, signal.SIGSTOP)
+    assert started.all[0].code() == 1
     assert "failed: process 1 of 2 did not answer for 3 s (--ddp-timeout)" in started.said("err")
-    started.processes[1].kill()
+    assert started.all[1].code(0) == -signal.SIGKILL
     assert checkpoints.found(out / "checkpoints")
 
 
@@ -237,7 +220,7 @@ def test_signal_to_one_process_saves_and_ends_all(number, places, tmp_path):
     words = command(*places, out, *LONG, "--checkpointing-steps", "0")
     started = ranks.Ranks(2, words, tmp_path / "said")
     wait_until(lambda: reached(out, 3))
-    os.kill(started.processes[1].pid, number)
+    os.kill(started.all[1].process.pid, number)
     assert started.codes() == [128 + number] * 2
     assert "and saved; continue with: sdtune lora" in started.said("out")
     assert started.said("out").rstrip().endswith("under the same launcher")
@@ -252,29 +235,33 @@ def free_port() -> str:
         return str(server.getsockname()[1])
 
 
-def test_two_machines_under_accelerate_lose_a_process_and_go_on_under_torchrun(places, tmp_path):
+def test_two_machines_under_accelerate_lose_a_process_and_go_on_under_torchrun(uninterrupted, places, tmp_path):
     """Each a launcher with one process, on this host."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    ranks.trained(2, command(*places, whole, *LONG), tmp_path / "said")
+    cut = tmp_path / "cut"
     words, cpu = ["sdtune", *command(*places, cut, *LONG)], {"ACCELERATE_USE_CPU": "true"}
 
-    port = free_port()
-    place = ["--main_process_ip", "127.0.0.1", "--main_process_port", port, "--mixed_precision", "no"]
-    place += ["--num_machines", "2", "--num_processes", "2", "--multi_gpu", "--dynamo_backend", "no", "-m"]
-    line = ["accelerate.commands.launch", "--machine_rank"]
-    machines = [start([*line, str(rank), *place, *words], **cpu) for rank in range(2)]
+    line = ["--num_machines", "2", "--num_processes", "2", "--multi_gpu", "--dynamo_backend", "no"]
+    line += ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port(), "--mixed_precision", "no"]
+    machines = [
+        ranks.Forked(
+            partial(accelerate_launch, *line, "--machine_rank", str(k), "-m", *words), tmp_path / f"{k}", **cpu
+        )
+        for k in range(2)
+    ]
     wait_until(lambda: reached(cut, 8), *machines)
     worker(machines[1], 1).send_signal(signal.SIGKILL)
-    said = [machine.communicate(timeout=60)[1] for machine in machines]
-    assert all(machine.returncode != 0 for machine in machines)
-    assert said[0].count("failed: process 1 of 2 has ended without a word") == 1
-    assert "under the same launcher" in said[0]
+    assert 0 not in [machine.code(60) for machine in machines]
+    said = machines[0].said("err")
+    assert said.count("failed: process 1 of 2 has ended without a word") == 1
+    assert said.count("under the same launcher") == 1
 
-    port = free_port()
-    line = ["torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1"]
-    line += ["--master-port", port, "--node-rank"]
-    machines = [start([*line, str(rank), "-m", "--", *words], **cpu) for rank in range(2)]
-    said = [machine.communicate(timeout=120) for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], said
-    assert "continuing at step" in said[0][0]
-    assert_same_bits(whole, cut)
+    line = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", free_port()]
+    machines = [
+        ranks.Forked(
+            partial(torchrun.main, [*line, "--node-rank", str(k), "-m", "--", *words]), tmp_path / f"{k}", **cpu
+        )
+        for k in range(2)
+    ]
+    assert [machine.code() for machine in machines] == [0, 0], machines[0].said("err")
+    assert "continuing at step" in machines[0].said("out")
+    assert_same_bits(uninterrupted, cut)
