@@ -17,7 +17,7 @@ def plan(cfg: Any, stream: Any, total: int, world: int, peaks: Sequence[float], 
     images = stream.epoch_length // (repeats * parts)
     epoch = f"{images:,} images x {repeats} repeats{', as many of the class' if parts > 1 else ''}"
     if cfg.buckets:
-        epoch += f", in {len(stream.buckets)} buckets"
+        epoch += f", in {len(stream.buckets)} bucket{'s' * (len(stream.buckets) != 1)}"
     rates = [short(rate) for rate in dict.fromkeys(peaks)]
     if cfg.scale_lr:
         rates = [f"{short(rate)} x {group} = {short(rate * group)}" for rate in dict.fromkeys(peaks)]
