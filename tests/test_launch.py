@@ -86,6 +86,7 @@ def test_shipped_config_trains_on_the_cpu_to_the_weights_of_one_process(name, pl
     file = edited(name, num_processes=2)
     cut = ["--train-batch-size", "1", "--accelerate-config", str(file)]
     ranks.trained(2, command(*places, tmp_path / "two", *small, *cut), tmp_path / "said")
+    assert ("slices, one on a process (FSDP2)" in (tmp_path / "said" / "0.out").read_text()) == (name == "fsdp2")
     assert difference(learnt(lora("one", *small)), learnt(tmp_path / "two")) < 1e-6
 
 
