@@ -117,6 +117,8 @@ def placed(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if settings.get("use_cpu") or gpus == 0:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if not on_cpu:
+        os.environ.pop("ACCELERATE_USE_CPU", None)
     if on_cpu and settings["distributed_type"] == "DEEPSPEED":
         raise UserError(f"--accelerate-config {file}: DeepSpeed wants a GPU for each process, and none is visible")
     if count is None and on_cpu:
@@ -135,7 +137,7 @@ def placed(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def line(file: Path, settings: Mapping[str, Any]) -> list[str]:
     """The options of `accelerate launch`, without the command that it is to launch."""
     count, machines = settings["num_processes"], settings["num_machines"]
-    words = ["--config_file", str(file), "--num_processes", str(count)]
+    words = ["--config_file", str(file), "--num_machines", str(machines), "--num_processes", str(count)]
     words += ["--mixed_precision", settings["mixed_precision"]]
     if machines == 1 and not settings.get("main_process_port"):
         words += ["--main_process_port", "0"]  # a free one, so that two runs on a machine do not meet
@@ -160,7 +162,8 @@ def join(cfg: Run, file: Path | None) -> None:
         if (settings["num_processes"] or world) != world:
             raise UserError(f"{file} says num_processes: {settings['num_processes']}; the launcher started {world}")
         settings = placed(file, settings | {"num_processes": world})
-        os.environ.update(environment(file, settings))
+        alone = {"num_machines": 1, "main_process_port": None}  # where they meet the launcher has told them
+        os.environ.update(environment(file, settings | alone))
     elif world > 1:
         import torch
 
@@ -226,7 +229,7 @@ def relaunch(
         launch_command(args)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, ImportError, ConnectionError) as error:  # of accelerate, before anything starts
         raise UserError(f"--accelerate-config {line[1]}: {error}") from None
     else:
         return 0

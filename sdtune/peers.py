@@ -75,7 +75,7 @@ class Together:
             time.sleep(2 * GRACE)  # the thread that noticed ends this process
         if not self._first("told"):
             raise SystemExit(GONE) from None
-        if "imed out" in str(error):
+        if isinstance(error, RuntimeError) and "timed out" in str(error).lower():  # a collective, of gloo or NCCL
             raise RunFailed(self._silent()) from error
 
     def leave(self) -> None:
@@ -95,16 +95,18 @@ class Together:
             waiting = self.world - 1
             while waiting:
                 connection, _ = server.accept()
-                told, _, number = connection.makefile("r").readline().partition(" ")
-                if told == word:  # and no stranger
-                    waiting -= 1
-                    yield int(number), connection
+                connection.settimeout(GRACE)  # for a stranger that says nothing
+                with suppress(OSError):
+                    told, _, number = connection.makefile("rb").readline().decode(errors="replace").partition(" ")
+                    if told == word:
+                        waiting -= 1
+                        connection.settimeout(None)
+                        yield int(number), connection
 
     def _called(self) -> Iterator[tuple[int, socket.socket]]:
         port, _, word = self.store.get("sdtune/watch").decode().partition(" ")
         connection = socket.create_connection((os.environ["MASTER_ADDR"], int(port)))
         connection.sendall(f"{word} {self.rank}\n".encode())
-        connection.settimeout(None)
         yield 0, connection
 
     def _watch(self, other: int, connection: socket.socket) -> None:
