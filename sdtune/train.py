@@ -64,7 +64,7 @@ def fit(
 ) -> None:
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     say = print if main else lambda line: None
-    stopping, out = Stopping(world), cfg.output_dir
+    stopping, out = Stopping(world, cfg.ddp_timeout), cfg.output_dir
 
     # What trains, on what, and where the run stands
     torch.manual_seed(draws.key(cfg.seed, "init"))
