@@ -109,7 +109,7 @@ def placed(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings, once it is clear on what the processes train: a GPU each, or on a machine without GPUs the CPU.
 
     Raises:
-        UserError: there are GPUs, but too few; or none for what needs them.
+        UserError: there are GPUs, but too few; or none, and it is for them to say how many processes.
     """
     import torch
 
@@ -119,8 +119,8 @@ def placed(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if not on_cpu:
         os.environ.pop("ACCELERATE_USE_CPU", None)
-    if on_cpu and settings["distributed_type"] == "DEEPSPEED":
-        raise UserError(f"--accelerate-config {file}: DeepSpeed wants a GPU for each process, and none is visible")
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed asks for itself
     if count is None and on_cpu:
         raise UserError(f"{file} leaves the number of processes to the GPUs, and none is visible: add --num-processes")
     count = count or gpus * machines
