@@ -113,6 +113,7 @@ def fill(folder: Path, keys: Iterable[str], compute: Callable[[str], Tensor], ti
     state = PartialState()
     folder.mkdir(parents=True, exist_ok=True)
     missing = sorted(set(keys) - Store(folder).index.keys())
+    state.wait_for_everyone()  # all have looked before one writes, so that the shares are of one list
     mine = missing[state.process_index :: state.num_processes]
     chunks = [mine[i : i + CHUNK] for i in range(0, len(mine), CHUNK)]
     todo = ((chunk, key) for chunk in chunks for key in chunk)

@@ -243,11 +243,12 @@ def _before_after(sheets: list[Path]) -> str:
 def _training(shown: Any, what: usage.Made, out: Path, lines: list[dict[str, Any]], holdout: list[float]) -> str:
     losses = [line["loss"] for line in lines if isinstance(line.get("loss"), float)]
     tail = losses[-max(1, len(losses) // 20) :]
+    scaled = " times the images per step" if "scale_lr" in shown.model_fields_set and shown.scale_lr else ""
     rows = {
         "Steps": max((line["step"] for line in lines), default=0),
         "Images per step": _group(out),
         "Resolution": shown.resolution,
-        "Learning rate": f"{shown.learning_rate:g}, {shown.lr_scheduler}",
+        "Learning rate": f"{shown.learning_rate:g}{scaled}, {shown.lr_scheduler}",
         "Optimizer": shown.optimizer,
         "Rank, alpha": f"{shown.rank}, {shown.alpha or shown.rank:g}"
         if what.adapter and hasattr(shown, "rank")

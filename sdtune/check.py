@@ -12,9 +12,9 @@ from sdtune.configs import Model, Run, UserError
 from sdtune.fitting import Estimates, device_of_run, largest_batch, limit_of, told, ways
 from sdtune.memory import Need, outline, size_of
 from sdtune.metrics import check_trackers
+from sdtune.plan import plan, steps_of
 from sdtune.precision import precision_of
 from sdtune.recipe import Recipe
-from sdtune.train import plan, steps_of
 
 
 def check(
@@ -44,8 +44,9 @@ def check(
     problems.tell()
     recipe, dataset = made
     trained = [p for p in recipe.parameters() if p.requires_grad]
-    print(plan(cfg, dataset.stream, world, trained))
-    print(f"samples seen: {steps_of(cfg, dataset.stream) * images:,}")
+    peaks = [group["lr"] for group in recipe.parameter_groups()]
+    total = steps_of(cfg, dataset.stream)
+    print(plan(cfg, dataset.stream, total, world, peaks, sum(p.numel() for p in trained)))
     estimates = Estimates(kind, cfg, device, world)
     try:
         need = problems.of(estimates.of)

@@ -76,6 +76,10 @@ def command(config: type[Section], work: Callable[[Any, dict[str, Any]], None], 
         if strays := [n for n in flags if options.positional(config.model_fields[n]) and flags[n].startswith("--")]:
             loose = [flags.pop(n) for n in strays] + loose  # an unknown flag has taken the place of an argument
         cfg = options.resolve(config, file, flags, loose)
+        if name := launching.get("accelerate_config"):
+            importlib.import_module("sdtune.launch").config_file(
+                name
+            )  # a mistake is told before anything slow, and of a dry run
         if dry_run:
             typer.echo(options.to_yaml(cfg), nl=False)
         else:
@@ -135,6 +139,16 @@ FITTING: Flags = {
     ),
 }
 LAUNCH: Flags = FITTING | {
+    "accelerate_config": (
+        Annotated[
+            str | None,
+            typer.Option(
+                help="Launch as this accelerate config says: a file, or the name of a shipped one (sdtune ls).",
+                rich_help_panel="Launch",
+            ),
+        ],
+        None,
+    ),
     "overwrite": (
         Annotated[bool, typer.Option("--overwrite", help="Discard the run in output_dir.", rich_help_panel="Launch")],
         False,
@@ -178,21 +192,21 @@ def train(words: list[str], entry: Callable[[], Any]) -> Callable[[Any, dict[str
     """What a training command does once its config is resolved; ``words`` are the command's own, as typed."""
 
     def work(cfg: Run, launching: dict[str, Any]) -> None:
-        launch = importlib.import_module("sdtune.launch")
-        processes = launching.pop("num_processes", None)
         find, limit = launching.pop("find_batch_size", False), launching.pop("memory", None)
+        launch = importlib.import_module("sdtune.launch")
         if find and launch.launched():
             raise UserError("--find-batch-size: give it without a launcher, with --num-processes")
         if find:
             importlib.import_module("sdtune.families").hush()
-            cfg = importlib.import_module("sdtune.fitting").largest_batch(entry(), cfg, processes or 1, limit)
+            world = launch.processes_of(cfg, launching)
+            cfg = importlib.import_module("sdtune.fitting").largest_batch(entry(), cfg, world, limit)
         elif limit:
             raise UserError("--memory: goes with --find-batch-size; `sdtune check` says whether a run fits as it is")
-        if processes and processes > 1 and not launch.launched():
-            raise typer.Exit(launch.relaunch(words, cfg, processes, launching))
+        code = launch.start(words, cfg, launching)
+        if code is not None:
+            raise typer.Exit(code)
         importlib.import_module("sdtune.families").hush()
-        with launch.telling(cfg):
-            importlib.import_module("sdtune.train").train(entry(), cfg, words, **launching)
+        importlib.import_module("sdtune.train").train(entry(), cfg, words, **launching)
 
     return work
 
@@ -294,21 +308,30 @@ for verb in VERBS:
 
 @app.command("ls", rich_help_panel="Look")
 def list_recipes() -> None:
-    """List the ready-made recipes that --config knows by name."""
-    for name, path in options.shipped().items():
-        first = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
-        typer.echo(f"{name:<28} {first}")
+    """List what comes ready-made: recipes for --config, files for --accelerate-config, scripts for Slurm."""
+    for title, files in {
+        "Recipes, for --config": options.shipped(),
+        "Launching, for --accelerate-config": options.ready_made("accelerate"),
+        "Launching, for Slurm's sbatch (sdtune cp)": options.ready_made("slurm"),
+    }.items():
+        typer.echo(f"{title}:")
+        for name, path in files.items():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            first = next(line for line in lines if not line.startswith("#!")).removeprefix("#").strip()
+            typer.echo(f"  {name:<28} {first}")
 
 
 @app.command("cp", rich_help_panel="Look")
 def copy_recipe(name: str, to: Annotated[Path, typer.Argument(help="Folder or file.")] = Path()) -> None:
-    """Copy a ready-made recipe to edit it."""
-    source = options.config_file(name)
+    """Copy a ready-made recipe, accelerate config or Slurm script to edit it."""
+    source = options.found(name, "", options.shipped() | options.ready_made(*options.PLACES), "recipe")
     target = to / source.name if to.is_dir() else to
     if target.exists():
         raise UserError(f"{target} exists; name another file")
     target.write_bytes(source.read_bytes())
-    typer.echo(f"{target}: run it with `sdtune {name.partition('/')[0]} --config {target}`")
+    kind = source.parent.name
+    use = {"accelerate": f"sdtune lora --accelerate-config {target}", "slurm": f"sbatch {target} lora"}
+    typer.echo(f"{target}: run it with `{use.get(kind, f'sdtune {kind} --config {target}')}`")
 
 
 @app.command("env", rich_help_panel="Look")

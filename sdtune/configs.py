@@ -226,6 +226,8 @@ class Denoising(Section):
 class Optim(Section):
     learning_rate: Positive = 1e-4
     """Peak learning rate."""
+    scale_lr: bool = False
+    """Multiply the learning rate by the images of an optimizer step: batch x accumulation x processes."""
     lr_scheduler: Decline = "constant"
     """Shape of the learning rate over the run, in optimizer steps."""
     lr_warmup_steps: Natural = 0
@@ -286,6 +288,8 @@ class Run(Section):
     """Seed of everything random."""
     compile: bool = False
     """Compile the denoiser with torch.compile; refused on a CPU, where its gradients are wrong."""
+    ddp_timeout: Count = 1800
+    """Seconds a process may wait for the others before the run fails; what the first does alone has to fit in."""
     checkpointing_steps: Natural = 500
     """Steps between checkpoints; 0 saves only the last. An interrupted run saves first in any case."""
     checkpoints_total_limit: Annotated[int, Ge(2)] = 2

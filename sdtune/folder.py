@@ -45,6 +45,7 @@ def open_run(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) ->
         raise UserError(f"--output-dir {out}: is a file") from None
     except OSError as error:
         raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None
+    os.register_at_fork(after_in_child=lock.close)  # readers of images may outlive a process that was killed
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -274,7 +274,8 @@ def config_class(settings: Mapping[str, Any]) -> type[Run]:
 
 
 MAY_CHANGE = frozenset(
-    "steps num_train_epochs output_dir dataloader_num_workers cache cache_dir shard_cache gradient_checkpointing "
+    "steps num_train_epochs output_dir ddp_timeout dataloader_num_workers cache cache_dir shard_cache "
+    "gradient_checkpointing "
     "checkpointing_steps checkpoints_total_limit export_steps max_bad_steps log_steps report_to tracker_project_name "
     "train_batch_size gradient_accumulation_steps validation_prompt negative_prompt num_validation_images "
     "validation_steps validation_inference_steps validation_guidance_scale push_to_hub hub_model_id hub_private "

@@ -26,13 +26,12 @@ NEEDLESS = {
     "resume_from_checkpoint": "the same command continues its run; leave the flag out (--overwrite starts anew)",
     "save_as_full_pipeline": "the word is the artefact, and loads into any pipeline; leave the flag out",
     "save_steps": "use --export-steps for copies of the artefact, --checkpointing-steps to continue from",
-    "scale_lr": "multiply --learning-rate yourself: the plan printed first shows the images per step",
     "validation_epochs": "use --validation-steps",
     "warmup_steps": "use --lr-warmup-steps",
 }
 """Flags of other trainers that have no field here, and what to do instead."""
 
-LAUNCH = ("num_processes", "find_batch_size", "memory", "overwrite", "allow_change")
+LAUNCH = ("num_processes", "accelerate_config", "find_batch_size", "memory", "overwrite", "allow_change")
 """Flags of the commands that train which describe the launch, so they are no fields."""
 
 
@@ -328,23 +327,36 @@ def to_yaml(cfg: Section) -> str:
     return str(yaml.dump(record(cfg), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000))
 
 
-def shipped() -> dict[str, Path]:
-    """Name, such as lora/tiny-hearts, to the file of each ready-made recipe."""
+PLACES = ("accelerate", "slurm")
+"""Folders, beside those of the recipes, of files that say where to train."""
+
+
+def ready_made(*kinds: str) -> dict[str, Path]:
+    """Name, such as lora/tiny-hearts, to file, of what comes with sdtune in the folders named, or in all."""
     here = Path(__file__).parent
     root = here / "_recipes" if (here / "_recipes").is_dir() else here.parent / "recipes"
-    return {str(p.relative_to(root).with_suffix("")): p for p in sorted(root.glob("*/*.yaml"))}
+    files = sorted([*root.glob("*/*.yaml"), *root.glob("*/*.sbatch")])
+    return {str(p.relative_to(root).with_suffix("")): p for p in files if not kinds or p.parent.name in kinds}
+
+
+def shipped() -> dict[str, Path]:
+    """Name, such as lora/tiny-hearts, to the file of each ready-made recipe."""
+    return {name: path for name, path in ready_made().items() if path.parent.name not in PLACES}
 
 
 def config_file(name: str) -> Path:
     """The file that ``--config`` means: a path, or the name of a ready-made recipe."""
+    return found(name, "--config", shipped(), "recipe")
+
+
+def found(name: str, option: str, known: Mapping[str, Path], what: str) -> Path:
     if (path := Path(name)).is_file():
         return path
-    recipes = shipped()
-    if name in recipes:
-        return recipes[name]
-    close = difflib.get_close_matches(name, recipes, n=1)
+    if name in known:
+        return known[name]
+    close = difflib.get_close_matches(name, known, n=1)
     raise UserError(
-        f"--config {name}: no such file or recipe"
+        f"{option} {name}: no such file or {what}".strip()
         + (f"; did you mean {close[0]}?" if close else "; `sdtune ls` lists them")
     )
 

@@ -1,16 +1,23 @@
-"""SIGTERM and Ctrl-C raise a flag; the step is finished and saved, and then all processes stop together."""
+"""SIGTERM, SIGUSR1 and Ctrl-C raise a flag; the step is finished and saved, and then all processes stop together."""
 
 import signal
+from datetime import timedelta
 from typing import Any
 
 import torch
 
+STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Slurm sends SIGUSR1 as early before the end of a job's time as `--signal` says."""
+
 
 class Stopping:
-    def __init__(self, world: int):
+    """Args: world: processes; patience: seconds for which one waits for the others to ask."""
+
+    def __init__(self, world: int, patience: int):
         self.signal = 0
-        self.peers = torch.distributed.new_group(backend="gloo") if world > 1 else None
-        for number in (signal.SIGTERM, signal.SIGINT):
+        wait = timedelta(seconds=patience)
+        self.peers = torch.distributed.new_group(backend="gloo", timeout=wait) if world > 1 else None
+        for number in STOP:
             signal.signal(number, self._note)
 
     def _note(self, number: int, _: Any) -> None:

@@ -1,24 +1,25 @@
 """The training loop. There is one."""
 
 import json
-import math
 import sys
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import InitProcessGroupKwargs, send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sdtune import checkpoints, draws, folder, optim, preview
 from sdtune.configs import Run, UserError
-from sdtune.data import Stream, positions
+from sdtune.data import positions
 from sdtune.engines import spread
 from sdtune.environment import environment
 from sdtune.metrics import Metrics, check_trackers
-from sdtune.options import same_command
+from sdtune.peers import Together, again
+from sdtune.plan import plan, steps_of
 from sdtune.precision import precision_of
 from sdtune.publish import Publisher
 from sdtune.recipe import Recipe
@@ -41,12 +42,15 @@ def train(kind: type[Recipe], cfg: Any, words: list[str], overwrite: bool = Fals
     """
     check_trackers(cfg.report_to)
     accelerator = start(cfg)
-    publisher = Publisher(cfg, accelerator.is_main_process)
-    with open_folder(cfg, words, overwrite, allow_change) if accelerator.is_main_process else nullcontext():
-        accelerator.wait_for_everyone()
-        fit(kind, cfg, accelerator, publisher, words, allow_change)
-        accelerator.end_training()
-        publisher.finish()  # the other processes are free by now: none waits for an upload
+    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    with Together(rank, world, again(cfg, words), cfg.ddp_timeout) as together:
+        publisher = Publisher(cfg, main)
+        with open_folder(cfg, words, overwrite, allow_change) if main else nullcontext():
+            accelerator.wait_for_everyone()
+            fit(kind, cfg, accelerator, publisher, words, allow_change)
+            together.leave()
+            accelerator.end_training()
+            publisher.finish()  # the other processes are free by now: none waits for an upload
 
 
 def fit(
@@ -59,7 +63,7 @@ def fit(
 ) -> None:
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     say = print if main else lambda line: None
-    stopping, out = Stopping(world), cfg.output_dir
+    stopping, out = Stopping(world, cfg.ddp_timeout), cfg.output_dir
 
     # What trains, on what, and where the run stands
     torch.manual_seed(draws.key(cfg.seed, "init"))
@@ -74,11 +78,12 @@ def fit(
     state = State(cfg, recipe, engine, accelerator, {"group": group, "data": stream.images.fingerprint})
     optimizer = state.optimizer
     peaks, rate = [float(g["lr"]) for g in optimizer.param_groups], optim.learning_rate(cfg, total)
+    scale = group if cfg.scale_lr else 1
     state.restore(allow_change, say)
     if state.step >= total and folder.artefact(out, state.step) and (out / "report.html").exists():
         say(f"{out}: trained for {state.step} steps already; --steps trains on, --overwrite starts anew")
         return
-    say(plan(cfg, stream, world, list(state.weights.values())))
+    say(plan(cfg, stream, total, world, peaks, sum(p.numel() for p in state.weights.values())))
     if engine.told:
         say(engine.told)
     metrics = Metrics(cfg, accelerator, state.step, total)
@@ -111,7 +116,7 @@ def fit(
         taken = state.step - (window.skipped_so_far() if engine.scaler.is_enabled() else 0)
         for parameters, peak in zip(optimizer.param_groups, peaks, strict=True):
             moves = state.step < parameters.get("until", 1.0) * total
-            optim.set_rate(parameters, peak * rate(taken) * moves)
+            optim.set_rate(parameters, peak * scale * rate(taken) * moves)
         for micro in range(accumulation):
             with metrics.waiting():
                 batch = next(batches)
@@ -151,8 +156,7 @@ def fit(
             report()
         state.save()
         metrics.close()
-        again = same_command(cfg, ["sdtune", *words])
-        say(f"interrupted at step {state.step} of {total} and saved; continue with: {again}")
+        say(f"interrupted at step {state.step} of {total} and saved; continue with: {again(cfg, words)}")
         sys.exit(128 + stopping.signal)
     look()
     metrics.close()
@@ -160,24 +164,6 @@ def fit(
         files = folder.export_last(whole, out, state.step) if main else []
     if main:
         say(f"wrote {', '.join(str(out / name) for name in folder.entries(out, files))}\nreport: {write_report(out)}")
-
-
-def steps_of(cfg: Run, stream: Stream) -> int:
-    """Optimizer steps of a run."""
-    if not cfg.num_train_epochs:
-        return cfg.max_steps
-    return math.ceil(cfg.num_train_epochs * stream.epoch_length / stream.group)
-
-
-def plan(cfg: Run, stream: Stream, world: int, weights: list[Tensor]) -> str:
-    """What a run will do, in a line."""
-    total, group = steps_of(cfg, stream), stream.group
-    cut = f"{cfg.train_batch_size} images x {cfg.gradient_accumulation_steps} accumulated x {world} processes"
-    return (
-        f"plan: {total} steps of {cut} = {group}; "
-        f"{stream.epoch_length} images an epoch, {total * group / stream.epoch_length:.1f} epochs; "
-        f"{sum(p.numel() for p in weights):,} parameters train"
-    )
 
 
 def finite_or_nan(loss: Tensor) -> Tensor:
@@ -189,7 +175,11 @@ def start(cfg: Run) -> Accelerator:
     """The processes of the run, and its device; the precision is the engine's."""
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
     precision_of(cfg)  # refuses before a model is read
-    return Accelerator(mixed_precision="no", log_with=cfg.report_to or None, project_dir=cfg.output_dir / "logs")
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=cfg.ddp_timeout))
+    logs = cfg.output_dir / "logs"
+    return Accelerator(
+        mixed_precision="no", log_with=cfg.report_to or None, project_dir=logs, kwargs_handlers=[patience]
+    )
 
 
 def open_folder(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) -> Any:

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from sdtune.cli import main
-from tests import contract
+from tests import contract, ranks
 from tests.tinysd import save_tiny_sd
 
 torch.set_num_threads(1)
@@ -55,6 +55,18 @@ def pictures(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def places(sd, pictures) -> contract.Places:
     return contract.Places(sd, pictures)
+
+
+LONG = ["--steps", "60", "--checkpointing-steps", "5", "--log-steps", "1", "--train-batch-size", "1"]
+"""Options of a run that is long enough to be interrupted."""
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(places, tmp_path_factory) -> Path:
+    """Such a run on two processes, which nothing interrupted."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    ranks.trained(2, command(*places, folder / "run", *LONG), folder / "said")
+    return folder / "run"
 
 
 @pytest.fixture

@@ -283,6 +283,8 @@ def test_nothing_is_written_by_a_mistake_or_a_dry_run(capsys, tmp_path, monkeypa
         "lora --dataset d --num-processes 0": "greater than or equal to 1",
         "lora --dataset d --num-processes two": "--num-processes",
         "lora --dataset d --overwrite=yes": "does not take a value",
+        "lora --dataset d --accelerate-config fspd2": "did you mean fsdp2?",
+        "lora --dataset d --dry-run --accelerate-config fspd2": "did you mean fsdp2?",
         "cp": "Missing argument",
         "ls extra": "unexpected extra argument",
         "run": "Missing argument",
@@ -342,9 +344,26 @@ def recipes(tmp_path, monkeypatch) -> Path:
     return file
 
 
-def test_ls_lists_recipes_with_their_first_line(recipes, capsys):
+def test_ls_lists_recipes_with_their_first_line_and_what_is_for_launching_apart(recipes, capsys):
     code, out, _ = answer(capsys, "ls")
-    assert (code, out.split(maxsplit=1)) == (0, ["lora/sd15-naruto", "SD 1.5 on 1,200 pictures\n"])
+    title, *lines = out.splitlines()
+    assert (code, title) == (0, "Recipes, for --config:")
+    assert lines[0].split(maxsplit=1) == ["lora/sd15-naruto", "SD 1.5 on 1,200 pictures"]
+    first = lines.index("Launching, for --accelerate-config:")
+    second = next(i for i, line in enumerate(lines) if "sbatch" in line and not line.startswith(" "))
+    named = [line.split()[0] for line in lines[first + 1 : second]]
+    assert named == list(options.ready_made("accelerate"))
+    assert [line.split()[0] for line in lines[second + 1 :]] == list(options.ready_made("slurm"))
+
+
+@pytest.mark.parametrize("name", options.ready_made(*options.PLACES))
+def test_cp_copies_what_is_for_launching(name, tmp_path, capsys):
+    code, out, _ = answer(capsys, "cp", name, str(tmp_path))
+    (copy,) = tmp_path.iterdir()
+    assert (code, copy.read_bytes()) == (0, options.ready_made()[name].read_bytes())
+    assert {"accelerate": f"sdtune lora --accelerate-config {copy}", "slurm": f"sbatch {copy} lora"}[
+        name.partition("/")[0]
+    ] in out
 
 
 def test_cp_copies_a_recipe_once(recipes, tmp_path, capsys):

@@ -94,7 +94,8 @@ def test_shipped_recipes(name):
 
 
 def test_recipes_are_found_by_name():
-    assert list(options.shipped()) == shipped()
+    files = [p for p in (ROOT / "recipes").glob("*/*") if p.parent.name not in options.PLACES]
+    assert sorted(shipped()) == sorted(f"{p.parent.name}/{p.stem}" for p in files)
 
 
 def test_citations_are_in_the_index_of_papers():

@@ -15,7 +15,8 @@ FLOORS = (
     "configs",
     "methods verbs",
     "checkpoints curves data diffusion distances draws environment folder guidance guides hub inception lowrank "
-    "noisy_classifier optim options precision public quantize samplers schedules shapes sheets signals usage window",
+    "noisy_classifier optim options peers plan precision public quantize samplers schedules shapes sheets signals "
+    "usage window",
     "adapters cache families metrics noised pipelines recipe report sampling templates words",
     "card encoded engine features formats loading pixel_models pixels plots preview samples state",
     "fold inspect_adapter judges publish sample sample_pixels",
@@ -36,6 +37,7 @@ NEIGHBOURS = {
     "folder": "options",
     "preview": "engine",
     "state": "engine",
+    "peers": "options",
     "cli": "launch",
     "samples": "encoded",
     "sample": "sample_pixels",

@@ -173,7 +173,16 @@ def test_hyphens_and_other_names_in_the_file(written):
 def test_no_two_fields_share_a_spelling(config):
     spellings = [s.replace("-", "_") for n, f in config.model_fields.items() for s in (n, *options.other_names(f))]
     assert len(spellings) == len(set(spellings))
-    taken = {"config", "dry_run", "num_processes", "overwrite", "allow_change", "help", *options.NEEDLESS}
+    taken = {
+        "config",
+        "dry_run",
+        "num_processes",
+        "accelerate_config",
+        "overwrite",
+        "allow_change",
+        "help",
+        *options.NEEDLESS,
+    }
     assert taken.isdisjoint(spellings)
     negated = {f"no_{n}" for n, f in config.model_fields.items() if f.annotation is bool}
     assert negated.isdisjoint(spellings)

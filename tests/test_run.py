@@ -65,11 +65,11 @@ def test_signal_that_comes_while_processes_agree_counts_at_the_next_step(monkeyp
     coming = [signal.SIGTERM]
     with monkeypatch.context() as patch:
         patch.setattr(signal, "signal", lambda number, handler: None)
-        patch.setattr(torch.distributed, "new_group", lambda backend: "peers")
+        patch.setattr(torch.distributed, "new_group", lambda backend, timeout: "peers")
         patch.setattr(
             torch.distributed, "all_reduce", lambda flag, op, group: [stopping._note(n, None) for n in coming]
         )
-        stopping = Stopping(world=2)
+        stopping = Stopping(world=2, patience=9)
         assert not stopping.agreed()
         coming.clear()
         assert stopping.agreed() and stopping.signal == signal.SIGTERM

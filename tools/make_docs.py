@@ -24,6 +24,7 @@ ON_THE_COMMAND = {
     "--config FILE": "YAML file of these options, or the name of a shipped one.",
     "--dry-run": "Print the resolved config and stop.",
     "--num-processes N": "Train on this many processes, a GPU each; without GPUs, on the CPU.",
+    "--accelerate-config NAME": "Launch as this accelerate config says: a file, or [a shipped one](../scale.md).",
     "--find-batch-size": "Cut the images of a step into the largest batches that fit, the rest accumulated.",
     "--memory SIZE": "With --find-batch-size, what a process may use, such as 8GB; none is all there is.",
     "--overwrite": "Discard the run in `output_dir`.",
@@ -106,8 +107,7 @@ def recipe_table() -> str:
 
 
 def shipped() -> list[str]:
-    root = ROOT / "recipes"
-    return [str(p.relative_to(root).with_suffix("")) for p in sorted(root.glob("*/*.yaml"))]
+    return list(options.shipped())
 
 
 def header(file: Path) -> dict[str, str]:

@@ -83,6 +83,11 @@ class Shards:
         self._opened: dict[int, dict[int, Any]] = {}
         self._process = os.getpid()
 
+    @property
+    def sizes(self) -> list[int]:
+        """Images of each part of the data set, of which there is one."""
+        return [len(self)]
+
     def __len__(self) -> int:
         return int(self.starts[-1])
 

@@ -1,0 +1,143 @@
+"""The scripts for Slurm do what they say: their own commands, on two processes, under a scheduler that is played."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from sdtune import options
+from tests import ranks
+from tests.conftest import LONG, command
+from tests.ranks import reached, wait_until
+from tests.test_cuts import difference
+from tests.test_resume import assert_same_bits
+
+SCRIPTS = {name.partition("/")[2]: path for name, path in options.ready_made("slurm").items()}
+
+SRUN = """#!/bin/bash
+# As many tasks as the job has; signals go to all of them, and the worst exit code is srun's.
+tasks=()
+for (( k = 0; k < SLURM_NTASKS; k++ )); do
+    SLURM_PROCID=$k SLURM_LOCALID=$k "$@" & tasks+=($!)
+done
+for name in USR1 TERM; do trap "kill -$name ${tasks[*]} 2> /dev/null" $name; done
+worst=0
+for task in "${tasks[@]}"; do
+    while wait $task; code=$?; kill -0 $task 2> /dev/null; do :; done
+    (( code > worst )) && worst=$code
+done
+exit $worst
+"""
+SCONTROL = """#!/bin/bash
+case "$1" in
+    show) echo 127.0.0.1; echo elsewhere ;;
+    requeue) echo "$2" >> "$REQUEUED" ;;
+esac
+"""
+
+
+class Slurm:
+    """A scheduler with one machine.
+
+    Args:
+        place: folder of its commands, and the folder in which jobs run.
+    """
+
+    def __init__(self, place: Path):
+        self.place, self.requeued = place, place / "requeued"
+        for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+            (place / name).write_text(text)
+            (place / name).chmod(0o755)
+        (place / "sdtune").write_text(f'#!/bin/bash\nexec {sys.executable} -m sdtune "$@"\n')
+        (place / "sdtune").chmod(0o755)
+
+    def sbatch(self, script: Path, words: list[str], **variables: str) -> subprocess.Popen:
+        """Start a job, with what Slurm tells it."""
+        asked = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", script.read_text(), re.MULTILINE))
+        assert asked["signal"] == "B:USR1@120" and "requeue" in asked  # what the scripts rely on
+        path = f"{self.place}:{os.environ['PATH']}"
+        told = {
+            "SLURM_JOB_ID": "4711",
+            "SLURM_JOB_NAME": asked["job-name"],
+            "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_NTASKS": "2",
+            "SLURM_GPUS_ON_NODE": "2",
+            "REQUEUED": str(self.requeued),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parent.parent),
+        }
+        with (self.place / "slurm.out").open("a") as out:
+            argv = ["bash", str(script), *words]
+            return subprocess.Popen(
+                argv, cwd=self.place, env=os.environ | told | variables | {"PATH": path}, stdout=out, stderr=out
+            )
+
+    def said(self) -> str:
+        return (self.place / "slurm.out").read_text()
+
+
+@pytest.fixture
+def slurm(tmp_path) -> Slurm:
+    return Slurm(tmp_path)
+
+
+def node(slurm, places, uninterrupted):
+    """Two minutes before its time is over; then the job is put back into the queue, and starts again."""
+    out = slurm.place / "run"
+    words = command(*places, out, *LONG)
+    job = slurm.sbatch(SCRIPTS["node"], words)
+    wait_until(lambda: reached(out, 3) and job.poll() is None)
+    job.send_signal(signal.SIGUSR1)  # to the shell alone, as B: says
+    assert job.wait(60) == 128 + signal.SIGUSR1, slurm.said()
+    assert slurm.requeued.read_text() == "4711\n"
+    assert "continue with: sdtune lora" in slurm.said()
+    assert not (out / "pytorch_lora_weights.safetensors").exists()
+    assert slurm.sbatch(SCRIPTS["node"], words).wait(120) == 0, slurm.said()
+    assert "continuing at step" in slurm.said()
+    assert slurm.requeued.read_text() == "4711\n"
+    assert_same_bits(uninterrupted, out)
+
+
+def nodes(slurm, places, uninterrupted):
+    """A task on each GPU, and no launcher; preempted, which is for Slurm to requeue."""
+    out = slurm.place / "run"
+    words = command(*places, out, *LONG)
+    job = slurm.sbatch(SCRIPTS["nodes"], words)
+    wait_until(lambda: reached(out, 3) and job.poll() is None)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(60) == 128 + signal.SIGTERM, slurm.said()
+    assert not slurm.requeued.exists()
+    ranks.trained(2, words, slurm.place / "said")
+    assert_same_bits(uninterrupted, out)
+
+
+def array(slurm, places, uninterrupted):
+    """A run for each seed."""
+    learnt = []
+    words = command(*places, Path("unused"), "--steps", "2")
+    for k in range(2):
+        told = {"SLURM_ARRAY_TASK_ID": str(k), "SLURM_ARRAY_JOB_ID": "4711", "SLURM_GPUS_ON_NODE": "1"}
+        assert slurm.sbatch(SCRIPTS["array"], words, **told).wait(120) == 0, slurm.said()
+        run = slurm.place / f"runs/sdtune/seed-{k}"
+        assert f"seed: {k}\n" in (run / "config.yaml").read_text()
+        learnt.append(load_file(run / "pytorch_lora_weights.safetensors"))
+    assert difference(*learnt) > 1e-6
+    assert not slurm.requeued.exists()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script(name, slurm, places, uninterrupted):
+    globals()[name](slurm, places, uninterrupted)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script_is_bash(name):
+    assert subprocess.run(["bash", "-n", SCRIPTS[name]]).returncode == 0
+    if shutil.which("shellcheck"):
+        assert subprocess.run(["shellcheck", SCRIPTS[name]]).returncode == 0

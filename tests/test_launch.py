@@ -1,0 +1,260 @@
+"""Many processes: the accelerate configs that come with sdtune, two machines, a failure of one that ends them all."""
+
+import os
+import random
+import signal
+import socket
+from functools import partial
+
+import psutil
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed import run as torchrun
+
+from sdtune import checkpoints, launch, options, peers
+from sdtune.cli import main
+from sdtune.configs import UserError
+from sdtune.methods import LoraConfig
+from tests import ranks
+from tests.conftest import LONG, command, status
+from tests.contract import RECIPES
+from tests.ranks import reached, wait_until
+from tests.test_cuts import difference
+from tests.test_resume import assert_same_bits
+
+SHIPPED = {name.partition("/")[2]: path for name, path in options.ready_made("accelerate").items()}
+EXPECTED = {
+    "multi-gpu": {},
+    "multi-node": {},
+    "cpu": {},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"},
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+}
+"""What accelerate tells the processes under each."""
+SHARDS = {"fsdp2": "(FSDP2)", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+"""What the run says of itself under each."""
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch):
+    """What a launch puts into the environment stays in its test."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", os.environ.copy())
+        yield
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """A shipped accelerate config with other lines; one for several machines gets an address in any case."""
+
+    def edit(name, **lines):
+        settings = yaml.safe_load(SHIPPED[name].read_text()) | lines
+        if settings["num_machines"] > 1:
+            settings |= {"main_process_ip": "127.0.0.1"}
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(settings))
+        return file
+
+    return edit
+
+
+def config(**given):
+    return LoraConfig(dataset="d", **given)
+
+
+# ---- accelerate's files --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_accelerate_takes_every_shipped_config_in_every_precision(name, precision, edited):
+    assert load_config_from_file(str(SHIPPED[name])).mixed_precision is None  # the run's decides
+    settings = launch.read(edited(name, num_processes=4), config(mixed_precision=precision), None)
+    told = launch.environment(edited(name, num_processes=4), settings)
+    assert EXPECTED[name].items() <= told.items()
+    assert told["ACCELERATE_MIXED_PRECISION"] == precision
+    both = {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"}
+    assert both & told.keys() == both & EXPECTED[name].keys()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_config_trains_on_the_cpu_to_the_weights_of_one_process(name, places, lora, tmp_path, edited):
+    learnt = RECIPES["lora"].artefact
+    small = ["--learning-rate", "1e-4", "--steps", "3"]
+    file = edited(name, num_processes=2)
+    cut = ["--train-batch-size", "1", "--accelerate-config", str(file)]
+    ranks.trained(2, command(*places, tmp_path / "two", *small, *cut), tmp_path / "said")
+    said = (tmp_path / "said" / "0.out").read_text()
+    assert [kind for kind, told in SHARDS.items() if told in said] == [kind for kind in SHARDS if kind == name]
+    assert difference(learnt(lora("one", *small)), learnt(tmp_path / "two")) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("lines", "flags", "processes", "told"),
+    [
+        ({"num_processes": 4}, {}, 2, "--num-processes 2: {file} says num_processes: 4; leave one of them out"),
+        ({"mixed_precision": "fp16"}, {"mixed_precision": "bf16"}, 2, "--mixed-precision bf16: {file} says"),
+        ({"mixed_precision": "fp8"}, {}, 2, "mixed_precision fp8: sdtune knows no, fp16, bf16"),
+        ({"distributed_type": "MEGATRON_LM"}, {}, 2, "distributed_type MEGATRON_LM: sdtune trains under NO,"),
+        ({"num_processes": "two"}, {}, None, "num_processes wants a whole number, not 'two'"),
+        ({"num_machines": 2, "main_process_ip": None}, {}, 2, "num_machines: 2 wants main_process_ip and"),
+        ({"num_machines": 2, "main_process_ip": "a", "main_process_port": 1}, {}, 3, "3 processes cannot be shared"),
+        ({}, {}, None, "{file} leaves the number of processes to the GPUs, and none is visible: add --num-processes"),
+        ({"num_prosesses": 2}, {}, 2, "unknown keys (['num_prosesses'])"),
+    ],
+)
+def test_contradictions_are_refused(lines, flags, processes, told, tmp_path, sd, pictures, capfd):
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump({"distributed_type": "MULTI_GPU"} | lines))
+    words = command(sd, pictures, tmp_path / "run", "--accelerate-config", str(file))
+    words += [word for name, value in flags.items() for word in (options.flag(name), value)]
+    words += ["--num-processes", str(processes)] if processes else []
+    assert status(words) == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert told.format(file=file) in said
+    assert "Traceback" not in said
+
+
+def test_too_few_gpus_are_no_reason_to_train_on_the_cpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    settings = launch.read(SHIPPED["multi-gpu"], config(), 2)
+    with pytest.raises(UserError, match="1 GPUs are visible on each of 1 machines"):
+        launch.placed(SHIPPED["multi-gpu"], settings)
+    assert launch.placed(SHIPPED["multi-gpu"], settings | {"num_processes": None})["num_processes"] == 1
+    two = launch.read(SHIPPED["cpu"], config(), None)
+    assert launch.placed(SHIPPED["cpu"], two)["num_processes"] == 2
+    assert os.environ["ACCELERATE_USE_CPU"] == "true"
+
+
+def test_launcher_that_started_another_number_of_processes(places, tmp_path, edited):
+    file = edited("multi-gpu", num_processes=3)
+    started = ranks.Ranks(2, command(*places, tmp_path / "run", "--accelerate-config", str(file)), tmp_path / "said")
+    assert started.codes() == [2, 2]
+    assert f"{file} says num_processes: 3; the launcher started 2" in started.said("err")
+
+
+# ---- when a process fails ------------------------------------------------------------------------------
+
+FAILS = """
+import os
+from sdtune.recipes.lora import Lora
+
+class Fails(Lora):
+    '''LoRA that fails in one process.'''
+
+    def forward(self, batch):
+        self.seen = getattr(self, "seen", 0) + 1
+        if os.environ["RANK"] == "1" and self.seen == 7:
+            raise ZeroDivisionError("the seventh batch of process 1")
+        return super().forward(batch)
+"""
+
+
+def accelerate_launch(*words: str) -> None:
+    launch_command(launch_command_parser().parse_args(words))
+
+
+def worker(launcher: ranks.Forked, rank: int) -> psutil.Process:
+    running = psutil.Process(launcher.process.pid).children()
+    return next(p for p in running if p.environ().get("RANK") == str(rank))
+
+
+def test_error_of_one_process_is_told_once_and_ends_the_others(places, tmp_path):
+    file = tmp_path / "fails.py"
+    file.write_text(FAILS)
+    words = ["run", str(file), *command(*places, tmp_path / "run", *LONG)[1:]]
+    started = ranks.Ranks(3, words, tmp_path / "said")
+    codes = started.codes()
+    assert codes == [peers.GONE, 1, peers.GONE]
+    told = started.said("err")
+    assert told.count("ZeroDivisionError: the seventh batch of process 1") == 1
+    assert "closed by peer" not in told
+    assert "without a word" not in told
+    (saved,) = checkpoints.found(tmp_path / "run" / "checkpoints")
+    assert saved.name == "step-000005" and checkpoints.verify(saved) is None
+
+
+def test_killed_process_is_named_and_the_same_command_continues_to_the_same_bits(uninterrupted, places, tmp_path):
+    """On one machine, under `sdtune` itself, at a step that is another each time."""
+    cut = tmp_path / "cut"
+    words = command(*places, cut, *LONG, "--num-processes", "2")
+    launcher = ranks.Forked(partial(main, words), tmp_path / "launcher")
+    rank, step = random.randrange(2), random.randrange(6, 30)
+    wait_until(lambda: reached(cut, step), launcher)
+    worker(launcher, rank).send_signal(signal.SIGKILL)
+    assert launcher.code(30) == 1
+    said = launcher.said("err")
+    told = [line for line in said.splitlines() if line.startswith("failed: ")]
+    assert len(told) == 1, said
+    assert told[0].startswith(f"failed: process {rank} of 2 was killed by SIGKILL; the last checkpoint is whole; ")
+    assert told[0].endswith("--num-processes 2") and f"continue with: sdtune lora --output-dir {cut}" in told[0]
+    assert "Traceback" not in said
+    ranks.trained(2, words, tmp_path / "said")
+    assert_same_bits(uninterrupted, cut)
+
+
+def test_process_that_hangs_is_named_after_the_time_out(places, tmp_path):
+    out = tmp_path / "run"
+    started = ranks.Ranks(2, command(*places, out, *LONG, "--ddp-timeout", "3"), tmp_path / "said")
+    wait_until(lambda: reached(out, 6))
+    os.kill(started.all[1].process.pid, signal.SIGSTOP)
+    assert started.all[0].code() == 1
+    assert "failed: process 1 of 2 did not answer for 3 s (--ddp-timeout)" in started.said("err")
+    assert started.all[1].code(0) == -signal.SIGKILL
+    assert checkpoints.found(out / "checkpoints")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_signal_to_one_process_saves_and_ends_all(number, places, tmp_path):
+    out = tmp_path / "run"
+    words = command(*places, out, *LONG, "--checkpointing-steps", "0")
+    started = ranks.Ranks(2, words, tmp_path / "said")
+    wait_until(lambda: reached(out, 3))
+    os.kill(started.all[1].process.pid, number)
+    assert started.codes() == [128 + number] * 2
+    assert "and saved; continue with: sdtune lora" in started.said("out")
+    assert started.said("out").rstrip().endswith("under the same launcher")
+    assert len(checkpoints.found(out / "checkpoints")) == 1
+
+
+# ---- several machines, other launchers -----------------------------------------------------------------
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
+
+
+def test_two_machines_under_accelerate_lose_a_process_and_go_on_under_torchrun(uninterrupted, places, tmp_path):
+    """Each a launcher with one process, on this host."""
+    cut = tmp_path / "cut"
+    words, cpu = ["sdtune", *command(*places, cut, *LONG)], {"ACCELERATE_USE_CPU": "true"}
+
+    line = ["--num_machines", "2", "--num_processes", "2", "--multi_gpu", "--dynamo_backend", "no"]
+    line += ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port(), "--mixed_precision", "no"]
+    machines = [
+        ranks.Forked(
+            partial(accelerate_launch, *line, "--machine_rank", str(k), "-m", *words), tmp_path / f"{k}", **cpu
+        )
+        for k in range(2)
+    ]
+    wait_until(lambda: reached(cut, 8), *machines)
+    worker(machines[1], 1).send_signal(signal.SIGKILL)
+    assert 0 not in [machine.code(60) for machine in machines]
+    said = machines[0].said("err")
+    assert said.count("failed: process 1 of 2 has ended without a word") == 1
+    assert said.count("under the same launcher") == 1
+
+    line = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", free_port()]
+    machines = [
+        ranks.Forked(
+            partial(torchrun.main, [*line, "--node-rank", str(k), "-m", "--", *words]), tmp_path / f"{k}", **cpu
+        )
+        for k in range(2)
+    ]
+    assert [machine.code() for machine in machines] == [0, 0], machines[0].said("err")
+    assert "continuing at step" in machines[0].said("out")
+    assert_same_bits(uninterrupted, cut)
