@@ -16,7 +16,7 @@ Natural = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
-Precision = Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(lambda v: "no" if v is False else v)]
+Precision = Annotated[Literal["no", "fp16", "bf16", "fp8"], BeforeValidator(lambda v: "no" if v is False else v)]
 """A bare `no` is false in YAML 1.1."""
 Strings = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 Counts = Annotated[list[Count], BeforeValidator(lambda v: [v] if isinstance(v, str | int) else v)]
@@ -283,7 +283,7 @@ class Run(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     mixed_precision: Precision | None = None
-    """Precision of frozen weights and forward pass; none takes accelerate launch's, else no."""
+    """Precision of frozen weights and forward pass (fp8: bf16, linear layers in 8 bits); none is the launcher's."""
     seed: int = 0
     """Seed of everything random."""
     compile: bool = False

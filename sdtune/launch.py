@@ -111,7 +111,7 @@ def read(file: Path, cfg: Run, processes: int | None) -> dict[str, Any]:
         "distributed_type": kind,
         "num_machines": machines,
         "num_processes": count,
-        "mixed_precision": chosen,
+        "mixed_precision": "no" if chosen == "fp8" else chosen,  # it is sdtune that computes in 8 bits
     }
 
 

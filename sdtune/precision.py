@@ -6,11 +6,11 @@ import torch
 
 from sdtune.configs import Run, UserError
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 def precision_of(cfg: Run) -> str:
-    """``no``, ``fp16`` or ``bf16``.
+    """``no``, ``fp16``, ``bf16`` or ``fp8``.
 
     Raises:
         UserError: when config and launcher disagree, or neither is known here.

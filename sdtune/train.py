@@ -17,6 +17,7 @@ from sdtune.configs import Run, UserError
 from sdtune.data import positions
 from sdtune.engines import spread
 from sdtune.environment import environment
+from sdtune.float8 import compute_in_float8
 from sdtune.metrics import Metrics, check_trackers
 from sdtune.peers import Together, again
 from sdtune.plan import plan, steps_of
@@ -197,6 +198,8 @@ def prepare_modules(recipe: Recipe, cfg: Run, device: torch.device) -> None:
     if cfg.compile and device.type == "cpu":
         raise UserError("--compile: on a CPU torch.compile returns wrong gradients beside a right loss; leave it out")
     for module in recipe.children():
+        if precision_of(cfg) == "fp8":
+            compute_in_float8(module, device)
         if cfg.gradient_checkpointing:
             getattr(module, "enable_gradient_checkpointing", getattr(module, "gradient_checkpointing_enable", None))()
         if cfg.compile and hasattr(module, "compile_repeated_blocks"):

@@ -239,7 +239,7 @@ def test_no_flag_has_two_meanings(config):
         "--resolution 7": "--resolution: should be greater than or equal to 8, not 7",
         "--checkpoints-total-limit 1": "--checkpoints-total-limit: should be greater than or equal to 2, not 1",
         "--lr-scheduler cosin": "did you mean cosine?",
-        "--mixed-precision fp32": "--mixed-precision: 'fp32' is none of no, fp16, bf16",
+        "--mixed-precision fp32": "--mixed-precision: 'fp32' is none of no, fp16, bf16, fp8",
         "--optimizer-args '{a: 1'": "--optimizer-args: should be a valid dictionary, not '{a: 1'",
         "--optimizer-args 3": "--optimizer-args: should be a valid dictionary, not 3",
         "--optimizer-args '{a: !!int x}'": "--optimizer-args: should be a valid dictionary",

@@ -14,7 +14,7 @@ ROOT = Path(sdtune.__file__).parent
 FLOORS = (
     "configs",
     "methods verbs",
-    "checkpoints curves data diffusion distances draws environment folder guidance guides hub inception lowrank "
+    "checkpoints curves data diffusion distances draws environment float8 folder guidance guides hub inception lowrank "
     "noisy_classifier optim options peers plan precision public quantize samplers schedules shapes sheets signals "
     "usage window",
     "adapters cache families metrics noised pipelines recipe report sampling templates words",
