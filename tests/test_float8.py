@@ -1,4 +1,4 @@
-"""Products of 8-bit floats: near those of full numbers, their gradients too, and refused where nothing multiplies them."""
+"""Products of 8-bit floats: near those of full numbers, gradients too, and refused where nothing multiplies them."""
 
 import pytest
 import torch
