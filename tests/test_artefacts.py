@@ -194,8 +194,8 @@ def test_stages_on_the_way_to_the_hub_never_touch_the_run(here, sd, pictures, tm
     out, seen = tmp_path / "staged", []
     checkpoint = publish.Publisher.checkpoint
 
-    def look(self, recipe, state):
-        checkpoint(self, recipe, state)
+    def look(self, state):
+        checkpoint(self, state)
         seen.append((state.step, folder.artefact(out), (out / "model_index.json").exists()))
 
     monkeypatch.setattr(publish.Publisher, "checkpoint", look)
@@ -281,18 +281,13 @@ def test_kill_while_it_is_put_in_place_leaves_no_pipeline(pipe, tmp_path, monkey
 
 
 class Writer:
-    """A recipe that writes what it is told, in state of a step."""
-
-    step = 7
+    """A recipe that writes what it is told."""
 
     def __init__(self, *names, fails=None):
         self.names, self.fails = names, fails
 
     def eval(self): ...
     def train(self): ...
-    def evaluating(self):
-        return torch.no_grad()
-
     def export(self, out):
         if self.fails:
             raise self.fails
@@ -304,13 +299,13 @@ class Writer:
 
 def test_record_is_of_the_last_whole_artefact(tmp_path):
     wide, narrow = Writer("a", "b/c", "b/d/e"), Writer("a", "b/f")
-    folder.export_last(wide, wide, tmp_path)
+    folder.export_last(wide, tmp_path, 7)
     assert json.loads((tmp_path / "artefact.json").read_text()) == {"step": 7, "files": ["a", "b/c", "b/d/e"]}
     broken = Writer(fails=OSError(28, "No space left on device"))
     with pytest.raises(RunFailed, match=r"No space left on device.*give the same command again"):
-        folder.export_last(broken, broken, tmp_path)
+        folder.export_last(broken, tmp_path, 7)
     assert folder.artefact(tmp_path) == []
-    folder.export_last(narrow, narrow, tmp_path)
+    folder.export_last(narrow, tmp_path, 7)
     assert folder.artefact(tmp_path, 7) == [tmp_path / "a", tmp_path / "b" / "f"]
     assert folder.artefact(tmp_path, 8) == []
     assert not (tmp_path / "b" / "c").exists() and not (tmp_path / "b" / "d").exists()
@@ -319,7 +314,7 @@ def test_record_is_of_the_last_whole_artefact(tmp_path):
 def test_failed_copy_leaves_nothing(tmp_path):
     broken = Writer(fails=OSError(28, "No space left on device"))
     with pytest.raises(RunFailed, match="step-000007"):
-        folder.export_copy(broken, broken, tmp_path)
+        folder.export_copy(broken, tmp_path, 7)
     assert list((tmp_path / "exports").iterdir()) == []
 
 

@@ -9,6 +9,8 @@ from accelerate import Accelerator, PartialState
 from diffusers import DDPMScheduler
 
 from sdtune import preview
+from sdtune.engine import Engine
+from sdtune.methods import ClassifierConfig
 from sdtune.noisy_classifier import NoisyClassifier
 from sdtune.recipe import Recipe
 from sdtune.window import Figures
@@ -146,7 +148,8 @@ class Lost(Recipe):
 
 
 def test_a_held_out_loss_that_is_none_is_not_left_out():
-    cfg = type("Config", (), {"buckets": False, "train_batch_size": 2})
-    told = preview.holdout(Lost(cfg, None), Pictures(), Accelerator())
+    cfg = ClassifierConfig(dataset="d", class_column="c", train_batch_size=2)
+    engine = Engine(Lost(cfg, None), cfg, Accelerator())
+    told = preview.holdout(engine, Pictures(), Accelerator())
     assert told["holdout_x"] == 1.0
     assert not math.isfinite(told["holdout_loss"])
