@@ -102,6 +102,7 @@ MEANING = {
     "gradients": "gradients",
     "activations": "activations, and the batch",
     "temporary": "temporary, in the backward pass",
+    "reading": "more than a step takes, while the base is read in 32 bits",
 }
 """Parts of a need in words."""
 

@@ -45,6 +45,8 @@ class Need(NamedTuple):
     """What the forward pass keeps for the backward pass, and the batch."""
     temporary: int
     """What the backward pass makes and lets go of."""
+    reading: int
+    """By how much more the process holds while it reads the base in 32 bits, to hold it in fewer, than in a step."""
 
     @property
     def total(self) -> int:
@@ -137,7 +139,7 @@ def estimate(recipe: Recipe, dataset: Any, device: torch.device, base: int | Non
         worst = traced(recipe, batch, held)
     trained = [p for p in recipe.parameters() if p.requires_grad]
     spared, decoded = quantised(recipe)
-    return Need(
+    need = Need(
         base=base,
         weights=size_of(held) - spared,
         optimizer=state_size(cfg, trained, device),
@@ -145,7 +147,10 @@ def estimate(recipe: Recipe, dataset: Any, device: torch.device, base: int | Non
         gradients=worst["gradients"],
         activations=worst["activations"] + size_of(batch.values()),
         temporary=worst["temporary"] + decoded,
+        reading=0,
     )
+    read = base + need.weights + read_in_full(recipe) if device.type == "cpu" else 0
+    return need._replace(reading=max(0, read - need.total))
 
 
 def traced(recipe: Recipe, batch: dict[str, Tensor], held: list[Tensor]) -> Counter[str]:
@@ -219,6 +224,15 @@ def quantised(recipe: Recipe) -> tuple[int, int]:
         return 0, 0
     both = [saved(part, recipe.cfg.quantize_base) for part in recipe.trained.values()]
     return sum(spared for spared, _ in both), max(decoded for _, decoded in both)
+
+
+def read_in_full(recipe: Recipe) -> int:
+    """Bytes in 32 bits of the largest part of a base that is held in fewer: while it is read, it is there twice."""
+    if not isinstance(recipe, FineTune):
+        return 0
+    fewer = recipe.family.dtype != torch.float32 or (isinstance(recipe.cfg, Adapter) and recipe.cfg.quantize_base)
+    sizes = [4 * sum(p.numel() for p in part.parameters()) for part in recipe.family.parts.values()]
+    return max(sizes) if fewer and recipe.cfg.variant is None else 0
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
