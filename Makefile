@@ -15,13 +15,13 @@ digits-guided: $(READY)  ## after it: digits by class, by both ways of guidance
 	$(BIN)/python examples/digits.py guided
 
 test: $(READY)  ## the tests: offline, on the CPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 check: $(READY)  ## what CI runs: format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 docs: $(READY)  ## write the generated tables anew
 	$(BIN)/python tools/make_docs.py
