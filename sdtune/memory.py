@@ -131,18 +131,19 @@ def estimate(recipe: Recipe, dataset: Any, device: torch.device, base: int | Non
     prepare_modules(recipe.train(), cfg.model_copy(update={"compile": False}), device)
     with torch.no_grad():
         recipe({name: x.to("meta") for name, x in batch.items()})  # frozen parts are made when first used
-    if base is None:
+    trained = [p for p in recipe.parameters() if p.requires_grad]
+    spared, decoded = quantised(recipe)
+    state = state_size(cfg, trained, device)
+    if base is None:  # the libraries of fewer bits are part of the process by now
         base = 0 if device.type == "cuda" else resident()
     with FakeTensorMode(allow_non_fake_inputs=True):
         held = on(recipe, device)
         batch = {name: torch.empty_like(x, device=device) for name, x in batch.items()}
         worst = traced(recipe, batch, held)
-    trained = [p for p in recipe.parameters() if p.requires_grad]
-    spared, decoded = quantised(recipe)
     need = Need(
         base=base,
         weights=size_of(held) - spared,
-        optimizer=state_size(cfg, trained, device),
+        optimizer=state,
         average=size_of(trained) if cfg.use_ema else 0,
         gradients=worst["gradients"],
         activations=worst["activations"] + size_of(batch.values()),
@@ -227,12 +228,16 @@ def quantised(recipe: Recipe) -> tuple[int, int]:
 
 
 def read_in_full(recipe: Recipe) -> int:
-    """Bytes in 32 bits of the largest part of a base that is held in fewer: while it is read, it is there twice."""
-    if not isinstance(recipe, FineTune):
+    """Bytes in 32 bits of what, of the largest part of a base, is held in fewer: while it is read it is there twice."""
+    if not isinstance(recipe, FineTune) or recipe.cfg.variant is not None:
         return 0
-    fewer = recipe.family.dtype != torch.float32 or (isinstance(recipe.cfg, Adapter) and recipe.cfg.quantize_base)
-    sizes = [4 * sum(p.numel() for p in part.parameters()) for part in recipe.family.parts.values()]
-    return max(sizes) if fewer and recipe.cfg.variant is None else 0
+    if recipe.family.dtype != torch.float32:
+        layers = [list(part.modules()) for part in recipe.family.parts.values()]
+    elif isinstance(recipe.cfg, Adapter) and recipe.cfg.quantize_base:
+        layers = [[m for m in part.modules() if isinstance(m, nn.Linear)] for part in recipe.trained.values()]
+    else:
+        return 0
+    return max(4 * sum(p.numel() for m in part for p in m.parameters(recurse=False)) for part in layers)
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
