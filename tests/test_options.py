@@ -350,6 +350,9 @@ def test_a_changed_method_is_a_changed_option(tmp_path):
     assert folder.differences(cfg, file) == ["method was other, is lora", "--rank was 5, is 4"]
     file.write_text(options.to_yaml(cfg).replace("method: lora\n", ""))  # of a time when only LoRA was there
     assert folder.differences(cfg, file) == []
+    file.write_text(options.to_yaml(cfg).replace("scale_lr: false\n", ""))  # of a time when there was no such option
+    assert folder.differences(cfg, file) == []
+    assert folder.differences(LoraConfig(dataset="d", scale_lr=True), file) == ["--scale-lr was False, is True"]
 
 
 def test_the_class_of_settings():
