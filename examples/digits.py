@@ -116,11 +116,7 @@ def plain(judge: Judge) -> bool:
     real = embed(judge.real, network)
     rows = [("accuracy of the judge on digits held out", judge.accuracy, ">= 0.95", judge.accuracy >= 0.95)]
     distances = {}
-    for name, sampler, steps in (
-        ("DDPM, 1000 steps", "ddpm", 1000),
-        ("DDIM, 1000 steps", "ddim", 1000),
-        ("DDIM, 25 steps", "ddim", 25),
-    ):
+    for name, sampler, steps in (("DDPM, 1000 steps", "ddpm", 1000), ("DDIM, 25 steps", "ddim", 25)):
         pictures = drawn(PLAIN, sampler, steps)
         odds = judge.probabilities(pictures)
         sure, digits = float((odds.max(1) >= CONFIDENT).mean()), len(set(odds.argmax(1)))
@@ -131,9 +127,9 @@ def plain(judge: Judge) -> bool:
         ]
         labels = [str(digit) for digit in odds[:40].argmax(1)]
         grid(to_images(pictures[:40]), labels, 10).save(f"{PLAIN}/{sampler}-{steps}.png")
-    *many, few = distances.values()
+    many, few = distances.values()
     rows += [(f"Frechet distance, random-conv: {name}", distance, "", True) for name, distance in distances.items()]
-    rows.append(("25 steps over the better of 1000", few / min(many), "<= 1.15", few <= 1.15 * min(many)))
+    rows.append(("25 steps over 1000", few / many, "<= 1.15", few <= 1.15 * many))
     return told(rows)
 
 
