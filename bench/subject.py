@@ -21,6 +21,7 @@ from sdtune.verbs import SampleConfig
 
 SKS, WORD = ("heart", "sks shape"), ("heart", "<thing>")
 NO_PRIOR = ["--prior-loss-weight", "0"]
+WORD_ALONE = ["textual-inversion", "--config", "textual-inversion/tiny-word"]
 WAYS = {
     "base": (SKS, []),
     "adapters": (SKS, ["dreambooth", "--config", "dreambooth/tiny-subject"]),
@@ -28,8 +29,8 @@ WAYS = {
     "full": (SKS, ["dreambooth", "--config", "dreambooth/tiny-subject-full"]),
     "full, no prior": (SKS, ["dreambooth", "--config", "dreambooth/tiny-subject-full", *NO_PRIOR]),
     "word and adapters": (WORD, ["dreambooth", "--config", "dreambooth/tiny-subject-pivotal"]),
-    "word": (WORD, ["textual-inversion", "--config", "textual-inversion/tiny-word", "--dataset", "tiny-subject"]),
-    "word for a known shape": (("arrow", "<thing>"), ["textual-inversion", "--config", "textual-inversion/tiny-word"]),
+    "word": (WORD, [*WORD_ALONE, "--dataset", "tiny-subject", "--steps", "1000"]),  # as many as the row above
+    "word for a known shape": (("arrow", "<thing>"), WORD_ALONE),
 }
 """Name of a row to what the subject is, what its captions call it, and the command that trains it."""
 
