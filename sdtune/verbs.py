@@ -44,6 +44,8 @@ class Pixels(Section):
     """How strongly CLIP steers; needs clip_model and a prompt."""
     eta: Share = 0.0
     """Noise of DDIM's steps, from none to that of DDPM (Song et al. 2020)."""
+    variance_type: Literal["fixed_small", "fixed_large"] | None = None
+    """Variance of DDPM's steps: beta-tilde, or beta (Ho et al. 2020); none is the model's."""
     strip: Natural = 0
     """Save strip.png: the estimate of the first image at this many steps on the way; 0 saves none."""
     interpolate: list[Path] = []
@@ -63,6 +65,9 @@ class Pixels(Section):
             raise ValueError("clip_guidance_scale and clip_model: give both or neither")
         if self.interpolate and len(self.interpolate) != 2:
             raise ValueError(f"interpolate is between two images, not {len(self.interpolate)}")
+        strays = [n for n in ("interpolate_timestep", "interpolate_count") if n in self.model_fields_set]
+        if strays and not self.interpolate:
+            raise ValueError(f"{strays[0]} is for a row between two images: give interpolate, or leave it out")
         return self
 
 
