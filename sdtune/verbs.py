@@ -151,9 +151,9 @@ class EvaluateConfig(Source, Verb):
     neighbours: Count = 3
     """Neighbours k of precision and recall (Kynkäänniemi et al. 2019)."""
     resamples: Annotated[Natural, also("bootstrap")] = 200
-    """Random halves of the images behind each 95 % interval; 0 gives none."""
+    """Bootstrap resamples of the images behind each 95 % interval (Efron 1979); 0 gives none."""
     seed: int = 0
-    """Seed of the halves, and of the images when a model is sampled."""
+    """Seed of the resamples, and of the images when a model is sampled."""
     num_images: Count = 500
     """Images to sample from a model: with the reference's captions, or as many of each of its classes, rounded up."""
     steps: Annotated[Count | None, also("num_inference_steps")] = None
@@ -166,7 +166,7 @@ class EvaluateConfig(Source, Verb):
     @model_validator(mode="after")
     def _some_spread(self) -> Self:
         if self.resamples == 1:
-            raise ValueError("resamples 1: one half has no spread; give 0 for no intervals, or 200")
+            raise ValueError("resamples 1: a single one has no spread; give 0 for no intervals, or 200")
         return self
 
 
