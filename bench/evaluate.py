@@ -69,7 +69,7 @@ if __name__ == "__main__":
     x = embed(samples, network)
     began = time.monotonic()
     estimates(figures, (x, reference), 200)
-    print(f"intervals by 200 halves of 897 and 900 in {time.monotonic() - began:.0f} s")
+    print(f"intervals by 200 resamples of 897 and 900 in {time.monotonic() - began:.0f} s")
     print("intervals that cover, sets apart:", coverage(1.5, 1))
     print("intervals that cover, sets alike:", coverage(1, 0))
     assert frechet(reference, reference) < 1e-9

@@ -36,7 +36,7 @@ STEPS = 25
 SHOWN = 100
 """Most images of a call that are kept in memory, for its sheet."""
 OF_LATENTS = "adapter embedding unet vae negative_prompt width height"
-OF_PIXELS = "classes classifier clip_model eta strip interpolate"
+OF_PIXELS = "classes classifier clip_model eta variance_type strip interpolate"
 """Options that only one kind of model has a use for."""
 
 

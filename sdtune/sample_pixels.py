@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, SchedulerMixin, UNet2DModel
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -46,6 +46,8 @@ class PixelJob:
         pipe = load_pipeline(cfg)
         self.cfg, self.unet = cfg, pipe.unet
         self.scheduler = make_scheduler(cfg.scheduler, pipe.scheduler, clip=True) if cfg.scheduler else pipe.scheduler
+        if cfg.variance_type:
+            self.scheduler = with_variance(self.scheduler, cfg.variance_type)
         timesteps = self.scheduler.config.num_train_timesteps
         self.steps = cfg.steps or (timesteps if isinstance(self.scheduler, DDPMScheduler) else min(STEPS, timesteps))
         self.scale = 1.0 if cfg.guidance_scale is None else cfg.guidance_scale
@@ -72,6 +74,11 @@ class PixelJob:
             self.labels = class_labels(names, classes, f"--model {cfg.model}") if cfg.classes else None
         elif cfg.classes and not cfg.classifier:
             raise UserError(f"--class: {cfg.model} knows no classes; a --classifier can steer it towards one")
+        if self.labels is None and self.scale != 1:
+            why = "knows no classes" if self.unet.config.num_class_embeds is None else "was asked for no --class"
+            raise UserError(f"--guidance-scale {self.scale:g}: guides towards a class, and {cfg.model} {why}")
+        if self.scale == 1 and cfg.guidance_rescale:
+            raise UserError("--guidance-rescale: takes back some of --guidance-scale; give one other than 1")
         if cfg.classifier:
             self.classifier, classes = load_classifier(cfg.classifier, self.unet, self.scheduler)
             self.wanted = class_labels(names, classes, f"--classifier {cfg.classifier}")
@@ -97,6 +104,8 @@ class PixelJob:
                 "Between": " and ".join(p.name for p in cfg.interpolate),
                 "From timestep": cfg.interpolate_timestep,
             }
+        if cfg.variance_type:
+            facts["Variance"] = cfg.variance_type
         return facts | ({"Eta": cfg.eta} if cfg.eta else {})
 
     def draw(self, rows: slice, progress: Callable[[float], None]) -> list[Image.Image]:
@@ -155,6 +164,13 @@ class PixelJob:
     def _watch(self, t: int, x0: Tensor) -> None:
         if t in self.frames:
             self.frames[t] = to_images(x0[:1])[0]
+
+
+def with_variance(scheduler: SchedulerMixin, kind: str) -> DDPMScheduler:
+    """The ancestral sampler with another variance; `UserError` where the steps are not its."""
+    if not isinstance(scheduler, DDPMScheduler):
+        raise UserError(f"--variance-type: of --scheduler ddpm; {type(scheduler).__name__} has a noise of its own")
+    return DDPMScheduler.from_config(scheduler.config, variance_type=kind)
 
 
 def read_image(path: Path, unet: UNet2DModel) -> Tensor:

@@ -44,6 +44,8 @@ class Pixels(Section):
     """How strongly CLIP steers; needs clip_model and a prompt."""
     eta: Share = 0.0
     """Noise of DDIM's steps, from none to that of DDPM (Song et al. 2020)."""
+    variance_type: Literal["fixed_small", "fixed_large"] | None = None
+    """Variance of DDPM's steps: beta-tilde, or beta (Ho et al. 2020); none is the model's."""
     strip: Natural = 0
     """Save strip.png: the estimate of the first image at this many steps on the way; 0 saves none."""
     interpolate: list[Path] = []
@@ -63,6 +65,9 @@ class Pixels(Section):
             raise ValueError("clip_guidance_scale and clip_model: give both or neither")
         if self.interpolate and len(self.interpolate) != 2:
             raise ValueError(f"interpolate is between two images, not {len(self.interpolate)}")
+        strays = [n for n in ("interpolate_timestep", "interpolate_count") if n in self.model_fields_set]
+        if strays and not self.interpolate:
+            raise ValueError(f"{strays[0]} is for a row between two images: give interpolate, or leave it out")
         return self
 
 
@@ -146,9 +151,9 @@ class EvaluateConfig(Source, Verb):
     neighbours: Count = 3
     """Neighbours k of precision and recall (Kynkäänniemi et al. 2019)."""
     resamples: Annotated[Natural, also("bootstrap")] = 200
-    """Random halves of the images behind each 95 % interval; 0 gives none."""
+    """Bootstrap resamples of the images behind each 95 % interval (Efron 1979); 0 gives none."""
     seed: int = 0
-    """Seed of the halves, and of the images when a model is sampled."""
+    """Seed of the resamples, and of the images when a model is sampled."""
     num_images: Count = 500
     """Images to sample from a model: with the reference's captions, or as many of each of its classes, rounded up."""
     steps: Annotated[Count | None, also("num_inference_steps")] = None
@@ -161,7 +166,7 @@ class EvaluateConfig(Source, Verb):
     @model_validator(mode="after")
     def _some_spread(self) -> Self:
         if self.resamples == 1:
-            raise ValueError("resamples 1: one half has no spread; give 0 for no intervals, or 200")
+            raise ValueError("resamples 1: a single one has no spread; give 0 for no intervals, or 200")
         return self
 
 

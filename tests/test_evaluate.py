@@ -382,6 +382,69 @@ def test_a_model_of_pixels_is_sampled_class_by_class_and_judged_without_noise(re
     assert result["figures"]["class_accuracy"]["value"] == np.mean(right)
 
 
+def test_a_model_on_the_hub_is_sampled_as_well(reference, tmp_path, monkeypatch, capsys):
+    cache = tmp_path / "hub" / "models--user--discs"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+    save_pixel_models(tmp_path)[0].rename(cache / "model")
+    (cache / "snapshots").mkdir()
+    (cache / "model").rename(cache / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    words = ("--reference", reference, "--num-images", "8", "--steps", "1", "--resamples", "2")
+    run("user/discs", *words, out=tmp_path / "out")
+    told = (tmp_path / "out" / "samples" / "prompts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["class"] for line in told] == ["disc"] * 4 + ["box"] * 4
+    assert status(["evaluate", "user/other", *map(str, words), "--output-dir", str(tmp_path / "x")]) == 2
+    assert "SAMPLES user/other: no such folder, and as a Hub id: not in the Hub cache" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "told"),
+    [
+        ("classes", "--classifier {judge}", "--classifier {judge}: knows no class ring; it knows disc, box"),
+        (
+            "classes",
+            "--num-images 6",
+            "--num-images: 6 images are too few for 3 neighbours and intervals; give at least 8",
+        ),
+        (
+            "plain",
+            "--classifier {judge}",
+            "--classifier: the model SAMPLES has no `class` for each image; leave it out",
+        ),
+        ("plain", "--clip-model {clip}", "--clip-model: the model SAMPLES has no `text` for each image; leave it out"),
+        ("unfinished", "", "a run that holds no model which draws"),
+    ],
+)
+def test_what_is_wrong_is_told_before_a_model_draws(
+    kind, words, told, reference, judge, clip, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("sdtune.evaluate.sample", lambda cfg: pytest.fail("drew"))
+    model, _ = save_pixel_models(tmp_path)
+    (model / "classes.json").write_text(json.dumps(["disc", "ring"]))
+    if kind == "plain":
+        (model / "classes.json").unlink()
+    if kind == "unfinished":
+        (model / "model_index.json").unlink()
+        (model / "metrics.jsonl").touch()
+    out = tmp_path / "out"
+    assert (
+        status(
+            [
+                "evaluate",
+                str(model),
+                "--reference",
+                str(reference),
+                "--output-dir",
+                str(out),
+                *words.format(judge=judge, clip=clip).split(),
+            ]
+        )
+        == 2
+    )
+    assert told.format(judge=judge) in capsys.readouterr().err
+
+
 # ---- what is wrong with a command ----------------------------------------------------------------------
 
 
@@ -403,7 +466,7 @@ def test_a_model_of_pixels_is_sampled_class_by_class_and_judged_without_noise(re
         ("{other} --reference {samples} --classifier {judge}", "knows no class star; it knows disc, box"),
         ("{samples} --reference {flat}", "--reference: 5 images are too few for 3 neighbours"),
         ("{samples} --reference {flat} --neighbours 5 --resamples 0", "give at least 6"),
-        ("{samples} --reference {reference} --resamples 1", "one half has no spread"),
+        ("{samples} --reference {reference} --resamples 1", "a single one has no spread"),
         ("{samples} --reference {reference} --output-dir {samples}/evaluation", "lies in SAMPLES, among its images"),
         ("{samples} --reference {reference} --output-dir {reference}", "lies in --reference, among its images"),
         ("{gap} --reference {reference}", "names 00099.png, which is not there"),

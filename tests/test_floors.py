@@ -20,7 +20,7 @@ FLOORS = (
     "adapters cache families metrics noised pipelines recipe report sampling templates words",
     "card encoded engine features formats loading pixel_models pixels plots preview samples state",
     "fold inspect_adapter judges publish sample sample_pixels",
-    "class_pictures finetune zero",
+    "class_pictures compared finetune zero",
     "convert engines evaluate recipes scores truncate",
     "merge train",
     "memory",

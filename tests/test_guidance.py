@@ -257,6 +257,31 @@ def test_a_linear_measurement_gives_the_posterior(scheduler):
     assert float(drawn.std()) == pytest.approx(precision**-0.5, rel=0.08)
 
 
+class Cosine(Normal):
+    """The exact network for such pixels where the noise grows as Nichol & Dhariwal 2021 have it, nearly to infinity."""
+
+    def forward(self, x_t, t, class_labels=None):
+        known = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod.double().numpy()
+        bar = float(1 / (1 + np.interp(float(t), np.arange(1000), ((1 - known) / known) ** 0.5) ** 2))
+        sigma2, mu = self.DEVIATION**2, self.MEANS[0]
+        x0 = mu + bar**0.5 * sigma2 / (bar * sigma2 + 1 - bar) * (x_t - bar**0.5 * mu)
+        return SimpleNamespace(sample=told("v_prediction", x_t, x0, bar))
+
+
+# A few steps that add noise of their own narrow what they draw, whatever the schedule.
+@pytest.mark.parametrize("name", sorted(SCHEDULERS.keys() - {"lcm", "ddpm", "euler-ancestral"}))
+def test_samplers_do_where_the_noise_grows_nearly_to_infinity(name):
+    base = DDPMScheduler(
+        clip_sample=False,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )
+    drawn = draw(Cosine("v_prediction"), make_scheduler(name, base), [0], steps=20).double()
+    assert float(drawn.mean()) == pytest.approx(0.2, abs=0.04)
+    assert float(drawn.std()) == pytest.approx(0.25, rel=0.2)
+
+
 class Slope:
     """Gradients of 0, 1, 2, ... for the images of a call."""
 

@@ -276,6 +276,20 @@ def test_steps_are_all_of_ddpm_and_50_of_others(sampled):
     assert images[-1].mode == "RGBA"
 
 
+def test_the_variance_of_ddpm_s_steps_may_be_chosen_anew(sampled, folders):
+    words = ["--steps", "6", "--num-images", "1"]
+    images, _, _ = sampled(*words, "--variance-type", "fixed_large")
+    unet = UNet2DModel.from_pretrained(folders / "plain" / "unet").eval()
+    small, large = (
+        to_images(draw(unet, DDPMScheduler(variance_type=kind), [0], steps=6))[0].tobytes()
+        for kind in ("fixed_small", "fixed_large")
+    )
+    assert images[0].tobytes() == large != small
+    assert "Variance: fixed_large" in images[0].text["parameters"]
+    same, _, _ = sampled(*words, "--variance-type", "fixed_small")
+    assert same[-1].tobytes() == small == sampled(*words)[0][-1].tobytes()
+
+
 def test_classes_on_the_command_line(sampled, folders):
     words = [
         "--class",
@@ -387,7 +401,14 @@ def test_a_row_between_two_images(sampled, folders):
         ("--clip-model FOLDERS/clip --clip-guidance-scale 2", "--clip-model: needs a --prompt"),
         ("--clip-model FOLDERS/nowhere --clip-guidance-scale 2 --prompt x", "--clip-model"),
         ("--clip-model FOLDERS/plain --clip-guidance-scale 2 --prompt x", "--clip-model"),
+        ("--guidance-scale 3", "--guidance-scale 3: guides towards a class, and FOLDERS/plain knows no classes"),
+        ("--model FOLDERS/classes --guidance-scale 3", "FOLDERS/classes was asked for no --class"),
+        ("--model FOLDERS/classes --class one --guidance-rescale 0.7", "--guidance-rescale: takes back some of"),
         ("--eta 0.5", "--eta: the noise of --scheduler ddim"),
+        ("--variance-type fixed_large --scheduler ddim", "--variance-type: of --scheduler ddpm; DDIMScheduler has"),
+        ("--variance-type learned", "--variance-type"),
+        ("--interpolate-timestep 100", "interpolate_timestep is for a row between two images: give interpolate"),
+        ("--interpolate-count 3", "interpolate_count is for a row between two images"),
         ("--steps 1001", "--steps 1001: this model has 1000 timesteps"),
         ("--interpolate FOLDERS/a.png", "interpolate is between two images, not 1"),
         ("--interpolate FOLDERS/a.png FOLDERS/none.png", "none.png: No such file"),
@@ -406,7 +427,7 @@ def test_bad_input_is_one_line(folders, tmp_path, capsys, words, told):
         given = ["--model", str(folders / "plain"), *given]
     assert status(["sample", "--output-dir", str(tmp_path / "out"), *given]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and told in lines[0]
+    assert len(lines) == 1 and told.replace("FOLDERS", str(folders)) in lines[0]
     assert not list(Path(tmp_path).glob("out/*"))
 
 
