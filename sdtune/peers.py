@@ -4,6 +4,7 @@ A launcher tells the others by a signal, which a process that waits in a collect
 open connection to the first process, and the first to each: it breaks when its other end is gone, for whatever reason.
 """
 
+import math
 import os
 import secrets
 import socket
@@ -29,6 +30,22 @@ LEFT = b"."
 """What a process says that has nothing to do with the others any more."""
 GRACE = 2.0
 """Seconds for which an error may still turn out to be another's."""
+POLL = 0.05
+"""Seconds between two looks at whether all have come."""
+
+
+def meet() -> None:
+    """Wait until all processes are here, as long as one of them may be at work alone: it writes, encodes, draws.
+
+    A collective would give up after `--ddp-timeout`, and the run with it. This asks the store instead. That a process
+    is gone is for the thread to notice which watches it (see `Together`).
+    """
+    if not distributed.is_initialized():
+        return
+    world, store = distributed.get_world_size(), distributed.distributed_c10d._get_default_store()
+    meeting = math.ceil(store.add("sdtune/met", 1) / world)  # none comes to the next before all were at this one
+    while store.add("sdtune/met", 0) < meeting * world:
+        time.sleep(POLL)
 
 
 def again(cfg: Run, words: list[str]) -> str:

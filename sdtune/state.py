@@ -16,6 +16,7 @@ from sdtune import checkpoints, optim
 from sdtune.configs import UserError
 from sdtune.engine import Engine
 from sdtune.environment import environment
+from sdtune.peers import meet
 from sdtune.recipe import Recipe
 
 
@@ -56,7 +57,10 @@ class State:
             yield self.engine.gathered()
 
     def save(self) -> None:
-        """Called by every process; the first one writes whole tensors, which any number of processes can read."""
+        """Called by every process; the first one writes whole tensors, which any number of processes can read.
+
+        It may take longer than the others would wait in a collective; see `peers.meet`.
+        """
         moments, numbers = self.engine.save_optimizer(self.optimizer, self.names)
         tensors = {"weights": self.gathered(self.weights), "optimizer": moments}
         if self.average:
@@ -70,7 +74,7 @@ class State:
                 "versions": environment(),
             }
             checkpoints.save(self.root, self.step, tensors, facts, self.cfg.checkpoints_total_limit)
-        self.accelerator.wait_for_everyone()
+        meet()
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors, whole; on the first process alone, where slices are put together in the main memory."""

@@ -19,7 +19,7 @@ from sdtune.engines import spread
 from sdtune.environment import environment
 from sdtune.float8 import compute_in_float8
 from sdtune.metrics import Metrics, check_trackers
-from sdtune.peers import Together, again
+from sdtune.peers import Together, again, meet
 from sdtune.plan import plan, steps_of
 from sdtune.precision import precision_of
 from sdtune.publish import Publisher
@@ -47,7 +47,7 @@ def train(kind: type[Recipe], cfg: Any, words: list[str], overwrite: bool = Fals
     with Together(rank, world, again(cfg, words), cfg.ddp_timeout) as together:
         publisher = Publisher(cfg, main)
         with open_folder(cfg, words, overwrite, allow_change) if main else nullcontext():
-            accelerator.wait_for_everyone()
+            meet()
             fit(kind, cfg, accelerator, publisher, words, allow_change)
             together.leave()
             accelerator.end_training()
@@ -99,6 +99,7 @@ def fit(
         with metrics.paused(), state.evaluating():
             if cfg.num_validation_images:
                 metrics.images(state.step, *preview.sample_images(recipe, dataset, accelerator))
+                meet()
             if dataset.holdout:
                 metrics.log(state.step, preview.holdout(engine, dataset, accelerator))
         recipe.train()
@@ -143,10 +144,12 @@ def fit(
             with metrics.paused(), state.complete() as whole:  # before saving, so that none is missing after a kill
                 if main:
                     folder.export_copy(whole, out, state.step)
+            meet()
         if saving:
             with metrics.paused():
                 state.save()
                 publisher.checkpoint(state)
+                meet()
         if cfg.validation_steps and state.step % cfg.validation_steps == 0 and state.step < total:
             look()
 

@@ -5,6 +5,7 @@ import random
 import signal
 import socket
 from functools import partial
+from threading import Event
 
 import psutil
 import pytest
@@ -13,7 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed import run as torchrun
 
-from sdtune import checkpoints, launch, options, peers
+from sdtune import cache, checkpoints, folder, launch, metrics, options, peers
 from sdtune.cli import main
 from sdtune.configs import UserError
 from sdtune.methods import LoraConfig
@@ -207,6 +208,34 @@ def test_process_that_hangs_is_named_after_the_time_out(places, tmp_path):
     assert "failed: process 1 of 2 did not answer for 3 s (--ddp-timeout)" in started.said("err")
     assert started.all[1].code(0) == -signal.SIGKILL
     assert checkpoints.found(out / "checkpoints")
+
+
+def test_one_process_may_work_alone_for_longer_than_a_collective_waits(places, tmp_path, monkeypatch):
+    """Checkpoints, copies of the artefact, sample grids of the first process; a share of the cache of another."""
+    alone, patience = [], 2
+
+    def slow(module, name, rank):
+        real = getattr(module, name)
+
+        def work(*args, **kwargs):
+            if os.environ["RANK"] == rank:
+                Event().wait(2 * patience)
+                print(f"{name} took its time")
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, work)
+        alone.append(name)
+
+    slow(checkpoints, "save", "0")
+    slow(folder, "export_copy", "0")
+    slow(metrics, "save_sheet", "0")
+    slow(cache, "write", "1")
+    monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / "cache"))
+    options = ["--steps", "2", "--export-steps", "2", "--num-validation-images", "1", "--train-batch-size", "1"]
+    words = command(*places, tmp_path / "run", *options, "--validation-inference-steps", "1")
+    started = ranks.Ranks(2, [*words, "--ddp-timeout", str(patience)], tmp_path / "said")
+    assert started.codes() == [0, 0], started.said("err")
+    assert all(f"{name} took its time" in started.said("out") for name in alone)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
