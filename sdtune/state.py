@@ -70,7 +70,7 @@ class State:
                 "step": self.step,
                 "skipped": self.skipped,
                 "optimizer": numbers,
-                "scaler": self.engine.scaler.state_dict() or None,
+                "scaler": self.engine.save_scale() or None,
                 "versions": environment(),
             }
             checkpoints.save(self.root, self.step, tensors, facts, self.cfg.checkpoints_total_limit)
@@ -111,7 +111,7 @@ class State:
         if self.average:
             for name, w in self.average.mean.items():
                 self.engine.set_weight(w, tensors["average"][name])
-        if self.engine.scaler.is_enabled() and saved["scaler"]:
-            self.engine.scaler.load_state_dict(saved["scaler"])
+        if self.engine.overflows and saved["scaler"]:
+            self.engine.load_scale(saved["scaler"])
         self.step, self.skipped = saved["step"], saved["skipped"]
         say(f"continuing at step {self.step}, from {folder}")
