@@ -14,11 +14,13 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing import active_children
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch import distributed
 
+from sdtune import checkpoints
 from sdtune.configs import Run, RunFailed, UserError
 from sdtune.options import same_command
 
@@ -55,6 +57,12 @@ def again(cfg: Run, words: list[str]) -> str:
     return f"{command}, under the same launcher" if launched else command
 
 
+def kept(out: Path) -> str:
+    """What there is to continue a run from, in words."""
+    found = checkpoints.found(out / "checkpoints")  # each gets its name when it is whole
+    return f"the last checkpoint, {found[-1].name}, is whole" if found else "there is no checkpoint yet"
+
+
 class Together:
     """A stretch of the run at whose first error all its processes end.
 
@@ -63,12 +71,13 @@ class Together:
 
     Args:
         rank, world: this process, and how many there are; the process group is there already.
+        out: the run's folder.
         continuing: the command that continues the run.
         patience: seconds after which a collective gives up, to be told when it does.
     """
 
-    def __init__(self, rank: int, world: int, continuing: str, patience: int):
-        self.rank, self.world, self.continuing, self.patience = rank, world, continuing, patience
+    def __init__(self, rank: int, world: int, out: Path, continuing: str, patience: int):
+        self.rank, self.world, self.out, self.continuing, self.patience = rank, world, out, continuing, patience
         self.over, self.lost = False, threading.Event()
 
     def __enter__(self) -> "Together":
@@ -94,6 +103,8 @@ class Together:
             raise SystemExit(GONE) from None
         if isinstance(error, RuntimeError) and "timed out" in str(error).lower():  # a collective, of gloo or NCCL
             raise RunFailed(self._silent()) from error
+        if not isinstance(error, UserError | RunFailed | KeyboardInterrupt):  # Python tells it below, in full
+            self._tell(f"process {self.rank} of {self.world}: {type(error).__name__}")
 
     def leave(self) -> None:
         """From here on each process ends when it has done; called after the last collective."""
@@ -140,13 +151,15 @@ class Together:
         """Leave at once, wherever the main thread hangs; what is on the disk is whole at any moment."""
         here = os.environ.get("LOCAL_WORLD_SIZE") == str(self.world)
         if self._first("told") and not (here and AGAIN in os.environ):  # `sdtune`, which launched them, knows more
-            line = f"process {other} of {self.world} has ended without a word; its last checkpoint is whole"
-            print(f"failed: {line}; continue with: {self.continuing}", file=sys.stderr, flush=True)
+            self._tell(f"process {other} of {self.world} has ended without a word")
         time.sleep(GRACE / 4)  # so that the launcher sees first who was first
         for child in active_children():  # readers of images, which would hold the lock of the run's folder
             child.kill()
         sys.stdout.flush()
         os._exit(GONE)
+
+    def _tell(self, what: str) -> None:
+        print(f"failed: {what}; {kept(self.out)}; continue with: {self.continuing}", file=sys.stderr, flush=True)
 
     def _first(self, what: str) -> bool:
         """Whether this process is the first that asks for ``what``; if nobody can say so any more, the lowest is."""
@@ -162,6 +175,6 @@ class Together:
         silent = [r for r in range(self.world) if not self.store.check([f"sdtune/waited/{r}"])]
         who = f"process {', '.join(map(str, silent))}" if silent else "another process"
         return (
-            f"{who} of {self.world} did not answer for {self.patience} s (--ddp-timeout); the last checkpoint is "
-            f"whole; continue with: {self.continuing}"
+            f"{who} of {self.world} did not answer for {self.patience} s (--ddp-timeout); {kept(self.out)}; "
+            f"continue with: {self.continuing}"
         )

@@ -44,7 +44,7 @@ def train(kind: type[Recipe], cfg: Any, words: list[str], overwrite: bool = Fals
     check_trackers(cfg.report_to)
     accelerator = start(cfg)
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    with Together(rank, world, again(cfg, words), cfg.ddp_timeout) as together:
+    with Together(rank, world, cfg.output_dir, again(cfg, words), cfg.ddp_timeout) as together:
         publisher = Publisher(cfg, main)
         with open_folder(cfg, words, overwrite, allow_change) if main else nullcontext():
             meet()
@@ -115,7 +115,7 @@ def fit(
         look()
     while state.step < total and not stopping.agreed():
         # fp16 overflows as a matter of course until its scale is found: such steps do not move the schedule
-        taken = state.step - (window.skipped_so_far() if engine.scaler.is_enabled() else 0)
+        taken = state.step - (window.skipped_so_far() if engine.overflows else 0)
         for parameters, peak in zip(optimizer.param_groups, peaks, strict=True):
             moves = state.step < parameters.get("until", 1.0) * total
             optim.set_rate(parameters, peak * scale * rate(taken) * moves)

@@ -122,7 +122,7 @@ def array(slurm, places, uninterrupted):
     learnt = []
     words = command(*places, Path("unused"), "--steps", "2")
     for k in range(2):
-        told = {"SLURM_ARRAY_TASK_ID": str(k), "SLURM_ARRAY_JOB_ID": "4711", "SLURM_GPUS_ON_NODE": "1"}
+        told = {"SLURM_ARRAY_TASK_ID": str(k), "SLURM_ARRAY_JOB_ID": "4711"}
         assert slurm.sbatch(SCRIPTS["array"], words, **told).wait(120) == 0, slurm.said()
         run = slurm.place / f"runs/sdtune/seed-{k}"
         assert f"seed: {k}\n" in (run / "config.yaml").read_text()

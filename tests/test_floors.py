@@ -37,7 +37,7 @@ NEIGHBOURS = {
     "folder": "options",
     "preview": "engine",
     "state": "engine",
-    "peers": "options",
+    "peers": "checkpoints options",
     "cli": "launch",
     "samples": "encoded",
     "sample": "sample_pixels",

@@ -1,5 +1,6 @@
 """Many processes: the accelerate configs that come with sdtune, two machines, a failure of one that ends them all."""
 
+import json
 import os
 import random
 import signal
@@ -32,6 +33,8 @@ EXPECTED = {
     "cpu": {},
     "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"},
     "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "fp16": {},
+    "bf16": {},
     "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
 }
 """What accelerate tells the processes under each."""
@@ -72,7 +75,13 @@ def config(**given):
 @pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
 @pytest.mark.parametrize("name", SHIPPED)
 def test_accelerate_takes_every_shipped_config_in_every_precision(name, precision, edited):
-    assert load_config_from_file(str(SHIPPED[name])).mixed_precision is None  # the run's decides
+    own = name if name in launch.PRECISIONS else None
+    assert load_config_from_file(str(SHIPPED[name])).mixed_precision == own  # else the run's decides
+    if own and precision != own:
+        if precision != "no":
+            with pytest.raises(UserError, match=f"--mixed-precision {precision}: .*; leave one of them out"):
+                launch.read(edited(name), config(mixed_precision=precision), 2)
+        return
     settings = launch.read(edited(name, num_processes=4), config(mixed_precision=precision), None)
     told = launch.environment(edited(name, num_processes=4), settings)
     assert EXPECTED[name].items() <= told.items()
@@ -92,7 +101,41 @@ def test_shipped_config_trains_on_the_cpu_to_the_weights_of_one_process(name, pl
     ranks.trained(2, command(*places, tmp_path / "two", *small, *cut), tmp_path / "said")
     said = (tmp_path / "said" / "0.out").read_text()
     assert [kind for kind, told in SHARDS.items() if told in said] == [kind for kind in SHARDS if kind == name]
-    assert difference(learnt(lora("one", *small)), learnt(tmp_path / "two")) < 1e-6
+    half = ["--mixed-precision", name] if name in launch.PRECISIONS else []
+    near = 1e-4 if half else 1e-6
+    assert difference(learnt(lora("one", *small, *half)), learnt(tmp_path / "two")) < near
+
+
+WAYS = {
+    "flag": (["--mixed-precision", "{}"], None),
+    "config": (["--config", "{run}"], None),
+    "accelerate config file": (["--accelerate-config", "{file}"], None),
+    "accelerate launch": ([], ["--mixed_precision", "{}"]),
+    "accelerate launch with a config file": ([], ["--config_file", "{file}"]),
+}
+"""How a precision can be asked for: options of the run, and of the launcher."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_precision_is_the_same_however_it_is_asked_for(precision, way, lora, places, tmp_path, edited):
+    own, launcher = WAYS[way]
+    (tmp_path / "run.yaml").write_text(f"mixed_precision: {precision}\n")
+    told = {"run": tmp_path / "run.yaml", "file": edited(precision, num_processes=1, distributed_type="NO")}
+    words = command(*places, tmp_path / "asked", "--steps", "2", *(word.format(precision, **told) for word in own))
+    if launcher is None:
+        started = ranks.Forked(partial(main, words), tmp_path / "said")
+    else:
+        line = [word.format(precision, **told) for word in launcher]
+        line += ["--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no", "--cpu"]
+        started = ranks.Forked(partial(accelerate_launch, *line, "-m", "sdtune", *words), tmp_path / "said")
+    assert started.code() == 0, started.said("err")
+    saved = json.loads((checkpoints.found(tmp_path / "asked" / "checkpoints")[-1] / "state.json").read_text())
+    assert (saved["scaler"] is not None) is (precision == "fp16")
+    learnt = RECIPES["lora"].artefact
+    asked = learnt(tmp_path / "asked")
+    assert difference(learnt(lora("flag", "--steps", "2", "--mixed-precision", precision)), asked) == 0
+    assert {t.dtype.itemsize for t in asked.values()} == {4}
 
 
 @pytest.mark.parametrize(
@@ -174,6 +217,7 @@ def test_error_of_one_process_is_told_once_and_ends_the_others(places, tmp_path)
     assert codes == [peers.GONE, 1, peers.GONE]
     told = started.said("err")
     assert told.count("ZeroDivisionError: the seventh batch of process 1") == 1
+    assert told.count("failed: process 1 of 3: ZeroDivisionError; the last checkpoint, step-000005, is whole; ") == 1
     assert "closed by peer" not in told
     assert "without a word" not in told
     (saved,) = checkpoints.found(tmp_path / "run" / "checkpoints")
@@ -192,9 +236,12 @@ def test_killed_process_is_named_and_the_same_command_continues_to_the_same_bits
     said = launcher.said("err")
     told = [line for line in said.splitlines() if line.startswith("failed: ")]
     assert len(told) == 1, said
-    assert told[0].startswith(f"failed: process {rank} of 2 was killed by SIGKILL; the last checkpoint is whole; ")
+    last = checkpoints.found(cut / "checkpoints")[-1].name
+    assert told[0].startswith(
+        f"failed: process {rank} of 2 was killed by SIGKILL; the last checkpoint, {last}, is whole; "
+    )
     assert told[0].endswith("--num-processes 2") and f"continue with: sdtune lora --output-dir {cut}" in told[0]
-    assert "Traceback" not in said
+    assert "Traceback" not in said and "[c10d]" not in said
     ranks.trained(2, words, tmp_path / "said")
     assert_same_bits(uninterrupted, cut)
 
