@@ -118,7 +118,7 @@ def nodes(slurm, places, uninterrupted):
 
 
 def array(slurm, places, uninterrupted):
-    """A run for each seed."""
+    """A run for each seed, each on two processes."""
     learnt = []
     words = command(*places, Path("unused"), "--steps", "2")
     for k in range(2):
@@ -127,6 +127,7 @@ def array(slurm, places, uninterrupted):
         run = slurm.place / f"runs/sdtune/seed-{k}"
         assert f"seed: {k}\n" in (run / "config.yaml").read_text()
         learnt.append(load_file(run / "pytorch_lora_weights.safetensors"))
+    assert slurm.said().count("2 a process x 1 accumulated x 2 processes = 4 a step") == 2
     assert difference(*learnt) > 1e-6
     assert not slurm.requeued.exists()
 
