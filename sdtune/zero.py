@@ -15,6 +15,7 @@ from typing import Any
 import deepspeed
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -51,6 +52,8 @@ class Zero(engine.Engine):
             raise UserError("--use-ema: DeepSpeed keeps the weights to itself; leave it out, or shard with FSDP2")
         if cfg.optimizer != "adamw" or cfg.use_8bit_adam:
             raise UserError(f"--optimizer {cfg.optimizer}: with DeepSpeed it is adamw; leave the option out")
+        if self.overflows and not get_accelerator().is_fp16_supported():
+            raise UserError("--mixed-precision fp16: DeepSpeed has none on this device; take bf16, or shard with FSDP2")
         self.rank = accelerator.process_index
         self.stage = stage = plugin.zero_stage
         self.told = f"weights: optimizer state in {self.world} slices, one on a process (DeepSpeed ZeRO-{stage})"
