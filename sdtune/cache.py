@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sdtune.configs import UserError
 from sdtune.data import cache_root
+from sdtune.peers import meet
 
 CHUNK = 64
 """Tensors in a file: what a run that dies loses at most."""
@@ -113,7 +114,7 @@ def fill(folder: Path, keys: Iterable[str], compute: Callable[[str], Tensor], ti
     state = PartialState()
     folder.mkdir(parents=True, exist_ok=True)
     missing = sorted(set(keys) - Store(folder).index.keys())
-    state.wait_for_everyone()  # all have looked before one writes, so that the shares are of one list
+    meet()  # all have looked before one writes, so that the shares are of one list
     mine = missing[state.process_index :: state.num_processes]
     chunks = [mine[i : i + CHUNK] for i in range(0, len(mine), CHUNK)]
     todo = ((chunk, key) for chunk in chunks for key in chunk)
@@ -124,5 +125,5 @@ def fill(folder: Path, keys: Iterable[str], compute: Callable[[str], Tensor], ti
         if len(done) == len(chunk):
             write(folder / f"{digest(*chunk)}.safetensors", done)
             done = {}
-    state.wait_for_everyone()
+    meet()
     return Store(folder)

@@ -20,6 +20,7 @@ from sdtune.configs import UserError
 from sdtune.data import Images, load_images
 from sdtune.data.images import EXTENSIONS
 from sdtune.methods import DreamBoothConfig
+from sdtune.peers import meet
 from sdtune.sample import generate
 
 FOLDER = "class-pictures"
@@ -35,12 +36,12 @@ def class_images(cfg: DreamBoothConfig, family: Any) -> Images:
     folder = (cfg.class_data or cfg.output_dir / FOLDER).expanduser()
     if family.device.type == "meta" and len(pictures(folder)) < cfg.num_class_images:
         return load_images(cfg, default=cfg.instance_prompt)  # a look makes none: the subject's own stand in for them
-    with PartialState().main_process_first():
-        own = [p for p in pictures(folder) if not p.name.startswith(MADE)]
-        lacking = cfg.num_class_images - len(own)
-        if lacking > 0:
-            make_ready(cfg, folder, own, lacking)
+    own = [p for p in pictures(folder) if not p.name.startswith(MADE)]
+    lacking = cfg.num_class_images - len(own)
     if lacking > 0:
+        if PartialState().is_main_process:
+            make_ready(cfg, folder, own, lacking)
+        meet()
         make(cfg, family, folder, lacking)
     caption = cfg.class_prompt[0] if cfg.class_prompt else None
     changed = {"dataset": str(folder), "caption": None, "caption_column": None, "max_train_samples": None}
@@ -80,11 +81,12 @@ def make_ready(cfg: DreamBoothConfig, folder: Path, own: list[Path], lacking: in
 
 
 def make(cfg: DreamBoothConfig, family: Any, folder: Path, count: int) -> None:
-    """Draw pictures 0 to ``count`` of the class, this process its share of the batches, and wait for the others."""
+    """Draw pictures 0 to ``count`` of the class, this process its share of what is missing, and wait for the others."""
     state, size = PartialState(), cfg.sample_batch_size
     batches = [range(k, min(k + size, count)) for k in range(0, count, size)]
-    mine = batches[state.process_index :: state.num_processes]
-    mine = [batch for batch in mine if not all(place(folder, k).exists() for k in batch)]
+    missing = [batch for batch in batches if not all(place(folder, k).exists() for k in batch)]
+    meet()  # all have looked before one draws, so that the shares are of one list
+    mine = missing[state.process_index :: state.num_processes]
     bar: dict[str, Any] = {"console": Console(stderr=True), "transient": True}
     for batch in track(mine, f"Class pictures ({count} of them)", disable=not state.is_main_process, **bar):
         prompts = [cfg.class_prompt[k % len(cfg.class_prompt)] for k in batch]
@@ -103,7 +105,7 @@ def make(cfg: DreamBoothConfig, family: Any, folder: Path, count: int) -> None:
             write(place(folder, k), image, settings(cfg), prompt if len(cfg.class_prompt) > 1 else None)
     if mine:
         family.release()
-    state.wait_for_everyone()
+    meet()
 
 
 def settings(cfg: DreamBoothConfig) -> str:

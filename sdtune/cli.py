@@ -6,6 +6,7 @@ Nothing slow is imported here: a typing mistake, ``--help`` and ``--dry-run`` an
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -343,6 +344,7 @@ def env() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line: exit code 2 and a line per problem for the user's mistakes, 1 for a run that failed."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # that a process is gone, `peers` tells in a line
     words = list(sys.argv[1:] if argv is None else argv)
     by_name: dict[str, type[Section]] = {c.method: c for c in METHODS}
     by_name |= {c.method: c for c in VERBS}

@@ -289,7 +289,7 @@ class Run(Section):
     compile: bool = False
     """Compile the denoiser with torch.compile; refused on a CPU, where its gradients are wrong."""
     ddp_timeout: Count = 1800
-    """Seconds a process may wait for the others before the run fails; what the first does alone has to fit in."""
+    """Seconds a process may wait for the others in a step before the run fails; what one does alone does not count."""
     checkpointing_steps: Natural = 500
     """Steps between checkpoints; 0 saves only the last. An interrupted run saves first in any case."""
     checkpoints_total_limit: Annotated[int, Ge(2)] = 2

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from sdtune import cache
 from sdtune.configs import UserError
 from sdtune.data import Record, Shards, Streamed
+from sdtune.peers import meet
 
 BATCH = 8
 """Images that are encoded together; another number would show in the last bits."""
@@ -107,7 +108,7 @@ def encode_shards(
     there = set(folder.iterdir())
     todo = [n for n, file in enumerate(files) if file not in there and shards.counts[n]]
     mine = todo[state.process_index :: state.num_processes]
-    state.wait_for_everyone()  # all have looked before the first writes
+    meet()  # all have looked before the first writes
     batches = [
         [(shard, nth) for nth in range(first, min(first + BATCH, int(shards.counts[shard])))]
         for shard in mine
@@ -120,7 +121,7 @@ def encode_shards(
         if shard == mine[0]:
             _require_room(folder, tensors, int(shards.counts[todo].sum()) / int(shards.counts[shard]))
         cache.write(files[shard], tensors, "make room, or name another --shard-cache")
-    state.wait_for_everyone()
+    meet()
     return Encoded(shards, files)
 
 

@@ -75,6 +75,11 @@ class Engine:
         optimizer.zero_grad()
         return norm
 
+    @property
+    def overflows(self) -> bool:
+        """Whether losses are scaled, so that now and then a step is skipped as a matter of course."""
+        return self.dtype == torch.float16
+
     def gathered(self) -> Recipe:
         """On the first process the recipe with all weights, whole, to be exported; every process has to ask for it."""
         return self.recipe
@@ -99,6 +104,14 @@ class Engine:
         self, optimizer: Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor], numbers: dict[str, Any]
     ) -> None:
         optim.load_state(optimizer, names, tensors, numbers, like)
+
+    def save_scale(self) -> dict[str, Any]:
+        """By what fp16 losses are multiplied, and since when; empty in another precision."""
+        return self.scaler.state_dict()
+
+    def load_scale(self, saved: dict[str, Any]) -> None:
+        """Go on with what `save_scale` gave, of this engine or another."""
+        self.scaler.load_state_dict(saved)
 
 
 class Replicated(Engine):

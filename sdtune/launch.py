@@ -253,8 +253,8 @@ def relaunch(
     if codes[rank] < 0:
         name = signal.Signals(-codes[rank]).name
         print(
-            f"failed: process {rank} of {args.num_processes} was killed by {name}; the last checkpoint is whole; "
-            f"continue with: {again}",
+            f"failed: process {rank} of {args.num_processes} was killed by {name}; "
+            f"{peers.kept(cfg.output_dir)}; continue with: {again}",
             file=sys.stderr,
         )
         return 1

@@ -27,7 +27,7 @@ from sdtune import optim
 from sdtune.configs import Adapter
 from sdtune.finetune import FineTune
 from sdtune.precision import dtype_of
-from sdtune.quantize import saved
+from sdtune.quantize import sizes
 from sdtune.recipe import Recipe, told
 from sdtune.train import prepare_modules
 
@@ -132,7 +132,7 @@ def estimate(recipe: Recipe, dataset: Any, device: torch.device, base: int | Non
     with torch.no_grad():
         recipe({name: x.to("meta") for name, x in batch.items()})  # frozen parts are made when first used
     trained = [p for p in recipe.parameters() if p.requires_grad]
-    spared, decoded = quantised(recipe)
+    codes, decoded = quantised(recipe, device)
     state = state_size(cfg, trained, device)
     if base is None:  # the libraries of fewer bits are part of the process by now
         base = 0 if device.type == "cuda" else resident()
@@ -142,7 +142,7 @@ def estimate(recipe: Recipe, dataset: Any, device: torch.device, base: int | Non
         worst = traced(recipe, batch, held)
     need = Need(
         base=base,
-        weights=size_of(held) - spared,
+        weights=size_of(held) + codes,
         optimizer=state,
         average=size_of(trained) if cfg.use_ema else 0,
         gradients=worst["gradients"],
@@ -219,25 +219,26 @@ def on(recipe: Recipe, device: torch.device) -> list[Tensor]:
     return list(made.values())
 
 
-def quantised(recipe: Recipe) -> tuple[int, int]:
-    """Bytes that a quantised base spares, and those of one of its weights while it is used."""
-    if not (isinstance(recipe, FineTune) and isinstance(recipe.cfg, Adapter) and recipe.cfg.quantize_base):
+def quantised(recipe: Recipe, device: torch.device) -> tuple[int, int]:
+    """Bytes that codes of a quantised base add to its weights as they are, and those of one of its weights in use.
+
+    They take the place of what they stand for, and so add less than nothing. But on a CPU a base in the precision of
+    its file is that file, mapped into memory, which stays there as long as one of its weights is used, as those of
+    convolutions are.
+    """
+    cfg = recipe.cfg
+    if not (isinstance(recipe, FineTune) and isinstance(cfg, Adapter) and cfg.quantize_base):
         return 0, 0
-    both = [saved(part, recipe.cfg.quantize_base) for part in recipe.trained.values()]
-    return sum(spared for spared, _ in both), max(decoded for _, decoded in both)
+    mapped = device.type == "cpu" and recipe.family.dtype == torch.float32 and cfg.variant is None
+    plain, coded, largest = zip(*(sizes(part, cfg.quantize_base) for part in recipe.trained.values()), strict=True)
+    return sum(coded) - (0 if mapped else sum(plain)), max(largest)
 
 
 def read_in_full(recipe: Recipe) -> int:
-    """Bytes in 32 bits of what, of the largest part of a base, is held in fewer: while it is read it is there twice."""
-    if not isinstance(recipe, FineTune) or recipe.cfg.variant is not None:
+    """Bytes in 32 bits of the largest part of a base that is held in fewer: while it is read it is there twice."""
+    if not isinstance(recipe, FineTune) or recipe.cfg.variant is not None or recipe.family.dtype == torch.float32:
         return 0
-    if recipe.family.dtype != torch.float32:
-        layers = [list(part.modules()) for part in recipe.family.parts.values()]
-    elif isinstance(recipe.cfg, Adapter) and recipe.cfg.quantize_base:
-        layers = [[m for m in part.modules() if isinstance(m, nn.Linear)] for part in recipe.trained.values()]
-    else:
-        return 0
-    return max(4 * sum(p.numel() for m in part for p in m.parameters(recurse=False)) for part in layers)
+    return max(4 * sum(p.numel() for p in part.parameters()) for part in recipe.family.parts.values())
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

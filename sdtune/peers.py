@@ -4,6 +4,7 @@ A launcher tells the others by a signal, which a process that waits in a collect
 open connection to the first process, and the first to each: it breaks when its other end is gone, for whatever reason.
 """
 
+import math
 import os
 import secrets
 import socket
@@ -13,11 +14,13 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing import active_children
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch import distributed
 
+from sdtune import checkpoints
 from sdtune.configs import Run, RunFailed, UserError
 from sdtune.options import same_command
 
@@ -29,6 +32,22 @@ LEFT = b"."
 """What a process says that has nothing to do with the others any more."""
 GRACE = 2.0
 """Seconds for which an error may still turn out to be another's."""
+POLL = 0.05
+"""Seconds between two looks at whether all have come."""
+
+
+def meet() -> None:
+    """Wait until all processes are here, as long as one of them may be at work alone: it writes, encodes, draws.
+
+    A collective would give up after `--ddp-timeout`, and the run with it. This asks the store instead. That a process
+    is gone is for the thread to notice which watches it (see `Together`).
+    """
+    if not distributed.is_initialized():
+        return
+    world, store = distributed.get_world_size(), distributed.distributed_c10d._get_default_store()
+    meeting = math.ceil(store.add("sdtune/met", 1) / world)  # none comes to the next before all were at this one
+    while store.add("sdtune/met", 0) < meeting * world:
+        time.sleep(POLL)
 
 
 def again(cfg: Run, words: list[str]) -> str:
@@ -36,6 +55,12 @@ def again(cfg: Run, words: list[str]) -> str:
     command = os.environ.get(AGAIN) or same_command(cfg, ["sdtune", *words])
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and AGAIN not in os.environ
     return f"{command}, under the same launcher" if launched else command
+
+
+def kept(out: Path) -> str:
+    """What there is to continue a run from, in words."""
+    found = checkpoints.found(out / "checkpoints")  # each gets its name when it is whole
+    return f"the last checkpoint, {found[-1].name}, is whole" if found else "there is no checkpoint yet"
 
 
 class Together:
@@ -46,12 +71,13 @@ class Together:
 
     Args:
         rank, world: this process, and how many there are; the process group is there already.
+        out: the run's folder.
         continuing: the command that continues the run.
         patience: seconds after which a collective gives up, to be told when it does.
     """
 
-    def __init__(self, rank: int, world: int, continuing: str, patience: int):
-        self.rank, self.world, self.continuing, self.patience = rank, world, continuing, patience
+    def __init__(self, rank: int, world: int, out: Path, continuing: str, patience: int):
+        self.rank, self.world, self.out, self.continuing, self.patience = rank, world, out, continuing, patience
         self.over, self.lost = False, threading.Event()
 
     def __enter__(self) -> "Together":
@@ -77,6 +103,8 @@ class Together:
             raise SystemExit(GONE) from None
         if isinstance(error, RuntimeError) and "timed out" in str(error).lower():  # a collective, of gloo or NCCL
             raise RunFailed(self._silent()) from error
+        if not isinstance(error, UserError | RunFailed | KeyboardInterrupt):  # Python tells it below, in full
+            self._tell(f"process {self.rank} of {self.world}: {type(error).__name__}")
 
     def leave(self) -> None:
         """From here on each process ends when it has done; called after the last collective."""
@@ -123,13 +151,15 @@ class Together:
         """Leave at once, wherever the main thread hangs; what is on the disk is whole at any moment."""
         here = os.environ.get("LOCAL_WORLD_SIZE") == str(self.world)
         if self._first("told") and not (here and AGAIN in os.environ):  # `sdtune`, which launched them, knows more
-            line = f"process {other} of {self.world} has ended without a word; its last checkpoint is whole"
-            print(f"failed: {line}; continue with: {self.continuing}", file=sys.stderr, flush=True)
+            self._tell(f"process {other} of {self.world} has ended without a word")
         time.sleep(GRACE / 4)  # so that the launcher sees first who was first
         for child in active_children():  # readers of images, which would hold the lock of the run's folder
             child.kill()
         sys.stdout.flush()
         os._exit(GONE)
+
+    def _tell(self, what: str) -> None:
+        print(f"failed: {what}; {kept(self.out)}; continue with: {self.continuing}", file=sys.stderr, flush=True)
 
     def _first(self, what: str) -> bool:
         """Whether this process is the first that asks for ``what``; if nobody can say so any more, the lowest is."""
@@ -145,6 +175,6 @@ class Together:
         silent = [r for r in range(self.world) if not self.store.check([f"sdtune/waited/{r}"])]
         who = f"process {', '.join(map(str, silent))}" if silent else "another process"
         return (
-            f"{who} of {self.world} did not answer for {self.patience} s (--ddp-timeout); the last checkpoint is "
-            f"whole; continue with: {self.continuing}"
+            f"{who} of {self.world} did not answer for {self.patience} s (--ddp-timeout); {kept(self.out)}; "
+            f"continue with: {self.continuing}"
         )

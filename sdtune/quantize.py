@@ -86,13 +86,17 @@ def nf4(weight: Tensor) -> tuple[list[Tensor], Callable[[], Tensor]]:
     return [coded, *tables], lambda: dequantize_4bit(coded, state)
 
 
-def saved(model: nn.Module, kind: str) -> tuple[int, int]:
-    """Bytes that `quantize` would spare, by what it makes of a small layer; bytes of the largest weight, decoded."""
+def sizes(model: nn.Module, kind: str) -> tuple[int, int, int]:
+    """Bytes of the weights that `quantize` codes, of their codes, and of the largest weight, decoded.
+
+    What codes take is told by those of a small layer.
+    """
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
     small = nn.Sequential(nn.Linear(SIDE, SIDE, bias=False))
     quantize(small, kind)
     coded = held(small) / SIDE**2
-    return round(sum(w.numel() * (w.element_size() - coded) for w in weights)), max(w.nbytes for w in weights)
+    plain = [w.nbytes for w in weights]
+    return sum(plain), round(sum(w.numel() for w in weights) * coded), max(plain)
 
 
 def held(model: nn.Module) -> int:

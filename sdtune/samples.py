@@ -155,6 +155,6 @@ def streamed(cfg: Any, family: Any, stream: Streamed, tokens: Tokens, say: Calla
     def encode(pixels: Tensor) -> Tensor:
         return family.moments(pixels)
 
-    kept = encode_shards(cfg.shard_cache, stream, cache.weights_digest(family.vae), encode, family.dtype)
+    kept = encode_shards(cfg.shard_cache, stream, cache.weights_digest(family.vae), encode, family.vae.dtype)
     family.release()
     return TextToImage(cfg, Streamed(cfg, kept, stream.group), tokens, latent, kept)

@@ -16,6 +16,7 @@ from sdtune import checkpoints, optim
 from sdtune.configs import UserError
 from sdtune.engine import Engine
 from sdtune.environment import environment
+from sdtune.peers import meet
 from sdtune.recipe import Recipe
 
 
@@ -56,7 +57,10 @@ class State:
             yield self.engine.gathered()
 
     def save(self) -> None:
-        """Called by every process; the first one writes whole tensors, which any number of processes can read."""
+        """Called by every process; the first one writes whole tensors, which any number of processes can read.
+
+        It may take longer than the others would wait in a collective; see `peers.meet`.
+        """
         moments, numbers = self.engine.save_optimizer(self.optimizer, self.names)
         tensors = {"weights": self.gathered(self.weights), "optimizer": moments}
         if self.average:
@@ -66,11 +70,11 @@ class State:
                 "step": self.step,
                 "skipped": self.skipped,
                 "optimizer": numbers,
-                "scaler": self.engine.scaler.state_dict() or None,
+                "scaler": self.engine.save_scale() or None,
                 "versions": environment(),
             }
             checkpoints.save(self.root, self.step, tensors, facts, self.cfg.checkpoints_total_limit)
-        self.accelerator.wait_for_everyone()
+        meet()
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors, whole; on the first process alone, where slices are put together in the main memory."""
@@ -107,7 +111,7 @@ class State:
         if self.average:
             for name, w in self.average.mean.items():
                 self.engine.set_weight(w, tensors["average"][name])
-        if self.engine.scaler.is_enabled() and saved["scaler"]:
-            self.engine.scaler.load_state_dict(saved["scaler"])
+        if self.engine.overflows and saved["scaler"]:
+            self.engine.load_scale(saved["scaler"])
         self.step, self.skipped = saved["step"], saved["skipped"]
         say(f"continuing at step {self.step}, from {folder}")

@@ -19,7 +19,7 @@ from sdtune.engines import spread
 from sdtune.environment import environment
 from sdtune.float8 import compute_in_float8
 from sdtune.metrics import Metrics, check_trackers
-from sdtune.peers import Together, again
+from sdtune.peers import Together, again, meet
 from sdtune.plan import plan, steps_of
 from sdtune.precision import precision_of
 from sdtune.publish import Publisher
@@ -44,10 +44,10 @@ def train(kind: type[Recipe], cfg: Any, words: list[str], overwrite: bool = Fals
     check_trackers(cfg.report_to)
     accelerator = start(cfg)
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    with Together(rank, world, again(cfg, words), cfg.ddp_timeout) as together:
+    with Together(rank, world, cfg.output_dir, again(cfg, words), cfg.ddp_timeout) as together:
         publisher = Publisher(cfg, main)
         with open_folder(cfg, words, overwrite, allow_change) if main else nullcontext():
-            accelerator.wait_for_everyone()
+            meet()
             fit(kind, cfg, accelerator, publisher, words, allow_change)
             together.leave()
             accelerator.end_training()
@@ -99,6 +99,7 @@ def fit(
         with metrics.paused(), state.evaluating():
             if cfg.num_validation_images:
                 metrics.images(state.step, *preview.sample_images(recipe, dataset, accelerator))
+                meet()
             if dataset.holdout:
                 metrics.log(state.step, preview.holdout(engine, dataset, accelerator))
         recipe.train()
@@ -114,7 +115,7 @@ def fit(
         look()
     while state.step < total and not stopping.agreed():
         # fp16 overflows as a matter of course until its scale is found: such steps do not move the schedule
-        taken = state.step - (window.skipped_so_far() if engine.scaler.is_enabled() else 0)
+        taken = state.step - (window.skipped_so_far() if engine.overflows else 0)
         for parameters, peak in zip(optimizer.param_groups, peaks, strict=True):
             moves = state.step < parameters.get("until", 1.0) * total
             optim.set_rate(parameters, peak * scale * rate(taken) * moves)
@@ -143,10 +144,12 @@ def fit(
             with metrics.paused(), state.complete() as whole:  # before saving, so that none is missing after a kill
                 if main:
                     folder.export_copy(whole, out, state.step)
+            meet()
         if saving:
             with metrics.paused():
                 state.save()
                 publisher.checkpoint(state)
+                meet()
         if cfg.validation_steps and state.step % cfg.validation_steps == 0 and state.step < total:
             look()
 

@@ -9,11 +9,13 @@ tensor at a time.
 """
 
 import copy
+import math
 from typing import Any
 
 import deepspeed
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -24,15 +26,17 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
+from sdtune import engine
 from sdtune.configs import Optim, Run, UserError
-from sdtune.engine import Engine
 from sdtune.recipe import Recipe
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's; the number of steps is the third thing that it remembers."""
+SCALE = ("cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What the scale of fp16 losses depends on besides itself."""
 
 
-class Zero(Engine):
+class Zero(engine.Engine):
     """
     Args:
         plugin: what the accelerate config says of DeepSpeed.
@@ -48,6 +52,8 @@ class Zero(Engine):
             raise UserError("--use-ema: DeepSpeed keeps the weights to itself; leave it out, or shard with FSDP2")
         if cfg.optimizer != "adamw" or cfg.use_8bit_adam:
             raise UserError(f"--optimizer {cfg.optimizer}: with DeepSpeed it is adamw; leave the option out")
+        if self.overflows and not get_accelerator().is_fp16_supported():
+            raise UserError("--mixed-precision fp16: DeepSpeed has none on this device; take bf16, or shard with FSDP2")
         self.rank = accelerator.process_index
         self.stage = stage = plugin.zero_stage
         self.told = f"weights: optimizer state in {self.world} slices, one on a process (DeepSpeed ZeRO-{stage})"
@@ -61,7 +67,7 @@ class Zero(Engine):
             "gradient_accumulation_steps": cfg.gradient_accumulation_steps,
             "gradient_clipping": cfg.max_grad_norm,
             "bf16": {"enabled": self.dtype == torch.bfloat16},
-            "fp16": {"enabled": self.dtype == torch.float16},
+            "fp16": {"enabled": self.overflows, "initial_scale_power": round(math.log2(engine.INIT_SCALE))},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
@@ -139,3 +145,22 @@ class Zero(Engine):
                     safe_set_full_optimizer_state(p, value, key)
         for state in optimizer.state.values():
             state["step"] = tensors[f"{next(iter(names.values()))}|step"].clone()
+
+    def save_scale(self):
+        if not self.overflows:
+            return {}
+        scaler = self.model.optimizer.loss_scaler
+        plain = {
+            "scale": scaler.cur_scale,
+            "growth_factor": scaler.scale_factor,
+            "backoff_factor": 1 / scaler.scale_factor,
+            "growth_interval": scaler.scale_window,
+            "_growth_tracker": scaler.cur_iter - scaler.last_overflow_iter - 1,
+        }
+        return plain | {name: getattr(scaler, name) for name in SCALE}
+
+    def load_scale(self, saved):
+        scaler = self.model.optimizer.loss_scaler
+        scaler.cur_scale = saved["scale"]
+        for name in SCALE:
+            setattr(scaler, name, saved.get(name, getattr(scaler, name)))

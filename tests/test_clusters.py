@@ -118,15 +118,16 @@ def nodes(slurm, places, uninterrupted):
 
 
 def array(slurm, places, uninterrupted):
-    """A run for each seed."""
+    """A run for each seed, each on two processes."""
     learnt = []
     words = command(*places, Path("unused"), "--steps", "2")
     for k in range(2):
-        told = {"SLURM_ARRAY_TASK_ID": str(k), "SLURM_ARRAY_JOB_ID": "4711", "SLURM_GPUS_ON_NODE": "1"}
+        told = {"SLURM_ARRAY_TASK_ID": str(k), "SLURM_ARRAY_JOB_ID": "4711"}
         assert slurm.sbatch(SCRIPTS["array"], words, **told).wait(120) == 0, slurm.said()
         run = slurm.place / f"runs/sdtune/seed-{k}"
         assert f"seed: {k}\n" in (run / "config.yaml").read_text()
         learnt.append(load_file(run / "pytorch_lora_weights.safetensors"))
+    assert slurm.said().count("2 a process x 1 accumulated x 2 processes = 4 a step") == 2
     assert difference(*learnt) > 1e-6
     assert not slurm.requeued.exists()
 

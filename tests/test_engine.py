@@ -2,15 +2,20 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file
 
 from sdtune import engine, optim
 from sdtune.checkpoints import found
 from sdtune.methods import LoraConfig
+from tests import ranks
+from tests.conftest import status
 from tests.contract import RECIPES, command
 from tests.test_cuts import difference
 
@@ -84,6 +89,64 @@ def test_overflow_is_skipped_counted_and_moves_no_schedule(trained, monkeypatch)
     parts = trained("lora", "parts", *half, "--steps", "12")
     assert lines_of(parts)[-1]["skipped_steps"] == skipped[-1]
     assert difference(RECIPES["lora"].artefact(out), RECIPES["lora"].artefact(parts)) == 0
+
+
+@pytest.mark.parametrize("upcast", [True, False])
+def test_a_vae_that_fp16_cannot_hold_is_computed_in_fp32(upcast, places, tmp_path, capfd):
+    """As that of SDXL, whose configuration says so; images that are read, and images that are shown."""
+    base = shutil.copytree(places.sd, tmp_path / "base")
+    vae = AutoencoderKL.from_pretrained(base / "vae")
+    vae.register_to_config(force_upcast=upcast)
+    for part in (vae.encoder, vae.decoder):
+        part.conv_in.weight.data *= 1e6  # a norm behind it makes it good, in fp32
+    vae.save_pretrained(base / "vae")
+    half = ["--mixed-precision", "fp16", "--no-cache", "--steps", "2", "--log-steps", "1", "--model", str(base)]
+    more = ["--num-validation-images", "1", "--validation-inference-steps", "2"]
+    assert status(command("lora", places, tmp_path / "run", *half, *more)) == 0
+    losses = [line["loss"] for line in lines_of(tmp_path / "run") if "loss" in line]
+    assert ("no finite loss in batches" in capfd.readouterr().out) is not upcast
+    assert [loss is not None for loss in losses] == [upcast] * 2
+    shown = Image.open(next((tmp_path / "run" / "samples").glob("*.png"))).convert("L")
+    assert (shown.histogram()[0] < 32 * 32 / 2) is upcast  # what is not finite is shown black
+
+
+WAYS = {
+    "replicated": {},
+    "slices": FSDP,
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"},
+    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "DS_ACCELERATOR": "cpu"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_overflow_of_many_processes_is_that_of_all(way, places, tmp_path, monkeypatch):
+    """Skipped by each of them, counted once, and the scale goes on from a checkpoint."""
+    if way.startswith("zero"):
+        pytest.importorskip("deepspeed")
+        fast = "deepspeed.accelerator.cpu_accelerator.CPU_Accelerator.is_fp16_supported"
+        monkeypatch.setattr(fast, lambda self: True)  # it wants a CPU that is fast at it; torch computes on any
+    monkeypatch.setattr(engine, "INIT_SCALE", 2.0**26)
+    half = ["--mixed-precision", "fp16", "--lr-scheduler", "linear", "--log-steps", "1", "--train-batch-size", "1"]
+
+    def run(name, steps):
+        words = command("lora", places, tmp_path / name, *half, "--steps", steps)
+        ranks.trained(2, words, tmp_path / f"{name}-said", **WAYS[way])
+        return [line for line in lines_of(tmp_path / name) if "loss" in line]
+
+    lines = run("whole", "12")
+    skipped = [line["skipped_steps"] for line in lines]
+    assert skipped[0] > 0 and skipped[-1] < 12
+    rate = optim.learning_rate(LoraConfig(dataset="d", lr_scheduler="linear"), 12)
+    wanted = [1e-2 * rate(step - missed) for step, missed in enumerate([0, *skipped[:-1]])]
+    assert [line["learning_rate"] for line in lines] == pytest.approx(wanted)
+    run("parts", "3")
+    assert run("parts", "12")[-1]["skipped_steps"] == skipped[-1]
+    saved = [
+        json.loads((found(tmp_path / n / "checkpoints")[-1] / "state.json").read_text()) for n in ("whole", "parts")
+    ]
+    assert saved[0]["scaler"] == saved[1]["scaler"] and saved[0]["scaler"]["scale"] < 2.0**26
+    whole, parts = (RECIPES["lora"].artefact(tmp_path / name) for name in ("whole", "parts"))
+    assert difference(whole, parts) == 0
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -32,12 +32,12 @@ FLOORS = (
 """Bottom to top; a package is one name. What is not written here may not be imported, inside a function or out."""
 
 NEIGHBOURS = {
-    "data": "draws",
+    "data": "draws peers",
     "distances": "draws",
     "folder": "options",
     "preview": "engine",
     "state": "engine",
-    "peers": "options",
+    "peers": "checkpoints options",
     "cli": "launch",
     "samples": "encoded",
     "sample": "sample_pixels",

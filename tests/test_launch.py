@@ -1,10 +1,12 @@
 """Many processes: the accelerate configs that come with sdtune, two machines, a failure of one that ends them all."""
 
+import json
 import os
 import random
 import signal
 import socket
 from functools import partial
+from threading import Event
 
 import psutil
 import pytest
@@ -13,7 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed import run as torchrun
 
-from sdtune import checkpoints, launch, options, peers
+from sdtune import cache, checkpoints, folder, launch, metrics, options, peers
 from sdtune.cli import main
 from sdtune.configs import UserError
 from sdtune.methods import LoraConfig
@@ -31,6 +33,8 @@ EXPECTED = {
     "cpu": {},
     "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"},
     "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "fp16": {},
+    "bf16": {},
     "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
 }
 """What accelerate tells the processes under each."""
@@ -71,7 +75,13 @@ def config(**given):
 @pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
 @pytest.mark.parametrize("name", SHIPPED)
 def test_accelerate_takes_every_shipped_config_in_every_precision(name, precision, edited):
-    assert load_config_from_file(str(SHIPPED[name])).mixed_precision is None  # the run's decides
+    own = name if name in launch.PRECISIONS else None
+    assert load_config_from_file(str(SHIPPED[name])).mixed_precision == own  # else the run's decides
+    if own and precision != own:
+        if precision != "no":
+            with pytest.raises(UserError, match=f"--mixed-precision {precision}: .*; leave one of them out"):
+                launch.read(edited(name), config(mixed_precision=precision), 2)
+        return
     settings = launch.read(edited(name, num_processes=4), config(mixed_precision=precision), None)
     told = launch.environment(edited(name, num_processes=4), settings)
     assert EXPECTED[name].items() <= told.items()
@@ -91,7 +101,41 @@ def test_shipped_config_trains_on_the_cpu_to_the_weights_of_one_process(name, pl
     ranks.trained(2, command(*places, tmp_path / "two", *small, *cut), tmp_path / "said")
     said = (tmp_path / "said" / "0.out").read_text()
     assert [kind for kind, told in SHARDS.items() if told in said] == [kind for kind in SHARDS if kind == name]
-    assert difference(learnt(lora("one", *small)), learnt(tmp_path / "two")) < 1e-6
+    half = ["--mixed-precision", name] if name in launch.PRECISIONS else []
+    near = 1e-4 if half else 1e-6
+    assert difference(learnt(lora("one", *small, *half)), learnt(tmp_path / "two")) < near
+
+
+WAYS = {
+    "flag": (["--mixed-precision", "{}"], None),
+    "config": (["--config", "{run}"], None),
+    "accelerate config file": (["--accelerate-config", "{file}"], None),
+    "accelerate launch": ([], ["--mixed_precision", "{}"]),
+    "accelerate launch with a config file": ([], ["--config_file", "{file}"]),
+}
+"""How a precision can be asked for: options of the run, and of the launcher."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_precision_is_the_same_however_it_is_asked_for(precision, way, lora, places, tmp_path, edited):
+    own, launcher = WAYS[way]
+    (tmp_path / "run.yaml").write_text(f"mixed_precision: {precision}\n")
+    told = {"run": tmp_path / "run.yaml", "file": edited(precision, num_processes=1, distributed_type="NO")}
+    words = command(*places, tmp_path / "asked", "--steps", "2", *(word.format(precision, **told) for word in own))
+    if launcher is None:
+        started = ranks.Forked(partial(main, words), tmp_path / "said")
+    else:
+        line = [word.format(precision, **told) for word in launcher]
+        line += ["--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no", "--cpu"]
+        started = ranks.Forked(partial(accelerate_launch, *line, "-m", "sdtune", *words), tmp_path / "said")
+    assert started.code() == 0, started.said("err")
+    saved = json.loads((checkpoints.found(tmp_path / "asked" / "checkpoints")[-1] / "state.json").read_text())
+    assert (saved["scaler"] is not None) is (precision == "fp16")
+    learnt = RECIPES["lora"].artefact
+    asked = learnt(tmp_path / "asked")
+    assert difference(learnt(lora("flag", "--steps", "2", "--mixed-precision", precision)), asked) == 0
+    assert {t.dtype.itemsize for t in asked.values()} == {4}
 
 
 @pytest.mark.parametrize(
@@ -173,6 +217,7 @@ def test_error_of_one_process_is_told_once_and_ends_the_others(places, tmp_path)
     assert codes == [peers.GONE, 1, peers.GONE]
     told = started.said("err")
     assert told.count("ZeroDivisionError: the seventh batch of process 1") == 1
+    assert told.count("failed: process 1 of 3: ZeroDivisionError; the last checkpoint, step-000005, is whole; ") == 1
     assert "closed by peer" not in told
     assert "without a word" not in told
     (saved,) = checkpoints.found(tmp_path / "run" / "checkpoints")
@@ -191,9 +236,12 @@ def test_killed_process_is_named_and_the_same_command_continues_to_the_same_bits
     said = launcher.said("err")
     told = [line for line in said.splitlines() if line.startswith("failed: ")]
     assert len(told) == 1, said
-    assert told[0].startswith(f"failed: process {rank} of 2 was killed by SIGKILL; the last checkpoint is whole; ")
+    last = checkpoints.found(cut / "checkpoints")[-1].name
+    assert told[0].startswith(
+        f"failed: process {rank} of 2 was killed by SIGKILL; the last checkpoint, {last}, is whole; "
+    )
     assert told[0].endswith("--num-processes 2") and f"continue with: sdtune lora --output-dir {cut}" in told[0]
-    assert "Traceback" not in said
+    assert "Traceback" not in said and "[c10d]" not in said
     ranks.trained(2, words, tmp_path / "said")
     assert_same_bits(uninterrupted, cut)
 
@@ -207,6 +255,34 @@ def test_process_that_hangs_is_named_after_the_time_out(places, tmp_path):
     assert "failed: process 1 of 2 did not answer for 3 s (--ddp-timeout)" in started.said("err")
     assert started.all[1].code(0) == -signal.SIGKILL
     assert checkpoints.found(out / "checkpoints")
+
+
+def test_one_process_may_work_alone_for_longer_than_a_collective_waits(places, tmp_path, monkeypatch):
+    """Checkpoints, copies of the artefact, sample grids of the first process; a share of the cache of another."""
+    alone, patience = [], 2
+
+    def slow(module, name, rank):
+        real = getattr(module, name)
+
+        def work(*args, **kwargs):
+            if os.environ["RANK"] == rank:
+                Event().wait(2 * patience)
+                print(f"{name} took its time")
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, work)
+        alone.append(name)
+
+    slow(checkpoints, "save", "0")
+    slow(folder, "export_copy", "0")
+    slow(metrics, "save_sheet", "0")
+    slow(cache, "write", "1")
+    monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / "cache"))
+    options = ["--steps", "2", "--export-steps", "2", "--num-validation-images", "1", "--train-batch-size", "1"]
+    words = command(*places, tmp_path / "run", *options, "--validation-inference-steps", "1")
+    started = ranks.Ranks(2, [*words, "--ddp-timeout", str(patience)], tmp_path / "said")
+    assert started.codes() == [0, 0], started.said("err")
+    assert all(f"{name} took its time" in started.said("out") for name in alone)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])

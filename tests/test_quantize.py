@@ -5,13 +5,15 @@ import sys
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
-from sdtune import families
+from sdtune import families, memory, options
 from sdtune.configs import UserError
-from sdtune.quantize import Coded, held, quantize, saved
-from tests.conftest import status
+from sdtune.methods import LoraConfig
+from sdtune.quantize import Coded, held, quantize, sizes
+from sdtune.recipes.lora import Lora
+from tests.conftest import command, status
 
 KINDS = {"int8": "torchao", "nf4": "bitsandbytes"}
 
@@ -44,11 +46,27 @@ def test_codes_give_the_numbers_and_the_gradient_of_what_they_stand_for(kind):
 
 def test_what_is_saved_is_what_was_told(kind):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(1024, 640), nn.Linear(320, 1280)).requires_grad_(False)
-    before, (spared, largest) = held(model), saved(model, kind)
+    before, (plain, coded, largest) = held(model), sizes(model, kind)
+    assert plain == 4 * (1024 * 640 + 320 * 1280)
     assert largest == 4 * 1024 * 640
     quantize(model, kind)
-    assert before - held(model) == pytest.approx(spared, rel=0.01)
+    assert before - held(model) == pytest.approx(plain - coded, rel=0.01)
     assert held(model) < before * {"int8": 0.27, "nf4": 0.15}[kind]
+
+
+def test_codes_come_on_top_of_a_base_that_is_its_file(kind, sd, pictures, tmp_path):
+    """On a CPU, in the file's own precision, it is mapped; in another, or on a GPU, codes take its place."""
+    words = command(sd, pictures, tmp_path / "run", "--quantize-base", kind)[1:]
+    given = {word[2:].replace("-", "_"): value for word, value in zip(words[::2], words[1::2], strict=True)}
+    layers = [m for m in UNet2DConditionModel.from_pretrained(sd / "unet").modules() if type(m) is nn.Linear]
+    weights = sum(layer.weight.numel() for layer in layers)
+    bits = {"int8": 8, "nf4": 4}[kind]
+    for precision, device, plain in (("no", "cpu", 0), ("bf16", "cpu", 2), ("no", "cuda", 4)):
+        cfg = options.resolve(LoraConfig, None, given | {"mixed_precision": precision}, [])
+        recipe, _ = memory.outline(Lora, cfg, 2, lambda line: None)
+        added, decoded = memory.quantised(recipe, torch.device(device))
+        assert added == pytest.approx(weights * (bits / 8 - plain), abs=0.1 * weights)
+        assert decoded == max(layer.weight.numel() for layer in layers) * {"no": 4, "bf16": 2}[precision]
 
 
 def test_a_missing_library_is_named(kind, monkeypatch):

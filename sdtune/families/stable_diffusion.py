@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdtune.configs import UserError
 from sdtune.diffusion import DDPM, bias_timesteps
+from sdtune.families.vaes import InFull
 
 
 class Settings:
@@ -27,7 +28,8 @@ class StableDiffusion:
     Args:
         cfg: a config with the sections Model and Denoising.
         source: folder or Hub id of the pipeline; ``index`` is its ``model_index.json``.
-        dtype: of every part; a recipe casts what it trains to fp32.
+        dtype: of every part, but for a VAE that says that fp16 is too little for it (``force_upcast``); a recipe casts
+            what it trains to fp32.
     """
 
     pipeline_class = StableDiffusionPipeline
@@ -64,18 +66,20 @@ class StableDiffusion:
         else:
             config, make = self._read(Settings(kind), part, source), kind.from_config
         with self.device:
-            return make(config).to(self.dtype)
+            return make(config)
 
     def part(self, name: str) -> nn.Module:
         """A frozen part of the base on the run's device, in evaluation mode; on the meta device its shapes alone."""
         if name not in self.parts:
-            kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}[name]
-            other = self.cfg.vae if name == "vae" else None
+            kind: Any = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}[name]
+            other, dtype = self.cfg.vae if name == "vae" else None, self.dtype
+            if name == "vae" and dtype == torch.float16 and self.vae_config.get("force_upcast", True):
+                kind, dtype = InFull, torch.float32
             if self.device.type == "meta":
-                module = self._outline(kind, name, other)
+                module = self._outline(kind, name, other).to(dtype)
             else:
                 variant = {} if other else {"variant": self.cfg.variant}
-                module = self._read(kind, name, other, dtype=self.dtype, **variant)
+                module = self._read(kind, name, other, dtype=dtype, **variant)
             self.parts[name] = module.requires_grad_(False).eval().to(self.device)
         return self.parts[name]
 
@@ -155,7 +159,7 @@ class StableDiffusion:
 
     def moments(self, pixels: Tensor) -> Tensor:
         """Mean and log-variance of the VAE's posterior, ``[B, 2C, h, w]`` in fp32, of pixels in [-1, 1]."""
-        return self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist.parameters.float()
+        return self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.parameters.float()
 
     def latents(self, batch: Mapping[str, Tensor]) -> Tensor:
         """A sample of each image's posterior, scaled to unit variance: ``[B, C, h, w]`` in fp32."""

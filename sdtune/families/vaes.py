@@ -1,0 +1,28 @@
+"""The VAE of a latent model in half precision: what fp16 cannot hold is computed in fp32."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+
+class InFull(AutoencoderKL):
+    """A VAE that computes in fp32 whatever the precision around it.
+
+    The activations of some, that of SDXL among them, exceed 65504, which is where fp16 ends.
+    """
+
+    def encode(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with exactly(x):
+            return super().encode(x.float(), *args, **kwargs)
+
+    def decode(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with exactly(z):
+            return super().decode(z.float(), *args, **kwargs)
+
+
+def exactly(x: Tensor) -> AbstractContextManager[Any]:
+    """Context without autocast, which knows nothing of tensors that are shapes alone."""
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)

@@ -1,0 +1,63 @@
+"""What is done before training is shared out over the processes, and comes out as if one had done it."""
+
+import json
+import os
+
+from sdtune import cache, class_pictures
+from tests import ranks
+from tests.contract import command
+
+MADE = ["--prior-preservation", "--class-prompt", "a red circle", "--num-class-images", "6", "--sample-batch-size", "1"]
+
+
+def test_class_pictures_that_are_missing_are_shared_out_evenly(trained, places, tmp_path, monkeypatch):
+    """Two processes have made theirs when the run is killed, and the third has made none."""
+    once = [*MADE, "--class-inference-steps", "1", "--steps", "1", "--num-validation-images", "0"]
+    whole = trained("dreambooth", "whole", *once, "--class-data", str(tmp_path / "one"))
+    assert whole.exists()
+    made = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    assert len(made) == 6
+    two = tmp_path / "two"
+    two.mkdir()
+    for k in (0, 2, 3, 5):
+        (two / f"made-{k:05d}.png").write_bytes(made[f"made-{k:05d}.png"])
+    real = class_pictures.write
+    monkeypatch.setattr(
+        class_pictures, "write", lambda path, *more: (print(os.environ["RANK"], path.name), real(path, *more))
+    )
+    words = command("dreambooth", places, tmp_path / "run", *once, "--class-data", str(two), "--train-batch-size", "1")
+    ranks.trained(2, words, tmp_path / "said")
+    drew = [(tmp_path / "said" / f"{rank}.out").read_text() for rank in range(2)]
+    assert ["0 made-00001.png" in drew[0], "1 made-00004.png" in drew[1]] == [True, True]
+    assert "made-00004.png" not in drew[0]
+    assert {path.name: path.read_bytes() for path in two.iterdir()} == made
+
+
+def test_captions_and_images_are_encoded_once_each(places, tmp_path, monkeypatch):
+    """By one process or the other, of each store about half; what is kept is what one process keeps."""
+    real = cache.write
+
+    def told(file, tensors, *more):
+        print(json.dumps([file.parent.parent.name, sorted(tensors)]))
+        real(file, tensors, *more)
+
+    monkeypatch.setattr(cache, "write", told)
+    kept = {}
+    for world in (1, 2):
+        monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / f"cache-{world}"))
+        cut = ["--steps", "1", "--train-batch-size", str(2 // world)]
+        words = command("lora", places, tmp_path / f"run-{world}", *cut)
+        ranks.trained(world, words, tmp_path / f"said-{world}")
+        shares = []
+        for rank in range(world):
+            lines = (tmp_path / f"said-{world}" / f"{rank}.out").read_text().splitlines()
+            shares.append([json.loads(line) for line in lines if line.startswith("[")])
+        done = [(store, key) for share in shares for store, keys in share for key in keys]
+        assert len(done) == len(set(done))
+        kept[world] = set(done)
+        stores = {store for store, _ in done}
+        assert len(stores) == 2
+        for store in stores:
+            sizes = [sum(len(keys) for name, keys in share if name == store) for share in shares]
+            assert max(sizes) - min(sizes) <= 1
+    assert kept[1] == kept[2]
