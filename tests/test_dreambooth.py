@@ -26,6 +26,7 @@ LORA, EMBEDDING = "pytorch_lora_weights.safetensors", "learned_embeds.safetensor
 PROMPT = "a red circle"
 MADE = ["--class-prompt", "a red circle", "--num-class-images", "6", "--class-inference-steps", "2"]
 WORD = "<thing>"
+WORDED = ["--lora", "--placeholder-token", WORD, "--caption", f"a {WORD} circle"]
 
 
 def words(places, out, *options):
@@ -245,10 +246,19 @@ def test_each_part_moves_for_its_share_of_the_run(subject):
         (["--prior-preservation", *MADE, "--buckets"], "prior_preservation with buckets"),
         (["--rank", "8"], "rank is for adapters: add --lora"),
         (["--placeholder-token", WORD], "add --lora"),
-        (["--lora", "--placeholder-token", WORD, "--instance-prompt", "a dog"], f"instance_prompt does not say {WORD}"),
-        (["--lora", "--placeholder-token", WORD], f"--placeholder-token {WORD}: 11 of 11 captions do not say it"),
+        ([*WORDED, "--instance-prompt", "a dog"], f"instance_prompt does not say {WORD}"),
+        ([*WORDED, "--validation-prompt", "a dog"], f"validation_prompt: none says {WORD}"),
+        ([*WORDED, "--prior-preservation", "--class-prompt", f"a {WORD}"], f"class_prompt says {WORD}"),
+        ([*WORDED, "--initializer-token", "zebra"], "zebra: is 5 tokens of this base"),
+        (WORDED[:3], f"--placeholder-token {WORD}: 11 of 11 captions do not say it"),
         (["--lora", "--placeholder-token", "red", "--caption", "a red thing"], "red is in the base's vocabulary"),
         (["--initializer-token", "red"], "initializer_token is for a new word"),
+        (["--num-vectors", "2"], "num_vectors is for a new word"),
+        (["--placeholder-frac", "0.5"], "placeholder_frac is for a new word"),
+        (["--text-encoder-frac", "0.5"], "text_encoder_frac is for a text encoder that trains"),
+        (["--text-encoder-lr", "1e-4"], "text_encoder_lr is for a text encoder that trains"),
+        (["--unet-frac", "0.5"], "unet_frac: nothing would train to the end"),
+        ([*WORDED, "--unet-frac", "0.5", "--placeholder-frac", "0.5"], "unet_frac and placeholder_frac: nothing would"),
         (["--instance-data", "/nowhere"], "no such folder"),
     ],
 )
@@ -256,6 +266,20 @@ def test_mistakes_are_told(options, told, places, tmp_path, capsys):
     options = [option.format(pictures=places.pictures) for option in options]
     assert status(words(places, tmp_path / "run", *options)) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        (["--placeholder-token", "Circle", "--caption", "a circle"], "Circle is in the base's vocabulary"),
+        ([*WORDED[1:], "--initializer-token", "zebra"], "zebra: is 5 tokens"),
+    ],
+)
+def test_what_is_wrong_with_the_word_is_told_before_the_base_draws(word, told, places, tmp_path, capsys):
+    options = ["--prior-preservation", "--class-prompt", "a square", *MADE[2:], "--lora", *word]
+    assert status(words(places, tmp_path / "run", *options)) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run" / "class-pictures").exists()
 
 
 def test_pictures_made_with_other_settings_are_not_mixed(subject, places, tmp_path, capsys):
