@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,18 +217,62 @@ def test_half_precision(subject):
 # ---- pivotal tuning ----------------------------------------------------------------------------------
 
 
-def test_each_part_moves_for_its_share_of_the_run(subject):
-    options = ["--lora", "--placeholder-token", WORD, "--caption", f"a {WORD} circle", "--checkpointing-steps", "2"]
-    options += ["--checkpoints-total-limit", "9", "--steps", "8"]
-    run = subject("run", *options, "--placeholder-frac", "0.5", "--unet-frac", "0.75")
+WORD_HELD = ["--placeholder-frac", "0"]
+SHARES = [*WORDED, "--train-text-encoder", "--placeholder-frac", "0.5", "--unet-frac", "0.75"]
+SHARES += ["--checkpointing-steps", "2", "--checkpoints-total-limit", "9", "--steps", "8"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "prodigy", "adamw_schedulefree"])
+def test_each_part_moves_for_its_share_of_the_run(optimizer, subject):
+    """To the bit, also with optimizers that remember the rate they once had."""
+    options = {
+        "prodigy": ["--learning-rate", "1", "--optimizer-args", "{d0: 0.001}"],
+        "adamw_schedulefree": ["--lr-scheduler", "constant"],
+    }
+    run = subject("run", *SHARES, "--optimizer", optimizer, *options.get(optimizer, []))
     steps = {c.name: checkpoints.load(c)[0]["weights"] for c in checkpoints.found(run / "checkpoints")}
     two, four, six, eight = (steps[f"step-{k:06d}"] for k in (2, 4, 6, 8))
-    (rows,) = [name for name in two if name.endswith(".rows")]
-    adapter = next(name for name in two if "lora_B" in name)
-    assert not torch.equal(two[rows], four[rows])
-    assert torch.equal(four[rows], six[rows]) and torch.equal(six[rows], eight[rows])
-    assert not torch.equal(four[adapter], six[adapter])
-    assert torch.equal(six[adapter], eight[adapter])
+    rows = [name for name in two if name.endswith(".rows")]
+    unet = [name for name in two if name.startswith("unet") and "lora_B" in name]
+    text = [name for name in two if name.startswith("text_encoder") and "lora_B" in name]
+    assert len(rows) == 1 and unet and text
+
+    def still(names, one, other):
+        return [torch.equal(one[name], other[name]) for name in names]
+
+    assert not any(still(rows, two, four)) and all(still(rows, four, six)) and all(still(rows, six, eight))
+    assert not any(still(unet, four, six)) and all(still(unet, six, eight))
+    assert not any(still(text, six, eight))
+
+
+@pytest.mark.parametrize("last", [2, 4, 6])
+def test_a_run_goes_on_across_the_end_of_a_share_to_the_same_bits(last, subject):
+    whole, cut = (subject(name, *SHARES) for name in ("whole", "cut"))
+    for checkpoint in checkpoints.found(cut / "checkpoints"):
+        if int(checkpoint.name[-6:]) > last:
+            shutil.rmtree(checkpoint)
+    (cut / "report.html").unlink()
+    assert subject("cut", *SHARES) == cut
+    (one, _), (other, _) = (checkpoints.load(checkpoints.found(run / "checkpoints")[-1]) for run in (whole, cut))
+    assert one.keys() == other.keys()
+    for group in one:
+        assert one[group].keys() == other[group].keys()
+        assert [k for k in one[group] if not torch.equal(one[group][k], other[group][k])] == []
+    assert (whole / LORA).read_bytes() == (cut / LORA).read_bytes()
+    assert (whole / EMBEDDING).read_bytes() == (cut / EMBEDDING).read_bytes()
+
+
+def test_a_part_that_does_not_move_has_no_say_in_the_clipping(subject):
+    """The squared norm of the first step is that of the word and that of the adapters, each by itself."""
+
+    def squared(name, *options):
+        run = subject(name, *WORDED, "--log-steps", "1", "--steps", "1", *options)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return next(line["grad_norm"] for line in lines if "grad_norm" in line) ** 2
+
+    both, word, adapters = squared("both"), squared("word", "--unet-frac", "0"), squared("adapters", *WORD_HELD)
+    assert word > 0 and adapters > 0
+    assert both == pytest.approx(word + adapters, rel=1e-5)
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------
