@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sdtune import checkpoints
+from sdtune.configs import UserError
 from sdtune.data import Mixture, Stream, load_images
 from sdtune.methods import DreamBoothConfig
 from sdtune.recipes.dreambooth import DreamBooth
@@ -352,6 +354,31 @@ def test_instance_prompt_is_for_images_without_captions(subject, places, tmp_pat
     assert "a red circle 0" in (captioned / "report.html").read_text()
     assert status(words(places, tmp_path / "none", "--dataset", str(bare))) == 2
     assert "no captions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["texts", "table", "saved"])
+def test_instance_prompt_is_for_each_picture_that_has_no_caption(kind, places, tmp_path, capsys):
+    """Of four pictures the first has a caption of its own, the second a blank one, the others none."""
+    own, blank, prompt = "a red circle", " ", "a photo of sks dog"
+    folder = tmp_path / kind
+    folder.mkdir()
+    for k in range(4):
+        shutil.copy(places.pictures / f"{k:02d}.png", folder / f"{k}.png")
+    if kind == "texts":
+        (folder / "0.txt").write_text(own)
+        (folder / "1.txt").write_text(blank)
+    elif kind == "table":
+        rows = [{"file_name": "0.png", "text": own}, {"file_name": "1.png", "text": blank}]
+        rows.append({"file_name": "2.png", "text": None})
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        table = {"image": [str(folder / f"{k}.png") for k in range(4)], "text": [own, blank, None, None]}
+        folder = tmp_path / "set"
+        datasets.Dataset.from_dict(table).cast_column("image", datasets.Image()).save_to_disk(folder)
+    images = load_images(config(places, dataset=str(folder)), default=prompt)
+    assert [row.captions for row in images.rows] == [(own,), (prompt,), (prompt,), (prompt,)]
+    with pytest.raises(UserError, match="--caption"):
+        load_images(config(places, dataset=str(folder)))
 
 
 def test_a_text_encoder_that_trains_is_not_cached(subject, capsys):
