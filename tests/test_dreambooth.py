@@ -93,6 +93,36 @@ def test_base_makes_the_class_pictures_that_are_lacking(subject, places, tmp_pat
     assert json.loads(Image.open(own / "made-00000.png").info["sdtune"])["class_prompt"] == ["a red circle"]
 
 
+def test_a_made_picture_does_not_depend_on_how_many_are_asked_for(subject):
+    options = ["--prior-preservation", *MADE, "--sample-batch-size", "4", "--num-class-images"]
+    five, seven = (digests(subject(n, *options, n) / "class-pictures") for n in ("5", "7"))
+    assert len(five) == 5 and five == {name: made for name, made in seven.items() if name in five}
+
+
+def test_own_class_pictures_keep_their_captions_and_as_many_are_used_as_asked_for(subject, places, tmp_path, capsys):
+    own = tmp_path / "own"
+    own.mkdir()
+    for k in range(4):
+        shutil.copy(places.pictures / f"{k:02d}.png", own / f"{k}.png")
+    (own / "1.txt").write_text("a blue square")
+    prior = ["--prior-preservation", "--class-data", str(own), "--class-inference-steps", "2", "--num-class-images"]
+    subject("fewer", *prior, "3", "--class-prompt", "a red circle")
+    assert "3 of them of the class" in capsys.readouterr().out and len(list(own.glob("*.png"))) == 4
+    subject("more", *prior, "6", "--class-prompt", "a red circle")
+    assert "6 of them of the class" in capsys.readouterr().out and len(digests(own)) == 2
+    cfg = config(places, dataset=str(own))
+    assert [row.captions[0] for row in load_images(cfg, default="a red circle").rows] == [
+        *("a red circle", "a blue square"),
+        *["a red circle"] * 4,
+    ]
+    prompts = ["--class-prompt", "a red circle", "a blue square"]
+    assert status(words(places, tmp_path / "two", *prior, "9", *prompts)) == 2
+    assert "not said which of the class prompts they show" in capsys.readouterr().err
+    (own / "1.txt").unlink()
+    assert status(words(places, tmp_path / "none", *prior, "4")) == 2
+    assert "the pictures have no captions; add --class-prompt" in capsys.readouterr().err
+
+
 def test_several_class_prompts_take_turns_and_caption_their_pictures(subject):
     options = ["--class-prompt", "a red circle", "a blue square", *MADE[2:]]
     folder = subject("run", "--prior-preservation", *options) / "class-pictures"
