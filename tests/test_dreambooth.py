@@ -130,7 +130,8 @@ def test_several_class_prompts_take_turns_and_caption_their_pictures(subject):
     assert told == ["a red circle", "a blue square"] * 3
 
 
-def test_interrupted_making_goes_on_to_the_same_bytes(subject, places, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_interrupted_making_goes_on_to_the_same_bytes(processes, subject, places, tmp_path):
     options = ["--prior-preservation", *MADE, "--num-class-images", "21", "--sample-batch-size", "2"]
     whole = digests(subject("whole", *options) / "class-pictures")
     cut = tmp_path / "cut"
@@ -140,7 +141,9 @@ def test_interrupted_making_goes_on_to_the_same_bytes(subject, places, tmp_path)
     made = digests(cut / "class-pictures")
     assert 5 <= len(made) < 21
     kept = (cut / "class-pictures" / "made-00000.png").stat().st_mtime_ns
-    assert status(words(places, cut, *options)) == 0
+    more = ["--train-batch-size", str(2 // processes), "--num-processes", str(processes)]
+    done = subprocess.run([sys.executable, "-m", "sdtune", *words(places, cut, *options, *more)], capture_output=True)
+    assert done.returncode == 0, done.stderr
     assert digests(cut / "class-pictures") == whole
     assert (cut / "class-pictures" / "made-00000.png").stat().st_mtime_ns == kept, "it was made anew"
 
@@ -181,12 +184,21 @@ def test_subject_and_class_take_turns_whatever_the_cut(group, both, places):
     assert [s.index for s in seen[::2]] != [s.index - 11 for s in seen[1::2]], "both in the same order"
 
 
+WEIGHTS = {
+    "none": {},
+    "min-SNR": {"snr_gamma": 5.0},
+    "huber": {"loss_type": "huber"},
+    "velocity, min-SNR, huber": {"prediction_type": "v_prediction", "snr_gamma": 1.0, "loss_type": "huber"},
+    "noise": {"noise_offset": 0.1, "input_perturbation": 0.1, "timestep_bias_strategy": "later", "snr_gamma": 5.0},
+}
+
+
 @pytest.mark.parametrize("size", [1, 2, 5])
-@pytest.mark.parametrize("gamma", [None, 5.0])
-def test_loss_is_weighted_image_by_image(size, gamma, places, tmp_path):
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_loss_is_weighted_image_by_image(size, weights, places, tmp_path):
     """The mistake it guards against: a batch of one, whose weight [1] broadcasts over both halves."""
     fields = {"prior_preservation": True, "class_data": places.pictures, "num_class_images": 11, "cache": False}
-    cfg = config(places, prior_loss_weight=0.25, snr_gamma=gamma, output_dir=tmp_path, **fields)
+    cfg = config(places, prior_loss_weight=0.25, output_dir=tmp_path, **WEIGHTS[weights], **fields)
     recipe = DreamBooth(cfg, torch.device("cpu"))
     dataset = recipe.dataset(2, lambda line: None)
     batch = torch.utils.data.default_collate([dataset[p] for p in range(3, 3 + size)])
@@ -200,6 +212,16 @@ def test_loss_is_weighted_image_by_image(size, gamma, places, tmp_path):
     want = [loss * (0.25 if (3 + k) % 2 else 1) for k, loss in enumerate(alone)]
     assert weighted.shape == (size,)
     assert torch.allclose(weighted, torch.cat(want), rtol=1e-4)
+
+
+def test_an_odd_batch_ends_as_its_images_one_by_one(subject, places):
+    """A step of three shows two of the one part and one of the other, then the other way round."""
+    prior = ["--prior-preservation", "--class-data", str(places.pictures), "--num-class-images", "11"]
+    prior += ["--snr-gamma", "5", "--loss-type", "huber", "--prior-loss-weight", "0.5", "--learning-rate", "1e-5"]
+    whole = subject("whole", *prior, "--train-batch-size", "3")
+    cut = subject("cut", *prior, "--train-batch-size", "1", "--gradient-accumulation-steps", "3")
+    one, other = (load_file(run / "unet" / "diffusion_pytorch_model.safetensors") for run in (whole, cut))
+    assert max((one[k] - other[k]).abs().max() for k in one) < 1e-6
 
 
 # ---- artefacts ---------------------------------------------------------------------------------------
