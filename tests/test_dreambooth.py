@@ -249,17 +249,26 @@ def test_adapters_and_word_in_stock_diffusers_give_the_picture_of_sdtune_sample(
 
 def test_a_mixture_of_adapters_and_words(subject, trained, sd, tmp_path):
     one = subject("one", "--lora", "--learning-rate", "1e-2")
+    two = subject("two", "--lora", "--learning-rate", "1e-2", "--rank", "2", "--train-text-encoder", "--seed", "1")
     word = trained("textual-inversion", "word", "--learning-rate", "1e-1")
     full = subject("full")
     prompt = f"a {WORD} circle"
-    options = ["--model", str(sd), "--adapter", f"{one}=0.5", "--embedding", str(word), "--unet", str(full)]
+    adapters = [f"{one}=0.5", f"{two}=-0.75"]
+    options = ["--adapter", *adapters, "--embedding", str(word), "--unet", str(full)]
     stock = StableDiffusionPipeline.from_pretrained(
         sd, unet=DiffusionPipeline.from_pretrained(full).unet, safety_checker=None
     )
     stock.load_lora_weights(one, weight_name=LORA, adapter_name="one")
-    stock.set_adapters(["one"], [0.5])
+    stock.load_lora_weights(two, weight_name=LORA, adapter_name="two")
+    stock.set_adapters(["one", "two"], [0.5, -0.75])
     stock.load_textual_inversion(word / EMBEDDING)
-    assert np.array_equal(ours(tmp_path / "images", *options, prompt=prompt), drawn(stock, prompt))
+    image = ours(tmp_path / "images", *options, prompt=prompt)
+    assert np.array_equal(image, drawn(stock, prompt))
+    told = Image.open(tmp_path / "images" / "00000.png").text["parameters"]
+    assert all(part in told for part in (*adapters, f"Embeddings: {word}", f"UNet: {full}", f"Model: {sd}"))
+    alone = ours(tmp_path / "alone", "--unet", str(full))  # on the base that it was trained from
+    assert np.array_equal(alone, drawn(DiffusionPipeline.from_pretrained(full)))
+    assert not np.array_equal(image, alone)
 
 
 def test_half_precision(subject):
