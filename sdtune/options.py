@@ -13,46 +13,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from sdtune.configs import Run, Section, UserError
-
-NEEDLESS = {
-    "allow_tf32": "TF32 is on wherever the GPU has it; leave the flag out",
-    "cache_latents": "VAE moments are computed once anyway (--cache); leave the flag out",
-    "class_labels_conditioning": "it is for DeepFloyd IF, which is no base here; leave the flag out",
-    "enable_npu_flash_attention": "torch's own attention does the same; leave the flag out",
-    "enable_xformers_memory_efficient_attention": "torch's own attention does the same; leave the flag out",
-    "foreach_ema": "the average is moved in one call anyway; leave the flag out",
-    "hub_token": "a token on the command line ends up in logs; set HF_TOKEN or run `hf auth login`",
-    "image_column_name": "use --image-column",
-    "initializer_concept": "use --initializer-token",
-    "local_rank": "accelerate and torchrun say it in the environment; leave the flag out",
-    "logging_dir": "trackers write into the run's folder; use --output-dir",
-    "lora_rank": "use --rank",
-    "no_safe_serialization": "what is written is safetensors, which every reader takes; leave the flag out",
-    "non_ema_revision": "training starts from the weights of --revision; leave the flag out",
-    "num_epochs": "use --num-train-epochs",
-    "num_new_tokens_per_abstraction": "use --num-vectors",
-    "offload_ema": "the average stays beside the weights; leave the flag out",
-    "offset_noise": "use --noise-offset 0.1",
-    "output_kohya_format": "`sdtune convert` writes it from the artefact; leave the flag out",
-    "pre_compute_text_embeddings": "they are computed once anyway, unless the text encoder trains; leave the flag out",
-    "prior_generation_precision": "class pictures are made in --mixed-precision; leave the flag out",
-    "proportion_empty_prompts": "use --caption-dropout",
-    "resume_from_checkpoint": "the same command continues its run; leave the flag out (--overwrite starts anew)",
-    "save_as_full_pipeline": "the word is the artefact, and loads into any pipeline; leave the flag out",
-    "save_steps": "use --export-steps for copies of the artefact, --checkpointing-steps to continue from",
-    "set_grads_to_none": "gradients are always dropped, not zeroed; leave the flag out",
-    "skip_save_text_encoder": "a pipeline is saved whole, and an adapter without it; leave the flag out",
-    "text_encoder_use_attention_mask": "it is for T5, which no base here has; leave the flag out",
-    "token_abstraction": "use --placeholder-token, and have the captions say that word",
-    "tokenizer_max_length": "captions have as many tokens as the base's tokenizer says; leave the flag out",
-    "tokenizer_name": "the tokenizer is the base's own; leave the flag out",
-    "train_text_encoder_ti": "--placeholder-token trains a new word's vectors; leave the flag out",
-    "validation_epochs": "use --validation-steps",
-    "validation_images": "it is for models that enlarge pictures; leave the flag out",
-    "validation_scheduler": "samples are drawn with the base's own scheduler; leave the flag out",
-    "warmup_steps": "use --lr-warmup-steps",
-}
-"""Flags of other trainers that have no field here, and what to do instead."""
+from sdtune.needless import NEEDLESS
 
 LAUNCH = ("num_processes", "accelerate_config", "find_batch_size", "memory", "overwrite", "allow_change")
 """Flags of the commands that train which describe the launch, so they are no fields."""

@@ -15,6 +15,7 @@ import sdtune
 from sdtune import cli, options
 from sdtune.configs import RunFailed, UserError
 from sdtune.methods import METHODS
+from sdtune.needless import NEEDLESS
 from sdtune.verbs import VERBS
 from tests.conftest import status
 
@@ -123,9 +124,9 @@ def flat(text: str) -> str:
 def test_each_flag_of_the_diffusers_script_is_honoured_or_answered(word, capsys):
     name, _, text = word[2:].partition("=")
     data = [] if name in ("dataset_name", "train_data_dir") else ["--dataset", "d"]
-    if name in options.NEEDLESS:
+    if name in NEEDLESS:
         (line,) = refused(capsys, *data, word)
-        assert line == f"--{name}: no such option; {options.NEEDLESS[name]}"
+        assert line == f"--{name}: no such option; {NEEDLESS[name]}"
         assert text == "" or not re.search(rf"\b{text}\b", line.partition(";")[0])
         return
     field = RENAMED.get(name, name)
@@ -154,8 +155,8 @@ def test_flags_of_the_other_scripts_are_honoured_or_answered(command, word, caps
     more = ["--placeholder-token", "p"] if command == "textual-inversion" else []
     more += ["--dataset", "d", *shlex.split(GOES_WITH.get(name, ""))]
     code, out, err = answer(capsys, command, "--dry-run", *more, word)
-    if name in options.NEEDLESS:
-        assert (code, err) == (2, f"error: --{name}: no such option; {options.NEEDLESS[name]}\n")
+    if name in NEEDLESS:
+        assert (code, err) == (2, f"error: --{name}: no such option; {NEEDLESS[name]}\n")
         return
     assert (code, err) == (0, "")
     value = yaml.safe_load(out)[options.names_of(config)[name]]
@@ -167,7 +168,7 @@ def test_all_51_flags_are_here():
 
 
 def test_the_flags_that_sdtune_does_without_are_answered_together(capsys):
-    without = [w for w in DIFFUSERS if w[2:].partition("=")[0] in options.NEEDLESS]
+    without = [w for w in DIFFUSERS if w[2:].partition("=")[0] in NEEDLESS]
     lines = refused(capsys, "--dataset", "d", *without)
     assert [line.partition(":")[0] for line in lines] == [w.partition("=")[0] for w in without]
     assert not any("lists them" in line or "did you mean" in line for line in lines)
@@ -175,7 +176,7 @@ def test_the_flags_that_sdtune_does_without_are_answered_together(capsys):
 
 def test_advice_names_flags_that_exist():
     spelt = {options.flag(n) for config in METHODS for n in config.model_fields} | {"--overwrite"}
-    for name, told in options.NEEDLESS.items():
+    for name, told in NEEDLESS.items():
         assert not any(name in options.names_of(config) for config in METHODS)
         assert set(re.findall(r"--[a-z-]+", told)) <= spelt, name
 

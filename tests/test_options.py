@@ -19,6 +19,7 @@ from sdtune.methods import (
     TextualInversionConfig,
     config_class,
 )
+from sdtune.needless import NEEDLESS
 from sdtune.verbs import SampleConfig
 from tests.conftest import status
 
@@ -186,7 +187,7 @@ def test_no_two_fields_share_a_spelling(config):
         "overwrite",
         "allow_change",
         "help",
-        *options.NEEDLESS,
+        *NEEDLESS,
     }
     assert taken.isdisjoint(spellings)
     negated = {f"no_{n}" for n, f in config.model_fields.items() if f.annotation is bool}
