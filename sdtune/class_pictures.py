@@ -1,7 +1,8 @@
 """Class pictures of DreamBooth's prior preservation: those there are, and as many from the base as are lacking.
 
-Picture k is drawn from its own seed in a batch of fixed members, whichever process draws it and however often it was
-interrupted, so the set is always the same, byte for byte. Each is written beside its place and renamed.
+Picture k is drawn from its own seed in a batch of fixed members, however many are asked for, whichever process draws
+it and however often it was interrupted, so the set is always the same, byte for byte. Each is written beside its place
+and renamed.
 """
 
 import json
@@ -19,6 +20,7 @@ from sdtune import draws, families
 from sdtune.configs import UserError
 from sdtune.data import Images, load_images
 from sdtune.data.images import EXTENSIONS
+from sdtune.data.metadata import TABLES
 from sdtune.methods import DreamBoothConfig
 from sdtune.peers import meet
 from sdtune.sample import generate
@@ -43,8 +45,13 @@ def class_images(cfg: DreamBoothConfig, family: Any) -> Images:
             make_ready(cfg, folder, own, lacking)
         meet()
         make(cfg, family, folder, lacking)
+    if not (cfg.class_prompt or captioned(folder)):
+        raise UserError(
+            f"--class-data {folder}: the pictures have no captions; add --class-prompt, which is that of all"
+        )
     caption = cfg.class_prompt[0] if cfg.class_prompt else None
-    changed = {"dataset": str(folder), "caption": None, "caption_column": None, "max_train_samples": None}
+    changed = {"dataset": str(folder), "caption": None, "caption_column": None}
+    changed["max_train_samples"] = cfg.num_class_images
     return load_images(cfg.model_copy(update=changed), default=caption)
 
 
@@ -57,11 +64,10 @@ def make_ready(cfg: DreamBoothConfig, folder: Path, own: list[Path], lacking: in
     have = f"--class-data {folder}: {len(own)} of --num-class-images {cfg.num_class_images}"
     if not cfg.class_prompt:
         raise UserError(f"{have}, and nothing to make more from; add --class-prompt, pictures, or ask for fewer")
-    captioned = any(p.with_suffix(".txt").exists() for p in own) or any(folder.glob("**/metadata.*"))
-    if own and (captioned or len(cfg.class_prompt) > 1):
+    if own and len(cfg.class_prompt) > 1:
         raise UserError(
-            f"{have}, with captions that differ, and made pictures would have none of them; add pictures, ask for "
-            "fewer, or name another folder"
+            f"{have}, and it is not said which of the class prompts they show; give one prompt, add pictures, or name "
+            "another folder"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,8 +89,8 @@ def make_ready(cfg: DreamBoothConfig, folder: Path, own: list[Path], lacking: in
 def make(cfg: DreamBoothConfig, family: Any, folder: Path, count: int) -> None:
     """Draw pictures 0 to ``count`` of the class, this process its share of what is missing, and wait for the others."""
     state, size = PartialState(), cfg.sample_batch_size
-    batches = [range(k, min(k + size, count)) for k in range(0, count, size)]
-    missing = [batch for batch in batches if not all(place(folder, k).exists() for k in batch)]
+    batches = [range(k, k + size) for k in range(0, count, size)]  # whole ones, whatever the count
+    missing = [batch for batch in batches if not all(place(folder, k).exists() for k in batch if k < count)]
     meet()  # all have looked before one draws, so that the shares are of one list
     mine = missing[state.process_index :: state.num_processes]
     bar: dict[str, Any] = {"console": Console(stderr=True), "transient": True}
@@ -101,7 +107,7 @@ def make(cfg: DreamBoothConfig, family: Any, folder: Path, count: int) -> None:
                 width=cfg.resolution,
                 height=cfg.resolution,
             )
-        for k, prompt, image in zip(batch, prompts, images, strict=True):
+        for k, prompt, image in zip(range(batch.start, min(batch.stop, count)), prompts, images, strict=False):
             write(place(folder, k), image, settings(cfg), prompt if len(cfg.class_prompt) > 1 else None)
     if mine:
         family.release()
@@ -118,6 +124,12 @@ def settings(cfg: DreamBoothConfig) -> str:
 def pictures(folder: Path) -> list[Path]:
     shown = (p for p in folder.glob("**/*") if not p.name.startswith("."))
     return sorted(p for p in shown if p.suffix.lower() in EXTENSIONS)
+
+
+def captioned(folder: Path) -> bool:
+    """Whether pictures of a folder have captions of their own: a file beside one, or a table."""
+    beside = (p.with_suffix(".txt").exists() for p in pictures(folder))
+    return any(beside) or any((folder / table).exists() for table in TABLES)
 
 
 def place(folder: Path, k: int) -> Path:

@@ -388,3 +388,11 @@ class Adapter(Section):
         if self.quantize_base and self.use_dora:
             raise ValueError("use_dora with quantize_base: DoRA reads the weights themselves; leave one of them out")
         return self
+
+    @model_validator(mode="after")
+    def _rate_of_what_trains(self) -> Self:
+        if self.text_encoder_lr and not self.train_text_encoder:
+            raise ValueError(
+                "text_encoder_lr is for a text encoder that trains: add --train-text-encoder, or leave it out"
+            )
+        return self

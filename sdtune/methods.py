@@ -28,7 +28,6 @@ from sdtune.configs import (
     Prompts,
     Run,
     Schedule,
-    Section,
     Share,
     Streaming,
     Strings,
@@ -65,7 +64,12 @@ class TextToImageConfig(Denoising, Model, Captions, Latents, Streaming, Data, Op
         return self
 
 
-class NewWord(Section):
+def says(text: str, word: str) -> bool:
+    """Whether a tokenizer that knows ``word`` finds it in ``text``: in any case, and beside a comma or full stop."""
+    return word.lower() in text.lower()
+
+
+class NewWord(Prompts):
     """The word that gets vectors of its own."""
 
     placeholder_token: str | None = None
@@ -76,6 +80,15 @@ class NewWord(Section):
     """Start every vector at the mean of all initializer words, which may then be of several tokens."""
     num_vectors: Count = 1
     """Vectors of the new word; more hold more, and take more places of the prompt."""
+
+    @model_validator(mode="after")
+    def _a_word_that_is_shown(self) -> Self:
+        word = self.placeholder_token
+        if word is not None and word.split() != [word]:
+            raise ValueError(f"placeholder_token {word!r}: wants one word, such as <my-cat>")
+        if word and self.validation_prompt and not any(says(prompt, word) for prompt in self.validation_prompt):
+            raise ValueError(f"validation_prompt: none says {word}, so no sample would show it; put it into one")
+        return self
 
 
 class TextualInversionConfig(NewWord, Denoising, Model, Captions, Data, Optim, Prompts, Preview, Hub, Run):
@@ -148,26 +161,43 @@ class DreamBoothConfig(NewWord, Adapter, Denoising, Model, Captions, Data, Optim
 
     @model_validator(mode="after")
     def _options_that_belong_together(self) -> Self:
-        fields = type(self).model_fields
-        if not self.prior_preservation and (self.class_prompt or self.class_data):
-            given = "class_prompt" if self.class_prompt else "class_data"
-            raise ValueError(f"{given} is for prior preservation: add --prior-preservation, or leave it out")
+        adapters = [n for n in Adapter.model_fields if n not in ("train_text_encoder", "text_encoder_lr")]
+        of_word = ["initializer_token", "initializer_mean", "num_vectors", "placeholder_lr", "placeholder_frac"]
+        for option, what, names in (
+            ("prior_preservation", "prior preservation", ["class_prompt", "class_data"]),
+            ("lora", "adapters", adapters),
+            ("placeholder_token", "a new word", of_word),
+            ("train_text_encoder", "a text encoder that trains", ["text_encoder_frac"]),
+        ):
+            fields = type(self).model_fields
+            strays = [n for n in names if getattr(self, n) != fields[n].get_default()]
+            if strays and not getattr(self, option):
+                raise ValueError(f"{strays[0]} is for {what}: add --{option.replace('_', '-')}, or leave it out")
         if self.prior_preservation and not (self.class_prompt or self.class_data):
             raise ValueError(
                 "prior_preservation needs class_prompt, from which the base makes class pictures, or class_data"
             )
         if self.prior_preservation and self.buckets:
             raise ValueError("prior_preservation with buckets: class pictures are square, and a batch has one shape")
-        adapters = [n for n in Adapter.model_fields if n not in ("train_text_encoder", "text_encoder_lr")]
-        if not self.lora and (strays := [n for n in adapters if getattr(self, n) != fields[n].get_default()]):
-            raise ValueError(f"{strays[0]} is for adapters: add --lora, or leave it out")
-        if self.placeholder_token is None:
-            if strays := [n for n in ("initializer_token", "initializer_mean") if getattr(self, n)]:
-                raise ValueError(f"{strays[0]} is for a new word: add --placeholder-token, or leave it out")
-        elif not self.lora:
-            raise ValueError("placeholder_token trains a new word beside adapters (pivotal tuning): add --lora")
-        elif self.instance_prompt and self.placeholder_token not in self.instance_prompt.split():
-            raise ValueError(f"instance_prompt does not say {self.placeholder_token}, so the new word would not train")
+        if word := self.placeholder_token:
+            if not self.lora:
+                raise ValueError("placeholder_token trains a new word beside adapters (pivotal tuning): add --lora")
+            if self.instance_prompt and not says(self.instance_prompt, word):
+                raise ValueError(f"instance_prompt does not say {word}, so the new word would not train; put it in")
+            if any(says(prompt, word) for prompt in self.class_prompt):
+                raise ValueError(f"class_prompt says {word}, which the base does not know; name the class alone")
+        return self
+
+    @model_validator(mode="after")
+    def _something_trains_to_the_end(self) -> Self:
+        shares = {"unet_frac": self.unet_frac}
+        if self.train_text_encoder:
+            shares["text_encoder_frac"] = self.text_encoder_frac
+        if self.placeholder_token:
+            shares["placeholder_frac"] = self.placeholder_frac
+        if max(shares.values()) < 1:
+            names = " and ".join(shares)
+            raise ValueError(f"{names}: nothing would train to the end; leave one of them at 1, or ask for fewer steps")
         return self
 
 

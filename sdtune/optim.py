@@ -83,6 +83,12 @@ def set_rate(group: dict[str, Any], rate: float) -> None:
         group["lr"] = rate
 
 
+def drop_gradients(group: dict[str, Any]) -> None:
+    """Leave the parameters of a group out of the step: without a gradient every optimizer passes them over."""
+    for p in group["params"]:
+        p.grad = None
+
+
 def step_if_finite(optimizer: Any, norm: Tensor) -> None:
     """Take the step unless the gradient's norm is infinite or not a number.
 

@@ -13,23 +13,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from sdtune.configs import Run, Section, UserError
-
-NEEDLESS = {
-    "allow_tf32": "TF32 is on wherever the GPU has it; leave the flag out",
-    "enable_xformers_memory_efficient_attention": "torch's own attention does the same; leave the flag out",
-    "hub_token": "a token on the command line ends up in logs; set HF_TOKEN or run `hf auth login`",
-    "image_column_name": "use --image-column",
-    "local_rank": "accelerate and torchrun say it in the environment; leave the flag out",
-    "logging_dir": "trackers write into the run's folder; use --output-dir",
-    "lora_rank": "use --rank",
-    "num_epochs": "use --num-train-epochs",
-    "resume_from_checkpoint": "the same command continues its run; leave the flag out (--overwrite starts anew)",
-    "save_as_full_pipeline": "the word is the artefact, and loads into any pipeline; leave the flag out",
-    "save_steps": "use --export-steps for copies of the artefact, --checkpointing-steps to continue from",
-    "validation_epochs": "use --validation-steps",
-    "warmup_steps": "use --lr-warmup-steps",
-}
-"""Flags of other trainers that have no field here, and what to do instead."""
+from sdtune.needless import NEEDLESS
 
 LAUNCH = ("num_processes", "accelerate_config", "find_batch_size", "memory", "overwrite", "allow_change")
 """Flags of the commands that train which describe the launch, so they are no fields."""

@@ -221,10 +221,10 @@ def read_prompts(cfg: SampleConfig) -> list[str]:
 
 
 def _with_base(cfg: SampleConfig) -> SampleConfig:
-    """``cfg`` with what ``auto`` stands for: the model of the first run among the adapters, with its VAE."""
+    """``cfg`` with what ``auto`` stands for: the model of the first run of an adapter, word or UNet, with its VAE."""
     if cfg.model != "auto":
         return cfg
-    for text in [*cfg.adapter, *cfg.embedding]:
+    for text in [*cfg.adapter, *cfg.embedding, *([str(cfg.unet)] if cfg.unet else [])]:
         record = Path(split_weight(text)[0]) / "config.yaml"
         if record.is_file():
             run = yaml.safe_load(record.read_text(encoding="utf-8"))
@@ -248,5 +248,9 @@ def _parameters(cfg: SampleConfig, facts: dict[str, Any], record: dict[str, Any]
         facts["CFG rescale"] = cfg.guidance_rescale
     if cfg.adapter:
         facts["Adapters"] = " ".join(cfg.adapter)
+    if cfg.embedding:
+        facts["Embeddings"] = " ".join(cfg.embedding)
+    if cfg.unet:
+        facts["UNet"] = str(cfg.unet)
     negative = f"Negative prompt: {cfg.negative_prompt}\n" if cfg.negative_prompt else ""
     return f"{record['text']}\n{negative}{', '.join(f'{k}: {v}' for k, v in facts.items())}"

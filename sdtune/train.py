@@ -79,6 +79,7 @@ def fit(
     state = State(cfg, recipe, engine, accelerator, {"group": group, "data": stream.images.fingerprint})
     optimizer = state.optimizer
     peaks, rate = [float(g["lr"]) for g in optimizer.param_groups], optim.learning_rate(cfg, total)
+    ends = [g.get("until", 1.0) * total for g in optimizer.param_groups]
     scale = group if cfg.scale_lr else 1
     state.restore(allow_change, say)
     if state.step >= total and folder.artefact(out, state.step) and (out / "report.html").exists():
@@ -116,9 +117,8 @@ def fit(
     while state.step < total and not stopping.agreed():
         # fp16 overflows as a matter of course until its scale is found: such steps do not move the schedule
         taken = state.step - (window.skipped_so_far() if engine.overflows else 0)
-        for parameters, peak in zip(optimizer.param_groups, peaks, strict=True):
-            moves = state.step < parameters.get("until", 1.0) * total
-            optim.set_rate(parameters, peak * scale * rate(taken) * moves)
+        for parameters, peak, end in zip(optimizer.param_groups, peaks, ends, strict=True):
+            optim.set_rate(parameters, peak * scale * rate(taken) * (state.step < end))
         for micro in range(accumulation):
             with metrics.waiting():
                 batch = next(batches)
@@ -130,6 +130,10 @@ def fit(
                 loss, figures = engine(send_to_device(batch, accelerator.device, non_blocking=True))
                 engine.backward(loss.mean() * finite_or_nan(loss))
             window.add(loss, figures, samples)
+        # A rate of 0 alone does not hold every optimizer, and a part that has ended has no say in the clipping
+        for parameters, end in zip(optimizer.param_groups, ends, strict=True):
+            if state.step >= end:
+                optim.drop_gradients(parameters)
         norm = engine.step(optimizer, cfg.max_grad_norm)
         window.end_step(norm)
         state.step += 1

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from sdtune.configs import UserError
 from sdtune.data import Images
-from sdtune.methods import NewWord
+from sdtune.methods import NewWord, says
 
 
 class Embedding(nn.Module):
@@ -54,11 +54,17 @@ def new_words(tokenizer: Any) -> list[str]:
     return [word for word in tokenizer.added_tokens_encoder if word not in tokenizer.all_special_tokens]
 
 
-def new_word(cfg: NewWord, tokenizer: Any, text_encoder: Any) -> Embedding:
-    """Teach ``cfg.placeholder_token`` to tokenizer and text encoder, as ``cfg`` says; what trains is its ``rows``."""
-    start = starting_rows(tokenizer, text_encoder, cfg.initializer_token, cfg.num_vectors, cfg.initializer_mean)
+def start_of(cfg: NewWord, tokenizer: Any, text_encoder: Any) -> Tensor:
+    """Where the vectors of ``cfg.placeholder_token`` begin, ``[num_vectors, dim]``.
+
+    Whatever is wrong with the word is told here, so that it can be told before anything that takes long.
+
+    Raises:
+        UserError: the base knows the word already, or nothing to start from is there.
+    """
     assert cfg.placeholder_token is not None
-    return add_word(tokenizer, text_encoder, cfg.placeholder_token, start)
+    refuse_known(tokenizer, cfg.placeholder_token, cfg.num_vectors)
+    return starting_rows(tokenizer, text_encoder, cfg.initializer_token, cfg.num_vectors, cfg.initializer_mean)
 
 
 def each_says(word: str, images: Images) -> Images:
@@ -67,32 +73,30 @@ def each_says(word: str, images: Images) -> Images:
     Raises:
         UserError: names those that do not; an image whose caption leaves the word out teaches it nothing.
     """
-    silent = [row.name for row in images.rows if not all(word in caption.split() for caption in row.captions)]
+    silent = [row.name for row in images.rows if not all(says(caption, word) for caption in row.captions)]
     if silent:
         raise UserError(
             f"--placeholder-token {word}: {len(silent)} of {len(images.rows)} captions do not say it "
-            f"({', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}); put it in, as a word of its own"
+            f"({', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}); put it in"
         )
     return images
 
 
-def add_word(tokenizer: Any, text_encoder: Any, word: str, start: Tensor) -> Embedding:
-    """Teach ``word`` to tokenizer and text encoder; its vectors begin at ``start`` ``[n, dim]``.
-
-    Raises:
-        UserError: the word is in the vocabulary.
-    """
-    size = len(tokenizer)
-    tokens = spelling(word, len(start))
+def refuse_known(tokenizer: Any, word: str, vectors: int) -> None:
+    """Raises: UserError where the base knows one of the tokens of ``word``, in whatever case it writes it."""
     known = tokenizer.get_vocab().keys()
-    if taken := [token for token in tokens if {token, f"{token}</w>"} & known]:
+    tokens = spelling(word, vectors)
+    if taken := [token for token in tokens if token.lower() in known or len(tokenizer.tokenize(token)) < 2]:
         raise UserError(
             f"--placeholder-token {word}: {taken[0]} is in the base's vocabulary; choose a word of your own, such as "
             f"<my-{word.strip('<>')}>"
         )
-    if len(tokenizer.tokenize(word)) == 0 or word.split() != [word]:
-        raise UserError(f"--placeholder-token {word!r}: wants one word, such as <my-cat>")
-    tokenizer.add_tokens(tokens)
+
+
+def add_word(tokenizer: Any, text_encoder: Any, word: str, start: Tensor) -> Embedding:
+    """Teach ``word`` to tokenizer and text encoder; its vectors begin at ``start`` ``[n, dim]``, and train."""
+    size = len(tokenizer)
+    tokenizer.add_tokens(spelling(word, len(start)))
     embedding = Embedding(text_encoder.get_input_embeddings(), size, start)
     text_encoder.set_input_embeddings(embedding)
     return embedding

@@ -14,7 +14,8 @@ import yaml
 import sdtune
 from sdtune import cli, options
 from sdtune.configs import RunFailed, UserError
-from sdtune.methods import METHODS, LoraConfig
+from sdtune.methods import METHODS
+from sdtune.needless import NEEDLESS
 from sdtune.verbs import VERBS
 from tests.conftest import status
 
@@ -33,6 +34,45 @@ DIFFUSERS = shlex.split("""
 --enable_xformers_memory_efficient_attention --noise_offset=0.05 --rank=8 --image_interpolation_mode=bicubic
 """)
 """The 51 flags of diffusers' train_text_to_image_lora.py, with values."""
+
+SCRIPTS = {
+    "dreambooth": """
+    --tokenizer_name=t --instance_data_dir=d --class_data_dir=c --instance_prompt=p --class_prompt=k
+    --with_prior_preservation --prior_loss_weight=0.5 --num_class_images=7 --train_text_encoder --sample_batch_size=3
+    --lr_num_cycles=2 --lr_power=2.0 --validation_steps=9 --prior_generation_precision=fp16 --set_grads_to_none
+    --offset_noise --pre_compute_text_embeddings --tokenizer_max_length=77 --text_encoder_use_attention_mask
+    --skip_save_text_encoder --validation_images=i --class_labels_conditioning=timesteps
+    --validation_scheduler=DDPMScheduler --lora_dropout=0.1 --rank=8 --image_interpolation_mode=bicubic --snr_gamma=5.0
+    --repeats=4 --text_encoder_lr=5e-6 --use_dora --random_flip --image_column=i --caption_column=c --optimizer=prodigy
+    --token_abstraction=TOK --num_new_tokens_per_abstraction=2 --train_text_encoder_ti --train_text_encoder_ti_frac=0.5
+    --train_text_encoder_frac=0.5 --cache_latents --noise_offset=0.1 --initializer_concept=c
+    """,
+    "textual-inversion": """
+    --save_steps=9 --save_as_full_pipeline --num_vectors=3 --tokenizer_name=t --train_data_dir=d
+    --placeholder_token=<y> --initializer_token=i --learnable_property=style --repeats=4 --lr_num_cycles=2
+    --validation_steps=9 --validation_epochs=2 --no_safe_serialization --random_flip
+    """,
+    "text-to-image": """
+    --input_perturbation=0.1 --validation_prompts=p --dream_training --dream_detail_preservation=2.0 --use_ema
+    --offload_ema --foreach_ema --non_ema_revision=r --validation_epochs=2 --tracker_project_name=t
+    --proportion_empty_prompts=0.1 --enable_npu_flash_attention
+    """,
+}
+"""What diffusers' train_dreambooth.py, train_dreambooth_lora.py (and its SD 1.5 "advanced" kin), textual_inversion.py
+and train_text_to_image.py take beyond most of the above."""
+IN_ALL = {"train_data_dir", "max_train_samples", "caption_column", "rank", "prediction_type", "dataset_name"}
+"""Flags of DIFFUSERS that not each of these scripts has; the others are tried on each."""
+GOES_WITH = {
+    "class_data_dir": "--prior-preservation",
+    "class_prompt": "--prior-preservation",
+    "with_prior_preservation": "--class-prompt k",
+    "rank": "--lora",
+    "lora_dropout": "--lora",
+    "use_dora": "--lora",
+    "text_encoder_lr": "--train-text-encoder",
+    "train_text_encoder_frac": "--train-text-encoder",
+    "train_text_encoder_ti_frac": "--lora --placeholder-token <x>",
+}
 
 RENAMED = {
     "pretrained_model_name_or_path": "model",
@@ -84,9 +124,9 @@ def flat(text: str) -> str:
 def test_each_flag_of_the_diffusers_script_is_honoured_or_answered(word, capsys):
     name, _, text = word[2:].partition("=")
     data = [] if name in ("dataset_name", "train_data_dir") else ["--dataset", "d"]
-    if name in options.NEEDLESS:
+    if name in NEEDLESS:
         (line,) = refused(capsys, *data, word)
-        assert line == f"--{name}: no such option; {options.NEEDLESS[name]}"
+        assert line == f"--{name}: no such option; {NEEDLESS[name]}"
         assert text == "" or not re.search(rf"\b{text}\b", line.partition(";")[0])
         return
     field = RENAMED.get(name, name)
@@ -101,21 +141,43 @@ def test_each_flag_of_the_diffusers_script_is_honoured_or_answered(word, capsys)
         assert dry(capsys, *data, f"--{name.replace('_', '-')}", text)[field] == value
 
 
+FLAGS = [
+    (command, word)
+    for command, own in SCRIPTS.items()
+    for word in shlex.split(own) + [w for w in DIFFUSERS if w[2:].partition("=")[0] not in IN_ALL]
+]
+
+
+@pytest.mark.parametrize(("command", "word"), FLAGS, ids=[f"{c}-{w[2:].partition('=')[0]}" for c, w in FLAGS])
+def test_flags_of_the_other_scripts_are_honoured_or_answered(command, word, capsys):
+    name, _, text = word[2:].partition("=")
+    config = next(c for c in METHODS if c.method == command)
+    more = ["--placeholder-token", "p"] if command == "textual-inversion" else []
+    more += ["--dataset", "d", *shlex.split(GOES_WITH.get(name, ""))]
+    code, out, err = answer(capsys, command, "--dry-run", *more, word)
+    if name in NEEDLESS:
+        assert (code, err) == (2, f"error: --{name}: no such option; {NEEDLESS[name]}\n")
+        return
+    assert (code, err) == (0, "")
+    value = yaml.safe_load(out)[options.names_of(config)[name]]
+    assert value == ([text] if isinstance(value, list) else yaml.load(text, options.Loader) if text else True)
+
+
 def test_all_51_flags_are_here():
     assert len({w.partition("=")[0] for w in DIFFUSERS}) == len(DIFFUSERS) == 51
 
 
 def test_the_flags_that_sdtune_does_without_are_answered_together(capsys):
-    without = [w for w in DIFFUSERS if w[2:].partition("=")[0] in options.NEEDLESS]
+    without = [w for w in DIFFUSERS if w[2:].partition("=")[0] in NEEDLESS]
     lines = refused(capsys, "--dataset", "d", *without)
     assert [line.partition(":")[0] for line in lines] == [w.partition("=")[0] for w in without]
     assert not any("lists them" in line or "did you mean" in line for line in lines)
 
 
 def test_advice_names_flags_that_exist():
-    spelt = {options.flag(n) for n in LoraConfig.model_fields} | {"--overwrite"}
-    for name, told in options.NEEDLESS.items():
-        assert name not in options.names_of(LoraConfig)
+    spelt = {options.flag(n) for config in METHODS for n in config.model_fields} | {"--overwrite"}
+    for name, told in NEEDLESS.items():
+        assert not any(name in options.names_of(config) for config in METHODS)
         assert set(re.findall(r"--[a-z-]+", told)) <= spelt, name
 
 

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sdtune import checkpoints
+from sdtune.configs import UserError
 from sdtune.data import Mixture, Stream, load_images
 from sdtune.methods import DreamBoothConfig
 from sdtune.recipes.dreambooth import DreamBooth
@@ -26,6 +29,7 @@ LORA, EMBEDDING = "pytorch_lora_weights.safetensors", "learned_embeds.safetensor
 PROMPT = "a red circle"
 MADE = ["--class-prompt", "a red circle", "--num-class-images", "6", "--class-inference-steps", "2"]
 WORD = "<thing>"
+WORDED = ["--lora", "--placeholder-token", WORD, "--caption", f"a {WORD} circle"]
 
 
 def words(places, out, *options):
@@ -89,6 +93,36 @@ def test_base_makes_the_class_pictures_that_are_lacking(subject, places, tmp_pat
     assert json.loads(Image.open(own / "made-00000.png").info["sdtune"])["class_prompt"] == ["a red circle"]
 
 
+def test_a_made_picture_does_not_depend_on_how_many_are_asked_for(subject):
+    options = ["--prior-preservation", *MADE, "--sample-batch-size", "4", "--num-class-images"]
+    five, seven = (digests(subject(n, *options, n) / "class-pictures") for n in ("5", "7"))
+    assert len(five) == 5 and five == {name: made for name, made in seven.items() if name in five}
+
+
+def test_own_class_pictures_keep_their_captions_and_as_many_are_used_as_asked_for(subject, places, tmp_path, capsys):
+    own = tmp_path / "own"
+    own.mkdir()
+    for k in range(4):
+        shutil.copy(places.pictures / f"{k:02d}.png", own / f"{k}.png")
+    (own / "1.txt").write_text("a blue square")
+    prior = ["--prior-preservation", "--class-data", str(own), "--class-inference-steps", "2", "--num-class-images"]
+    subject("fewer", *prior, "3", "--class-prompt", "a red circle")
+    assert "3 of them of the class" in capsys.readouterr().out and len(list(own.glob("*.png"))) == 4
+    subject("more", *prior, "6", "--class-prompt", "a red circle")
+    assert "6 of them of the class" in capsys.readouterr().out and len(digests(own)) == 2
+    cfg = config(places, dataset=str(own))
+    assert [row.captions[0] for row in load_images(cfg, default="a red circle").rows] == [
+        *("a red circle", "a blue square"),
+        *["a red circle"] * 4,
+    ]
+    prompts = ["--class-prompt", "a red circle", "a blue square"]
+    assert status(words(places, tmp_path / "two", *prior, "9", *prompts)) == 2
+    assert "not said which of the class prompts they show" in capsys.readouterr().err
+    (own / "1.txt").unlink()
+    assert status(words(places, tmp_path / "none", *prior, "4")) == 2
+    assert "the pictures have no captions; add --class-prompt" in capsys.readouterr().err
+
+
 def test_several_class_prompts_take_turns_and_caption_their_pictures(subject):
     options = ["--class-prompt", "a red circle", "a blue square", *MADE[2:]]
     folder = subject("run", "--prior-preservation", *options) / "class-pictures"
@@ -96,7 +130,8 @@ def test_several_class_prompts_take_turns_and_caption_their_pictures(subject):
     assert told == ["a red circle", "a blue square"] * 3
 
 
-def test_interrupted_making_goes_on_to_the_same_bytes(subject, places, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_interrupted_making_goes_on_to_the_same_bytes(processes, subject, places, tmp_path):
     options = ["--prior-preservation", *MADE, "--num-class-images", "21", "--sample-batch-size", "2"]
     whole = digests(subject("whole", *options) / "class-pictures")
     cut = tmp_path / "cut"
@@ -106,7 +141,9 @@ def test_interrupted_making_goes_on_to_the_same_bytes(subject, places, tmp_path)
     made = digests(cut / "class-pictures")
     assert 5 <= len(made) < 21
     kept = (cut / "class-pictures" / "made-00000.png").stat().st_mtime_ns
-    assert status(words(places, cut, *options)) == 0
+    more = ["--train-batch-size", str(2 // processes), "--num-processes", str(processes)]
+    done = subprocess.run([sys.executable, "-m", "sdtune", *words(places, cut, *options, *more)], capture_output=True)
+    assert done.returncode == 0, done.stderr
     assert digests(cut / "class-pictures") == whole
     assert (cut / "class-pictures" / "made-00000.png").stat().st_mtime_ns == kept, "it was made anew"
 
@@ -147,12 +184,21 @@ def test_subject_and_class_take_turns_whatever_the_cut(group, both, places):
     assert [s.index for s in seen[::2]] != [s.index - 11 for s in seen[1::2]], "both in the same order"
 
 
+WEIGHTS = {
+    "none": {},
+    "min-SNR": {"snr_gamma": 5.0},
+    "huber": {"loss_type": "huber"},
+    "velocity, min-SNR, huber": {"prediction_type": "v_prediction", "snr_gamma": 1.0, "loss_type": "huber"},
+    "noise": {"noise_offset": 0.1, "input_perturbation": 0.1, "timestep_bias_strategy": "later", "snr_gamma": 5.0},
+}
+
+
 @pytest.mark.parametrize("size", [1, 2, 5])
-@pytest.mark.parametrize("gamma", [None, 5.0])
-def test_loss_is_weighted_image_by_image(size, gamma, places, tmp_path):
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_loss_is_weighted_image_by_image(size, weights, places, tmp_path):
     """The mistake it guards against: a batch of one, whose weight [1] broadcasts over both halves."""
     fields = {"prior_preservation": True, "class_data": places.pictures, "num_class_images": 11, "cache": False}
-    cfg = config(places, prior_loss_weight=0.25, snr_gamma=gamma, output_dir=tmp_path, **fields)
+    cfg = config(places, prior_loss_weight=0.25, output_dir=tmp_path, **WEIGHTS[weights], **fields)
     recipe = DreamBooth(cfg, torch.device("cpu"))
     dataset = recipe.dataset(2, lambda line: None)
     batch = torch.utils.data.default_collate([dataset[p] for p in range(3, 3 + size)])
@@ -166,6 +212,16 @@ def test_loss_is_weighted_image_by_image(size, gamma, places, tmp_path):
     want = [loss * (0.25 if (3 + k) % 2 else 1) for k, loss in enumerate(alone)]
     assert weighted.shape == (size,)
     assert torch.allclose(weighted, torch.cat(want), rtol=1e-4)
+
+
+def test_an_odd_batch_ends_as_its_images_one_by_one(subject, places):
+    """A step of three shows two of the one part and one of the other, then the other way round."""
+    prior = ["--prior-preservation", "--class-data", str(places.pictures), "--num-class-images", "11"]
+    prior += ["--snr-gamma", "5", "--loss-type", "huber", "--prior-loss-weight", "0.5", "--learning-rate", "1e-5"]
+    whole = subject("whole", *prior, "--train-batch-size", "3")
+    cut = subject("cut", *prior, "--train-batch-size", "1", "--gradient-accumulation-steps", "3")
+    one, other = (load_file(run / "unet" / "diffusion_pytorch_model.safetensors") for run in (whole, cut))
+    assert max((one[k] - other[k]).abs().max() for k in one) < 1e-6
 
 
 # ---- artefacts ---------------------------------------------------------------------------------------
@@ -193,17 +249,26 @@ def test_adapters_and_word_in_stock_diffusers_give_the_picture_of_sdtune_sample(
 
 def test_a_mixture_of_adapters_and_words(subject, trained, sd, tmp_path):
     one = subject("one", "--lora", "--learning-rate", "1e-2")
+    two = subject("two", "--lora", "--learning-rate", "1e-2", "--rank", "2", "--train-text-encoder", "--seed", "1")
     word = trained("textual-inversion", "word", "--learning-rate", "1e-1")
     full = subject("full")
     prompt = f"a {WORD} circle"
-    options = ["--model", str(sd), "--adapter", f"{one}=0.5", "--embedding", str(word), "--unet", str(full)]
+    adapters = [f"{one}=0.5", f"{two}=-0.75"]
+    options = ["--adapter", *adapters, "--embedding", str(word), "--unet", str(full)]
     stock = StableDiffusionPipeline.from_pretrained(
         sd, unet=DiffusionPipeline.from_pretrained(full).unet, safety_checker=None
     )
     stock.load_lora_weights(one, weight_name=LORA, adapter_name="one")
-    stock.set_adapters(["one"], [0.5])
+    stock.load_lora_weights(two, weight_name=LORA, adapter_name="two")
+    stock.set_adapters(["one", "two"], [0.5, -0.75])
     stock.load_textual_inversion(word / EMBEDDING)
-    assert np.array_equal(ours(tmp_path / "images", *options, prompt=prompt), drawn(stock, prompt))
+    image = ours(tmp_path / "images", *options, prompt=prompt)
+    assert np.array_equal(image, drawn(stock, prompt))
+    told = Image.open(tmp_path / "images" / "00000.png").text["parameters"]
+    assert all(part in told for part in (*adapters, f"Embeddings: {word}", f"UNet: {full}", f"Model: {sd}"))
+    alone = ours(tmp_path / "alone", "--unet", str(full))  # on the base that it was trained from
+    assert np.array_equal(alone, drawn(DiffusionPipeline.from_pretrained(full)))
+    assert not np.array_equal(image, alone)
 
 
 def test_half_precision(subject):
@@ -215,18 +280,62 @@ def test_half_precision(subject):
 # ---- pivotal tuning ----------------------------------------------------------------------------------
 
 
-def test_each_part_moves_for_its_share_of_the_run(subject):
-    options = ["--lora", "--placeholder-token", WORD, "--caption", f"a {WORD} circle", "--checkpointing-steps", "2"]
-    options += ["--checkpoints-total-limit", "9", "--steps", "8"]
-    run = subject("run", *options, "--placeholder-frac", "0.5", "--unet-frac", "0.75")
+WORD_HELD = ["--placeholder-frac", "0"]
+SHARES = [*WORDED, "--train-text-encoder", "--placeholder-frac", "0.5", "--unet-frac", "0.75"]
+SHARES += ["--checkpointing-steps", "2", "--checkpoints-total-limit", "9", "--steps", "8"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "prodigy", "adamw_schedulefree"])
+def test_each_part_moves_for_its_share_of_the_run(optimizer, subject):
+    """To the bit, also with optimizers that remember the rate they once had."""
+    options = {
+        "prodigy": ["--learning-rate", "1", "--optimizer-args", "{d0: 0.001}"],
+        "adamw_schedulefree": ["--lr-scheduler", "constant"],
+    }
+    run = subject("run", *SHARES, "--optimizer", optimizer, *options.get(optimizer, []))
     steps = {c.name: checkpoints.load(c)[0]["weights"] for c in checkpoints.found(run / "checkpoints")}
     two, four, six, eight = (steps[f"step-{k:06d}"] for k in (2, 4, 6, 8))
-    (rows,) = [name for name in two if name.endswith(".rows")]
-    adapter = next(name for name in two if "lora_B" in name)
-    assert not torch.equal(two[rows], four[rows])
-    assert torch.equal(four[rows], six[rows]) and torch.equal(six[rows], eight[rows])
-    assert not torch.equal(four[adapter], six[adapter])
-    assert torch.equal(six[adapter], eight[adapter])
+    rows = [name for name in two if name.endswith(".rows")]
+    unet = [name for name in two if name.startswith("unet") and "lora_B" in name]
+    text = [name for name in two if name.startswith("text_encoder") and "lora_B" in name]
+    assert len(rows) == 1 and unet and text
+
+    def still(names, one, other):
+        return [torch.equal(one[name], other[name]) for name in names]
+
+    assert not any(still(rows, two, four)) and all(still(rows, four, six)) and all(still(rows, six, eight))
+    assert not any(still(unet, four, six)) and all(still(unet, six, eight))
+    assert not any(still(text, six, eight))
+
+
+@pytest.mark.parametrize("last", [2, 4, 6])
+def test_a_run_goes_on_across_the_end_of_a_share_to_the_same_bits(last, subject):
+    whole, cut = (subject(name, *SHARES) for name in ("whole", "cut"))
+    for checkpoint in checkpoints.found(cut / "checkpoints"):
+        if int(checkpoint.name[-6:]) > last:
+            shutil.rmtree(checkpoint)
+    (cut / "report.html").unlink()
+    assert subject("cut", *SHARES) == cut
+    (one, _), (other, _) = (checkpoints.load(checkpoints.found(run / "checkpoints")[-1]) for run in (whole, cut))
+    assert one.keys() == other.keys()
+    for group in one:
+        assert one[group].keys() == other[group].keys()
+        assert [k for k in one[group] if not torch.equal(one[group][k], other[group][k])] == []
+    assert (whole / LORA).read_bytes() == (cut / LORA).read_bytes()
+    assert (whole / EMBEDDING).read_bytes() == (cut / EMBEDDING).read_bytes()
+
+
+def test_a_part_that_does_not_move_has_no_say_in_the_clipping(subject):
+    """The squared norm of the first step is that of the word and that of the adapters, each by itself."""
+
+    def squared(name, *options):
+        run = subject(name, *WORDED, "--log-steps", "1", "--steps", "1", *options)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return next(line["grad_norm"] for line in lines if "grad_norm" in line) ** 2
+
+    both, word, adapters = squared("both"), squared("word", "--unet-frac", "0"), squared("adapters", *WORD_HELD)
+    assert word > 0 and adapters > 0
+    assert both == pytest.approx(word + adapters, rel=1e-5)
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------
@@ -245,10 +354,19 @@ def test_each_part_moves_for_its_share_of_the_run(subject):
         (["--prior-preservation", *MADE, "--buckets"], "prior_preservation with buckets"),
         (["--rank", "8"], "rank is for adapters: add --lora"),
         (["--placeholder-token", WORD], "add --lora"),
-        (["--lora", "--placeholder-token", WORD, "--instance-prompt", "a dog"], f"instance_prompt does not say {WORD}"),
-        (["--lora", "--placeholder-token", WORD], f"--placeholder-token {WORD}: 11 of 11 captions do not say it"),
+        ([*WORDED, "--instance-prompt", "a dog"], f"instance_prompt does not say {WORD}"),
+        ([*WORDED, "--validation-prompt", "a dog"], f"validation_prompt: none says {WORD}"),
+        ([*WORDED, "--prior-preservation", "--class-prompt", f"a {WORD}"], f"class_prompt says {WORD}"),
+        ([*WORDED, "--initializer-token", "zebra"], "zebra: is 5 tokens of this base"),
+        (WORDED[:3], f"--placeholder-token {WORD}: 11 of 11 captions do not say it"),
         (["--lora", "--placeholder-token", "red", "--caption", "a red thing"], "red is in the base's vocabulary"),
         (["--initializer-token", "red"], "initializer_token is for a new word"),
+        (["--num-vectors", "2"], "num_vectors is for a new word"),
+        (["--placeholder-frac", "0.5"], "placeholder_frac is for a new word"),
+        (["--text-encoder-frac", "0.5"], "text_encoder_frac is for a text encoder that trains"),
+        (["--text-encoder-lr", "1e-4"], "text_encoder_lr is for a text encoder that trains"),
+        (["--unet-frac", "0.5"], "unet_frac: nothing would train to the end"),
+        ([*WORDED, "--unet-frac", "0.5", "--placeholder-frac", "0.5"], "unet_frac and placeholder_frac: nothing would"),
         (["--instance-data", "/nowhere"], "no such folder"),
     ],
 )
@@ -256,6 +374,20 @@ def test_mistakes_are_told(options, told, places, tmp_path, capsys):
     options = [option.format(pictures=places.pictures) for option in options]
     assert status(words(places, tmp_path / "run", *options)) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        (["--placeholder-token", "Circle", "--caption", "a circle"], "Circle is in the base's vocabulary"),
+        ([*WORDED[1:], "--initializer-token", "zebra"], "zebra: is 5 tokens"),
+    ],
+)
+def test_what_is_wrong_with_the_word_is_told_before_the_base_draws(word, told, places, tmp_path, capsys):
+    options = ["--prior-preservation", "--class-prompt", "a square", *MADE[2:], "--lora", *word]
+    assert status(words(places, tmp_path / "run", *options)) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run" / "class-pictures").exists()
 
 
 def test_pictures_made_with_other_settings_are_not_mixed(subject, places, tmp_path, capsys):
@@ -283,6 +415,31 @@ def test_instance_prompt_is_for_images_without_captions(subject, places, tmp_pat
     assert "a red circle 0" in (captioned / "report.html").read_text()
     assert status(words(places, tmp_path / "none", "--dataset", str(bare))) == 2
     assert "no captions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["texts", "table", "saved"])
+def test_instance_prompt_is_for_each_picture_that_has_no_caption(kind, places, tmp_path, capsys):
+    """Of four pictures the first has a caption of its own, the second a blank one, the others none."""
+    own, blank, prompt = "a red circle", " ", "a photo of sks dog"
+    folder = tmp_path / kind
+    folder.mkdir()
+    for k in range(4):
+        shutil.copy(places.pictures / f"{k:02d}.png", folder / f"{k}.png")
+    if kind == "texts":
+        (folder / "0.txt").write_text(own)
+        (folder / "1.txt").write_text(blank)
+    elif kind == "table":
+        rows = [{"file_name": "0.png", "text": own}, {"file_name": "1.png", "text": blank}]
+        rows.append({"file_name": "2.png", "text": None})
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        table = {"image": [str(folder / f"{k}.png") for k in range(4)], "text": [own, blank, None, None]}
+        folder = tmp_path / "set"
+        datasets.Dataset.from_dict(table).cast_column("image", datasets.Image()).save_to_disk(folder)
+    images = load_images(config(places, dataset=str(folder)), default=prompt)
+    assert [row.captions for row in images.rows] == [(own,), (prompt,), (prompt,), (prompt,)]
+    with pytest.raises(UserError, match="--caption"):
+        load_images(config(places, dataset=str(folder)))
 
 
 def test_a_text_encoder_that_trains_is_not_cached(subject, capsys):

@@ -12,7 +12,7 @@ import sdtune
 ROOT = Path(sdtune.__file__).parent
 
 FLOORS = (
-    "configs",
+    "configs needless",
     "methods verbs",
     "checkpoints curves data diffusion distances draws environment float8 folder guidance guides hub inception lowrank "
     "noisy_classifier optim options peers plan precision public quantize samplers schedules shapes sheets signals "
@@ -161,7 +161,7 @@ def test_no_recipe_knows_another_and_none_knows_one_kind_of_model():
             assert [o for o in of(name) if o.startswith("families.")] == []
 
 
-@pytest.mark.parametrize("name", ["__main__", "cli", "configs", "launch", "methods", "options", "verbs"])
+@pytest.mark.parametrize("name", ["__main__", "cli", "configs", "launch", "methods", "needless", "options", "verbs"])
 def test_a_mistake_is_told_before_anything_heavy_is_loaded(name):
     waiting, seen = [name], set()
     while waiting:

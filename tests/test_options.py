@@ -19,6 +19,7 @@ from sdtune.methods import (
     TextualInversionConfig,
     config_class,
 )
+from sdtune.needless import NEEDLESS
 from sdtune.verbs import SampleConfig
 from tests.conftest import status
 
@@ -27,6 +28,7 @@ LEAST = {config: {"dataset": "d"} if issubclass(config, Run) else {"prompt": ["x
 LEAST[ClassifierConfig] |= {"class_column": "c"}
 LEAST[TextualInversionConfig] |= {"placeholder_token": "<x>"}
 PRIOR, WORD = {"prior_preservation": True, "class_prompt": ["p"]}, {"lora": True, "placeholder_token": "<x>"}
+OF_WORD = ("initializer_token", "initializer_mean", "num_vectors", "placeholder_lr", "placeholder_frac")
 ADAPTERS = set(Adapter.model_fields) - {"train_text_encoder", "text_encoder_lr"}
 LEAST_WITH = {
     (SampleConfig, "width"): {"height": 64},
@@ -37,19 +39,23 @@ LEAST_WITH = {
     (SampleConfig, "clip_guidance_scale"): {"clip_model": "c"},
     **{(DreamBoothConfig, name): {"lora": True} for name in ADAPTERS | {"placeholder_token"}},
     **{(DreamBoothConfig, name): PRIOR for name in ("prior_preservation", "class_prompt", "class_data")},
-    **{(DreamBoothConfig, name): WORD for name in ("initializer_token", "initializer_mean")},
+    **{(DreamBoothConfig, name): WORD for name in OF_WORD},
+    **{(DreamBoothConfig, name): {"train_text_encoder": True} for name in ("text_encoder_frac", "unet_frac")},
+    **{(config, "text_encoder_lr"): {"train_text_encoder": True} for config in (LoraConfig, DreamBoothConfig)},
 }
+TEXTS = ["1e-4", "no", "null", "~", "2024-13-01", "1:30", "0x_", " padded ", "ein Stern, größer", "赤い星 🌟", "a\nb"]
+TEXTS += ["- a", "#x: y", "'", '"', "{a: b}", "%x", "", "a=b", "-5 degrees", "--rank", "--no-such", "\\n", "7", "true"]
 ONLY = {
     "bucket_max_aspect": [1.5],
     "channels": [2],
     "norm_num_groups": [16],
     "attention_head_dim": [32],
     "interpolate": [["a b", "1e5"]],
+    "placeholder_token": ["<größer>", "1e-4", "--rank", "'"],
+    "validation_prompt": [["a <x> b", "c"], ["<x>", *TEXTS]],
 }
 REFUSED = {(ClassifierConfig, "buckets")}
 FIELDS = [(c, name) for c in CONFIGS for name in c.model_fields if (c, name) not in REFUSED]
-TEXTS = ["1e-4", "no", "null", "~", "2024-13-01", "1:30", "0x_", " padded ", "ein Stern, größer", "赤い星 🌟", "a\nb"]
-TEXTS += ["- a", "#x: y", "'", '"', "{a: b}", "%x", "", "a=b", "-5 degrees", "--rank", "--no-such", "\\n", "7", "true"]
 
 
 @pytest.fixture
@@ -181,7 +187,7 @@ def test_no_two_fields_share_a_spelling(config):
         "overwrite",
         "allow_change",
         "help",
-        *options.NEEDLESS,
+        *NEEDLESS,
     }
     assert taken.isdisjoint(spellings)
     negated = {f"no_{n}" for n, f in config.model_fields.items() if f.annotation is bool}

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
 from sdtune import checkpoints, words
+from sdtune.configs import UserError
+from sdtune.data import Images, Row, captioned
 from sdtune.samples import Tokens
 from tests import contract
 from tests.conftest import status
@@ -89,6 +91,17 @@ def test_a_word_of_several_vectors_is_spelt_as_diffusers_spells_it():
     assert ids == given
 
 
+@pytest.mark.parametrize("caption", ["a <thing>, red", "a photo of <thing>.", "a <THING> of mine", "my<thing>"])
+def test_a_caption_says_the_word_where_the_tokenizer_finds_it(caption):
+    pipe = tiny_sd()
+    words.add_word(pipe.tokenizer, pipe.text_encoder, "<Thing>", torch.zeros(1, 32))
+    assert len(pipe.tokenizer) - 1 in Tokens(pipe.tokenizer)(caption).tolist()
+    images = Images([Row("a.png", (caption,), 32, 32, "")], [], [], [])
+    assert words.each_says("<Thing>", images) is images
+    with pytest.raises(UserError, match="1 of 1 captions do not say it"):
+        words.each_says("<Thing>", captioned(images, ["a thing"]))
+
+
 def test_frozen_rows_get_no_gradient_and_new_ones_do():
     pipe = tiny_sd()
     pipe.text_encoder.requires_grad_(False)
@@ -134,7 +147,10 @@ def refusal(places, tmp_path, capsys, *options):
     ("options", "told"),
     [
         (["--placeholder-token", "circle"], "circle is in the base's vocabulary"),
+        (["--placeholder-token", "Circle"], "Circle is in the base's vocabulary"),
         (["--placeholder-token", "two words"], "wants one word"),
+        (["--placeholder-token", ""], "wants one word"),
+        (["--validation-prompt", "a red circle", "a blue one"], "validation_prompt: none says <thing>"),
         (["--initializer-token", "zebra"], "zebra: is 5 tokens of this base"),
         (["--initializer-token", "red", "green", "blue"], "3 words for 2 vectors"),
         (["--caption", "a photo"], "11 of 11 captions do not say it"),

@@ -5,6 +5,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def read_folder(
     """All images below the folder, sorted by name.
 
     Args:
-        wanted: whether each needs a caption; ``default`` is that of all when the folder has none.
+        wanted: whether each needs a caption; ``default`` is that of images that have none of their own.
         class_from: column of the class of each; ``folder`` is the name of its folder.
     """
     files, ignored = _walk(folder)
@@ -48,12 +49,18 @@ def read_folder(
         found = dict.fromkeys(images, (cfg.caption,))
     elif tables:
         found = _from_tables(
-            folder, images, tables, lambda columns: caption_column(cfg, columns, "file_name"), parse_captions
+            folder,
+            images,
+            tables,
+            lambda columns: caption_column(cfg, columns, "file_name"),
+            partial(parse_captions, default=default),
+            ", or give --caption",
+            None if default is None else (default,),
         )
     elif texts and cfg.caption_column is not None:
         raise UserError(f"--caption-column {cfg.caption_column}: {folder} has caption files, not metadata")
     elif texts:
-        found = _from_texts(folder, images, texts)
+        found = _from_texts(folder, images, texts, default)
     elif default is not None:
         found = dict.fromkeys(images, (default,))
     else:
@@ -113,15 +120,18 @@ def _name(path: Path, folder: Path) -> str:
     return unicodedata.normalize("NFC", readable)
 
 
-def _from_texts(folder: Path, images: dict[str, Path], texts: dict[str, Path]) -> dict[str, tuple[str, ...]]:
+def _from_texts(
+    folder: Path, images: dict[str, Path], texts: dict[str, Path], default: str | None
+) -> dict[str, tuple[str, ...]]:
     found, problems = {}, []
     for name in sorted(images):
         stem = name.rpartition(".")[0]
-        if stem not in texts:
+        if stem not in texts and default is None:
             problems.append(f"{name}: no {stem}.txt")
             continue
         try:
-            found[name] = parse_captions(" ".join(read_text(texts[stem]).split()))
+            text = read_text(texts[stem]) if stem in texts else ""
+            found[name] = parse_captions(" ".join(text.split()), default)
         except (OSError, ValueError) as error:
             problems.append(f"{stem}.txt: {error}")
     if problems:
@@ -143,8 +153,15 @@ def _from_tables(
     tables: dict[str, Path],
     choose: Callable[[list[str]], str],
     parse: Callable[[Any], Any],
+    otherwise: str = "",
+    default: Any = None,
 ) -> dict[str, Any]:
-    """What the tables say of each image, in the column that ``choose`` picks, as ``parse`` reads it."""
+    """What the tables say of each image, in the column that ``choose`` picks, as ``parse`` reads it.
+
+    Args:
+        otherwise: a further way out, for the message.
+        default: of images that no table names; none wants all to be named.
+    """
     found: dict[str, Any] = {}
     places: dict[str, str] = {}  # where an image was first named
     problems: list[str] = []
@@ -173,9 +190,12 @@ def _from_tables(
                 guess = f"; did you mean {close[0]}?" if close else ""
                 problems.append(f"{place}: there is no image {row['file_name']}{guess}")
     where = " or ".join(sorted(tables))
-    problems += [f"{name}: no row in {where}" for name in sorted(images.keys() - places.keys())]
+    unnamed = sorted(images.keys() - places.keys())
+    if default is not None:
+        found |= dict.fromkeys(unnamed, default)
+    else:
+        problems += [f"{name}: no row in {where}" for name in unnamed]
     if problems:
-        otherwise = ", or give --caption" if parse is parse_captions else ""
         raise problem_list(f"{folder}: images and metadata do not match; mend these{otherwise}", problems)
     return found
 

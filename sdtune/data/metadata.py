@@ -67,11 +67,13 @@ def caption_column(cfg: Data, columns: list[str], other: str) -> str:
     raise UserError(f"{cfg.dataset}: say with --caption-column which column is the caption; it has {there}")
 
 
-def parse_captions(value: Any) -> tuple[str, ...]:
-    """The captions in a cell, which holds a string or a list of them.
+def parse_captions(value: Any, default: str | None = None) -> tuple[str, ...]:
+    """The captions in a cell, which holds a string or a list of them; ``default`` where it holds none.
 
     Raises: ValueError that says what is wrong.
     """
+    if default is not None and (value is None or (isinstance(value, str) and not value.strip())):
+        return (default,)
     texts = value if isinstance(value, list) else [value]
     if not texts:
         raise ValueError("the list of captions is empty")

@@ -109,7 +109,7 @@ def load_images(
 
     Args:
         captions: whether every image needs one; else none is read.
-        default: the caption of all images when the dataset has no captions.
+        default: the caption of images that have none of their own.
         class_column: column of a table that holds the class of each image; ``folder`` means its folder's name.
 
     Raises: UserError for whatever is wrong with it.

@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def _from_table(cfg: Data, table: Any, wanted: bool, default: str | None, class_
     else:
         column = caption_column(cfg, table.column_names, cfg.image_column)
         head = f"{cfg.dataset}: every image needs a caption; or give --caption for all"
-        found = _parsed(table[column], parse_captions, head)
+        found = _parsed(table[column], partial(parse_captions, default=default), head)
     classes: list[Any] = [None] * count
     if class_from:
         column = class_column(class_from, table.column_names, cfg.dataset)

@@ -25,11 +25,13 @@ class DreamBooth(FineTune):
 
     def __init__(self, cfg, device):
         super().__init__(cfg, device)
-        if cfg.prior_preservation:
-            self.images = Mixture(self.images, class_images(cfg, self.family))
         self.unet = self.trained["unet"] = self.family.keep("unet")
         if cfg.train_text_encoder or cfg.placeholder_token:
             self.text_encoder = self.family.keep("text_encoder")
+        if cfg.placeholder_token:  # what is wrong with the word is told before the base draws
+            start = words.start_of(cfg, self.family.tokenizer, self.text_encoder)
+        if cfg.prior_preservation:
+            self.images = Mixture(self.images, class_images(cfg, self.family))
         if cfg.train_text_encoder:
             self.trained["text_encoder"] = self.text_encoder
         if cfg.lora:
@@ -39,7 +41,7 @@ class DreamBooth(FineTune):
                 unfreeze(part)
         self.word = None
         if cfg.placeholder_token:
-            self.word = words.new_word(cfg, self.family.tokenizer, self.text_encoder)
+            self.word = words.add_word(self.family.tokenizer, self.text_encoder, cfg.placeholder_token, start)
 
     def load_images(self):
         cfg = self.cfg

@@ -20,7 +20,8 @@ class TextualInversion(FineTune):
     def __init__(self, cfg, device):
         super().__init__(cfg, device)
         self.unet, self.text_encoder = self.family.keep("unet"), self.family.keep("text_encoder")
-        self.word = words.new_word(cfg, self.family.tokenizer, self.text_encoder)
+        start = words.start_of(cfg, self.family.tokenizer, self.text_encoder)
+        self.word = words.add_word(self.family.tokenizer, self.text_encoder, cfg.placeholder_token, start)
 
     def load_images(self):
         cfg = self.cfg
