@@ -82,8 +82,13 @@ def begin(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) -> No
 def differences(cfg: Run, written: Path) -> list[str]:
     """The options that differ from those the run was started with and are not free to.
 
-    One that is not written down is of a later version than the run, which had what is its default now.
+    One that is not written down is of a later version than the run, which had what is its default now. A run that was
+    refused, or stopped, before its first step is in nobody's way.
     """
+    if not any(
+        any(written.parent.glob(trace)) for trace in ("metrics.jsonl", "checkpoints/*", "*.safetensors", ARTEFACT)
+    ):
+        return []
     before: dict[str, Any] = {"method": LoraConfig.method}  # runs of a time when it was not written down
     fields = type(cfg).model_fields
     before |= {name: fields[name].default for name in options.record(cfg).keys() & fields.keys()}

@@ -11,17 +11,20 @@ STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Stopping:
-    """Args: world: processes; patience: seconds for which one waits for the others to ask."""
+    """Args: world: processes; patience: seconds for which one waits for the others to ask.
+
+    Before ``training`` is set there is nothing to save, and Ctrl-C ends the process where it is.
+    """
 
     def __init__(self, world: int, patience: int):
-        self.signal = 0
+        self.signal, self.training = 0, False
         wait = timedelta(seconds=patience)
         self.peers = torch.distributed.new_group(backend="gloo", timeout=wait) if world > 1 else None
         for number in STOP:
             signal.signal(number, self._note)
 
     def _note(self, number: int, _: Any) -> None:
-        if self.signal == number == signal.SIGINT:
+        if number == signal.SIGINT and (self.signal == number or not self.training):
             raise KeyboardInterrupt  # a second Ctrl-C does not wait
         self.signal = number
 

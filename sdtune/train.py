@@ -111,6 +111,7 @@ def fit(
         state.skipped = window.skipped
 
     # Train
+    stopping.training = True
     recipe.train()
     if state.step == 0:
         look()

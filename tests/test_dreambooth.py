@@ -148,6 +148,18 @@ def test_interrupted_making_goes_on_to_the_same_bytes(processes, subject, places
     assert (cut / "class-pictures" / "made-00000.png").stat().st_mtime_ns == kept, "it was made anew"
 
 
+def test_ctrl_c_does_not_wait_for_the_last_class_picture(places, tmp_path):
+    """And what stopped before its first step is in no other run's way."""
+    options, out = ["--prior-preservation", *MADE, "--sample-batch-size", "1"], tmp_path / "run"
+    first = out / "class-pictures" / "made-00000.png"
+    many = [*options, "--num-class-images", "400"]
+    code, _ = start_then_kill(words(places, out, *many), out, signal.SIGINT, first.exists)
+    assert code == 128 + signal.SIGINT
+    assert 1 <= len(digests(out / "class-pictures")) < 400
+    assert status(words(places, out, *options, "--num-class-images", "2", "--learning-rate", "1e-3")) == 0
+    assert len(digests(out / "class-pictures")) == 2
+
+
 def test_two_processes_make_the_same_pictures(subject, places, tmp_path):
     options = ["--prior-preservation", *MADE, "--num-class-images", "9", "--sample-batch-size", "2"]
     whole = subject("whole", *options, "--train-batch-size", "2")
