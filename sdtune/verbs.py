@@ -65,7 +65,8 @@ class Pixels(Section):
             raise ValueError("clip_guidance_scale and clip_model: give both or neither")
         if self.interpolate and len(self.interpolate) != 2:
             raise ValueError(f"interpolate is between two images, not {len(self.interpolate)}")
-        strays = [n for n in ("interpolate_timestep", "interpolate_count") if n in self.model_fields_set]
+        of_row, fields = ("interpolate_timestep", "interpolate_count"), type(self).model_fields
+        strays = [name for name in of_row if getattr(self, name) != fields[name].default]
         if strays and not self.interpolate:
             raise ValueError(f"{strays[0]} is for a row between two images: give interpolate, or leave it out")
         return self

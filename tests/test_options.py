@@ -35,6 +35,8 @@ LEAST_WITH = {
     (SampleConfig, "height"): {"width": 64},
     (SampleConfig, "classifier"): {"classes": ["x"]},
     (SampleConfig, "classifier_scale"): {"classes": ["x"], "classifier": "c"},
+    (SampleConfig, "interpolate_timestep"): {"interpolate": ["a", "b"]},
+    (SampleConfig, "interpolate_count"): {"interpolate": ["a", "b"]},
     (SampleConfig, "clip_model"): {"clip_guidance_scale": 2.0},
     (SampleConfig, "clip_guidance_scale"): {"clip_model": "c"},
     **{(DreamBoothConfig, name): {"lora": True} for name in ADAPTERS | {"placeholder_token"}},
@@ -353,6 +355,8 @@ def test_a_changed_method_is_a_changed_option(tmp_path):
     file.write_text(options.to_yaml(cfg))
     assert folder.differences(cfg, file) == []
     file.write_text(options.to_yaml(cfg).replace("method: lora", "method: other").replace("rank: 4", "rank: 5"))
+    assert folder.differences(cfg, file) == []  # it never began
+    (tmp_path / "metrics.jsonl").touch()
     assert folder.differences(cfg, file) == ["method was other, is lora", "--rank was 5, is 4"]
     file.write_text(options.to_yaml(cfg).replace("method: lora\n", ""))  # of a time when only LoRA was there
     assert folder.differences(cfg, file) == []
