@@ -46,7 +46,14 @@ def meet() -> None:
         return
     world, store = distributed.get_world_size(), distributed.distributed_c10d._get_default_store()
     meeting = math.ceil(store.add("sdtune/met", 1) / world)  # none comes to the next before all were at this one
-    while store.add("sdtune/met", 0) < meeting * world:
+    wait_for(store, "sdtune/met", meeting * world)
+    store.add("sdtune/left", 1)
+    if distributed.get_rank() == 0:  # the store may be its own, and would end with it
+        wait_for(store, "sdtune/left", meeting * world)
+
+
+def wait_for(store: distributed.Store, key: str, count: int) -> None:
+    while store.add(key, 0) < count:
         time.sleep(POLL)
 
 

@@ -52,7 +52,7 @@ def test_links_lead_somewhere(name):
 def test_commands_parse(name, tmp_path, monkeypatch, capsys):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    verbs = re.findall(r"^(\w+):", read("Makefile"), re.MULTILINE)
+    verbs = re.findall(r"^([\w-]+):", read("Makefile"), re.MULTILINE)
     for words in commands(read(name)):
         if words[0] == "make":
             assert words[1] in verbs
