@@ -247,6 +247,12 @@ class DdpmConfig(Network, Schedule, Denoising, Classes, Streaming, Data, Optim, 
             raise ValueError(f"{given[0]} describes the whole network: leave out {' and '.join(given[1:])}")
         return self
 
+    @model_validator(mode="after")
+    def _classes_to_drop(self) -> Self:
+        if self.class_column is None and self.class_dropout != type(self).model_fields["class_dropout"].default:
+            raise ValueError("class_dropout is for a model with classes: add --class-column, or leave it out")
+        return self
+
 
 class ClassifierConfig(Network, Schedule, Classes, Data, Optim, Hub, Run):
     """A classifier of noised images, which guides a diffusion model (Dhariwal & Nichol 2021)."""

@@ -14,6 +14,7 @@ from sdtune.configs import Adapter, Run, UserError
 from sdtune.methods import (
     METHODS,
     ClassifierConfig,
+    DdpmConfig,
     DreamBoothConfig,
     LoraConfig,
     TextualInversionConfig,
@@ -35,6 +36,7 @@ LEAST_WITH = {
     (SampleConfig, "height"): {"width": 64},
     (SampleConfig, "classifier"): {"classes": ["x"]},
     (SampleConfig, "classifier_scale"): {"classes": ["x"], "classifier": "c"},
+    (DdpmConfig, "class_dropout"): {"class_column": "c"},
     (SampleConfig, "interpolate_timestep"): {"interpolate": ["a", "b"]},
     (SampleConfig, "interpolate_count"): {"interpolate": ["a", "b"]},
     (SampleConfig, "clip_model"): {"clip_guidance_scale": 2.0},
