@@ -24,6 +24,8 @@ NEW = ".new"
 """Where, within the folder that it is meant for, an artefact of several parts is written first."""
 ARTEFACT = "artefact.json"
 """The step that the artefact is of, and its files: none, or all of them, as this is written last."""
+BEGUN = ("metrics.jsonl", "checkpoints/*", "*.safetensors", ARTEFACT)
+"""What there is of a run that has come as far as its first step."""
 
 
 def open_run(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) -> IO[str]:
@@ -85,9 +87,7 @@ def differences(cfg: Run, written: Path) -> list[str]:
     One that is not written down is of a later version than the run, which had what is its default now. A run that was
     refused, or stopped, before its first step is in nobody's way.
     """
-    if not any(
-        any(written.parent.glob(trace)) for trace in ("metrics.jsonl", "checkpoints/*", "*.safetensors", ARTEFACT)
-    ):
+    if not any(any(written.parent.glob(trace)) for trace in BEGUN):
         return []
     before: dict[str, Any] = {"method": LoraConfig.method}  # runs of a time when it was not written down
     fields = type(cfg).model_fields
