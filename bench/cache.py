@@ -13,8 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from sdtune import state
 from sdtune.cli import main
+from sdtune.training import state
 
 
 def cpu_seconds_per_step(options: list[str], steps: int) -> float:

@@ -8,8 +8,9 @@ import argparse
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdtune import options, pixel_models
-from sdtune.methods import DdpmConfig
+from sdtune.config import parsing
+from sdtune.config.methods import DdpmConfig
+from sdtune.models import pixel_models
 
 SAMPLES = 50_000  # what an FID is measured on
 
@@ -29,7 +30,7 @@ if __name__ == "__main__":
     parser.add_argument("--channels", type=int, default=3)
     parser.add_argument("--tflops", type=float, default=100.0, help="TFLOP/s that the device really does")
     args = parser.parse_args()
-    cfg = options.resolve(DdpmConfig, args.config, {}, [])
+    cfg = parsing.resolve(DdpmConfig, args.config, {}, [])
     with torch.device("meta"):
         unet = pixel_models.build(cfg, pixel_models.plan(cfg), args.channels, [])
     one = forward_flops(unet)

@@ -12,9 +12,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional
 
-from sdtune.distances import estimates, frechet
-from sdtune.evaluate import figures
-from sdtune.features import embed, load_network
+from sdtune.evaluation.distances import estimates, frechet
+from sdtune.evaluation.evaluate import figures
+from sdtune.evaluation.features import embed, load_network
 
 
 def changes(x: Tensor, digit: Tensor, noise: Tensor) -> dict[str, Tensor]:

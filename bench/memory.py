@@ -56,7 +56,7 @@ def build_middle(folder: Path) -> None:
     import torch
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-    from sdtune import families
+    from sdtune.models import families
 
     torch.manual_seed(0)
     pipe = StableDiffusionPipeline.from_pretrained(families.resolve_model("tiny"), safety_checker=None)
@@ -75,7 +75,8 @@ def estimated(words: list[str]) -> dict[str, int]:
 
 def estimate(words: list[str]) -> None:
     """Print an estimate as JSON, by the code of `sdtune check`."""
-    from sdtune import check, cli
+    from sdtune import cli
+    from sdtune.training import check
 
     def tell(need, _):
         yield json.dumps(need._asdict())

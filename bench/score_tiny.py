@@ -8,10 +8,10 @@ import argparse
 import json
 from pathlib import Path
 
-from sdtune.loading import load_adapters, load_pipeline
-from sdtune.scores import GUIDANCE, STEPS, score
-from sdtune.sheets import grid
-from sdtune.verbs import SampleConfig
+from sdtune.config.verbs import SampleConfig
+from sdtune.evaluation.toy_score import GUIDANCE, STEPS, score
+from sdtune.models.loading import load_adapters, load_pipeline
+from sdtune.run.contact_sheet import grid
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

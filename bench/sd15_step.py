@@ -15,8 +15,9 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sdtune import families, shapes
 from sdtune.cli import main
+from sdtune.evaluation import toy_world
+from sdtune.models import families
 
 
 def build(folder: Path) -> None:
@@ -66,9 +67,9 @@ def draw(folder: Path, side: int) -> None:
     folder.mkdir(parents=True)
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as lines:
         for k in range(8):
-            scene = shapes.random_scene(np.random.default_rng(k))
-            shapes.render(scene, side, side).save(folder / f"{k}.png")
-            lines.write(json.dumps({"file_name": f"{k}.png", "text": shapes.caption(scene)}) + "\n")
+            scene = toy_world.random_scene(np.random.default_rng(k))
+            toy_world.render(scene, side, side).save(folder / f"{k}.png")
+            lines.write(json.dumps({"file_name": f"{k}.png", "text": toy_world.caption(scene)}) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
+from sdtune.config.methods import LoraConfig
 from sdtune.data import Stream, open_images, open_stream
-from sdtune.methods import LoraConfig
 
 
 def photograph(number: int, side: int) -> bytes:

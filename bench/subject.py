@@ -2,10 +2,10 @@
 
 python bench/subject.py --work runs/subject [-n 100] [--only adapters full]
 
-Each row is a ready-made recipe, trained unless its run is complete, then asked for pictures that ``sdtune.shapes.read``
-reads. ``subject``: share that show it; ``class``: share of those asked for "a ... shape" that show a shape the base
-knows and not the subject, in the colour and on the ground asked for; ``others``: share of right pictures of the shapes
-that the base knows by name.
+Each row is a ready-made recipe, trained unless its run is complete, then asked for pictures that `toy_world.read` reads.
+``subject``: share that show it; ``class``: share of those asked for "a ... shape" that show a shape the base knows and
+not the subject, in the colour and on the ground asked for; ``others``: share of right pictures of the shapes that the
+base knows by name.
 """
 
 import argparse
@@ -13,11 +13,11 @@ import hashlib
 from pathlib import Path
 
 from sdtune.cli import main as sdtune
-from sdtune.families import resolve_model
-from sdtune.loading import load_adapters, load_embeddings, load_pipeline
-from sdtune.scores import score
-from sdtune.sheets import grid
-from sdtune.verbs import SampleConfig
+from sdtune.config.verbs import SampleConfig
+from sdtune.evaluation.toy_score import score
+from sdtune.models.families import resolve_model
+from sdtune.models.loading import load_adapters, load_embeddings, load_pipeline
+from sdtune.run.contact_sheet import grid
 
 SKS, WORD = ("heart", "sks shape"), ("heart", "<thing>")
 NO_PRIOR = ["--prior-loss-weight", "0"]

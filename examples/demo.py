@@ -7,9 +7,9 @@ import sys
 import time
 
 from sdtune.cli import main
-from sdtune.loading import load_adapters, load_pipeline
-from sdtune.scores import score
-from sdtune.verbs import SampleConfig
+from sdtune.config.verbs import SampleConfig
+from sdtune.evaluation.toy_score import score
+from sdtune.models.loading import load_adapters, load_pipeline
 
 RUN = "runs/tiny-hearts"
 PICTURES = 100

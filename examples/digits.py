@@ -20,18 +20,18 @@ from sklearn.svm import SVC
 from torch import Tensor
 from torch.multiprocessing import get_context
 
-from sdtune import options
 from sdtune.cli import main
+from sdtune.config import parsing
+from sdtune.config.methods import DdpmConfig
 from sdtune.data import Stream, load_images
-from sdtune.distances import frechet
-from sdtune.families import hush
-from sdtune.features import embed, load_network
-from sdtune.guides import ByClassifier
-from sdtune.methods import DdpmConfig
-from sdtune.noisy_classifier import NoisyClassifier
-from sdtune.samplers import make_scheduler
-from sdtune.sampling import draw, to_images
-from sdtune.sheets import grid
+from sdtune.diffusion.guides import ByClassifier
+from sdtune.diffusion.pixel_sampler import draw, to_images
+from sdtune.diffusion.schedulers import make_scheduler
+from sdtune.evaluation.distances import frechet
+from sdtune.evaluation.features import embed, load_network
+from sdtune.models.families import hush
+from sdtune.models.noisy_classifier import NoisyClassifier
+from sdtune.run.contact_sheet import grid
 
 PLAIN, CLASSES, CLASSIFIER = "runs/ddpm-digits", "runs/ddpm-digits-classes", "runs/classifier-digits"
 PICTURES, PROCESSES, CONFIDENT = 500, 2, 0.8
@@ -77,7 +77,7 @@ class Judge:
     """Reads digits, and knows what it was fitted to."""
 
     def __init__(self) -> None:
-        cfg = options.resolve(DdpmConfig, "ddpm/digits", {}, [])
+        cfg = parsing.resolve(DdpmConfig, "ddpm/digits", {}, [])
         images = load_images(cfg, captions=False, class_column="folder")
         stream = Stream(cfg, images, 1, "L")
         self.real, digits = self.read(stream, [stream._plain(index) for index in stream.indices])

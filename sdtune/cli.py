@@ -15,10 +15,11 @@ from typing import Annotated, Any
 
 import typer
 
-from sdtune import __version__, options
-from sdtune.configs import Run, RunFailed, Section, UserError
-from sdtune.methods import METHODS
-from sdtune.verbs import VERBS, Verb
+from sdtune import __version__
+from sdtune.config import parsing
+from sdtune.config.methods import METHODS
+from sdtune.config.sections import Run, RunFailed, Section, UserError
+from sdtune.config.verbs import VERBS, Verb
 
 app = typer.Typer(
     name="sdtune",
@@ -74,15 +75,15 @@ def command(config: type[Section], work: Callable[[Any, dict[str, Any]], None], 
             name: flags.pop(name) for name in beside if name in flags and name not in config.model_fields
         }
         loose = list(ctx.args)
-        if strays := [n for n in flags if options.positional(config.model_fields[n]) and flags[n].startswith("--")]:
+        if strays := [n for n in flags if parsing.positional(config.model_fields[n]) and flags[n].startswith("--")]:
             loose = [flags.pop(n) for n in strays] + loose  # an unknown flag has taken the place of an argument
-        cfg = options.resolve(config, file, flags, loose)
+        cfg = parsing.resolve(config, file, flags, loose)
         if name := launching.get("accelerate_config"):
-            importlib.import_module("sdtune.launch").config_file(
+            importlib.import_module("sdtune.training.launch").config_file(
                 name
             )  # a mistake is told before anything slow, and of a dry run
         if dry_run:
-            typer.echo(options.to_yaml(cfg), nl=False)
+            typer.echo(parsing.to_yaml(cfg), nl=False)
         else:
             work(cfg, launching)
 
@@ -166,21 +167,21 @@ LAUNCH: Flags = FITTING | {
 
 def flags_of(config: type[Section]) -> Iterator[inspect.Parameter]:
     """One Typer option per field. Values stay text: pydantic converts them, so that all mistakes come at once."""
-    for name, field in options.by_section(config):
-        spelt = options.flag(name)
+    for name, field in parsing.by_section(config):
+        spelt = parsing.flag(name)
         shown: dict[str, Any] = {
-            "help": options.help_of(field),
-            "rich_help_panel": options.title_of(config, name),
+            "help": parsing.help_of(field),
+            "rich_help_panel": parsing.title_of(config, name),
         }
         annotation: Any
         default: Any
         if field.annotation is bool:
             annotation, default, spelt = bool, bool(field.default), f"{spelt}/--no-{spelt[2:]}"
         else:
-            annotation = list[str] if options.is_list(field) else str
+            annotation = list[str] if parsing.is_list(field) else str
             annotation, default = annotation | None, None
-            shown["metavar"] = options.metavar(field)
-        if place := options.positional(field):
+            shown["metavar"] = parsing.metavar(field)
+        if place := parsing.positional(field):
             option = typer.Argument(metavar=place, help=shown["help"], show_default=False)
         else:
             option = typer.Option(spelt, show_default=False, **shown)
@@ -194,20 +195,20 @@ def train(words: list[str], entry: Callable[[], Any]) -> Callable[[Any, dict[str
 
     def work(cfg: Run, launching: dict[str, Any]) -> None:
         find, limit = launching.pop("find_batch_size", False), launching.pop("memory", None)
-        launch = importlib.import_module("sdtune.launch")
+        launch = importlib.import_module("sdtune.training.launch")
         if find and launch.launched():
             raise UserError("--find-batch-size: give it without a launcher, with --num-processes")
         if find:
-            importlib.import_module("sdtune.families").hush()
+            importlib.import_module("sdtune.models.families").hush()
             world = launch.processes_of(cfg, launching)
-            cfg = importlib.import_module("sdtune.fitting").largest_batch(entry(), cfg, world, limit)
+            cfg = importlib.import_module("sdtune.training.batch_size").largest_batch(entry(), cfg, world, limit)
         elif limit:
             raise UserError("--memory: goes with --find-batch-size; `sdtune check` says whether a run fits as it is")
         code = launch.start(words, cfg, launching)
         if code is not None:
             raise typer.Exit(code)
-        importlib.import_module("sdtune.families").hush()
-        importlib.import_module("sdtune.train").train(entry(), cfg, words, **launching)
+        importlib.import_module("sdtune.models.families").hush()
+        importlib.import_module("sdtune.training.loop").train(entry(), cfg, words, **launching)
 
     return work
 
@@ -216,8 +217,8 @@ def checked(_: list[str], entry: Callable[[], Any]) -> Callable[[Any, dict[str, 
     """What `check` does with the config of a training command."""
 
     def work(cfg: Run, launching: dict[str, Any]) -> None:
-        importlib.import_module("sdtune.families").hush()
-        importlib.import_module("sdtune.check").check(entry(), cfg, **launching)
+        importlib.import_module("sdtune.models.families").hush()
+        importlib.import_module("sdtune.training.check").check(entry(), cfg, **launching)
 
     return work
 
@@ -272,7 +273,7 @@ def with_recipe(ctx: typer.Context, file: Path, work: Callable[..., Any], beside
     alone.command(help=recipe.__doc__, context_settings=LENIENT)(
         command(recipe.Config, work(words, lambda: recipe), beside)
     )
-    alone(options.canonical(recipe.Config, ctx.args), prog_name=f"{ctx.command_path} {file}")
+    alone(parsing.canonical(recipe.Config, ctx.args), prog_name=f"{ctx.command_path} {file}")
 
 
 def recipe_in(file: Path) -> Any:
@@ -284,7 +285,7 @@ def recipe_in(file: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module  # loader workers find the class by this name
     spec.loader.exec_module(module)
-    base = importlib.import_module("sdtune.recipe").Recipe
+    base = importlib.import_module("sdtune.recipes.recipe").Recipe
     own = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, base) and c.__module__ == file.stem]
     if len(own) != 1:
         raise UserError(f"{file}: wants exactly one class that derives from Recipe, found {len(own)}")
@@ -311,9 +312,9 @@ for verb in VERBS:
 def list_recipes() -> None:
     """List what comes ready-made: recipes for --config, files for --accelerate-config, scripts for Slurm."""
     for title, files in {
-        "Recipes, for --config": options.shipped(),
-        "Launching, for --accelerate-config": options.ready_made("accelerate"),
-        "Launching, for Slurm's sbatch (sdtune cp)": options.ready_made("slurm"),
+        "Recipes, for --config": parsing.shipped(),
+        "Launching, for --accelerate-config": parsing.ready_made("accelerate"),
+        "Launching, for Slurm's sbatch (sdtune cp)": parsing.ready_made("slurm"),
     }.items():
         typer.echo(f"{title}:")
         for name, path in files.items():
@@ -325,7 +326,7 @@ def list_recipes() -> None:
 @app.command("cp", rich_help_panel="Look")
 def copy_recipe(name: str, to: Annotated[Path, typer.Argument(help="Folder or file.")] = Path()) -> None:
     """Copy a ready-made recipe, accelerate config or Slurm script to edit it."""
-    source = options.found(name, "", options.shipped() | options.ready_made(*options.PLACES), "recipe")
+    source = parsing.found(name, "", parsing.shipped() | parsing.ready_made(*parsing.PLACES), "recipe")
     target = to / source.name if to.is_dir() else to
     if target.exists():
         raise UserError(f"{target} exists; name another file")
@@ -338,7 +339,7 @@ def copy_recipe(name: str, to: Annotated[Path, typer.Argument(help="Folder or fi
 @app.command("env", rich_help_panel="Look")
 def env() -> None:
     """Print versions and devices, for a bug report."""
-    for name, value in importlib.import_module("sdtune.environment").environment().items():
+    for name, value in importlib.import_module("sdtune.run.environment").environment().items():
         typer.echo(f"{name}: {', '.join(value) if isinstance(value, list) else value}")
 
 
@@ -351,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         start = int(words[:1] == ["check"])
         if config := by_name.get("".join(words[start : start + 1]).replace("_", "-")):
-            words = words[:start] + options.canonical(config, words[start:])
+            words = words[:start] + parsing.canonical(config, words[start:])
         app(words, prog_name="sdtune")
     except UserError as error:
         told = str(error).rpartition("UserError: ")[2]  # a loader's worker wraps it in its whole traceback

@@ -5,12 +5,12 @@ from typing import ClassVar
 
 import torch
 
-from sdtune import families
-from sdtune.configs import Captions, Data, Denoising, Hub, Model, Optim, Preview, Prompts, Run
+from sdtune.config.sections import Captions, Data, Denoising, Hub, Model, Optim, Preview, Prompts, Run
 from sdtune.data import load_images
-from sdtune.pipelines import write_pipeline
-from sdtune.recipe import Recipe
+from sdtune.models import families
+from sdtune.models.pipeline_folder import write_pipeline
 from sdtune.recipes.lora import Lora
+from sdtune.recipes.recipe import Recipe
 
 
 class Own(Lora):

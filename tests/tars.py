@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from sdtune import shapes
+from sdtune.evaluation import toy_world
 
 UNEQUAL = (7, 1, 5, 9, 3)
 """Images of each shard."""
@@ -34,9 +34,9 @@ def drawn(first, count):
     """Captioned pictures of flat shapes, as samples of a shard."""
     for number in range(first, first + count):
         draws = np.random.default_rng(number)
-        scene = shapes.random_scene(draws)
-        text = shapes.random_caption(scene, draws)
-        yield f"{number:06}", {"png": png(shapes.render(scene, 64, 72)), "txt": text.encode()}
+        scene = toy_world.random_scene(draws)
+        text = toy_world.random_caption(scene, draws)
+        yield f"{number:06}", {"png": png(toy_world.render(scene, 64, 72)), "txt": text.encode()}
 
 
 def unequal(folder):

@@ -13,9 +13,11 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 
-from sdtune import folder, pipelines, publish
-from sdtune.configs import RunFailed, UserError
-from sdtune.sheets import cells
+from sdtune.config.sections import RunFailed, UserError
+from sdtune.models import pipeline_folder
+from sdtune.publish import publish
+from sdtune.run import folder
+from sdtune.run.contact_sheet import cells
 from tests.conftest import command, status
 from tests.test_hub import elsewhere, here, server  # noqa: F401
 from tests.test_usage import ran
@@ -75,7 +77,7 @@ def test_nothing_of_this_machine_and_names_as_published(run, sd):
     files = folder.artefact(run)
     told = [str(run.parent), str(sd), "_name_or_path", "is_local", "local_files_only"]
     assert [file for file in files for text in told if text.encode() in file.read_bytes()] == []
-    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~pipelines.umask()}
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~pipeline_folder.umask()}
     for part, file in {"text_encoder": "model", "vae": "diffusion_pytorch_model"}.items():
         mine, base = (root / part / f"{file}.safetensors" for root in (run, sd))
         assert names(mine) == names(base)
@@ -217,7 +219,7 @@ def pipe(sd):
 
 def test_written_anew_leaves_no_stale_file(pipe, tmp_path):
     out = tmp_path / "out"
-    first = content(out, pipelines.write_pipeline(out, pipe))
+    first = content(out, pipeline_folder.write_pipeline(out, pipe))
     index = json.loads((out / "model_index.json").read_text())
     (out / "model_index.json").write_text(json.dumps(index | {"safety_checker": ["diffusers", "X"]}))
     (out / "safety_checker").mkdir()
@@ -225,19 +227,19 @@ def test_written_anew_leaves_no_stale_file(pipe, tmp_path):
     (out / "unet" / "model-00001-of-00002.safetensors").touch()
     (out / "theirs.txt").write_text("kept")
     again = DiffusionPipeline.from_pretrained(out, safety_checker=None)
-    assert content(out, pipelines.write_pipeline(out, again)) == first
+    assert content(out, pipeline_folder.write_pipeline(out, again)) == first
     assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == {*first, "theirs.txt"}
 
 
 def test_what_does_not_read_back_is_not_kept(pipe, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    before = content(out, pipelines.write_pipeline(out, pipe))
+    before = content(out, pipeline_folder.write_pipeline(out, pipe))
     save = type(pipe).save_pretrained
 
     def then(damage):
         monkeypatch.setattr(type(pipe), "save_pretrained", lambda self, to: (save(self, to), damage(to)))
         with pytest.raises(RuntimeError) as error:
-            pipelines.write_pipeline(out, pipe)
+            pipeline_folder.write_pipeline(out, pipe)
         assert content(out, (file for file in out.rglob("*") if file.is_file())) == before
         return str(error.value)
 
@@ -265,7 +267,7 @@ def test_what_does_not_read_back_is_not_kept(pipe, tmp_path, monkeypatch):
 
 def test_kill_while_it_is_put_in_place_leaves_no_pipeline(pipe, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    pipelines.write_pipeline(out, pipe)
+    pipeline_folder.write_pipeline(out, pipe)
     replace = Path.replace
 
     def killed(self, target):
@@ -275,7 +277,7 @@ def test_kill_while_it_is_put_in_place_leaves_no_pipeline(pipe, tmp_path, monkey
 
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        pipelines.write_pipeline(out, pipe)
+        pipeline_folder.write_pipeline(out, pipe)
     assert not (out / "model_index.json").exists()
     assert not (out / folder.NEW).exists()
 

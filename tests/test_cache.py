@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from sdtune import cache
+from sdtune.data import cache
 
 KEYS = [f"key-{k:03d}" for k in range(150)]
 

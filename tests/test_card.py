@@ -10,10 +10,10 @@ import yaml
 from accelerate.state import AcceleratorState
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
 
-from sdtune import card, public, publish
-from sdtune.card import Origin
-from sdtune.folder import artefact, by_path
-from sdtune.methods import LoraConfig
+from sdtune.config.methods import LoraConfig
+from sdtune.publish import model_card, publish, redact
+from sdtune.publish.model_card import Origin
+from sdtune.run.folder import artefact, by_path
 from tests.conftest import command, status
 from tests.tinyhub import TinyHub
 
@@ -42,7 +42,7 @@ LOCAL = Origin()
 def made(run, origin=LOCAL, **changed):
     """Front matter, text and pictures of a card."""
     cfg = publish.config_of(run).model_copy(update={"output_dir": run} | changed)
-    text, pictures = card.model_card(cfg, run, "tester/cards", origin, by_path(run, artefact(run)))
+    text, pictures = model_card.model_card(cfg, run, "tester/cards", origin, by_path(run, artefact(run)))
     return ModelCard(text).data.to_dict(), text, pictures
 
 
@@ -69,7 +69,7 @@ def test_nothing_of_this_machine(run):
     assert "/tmp" not in text and "/home" not in text
     assert "on `tiny-sd`, which is not on the Hub" in text
     for name in ("config.yaml", "report.html"):
-        hidden = public.hide_paths((run / name).read_text(), publish.config_of(run))
+        hidden = redact.hide_paths((run / name).read_text(), publish.config_of(run))
         assert str(run.parent) not in hidden and str(publish.config_of(run).model) not in hidden
 
 
@@ -98,7 +98,7 @@ def test_license_is_carried_over_from_the_base(api, run):
     api.create_commit("tester/base", [CommitOperationAdd("README.md", front.encode())], commit_message="card")
     cfg = SimpleNamespace(model="tester/base", revision=None, dataset="tester/images")
     api.create_repo("tester/images", repo_type="dataset")
-    base = card.origin_of(api, cfg)
+    base = model_card.origin_of(api, cfg)
     assert base == Origin(True, True, "other", "rail", "https://example.org")
     data, text, _ = made(run, base, model="tester/base", dataset="user/images")
     assert (data["license"], data["license_name"]) == ("other", "rail")
@@ -111,18 +111,21 @@ def test_license_is_carried_over_from_the_base(api, run):
 
 def test_base_that_the_hub_does_not_know_is_no_base_model(api, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert card.origin_of(api, SimpleNamespace(model="models/mine", revision=None, dataset="user/images")) == Origin()
+    assert (
+        model_card.origin_of(api, SimpleNamespace(model="models/mine", revision=None, dataset="user/images"))
+        == Origin()
+    )
     (tmp_path / "models").mkdir()
     for name in ("models/mine", "tiny", "/models/mine", "~/mine", "./mine"):
-        assert card.origin_of(None, SimpleNamespace(model=name, revision=None, dataset=name)) == Origin()
-    assert card.origin_of(None, SimpleNamespace(model="user/base", revision=None, dataset="user/images")) == Origin(
-        True, True
-    )
+        assert model_card.origin_of(None, SimpleNamespace(model=name, revision=None, dataset=name)) == Origin()
+    assert model_card.origin_of(
+        None, SimpleNamespace(model="user/base", revision=None, dataset="user/images")
+    ) == Origin(True, True)
 
 
 def test_prompts_and_long_texts_are_no_paths(tmp_path):
     cfg = LoraConfig(dataset="user/images", caption="x" * 5000, output_dir=tmp_path, negative_prompt="/imagine a/b")
-    shown = public.settings(cfg)
+    shown = redact.settings(cfg)
     assert (shown.caption, shown.negative_prompt) == (cfg.caption, cfg.negative_prompt)
     assert (shown.dataset, shown.output_dir.name) == ("user/images", tmp_path.name)
 

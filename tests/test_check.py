@@ -6,10 +6,11 @@ import pytest
 import torch
 import yaml
 
-from sdtune import fitting, memory, options
-from sdtune.configs import UserError
-from sdtune.methods import LoraConfig
+from sdtune.config import parsing
+from sdtune.config.methods import LoraConfig
+from sdtune.config.sections import UserError
 from sdtune.recipes.lora import Lora
+from sdtune.training import batch_size, memory_estimate
 from tests import contract
 from tests.conftest import command, status
 
@@ -17,7 +18,7 @@ from tests.conftest import command, status
 @pytest.fixture
 def steady(monkeypatch):
     """The process itself is a gigabyte, whatever the tests before have imported."""
-    monkeypatch.setattr(memory, "resident", lambda: 10**9)
+    monkeypatch.setattr(memory_estimate, "resident", lambda: 10**9)
 
 
 @pytest.mark.parametrize("recipe", contract.RECIPES)
@@ -52,15 +53,15 @@ def test_a_run_of_other_options_is_in_the_way(lora, sd, pictures, tmp_path, caps
 
 
 def test_what_makes_a_run_fit_is_estimated(steady, sd, pictures, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(fitting, "savings", lambda cfg: iter([{"gradient_checkpointing": True}]))
+    monkeypatch.setattr(batch_size, "savings", lambda cfg: iter([{"gradient_checkpointing": True}]))
     words = command(sd, pictures, tmp_path / "run", "--train-batch-size", "8")
-    estimates = fitting.Estimates(Lora, config_of(words), torch.device("cpu"), 1)
+    estimates = batch_size.Estimates(Lora, config_of(words), torch.device("cpu"), 1)
     whole, half = estimates.of().total, estimates.of(train_batch_size=4, gradient_accumulation_steps=2).total
     assert half < whole
     assert status(["check", *words, "--memory", f"{half}"]) == 2
     told = capsys.readouterr().err
     assert "it fits with" in told
-    assert f"--train-batch-size 4 --gradient-accumulation-steps 2: {fitting.told(half)}" in told
+    assert f"--train-batch-size 4 --gradient-accumulation-steps 2: {batch_size.told(half)}" in told
     assert status(["check", *words, "--memory", "1GB"]) == 2  # as much as the process itself
     assert "nothing makes it fit" in capsys.readouterr().err
     assert status(["check", *words, "--memory", "8 goats"]) == 2
@@ -69,7 +70,7 @@ def test_what_makes_a_run_fit_is_estimated(steady, sd, pictures, tmp_path, capsy
 
 def test_the_largest_batch_that_fits_is_found_and_the_step_stays_what_it_is(steady, sd, pictures, tmp_path, capsys):
     words = command(sd, pictures, tmp_path / "run", "--train-batch-size", "4", "--gradient-accumulation-steps", "2")
-    estimates = fitting.Estimates(Lora, config_of(words), torch.device("cpu"), 1)
+    estimates = batch_size.Estimates(Lora, config_of(words), torch.device("cpu"), 1)
     limit = estimates.of(train_batch_size=2, gradient_accumulation_steps=4).total
     assert status([*words, "--steps", "2", "--find-batch-size", "--memory", f"{limit}"]) == 0
     assert "--find-batch-size: --train-batch-size 2 --gradient-accumulation-steps 4, " in capsys.readouterr().out
@@ -86,18 +87,18 @@ def test_the_largest_batch_that_fits_is_found_and_the_step_stays_what_it_is(stea
 def config_of(words):
     """The config that a command line stands for."""
     names = [word[2:].replace("-", "_") for word in words[1::2]]
-    return options.resolve(LoraConfig, None, dict(zip(names, words[2::2], strict=True)), [])
+    return parsing.resolve(LoraConfig, None, dict(zip(names, words[2::2], strict=True)), [])
 
 
 @pytest.mark.parametrize(("text", "size"), [("8GB", 8e9), ("7.5gib", 7.5 * 2**30), ("512 MB", 512e6), ("1000", 1000)])
 def test_sizes_are_read_as_they_are_written(text, size):
-    assert fitting.parsed(text) == size
+    assert batch_size.parsed(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "0", "-1GB", "8XB", "8 GB of it"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(UserError, match="--memory"):
-        fitting.parsed(text)
+        batch_size.parsed(text)
 
 
 def test_a_recipe_of_ones_own_is_checked_too(sd, pictures, tmp_path, capsys):

@@ -8,12 +8,12 @@ import torch
 from accelerate import Accelerator, PartialState
 from diffusers import DDPMScheduler
 
-from sdtune import preview
-from sdtune.engine import Engine
-from sdtune.methods import ClassifierConfig
-from sdtune.noisy_classifier import NoisyClassifier
-from sdtune.recipe import Recipe
-from sdtune.window import Figures
+from sdtune.config.methods import ClassifierConfig
+from sdtune.models.noisy_classifier import NoisyClassifier
+from sdtune.recipes.recipe import Recipe
+from sdtune.training import preview
+from sdtune.training.engine import Engine
+from sdtune.training.log_window import Figures
 from tests import contract
 from tests.conftest import status
 

@@ -12,11 +12,12 @@ import typer
 import yaml
 
 import sdtune
-from sdtune import cli, options
-from sdtune.configs import RunFailed, UserError
-from sdtune.methods import METHODS
-from sdtune.needless import NEEDLESS
-from sdtune.verbs import VERBS
+from sdtune import cli
+from sdtune.config import parsing
+from sdtune.config.foreign_flags import NEEDLESS
+from sdtune.config.methods import METHODS
+from sdtune.config.sections import RunFailed, UserError
+from sdtune.config.verbs import VERBS
 from tests.conftest import status
 
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "numpy", "PIL", "huggingface_hub")
@@ -159,8 +160,8 @@ def test_flags_of_the_other_scripts_are_honoured_or_answered(command, word, caps
         assert (code, err) == (2, f"error: --{name}: no such option; {NEEDLESS[name]}\n")
         return
     assert (code, err) == (0, "")
-    value = yaml.safe_load(out)[options.names_of(config)[name]]
-    assert value == ([text] if isinstance(value, list) else yaml.load(text, options.Loader) if text else True)
+    value = yaml.safe_load(out)[parsing.names_of(config)[name]]
+    assert value == ([text] if isinstance(value, list) else yaml.load(text, parsing.Loader) if text else True)
 
 
 def test_all_51_flags_are_here():
@@ -175,9 +176,9 @@ def test_the_flags_that_sdtune_does_without_are_answered_together(capsys):
 
 
 def test_advice_names_flags_that_exist():
-    spelt = {options.flag(n) for config in METHODS for n in config.model_fields} | {"--overwrite"}
+    spelt = {parsing.flag(n) for config in METHODS for n in config.model_fields} | {"--overwrite"}
     for name, told in NEEDLESS.items():
-        assert not any(name in options.names_of(config) for config in METHODS)
+        assert not any(name in parsing.names_of(config) for config in METHODS)
         assert set(re.findall(r"--[a-z-]+", told)) <= spelt, name
 
 
@@ -258,7 +259,7 @@ def test_help_lists_each_field_once(config, capsys, monkeypatch):
     assert code == 0
     listed = re.findall(r"^│ +(?:\* +)?(--[a-z0-9-]+)", out, re.MULTILINE)
     assert len(listed) == len(set(listed))
-    flags = {options.spelt(config, n) for n in config.model_fields}
+    flags = {parsing.spelt(config, n) for n in config.model_fields}
     assert {flag for flag in flags if flag.startswith("--")} <= set(listed)
     assert all(flag in out for flag in flags)
     shown = " ".join(re.sub("[│]", " ", out).split())
@@ -377,7 +378,7 @@ def test_advice_is_never_the_word_itself(capsys):
     [
         (UserError("--rank: too much"), 2, "error: --rank: too much\n"),
         (
-            UserError("Traceback ...\nsdtune.configs.UserError: a.png: is truncated\n"),
+            UserError("Traceback ...\nsdtune.config.sections.UserError: a.png: is truncated\n"),
             2,
             "error: a.png: is truncated\n",
         ),
@@ -389,7 +390,7 @@ def test_the_exit_code_is_the_works_own(raised, code, told, capsys, monkeypatch)
     def work(*_):
         raise raised
 
-    monkeypatch.setattr(cli.options, "shipped", work)
+    monkeypatch.setattr(cli.parsing, "shipped", work)
     assert answer(capsys, "ls") == (code, "", told)
 
 
@@ -402,7 +403,7 @@ def recipes(tmp_path, monkeypatch) -> Path:
     file = tmp_path / "shipped" / "lora" / "sd15-naruto.yaml"
     file.parent.mkdir(parents=True)
     file.write_text("# SD 1.5 on 1,200 pictures\nrank: 13\ndataset: d\n")
-    monkeypatch.setattr(options, "shipped", lambda: {"lora/sd15-naruto": file})
+    monkeypatch.setattr(parsing, "shipped", lambda: {"lora/sd15-naruto": file})
     return file
 
 
@@ -414,15 +415,15 @@ def test_ls_lists_recipes_with_their_first_line_and_what_is_for_launching_apart(
     first = lines.index("Launching, for --accelerate-config:")
     second = next(i for i, line in enumerate(lines) if "sbatch" in line and not line.startswith(" "))
     named = [line.split()[0] for line in lines[first + 1 : second]]
-    assert named == list(options.ready_made("accelerate"))
-    assert [line.split()[0] for line in lines[second + 1 :]] == list(options.ready_made("slurm"))
+    assert named == list(parsing.ready_made("accelerate"))
+    assert [line.split()[0] for line in lines[second + 1 :]] == list(parsing.ready_made("slurm"))
 
 
-@pytest.mark.parametrize("name", options.ready_made(*options.PLACES))
+@pytest.mark.parametrize("name", parsing.ready_made(*parsing.PLACES))
 def test_cp_copies_what_is_for_launching(name, tmp_path, capsys):
     code, out, _ = answer(capsys, "cp", name, str(tmp_path))
     (copy,) = tmp_path.iterdir()
-    assert (code, copy.read_bytes()) == (0, options.ready_made()[name].read_bytes())
+    assert (code, copy.read_bytes()) == (0, parsing.ready_made()[name].read_bytes())
     assert {"accelerate": f"sdtune lora --accelerate-config {copy}", "slurm": f"sbatch {copy} lora"}[
         name.partition("/")[0]
     ] in out
@@ -450,7 +451,7 @@ def test_env_prints_versions(capsys):
 
 
 OWN = '''
-from sdtune.methods import LoraConfig
+from sdtune.config.methods import LoraConfig
 from sdtune.recipes.lora import Lora
 
 class MineConfig(LoraConfig):
@@ -527,7 +528,7 @@ def test_the_module_and_the_installed_command_answer_alike():
     assert (done.returncode, done.stdout) == (2, "")
     assert said == ["error: --ragk: no such option; did you mean --rank?", "       --dataset: is required"]
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "sdtune.options" in loaded
+    assert "sdtune.config.parsing" in loaded
     assert loaded.isdisjoint(HEAVY)
     entry = Path(sys.executable).with_name("sdtune")
     if entry.exists():

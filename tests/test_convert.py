@@ -9,8 +9,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import sdtune.convert
-from sdtune.formats import AdapterFile, Module, read, write
+import sdtune.conversion.convert
+from sdtune.conversion.formats import AdapterFile, Module, read, write
 from tests.conftest import command, status
 from tests.test_lora import stock
 
@@ -137,7 +137,7 @@ def test_a_wrong_conversion_leaves_no_file(what, tmp_path, monkeypatch, capsys):
         module = Module("lora", module.tensors, module.alpha * (2 if what == "scale" else 1), module.rank)
         write(path, AdapterFile({"unet": {name if what == "scale" else "conv_in": module}}), to)
 
-    monkeypatch.setattr(sdtune.convert, "write", wrong)
+    monkeypatch.setattr(sdtune.conversion.convert, "write", wrong)
     words = ["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--to", "kohya"]
     assert status(words) == 1
     assert "nothing is kept" in capsys.readouterr().err

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sdtune.configs import UserError
+from sdtune.config.methods import LoraConfig
+from sdtune.config.sections import UserError
 from sdtune.data import Stream, load_images, positions, probes, report
 from sdtune.data.buckets import nearest, shapes
-from sdtune.methods import LoraConfig
 
 
 @pytest.fixture(autouse=True)

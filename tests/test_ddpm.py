@@ -9,12 +9,13 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from PIL import Image
 
-from sdtune import options, pixel_models
+from sdtune.config import parsing
+from sdtune.config.methods import DdpmConfig
 from sdtune.data import Stream, load_images
-from sdtune.methods import DdpmConfig
-from sdtune.pixels import Pixels
-from sdtune.sampling import draw, to_images
-from sdtune.sheets import cells
+from sdtune.data.pixels import Pixels
+from sdtune.diffusion.pixel_sampler import draw, to_images
+from sdtune.models import pixel_models
+from sdtune.run.contact_sheet import cells
 from tests import contract
 from tests.conftest import status
 
@@ -105,7 +106,7 @@ def test_schedule_and_variance_are_saved(ddpm):
         "prediction_type": "v_prediction",
         "variance_type": "fixed_large",
     }
-    words = [word for name, value in given.items() for word in (options.flag(name), str(value))]
+    words = [word for name, value in given.items() for word in (parsing.flag(name), str(value))]
     saved = json.loads((ddpm("run", *words) / "scheduler" / "scheduler_config.json").read_text())
     assert given.items() <= saved.items()
     assert saved["clip_sample"]
@@ -164,7 +165,7 @@ def test_bf16_trains_and_saves_in_fp32(ddpm):
 
 
 def test_the_shipped_recipe_has_the_network_of_the_paper():
-    cfg = options.resolve(DdpmConfig, "ddpm/cifar10", {}, [])
+    cfg = parsing.resolve(DdpmConfig, "ddpm/cifar10", {}, [])
     with torch.device("meta"):
         unet = pixel_models.build(cfg, pixel_models.plan(cfg), 3, [])
     assert sum(p.numel() for p in unet.parameters()) == 35_746_307  # 35.7 million, appendix B

@@ -11,9 +11,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from sdtune.diffusion import DDPM, denoising_loss
-from sdtune.methods import DdpmConfig
-from sdtune.schedules import noise_scheduler
+from sdtune.config.methods import DdpmConfig
+from sdtune.diffusion.noise_schedule import noise_scheduler
+from sdtune.diffusion.objective import DDPM, denoising_loss
 
 T = 60
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")

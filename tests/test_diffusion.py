@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from sdtune.diffusion import DDPM, bias_timesteps, denoising_loss, per_image
+from sdtune.diffusion.objective import DDPM, bias_timesteps, denoising_loss, per_image
 
 T = 1000
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]

@@ -8,8 +8,8 @@ import scipy.linalg
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from sdtune.distances import estimates, frechet, kernel_distance, mean, precision_recall
-from sdtune.evaluate import figures
+from sdtune.evaluation.distances import estimates, frechet, kernel_distance, mean, precision_recall
+from sdtune.evaluation.evaluate import figures
 
 
 def normal(*shape, seed=0):
@@ -164,7 +164,7 @@ def test_far_from_zero_nothing_is_lost():
 def test_more_rows_than_a_block(monkeypatch):
     x, y = torch.from_numpy(normal(50, 4)), torch.from_numpy(normal(40, 4, seed=1))
     whole = kernel_distance(x, y), precision_recall(x, y)
-    monkeypatch.setattr("sdtune.distances.BLOCK", 7)
+    monkeypatch.setattr("sdtune.evaluation.distances.BLOCK", 7)
     assert kernel_distance(x, y) == pytest.approx(whole[0], rel=1e-12)
     assert precision_recall(x, y) == whole[1]
 

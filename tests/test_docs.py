@@ -8,9 +8,9 @@ import tomllib
 
 import pytest
 
-from sdtune import options
-from sdtune.methods import METHODS
-from sdtune.verbs import VERBS
+from sdtune.config import parsing
+from sdtune.config.methods import METHODS
+from sdtune.config.verbs import VERBS
 from tests.conftest import status
 from tools.make_docs import ROOT, header, made, pages, shipped
 
@@ -94,7 +94,7 @@ def test_shipped_recipes(name):
 
 
 def test_recipes_are_found_by_name():
-    files = [p for p in (ROOT / "recipes").glob("*/*") if p.parent.name not in options.PLACES]
+    files = [p for p in (ROOT / "recipes").glob("*/*") if p.parent.name not in parsing.PLACES]
     assert sorted(shipped()) == sorted(f"{p.parent.name}/{p.stem}" for p in files)
 
 

@@ -16,11 +16,11 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from sdtune import checkpoints
-from sdtune.configs import UserError
+from sdtune.config.methods import DreamBoothConfig
+from sdtune.config.sections import UserError
 from sdtune.data import Mixture, Stream, load_images
-from sdtune.methods import DreamBoothConfig
 from sdtune.recipes.dreambooth import DreamBooth
+from sdtune.run import checkpoints
 from tests import contract
 from tests.conftest import status
 from tests.test_resume import start_then_kill

@@ -11,9 +11,9 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
-from sdtune import engine, optim
-from sdtune.checkpoints import found
-from sdtune.methods import LoraConfig
+from sdtune.config.methods import LoraConfig
+from sdtune.run.checkpoints import found
+from sdtune.training import engine, optim
 from tests import ranks
 from tests.conftest import status
 from tests.contract import RECIPES, command

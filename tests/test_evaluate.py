@@ -13,12 +13,12 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from torch import nn
 
-from sdtune import features, inception
-from sdtune.configs import Data, UserError
+from sdtune.config.sections import Data, UserError
 from sdtune.data import load_images
-from sdtune.distances import frechet
-from sdtune.features import BATCH, RandomConv, embed, features_of, load_network, square
-from sdtune.noisy_classifier import NoisyClassifier
+from sdtune.evaluation import features, inception
+from sdtune.evaluation.distances import frechet
+from sdtune.evaluation.features import BATCH, RandomConv, embed, features_of, load_network, square
+from sdtune.models.noisy_classifier import NoisyClassifier
 from tests.conftest import status
 
 SHAPES = ("disc", "box")
@@ -419,7 +419,7 @@ def test_a_model_on_the_hub_is_sampled_as_well(reference, tmp_path, monkeypatch,
 def test_what_is_wrong_is_told_before_a_model_draws(
     kind, words, told, reference, judge, clip, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("sdtune.evaluate.sample", lambda cfg: pytest.fail("drew"))
+    monkeypatch.setattr("sdtune.evaluation.evaluate.sample", lambda cfg: pytest.fail("drew"))
     model, _ = save_pixel_models(tmp_path)
     (model / "classes.json").write_text(json.dumps(["disc", "ring"]))
     if kind == "plain":

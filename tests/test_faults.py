@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sdtune import checkpoints
+from sdtune.run import checkpoints
 from tests.conftest import command, status
 from tests.test_resume import assert_same_bits, start_then_kill
 
@@ -316,7 +316,7 @@ def test_full_disk_of_the_cache_leaves_nothing_half_written(refused, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("sdtune.cache.save_file", full)
+    monkeypatch.setattr("sdtune.data.cache.save_file", full)
     assert "--no-cache" in refused()
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.suffix in (".tmp", ".safetensors")]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sdtune.float8 import compute_in_float8
+from sdtune.models.float8 import compute_in_float8
 from tests.conftest import command, status
 
 CPU = torch.device("cpu")

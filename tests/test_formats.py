@@ -11,9 +11,9 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sdtune.configs import UserError
-from sdtune.formats import AdapterFile, Module, read, write
-from sdtune.formats.names import dotted, underscored
+from sdtune.config.sections import UserError
+from sdtune.conversion.formats import AdapterFile, Module, read, write
+from sdtune.conversion.formats.names import dotted, underscored
 from tests.tinysd import tiny_sd
 
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

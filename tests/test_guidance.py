@@ -8,11 +8,11 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
-from sdtune.diffusion import DDPM
-from sdtune.guidance import classifier_free, rescaled, reverse_variance, shifted, shifted_mean
-from sdtune.guides import ByClassifier, ByClip, opaque_squares
-from sdtune.samplers import SCHEDULERS, make_scheduler
-from sdtune.sampling import draw
+from sdtune.diffusion.guidance import classifier_free, rescaled, reverse_variance, shifted, shifted_mean
+from sdtune.diffusion.guides import ByClassifier, ByClip, opaque_squares
+from sdtune.diffusion.objective import DDPM
+from sdtune.diffusion.pixel_sampler import draw
+from sdtune.diffusion.schedulers import SCHEDULERS, make_scheduler
 from tests.test_sampling import clip_network, processor, tiny_unet
 
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]

@@ -12,8 +12,8 @@ import pytest
 from huggingface_hub import HfApi, constants
 from PIL import Image
 
-from sdtune import card, hub, publish
-from sdtune.sheets import cells
+from sdtune.publish import hub, model_card, publish
+from sdtune.run.contact_sheet import cells
 from tests.conftest import command, status
 from tests.test_resume import assert_same_bits
 from tests.tinyhub import TinyHub
@@ -265,7 +265,7 @@ def test_full_disk_while_the_card_is_written(here, sd, pictures, tmp_path, capfd
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(card.ModelCard, "save", full)
+        patch.setattr(model_card.ModelCard, "save", full)
         assert status(command(sd, pictures, out, "--push-to-hub")) == 1
     said = capfd.readouterr().err
     assert f"failed: {out}/README.md: cannot be written (No space left on device)" in said

@@ -15,10 +15,13 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed import run as torchrun
 
-from sdtune import cache, checkpoints, folder, launch, metrics, options, peers
 from sdtune.cli import main
-from sdtune.configs import UserError
-from sdtune.methods import LoraConfig
+from sdtune.config import parsing
+from sdtune.config.methods import LoraConfig
+from sdtune.config.sections import UserError
+from sdtune.data import cache
+from sdtune.run import checkpoints, folder, metrics, processes
+from sdtune.training import launch
 from tests import ranks
 from tests.conftest import LONG, command, status
 from tests.contract import RECIPES
@@ -26,7 +29,7 @@ from tests.ranks import reached, wait_until
 from tests.test_cuts import difference
 from tests.test_resume import assert_same_bits
 
-SHIPPED = {name.partition("/")[2]: path for name, path in options.ready_made("accelerate").items()}
+SHIPPED = {name.partition("/")[2]: path for name, path in parsing.ready_made("accelerate").items()}
 EXPECTED = {
     "multi-gpu": {},
     "multi-node": {},
@@ -156,7 +159,7 @@ def test_contradictions_are_refused(lines, flags, processes, told, tmp_path, sd,
     file = tmp_path / "own.yaml"
     file.write_text(yaml.safe_dump({"distributed_type": "MULTI_GPU"} | lines))
     words = command(sd, pictures, tmp_path / "run", "--accelerate-config", str(file))
-    words += [word for name, value in flags.items() for word in (options.flag(name), value)]
+    words += [word for name, value in flags.items() for word in (parsing.flag(name), value)]
     words += ["--num-processes", str(processes)] if processes else []
     assert status(words) == 2
     said = capfd.readouterr().err.splitlines()[-1]
@@ -214,7 +217,7 @@ def test_error_of_one_process_is_told_once_and_ends_the_others(places, tmp_path)
     words = ["run", str(file), *command(*places, tmp_path / "run", *LONG)[1:]]
     started = ranks.Ranks(3, words, tmp_path / "said")
     codes = started.codes()
-    assert codes == [peers.GONE, 1, peers.GONE]
+    assert codes == [processes.GONE, 1, processes.GONE]
     told = started.said("err")
     assert told.count("ZeroDivisionError: the seventh batch of process 1") == 1
     assert told.count("failed: process 1 of 3: ZeroDivisionError; the last checkpoint, step-000005, is whole; ") == 1

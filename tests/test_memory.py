@@ -12,9 +12,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from sdtune import memory, options
 from sdtune.cli import function
-from sdtune.methods import METHODS
+from sdtune.config import parsing
+from sdtune.config.methods import METHODS
+from sdtune.training import memory_estimate
 from tests import contract
 
 
@@ -24,7 +25,7 @@ def worst(layers, width, batch, recompute=False):
         blocks = [nn.Sequential(nn.Linear(width, width, bias=False), nn.ReLU()) for _ in range(layers)]
         weights = [block[0].weight for block in blocks]
         x = torch.empty(batch, width)
-        alive = memory.Alive([*weights, x])
+        alive = memory_estimate.Alive([*weights, x])
         for w in weights:
             w.register_post_accumulate_grad_hook(alive.is_gradient)
         with alive:
@@ -52,9 +53,9 @@ def outlined(words):
     """An estimate by the command line of a run."""
     config = next(c for c in METHODS if c.method == words[0])
     names = [word[2:].replace("-", "_") for word in words[1::2]]
-    cfg = options.resolve(config, None, dict(zip(names, words[2::2], strict=True)), [])
-    recipe, dataset = memory.outline(function(cfg.entry), cfg, cfg.train_batch_size, lambda line: None)
-    return memory.estimate(recipe, dataset, torch.device("cpu"), base=0)
+    cfg = parsing.resolve(config, None, dict(zip(names, words[2::2], strict=True)), [])
+    recipe, dataset = memory_estimate.outline(function(cfg.entry), cfg, cfg.train_batch_size, lambda line: None)
+    return memory_estimate.estimate(recipe, dataset, torch.device("cpu"), base=0)
 
 
 LIBRARY = {"adamw": "torch", "adamw8bit": "bitsandbytes", "torchao_adamw4bit": "torchao"}

@@ -13,10 +13,10 @@ from peft import LoraConfig as PeftConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sdtune.configs import RunFailed, UserError
-from sdtune.lowrank import decompose, decompose_product
-from sdtune.merge import merge
-from sdtune.verbs import MergeConfig
+from sdtune.config.sections import RunFailed, UserError
+from sdtune.config.verbs import MergeConfig
+from sdtune.conversion.lowrank import decompose, decompose_product
+from sdtune.conversion.merge import merge
 from tests.conftest import status
 from tests.tinysd import tiny_sd
 
@@ -441,7 +441,7 @@ def test_a_mistake_is_a_line_and_leaves_nothing(words, places, tmp_path, capsys)
 
 
 def test_what_does_not_read_back_gets_no_name(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("sdtune.formats.diffusers_file.scale", lambda *_: (3.0, 1))
+    monkeypatch.setattr("sdtune.conversion.formats.diffusers_file.scale", lambda *_: (3.0, 1))
     with pytest.raises(RunFailed, match="does not read back"):
         merge(MergeConfig(adapter=[str(folder / "a.safetensors")], output=tmp_path / "out.safetensors", dtype="bf16"))
     assert list(tmp_path.iterdir()) == []

@@ -7,11 +7,11 @@ import pytest
 from accelerate import Accelerator
 from PIL import Image
 
-from sdtune import metrics as module
-from sdtune.configs import UserError
-from sdtune.methods import LoraConfig
-from sdtune.metrics import Metrics, check_trackers, cut_off, plain
-from sdtune.sheets import cells, grid, save_sheet
+from sdtune.config.methods import LoraConfig
+from sdtune.config.sections import UserError
+from sdtune.run import metrics as module
+from sdtune.run.contact_sheet import cells, grid, save_sheet
+from sdtune.run.metrics import Metrics, check_trackers, cut_off, plain
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from safetensors.torch import load, save
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from sdtune import optim
-from sdtune.configs import Optim, UserError
+from sdtune.config.sections import Optim, UserError
+from sdtune.training import optim
 
 
 def config(**fields) -> Optim:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sdtune import folder, options
-from sdtune.configs import Adapter, Run, UserError
-from sdtune.methods import (
+from sdtune.config import parsing
+from sdtune.config.foreign_flags import NEEDLESS
+from sdtune.config.methods import (
     METHODS,
     ClassifierConfig,
     DdpmConfig,
@@ -20,8 +20,9 @@ from sdtune.methods import (
     TextualInversionConfig,
     config_class,
 )
-from sdtune.needless import NEEDLESS
-from sdtune.verbs import SampleConfig
+from sdtune.config.sections import Adapter, Run, UserError
+from sdtune.config.verbs import SampleConfig
+from sdtune.run import folder
 from tests.conftest import status
 
 CONFIGS = (*METHODS, SampleConfig)
@@ -75,7 +76,7 @@ def written(tmp_path):
 
 
 def resolved(file: str | None = None, config=LoraConfig, **flags: str):
-    return options.resolve(config, file, LEAST[config] | flags, [])
+    return parsing.resolve(config, file, LEAST[config] | flags, [])
 
 
 def refusal(file: str | None = None, config=LoraConfig, **flags: str) -> str:
@@ -94,13 +95,13 @@ def dry_run(capsys, *words: str) -> tuple[int, str, str]:
 def others(config, name):
     """Values of a field that are not its default."""
     field = config.model_fields[name]
-    kind, default = options.bare(field.annotation), field.get_default()
+    kind, default = parsing.bare(field.annotation), field.get_default()
     if typing.get_origin(kind) is typing.Literal:
         return [choice for choice in typing.get_args(kind) if choice != default]
     if name in ONLY:
         return ONLY[name]
-    if options.is_list(field):
-        return [[64], [32, 64, 96]] if options.metavar(field) == "INTEGER" else [["a b", "c"], TEXTS]
+    if parsing.is_list(field):
+        return [[64], [32, 64, 96]] if parsing.metavar(field) == "INTEGER" else [["a b", "c"], TEXTS]
     if typing.get_origin(kind) is dict:
         nested = {"d_coef": 2, "betas": [0.9, 0.99], "x": None, "on": True, "name": "1e-4", "small": 1e-9, "ü": "no"}
         return [nested]
@@ -117,10 +118,10 @@ def others(config, name):
 def test_what_dry_run_prints_is_the_same_config_again(config, name, written):
     for value in others(config, name):
         cfg = config.model_validate(LEAST[config] | LEAST_WITH.get((config, name), {}) | {name: value})
-        again = options.resolve(config, written(options.to_yaml(cfg)), {}, [])
+        again = parsing.resolve(config, written(parsing.to_yaml(cfg)), {}, [])
         assert again == cfg
-        assert options.to_yaml(again) == options.to_yaml(cfg)
-        assert yaml.safe_load(options.to_yaml(cfg)) == options.record(cfg)  # to readers of plain YAML as well
+        assert parsing.to_yaml(again) == parsing.to_yaml(cfg)
+        assert yaml.safe_load(parsing.to_yaml(cfg)) == parsing.record(cfg)  # to readers of plain YAML as well
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.method)
@@ -128,17 +129,17 @@ def test_the_command_that_continues_a_run_gives_the_same_config(config, capsys):
     for name in (name for c, name in FIELDS if c is config):
         for value in others(config, name)[-1:]:
             cfg = config.model_validate(LEAST[config] | LEAST_WITH.get((config, name), {}) | {name: value})
-            _, *words = shlex.split(options.same_command(cfg, ["sdtune", config.method]))
+            _, *words = shlex.split(parsing.same_command(cfg, ["sdtune", config.method]))
             code, out, err = dry_run(capsys, *words)
-            assert (code, err, out) == (0, "", options.to_yaml(cfg)), words
+            assert (code, err, out) == (0, "", parsing.to_yaml(cfg)), words
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_any_text_survives_the_command_that_continues_a_run(text, capsys):
     cfg = LoraConfig(dataset=text, caption=text, validation_prompt=[text, "b", text], optimizer_args={"a": text})
-    _, *words = shlex.split(options.same_command(cfg, ["sdtune", "lora"]))
+    _, *words = shlex.split(parsing.same_command(cfg, ["sdtune", "lora"]))
     code, out, err = dry_run(capsys, *words)
-    assert (code, err, out) == (0, "", options.to_yaml(cfg)), words
+    assert (code, err, out) == (0, "", parsing.to_yaml(cfg)), words
 
 
 @pytest.mark.parametrize("config", METHODS, ids=lambda c: c.method)
@@ -147,7 +148,7 @@ def test_dry_run_of_a_dry_run(config, capsys, written):
     words += ["--optimizer-args", "{betas: [0.9, 0.99], eps: 1e-5}", "--image-column", "- b"]
     words += ["--no-center-crop", "--report-to", "tensorboard", "wandb", "--num-train-epochs", "3"]
     words += [
-        word for name, value in LEAST[config].items() if name != "dataset" for word in (options.flag(name), value)
+        word for name, value in LEAST[config].items() if name != "dataset" for word in (parsing.flag(name), value)
     ]
     code, first, err = dry_run(capsys, *words)
     assert (code, err) == (0, "")
@@ -181,7 +182,7 @@ def test_hyphens_and_other_names_in_the_file(written):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.method)
 def test_no_two_fields_share_a_spelling(config):
-    spellings = [s.replace("-", "_") for n, f in config.model_fields.items() for s in (n, *options.other_names(f))]
+    spellings = [s.replace("-", "_") for n, f in config.model_fields.items() for s in (n, *parsing.other_names(f))]
     assert len(spellings) == len(set(spellings))
     taken = {
         "config",
@@ -202,12 +203,12 @@ def test_no_two_fields_share_a_spelling(config):
 def test_every_field_says_what_it_is_for(config):
     for name, field in config.model_fields.items():
         assert (field.description or "").rstrip().endswith((".", "'")), name
-        if field.get_default() is None and not field.is_required() and "PATH" not in options.metavar(field):
+        if field.get_default() is None and not field.is_required() and "PATH" not in parsing.metavar(field):
             assert any(w in field.description for w in ("none", "None")), f"{name}: what does None stand for?"
 
 
 def test_options_that_may_change_exist():
-    from sdtune.methods import MAY_CHANGE
+    from sdtune.config.methods import MAY_CHANGE
 
     assert {n for config in METHODS for n in config.model_fields} >= MAY_CHANGE
 
@@ -301,7 +302,7 @@ def test_a_file_that_is_not_there(tmp_path):
 def test_the_most_harmless_mistake_does_not_hide_the_others(written):
     file = written("ragk: 1\nrank: x\nseed: 1\nseed: 2\n")
     with pytest.raises(UserError) as error:
-        options.resolve(LoraConfig, file, {"resolution": "7", "cache": "perhaps"}, ["--foo=1", "bar"])
+        parsing.resolve(LoraConfig, file, {"resolution": "7", "cache": "perhaps"}, ["--foo=1", "bar"])
     lines = [line.strip() for line in str(error.value).splitlines()]
     starts = ["--foo: no such option", "bar: unexpected", f"{file}:1: unknown key ragk", f"{file}:4: seed: given twice"]
     starts += [f"{file}:2: rank: wants", "--resolution: should be", "--cache: wants true", "--dataset: is required"]
@@ -309,18 +310,18 @@ def test_the_most_harmless_mistake_does_not_hide_the_others(written):
 
 
 def test_shipped_recipes_resolve_by_name_and_path():
-    shipped = options.shipped()
+    shipped = parsing.shipped()
     methods = {config.method: config for config in METHODS}
     for name, path in shipped.items():
         config = methods[name.partition("/")[0]]
-        assert options.resolve(config, name, {}, []) == options.resolve(config, str(path), {}, [])
+        assert parsing.resolve(config, name, {}, []) == parsing.resolve(config, str(path), {}, [])
 
 
 def test_a_recipe_is_found_by_its_name(tmp_path, monkeypatch, capsys):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "sd15-naruto.yaml").write_text("# sd15 on naruto\nrank: 13\ndataset: d\n")
     named = {"lora/sd15-naruto": tmp_path / "lora" / "sd15-naruto.yaml"}
-    monkeypatch.setattr(options, "shipped", lambda: named)
+    monkeypatch.setattr(parsing, "shipped", lambda: named)
     assert resolved("lora/sd15-naruto").rank == 13
     assert (
         refusal("lora/sd15-narut") == "--config lora/sd15-narut: no such file or recipe; did you mean lora/sd15-naruto?"
@@ -354,15 +355,15 @@ def test_settings_of_another_command_are_one_line(text, written):
 
 def test_a_changed_method_is_a_changed_option(tmp_path):
     cfg, file = LoraConfig(dataset="d"), tmp_path / "config.yaml"
-    file.write_text(options.to_yaml(cfg))
+    file.write_text(parsing.to_yaml(cfg))
     assert folder.differences(cfg, file) == []
-    file.write_text(options.to_yaml(cfg).replace("method: lora", "method: other").replace("rank: 4", "rank: 5"))
+    file.write_text(parsing.to_yaml(cfg).replace("method: lora", "method: other").replace("rank: 4", "rank: 5"))
     assert folder.differences(cfg, file) == []  # it never began
     (tmp_path / "metrics.jsonl").touch()
     assert folder.differences(cfg, file) == ["method was other, is lora", "--rank was 5, is 4"]
-    file.write_text(options.to_yaml(cfg).replace("method: lora\n", ""))  # of a time when only LoRA was there
+    file.write_text(parsing.to_yaml(cfg).replace("method: lora\n", ""))  # of a time when only LoRA was there
     assert folder.differences(cfg, file) == []
-    file.write_text(options.to_yaml(cfg).replace("scale_lr: false\n", ""))  # of a time when there was no such option
+    file.write_text(parsing.to_yaml(cfg).replace("scale_lr: false\n", ""))  # of a time when there was no such option
     assert folder.differences(cfg, file) == []
     assert folder.differences(LoraConfig(dataset="d", scale_lr=True), file) == ["--scale-lr was False, is True"]
 
@@ -417,13 +418,13 @@ def test_any_file_gives_a_config_or_lines_of_advice(seed, written):
         cfg = LoraConfig(dataset="d")
         with contextlib.suppress(UserError):
             cfg = resolved(file)
-        assert options.resolve(LoraConfig, written(options.to_yaml(cfg)), {}, []) == cfg
+        assert parsing.resolve(LoraConfig, written(parsing.to_yaml(cfg)), {}, []) == cfg
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_any_command_line_ends_in_a_config_or_lines_of_advice(seed, capsys):
     numbers = random.Random(seed)
-    flags = [options.flag(n) for n in LoraConfig.model_fields]
+    flags = [parsing.flag(n) for n in LoraConfig.model_fields]
     flags += ["--no-center-crop", "--no-rank", "--ragk", "-x", "--", "-", "--num-processes", "--scale_lr", "--config"]
     values = [*TEXTS, "nan", "inf", "-1", "0", "0.5", "3", "1e9", "9" * 5000, "[", "{a: 0x_}"]
     for _ in range(25):

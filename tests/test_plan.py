@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sdtune.plan import short
+from sdtune.run.plan import short
 from tests.conftest import status
 from tests.contract import command
 

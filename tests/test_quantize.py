@@ -8,11 +8,13 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
-from sdtune import families, memory, options
-from sdtune.configs import UserError
-from sdtune.methods import LoraConfig
-from sdtune.quantize import Coded, held, quantize, sizes
+from sdtune.config import parsing
+from sdtune.config.methods import LoraConfig
+from sdtune.config.sections import UserError
+from sdtune.models import families
+from sdtune.models.quantize import Coded, held, quantize, sizes
 from sdtune.recipes.lora import Lora
+from sdtune.training import memory_estimate
 from tests.conftest import command, status
 
 KINDS = {"int8": "torchao", "nf4": "bitsandbytes"}
@@ -62,9 +64,9 @@ def test_codes_come_on_top_of_a_base_that_is_its_file(kind, sd, pictures, tmp_pa
     weights = sum(layer.weight.numel() for layer in layers)
     bits = {"int8": 8, "nf4": 4}[kind]
     for precision, device, plain in (("no", "cpu", 0), ("bf16", "cpu", 2), ("no", "cuda", 4)):
-        cfg = options.resolve(LoraConfig, None, given | {"mixed_precision": precision}, [])
-        recipe, _ = memory.outline(Lora, cfg, 2, lambda line: None)
-        added, decoded = memory.quantised(recipe, torch.device(device))
+        cfg = parsing.resolve(LoraConfig, None, given | {"mixed_precision": precision}, [])
+        recipe, _ = memory_estimate.outline(Lora, cfg, 2, lambda line: None)
+        added, decoded = memory_estimate.quantised(recipe, torch.device(device))
         assert added == pytest.approx(weights * (bits / 8 - plain), abs=0.1 * weights)
         assert decoded == max(layer.weight.numel() for layer in layers) * {"no": 4, "bf16": 2}[precision]
 

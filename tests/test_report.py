@@ -8,11 +8,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from sdtune.curves import MOST_POINTS, number, smooth, thin, ticks
-from sdtune.environment import environment, torchvision_state
-from sdtune.methods import LoraConfig
-from sdtune.report import write_report
-from sdtune.sheets import grid, save_sheet
+from sdtune.config.methods import LoraConfig
+from sdtune.run.contact_sheet import grid, save_sheet
+from sdtune.run.curves import MOST_POINTS, number, smooth, thin, ticks
+from sdtune.run.environment import environment, torchvision_state
+from sdtune.run.report import write_report
 
 EVIL = "a \"star\" <script>alert(1)</script> & 'more'"
 VOID = {"meta", "wbr", "img", "input", "path", "br", "link"}

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from sdtune import checkpoints
+from sdtune.run import checkpoints
 from tests.conftest import status
 from tests.contract import RECIPES, command
 

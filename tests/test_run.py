@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdtune import checkpoints
-from sdtune.signals import Stopping
+from sdtune.run import checkpoints
+from sdtune.run.signals import Stopping
 from tests.conftest import command, status
 from tests.test_cuts import difference
 from tests.test_resume import assert_same_bits, start_then_kill

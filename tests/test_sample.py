@@ -12,11 +12,11 @@ from peft import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sdtune.configs import UserError
-from sdtune.loading import load_adapters, load_pipeline, split_weight
-from sdtune.sample import generate, sample
-from sdtune.samplers import SCHEDULERS, make_scheduler
-from sdtune.verbs import SampleConfig
+from sdtune.config.sections import UserError
+from sdtune.config.verbs import SampleConfig
+from sdtune.diffusion.schedulers import SCHEDULERS, make_scheduler
+from sdtune.models.loading import load_adapters, load_pipeline, split_weight
+from sdtune.sampling.sample import generate, sample
 from tests.tinysd import save_tiny_sd, tiny_sd
 
 torch.set_num_threads(1)  # models this small are several times slower on two

@@ -10,13 +10,15 @@ from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from sdtune import pixel_models, sample_pixels, sheets
-from sdtune.configs import UserError
-from sdtune.features import Pretrained
-from sdtune.guides import ByClassifier
-from sdtune.noisy_classifier import NoisyClassifier
-from sdtune.samplers import SCHEDULERS, alpha_bars, make_scheduler
-from sdtune.sampling import draw, to_images
+from sdtune.config.sections import UserError
+from sdtune.diffusion.guides import ByClassifier
+from sdtune.diffusion.pixel_sampler import draw, to_images
+from sdtune.diffusion.schedulers import SCHEDULERS, alpha_bars, make_scheduler
+from sdtune.models import pixel_models
+from sdtune.models.noisy_classifier import NoisyClassifier
+from sdtune.models.vision import Pretrained
+from sdtune.run import contact_sheet
+from sdtune.sampling import sample_pixels
 from tests.conftest import status
 from tests.tinysd import tiny_tokenizer
 
@@ -180,7 +182,7 @@ def test_modes_of_images():
 
 def test_a_sheet_is_white_where_an_image_is_transparent():
     x = torch.tensor([-1.0, -1.0]).reshape(1, 2, 1, 1).expand(1, 2, 8, 8)
-    ((cell, _),) = sheets.cells(sheets.grid(to_images(x)))
+    ((cell, _),) = contact_sheet.cells(contact_sheet.grid(to_images(x)))
     assert cell.getpixel((0, 0)) == (255, 255, 255)
 
 
@@ -242,7 +244,7 @@ def test_the_command_draws_what_stock_diffusers_does(sampled, folders):
         assert np.abs(np.asarray(image, int) - np.asarray(stock, int)).max() <= 1  # batches round
     assert [record["seed"] for record in records] == [5, 6, 7]
     assert images[0].text["parameters"].startswith("\nSteps: 4, Sampler: DDPMScheduler, Seed: 5, Size: 8x8")
-    assert sheets.cells(Image.open(out / "grid.png"))
+    assert contact_sheet.cells(Image.open(out / "grid.png"))
     assert len(sampled("--steps", "2")[0]) == 4  # goes on numbering
 
 
@@ -265,7 +267,7 @@ def test_images_are_on_disk_as_soon_as_they_are_drawn(folders, tmp_path, monkeyp
 def test_a_sheet_shows_the_first_hundred(sampled):
     images, _, out = sampled("--num-images", "103", "--batch-size", "32", "--steps", "1")
     assert len(images) == 103
-    assert len(sheets.cells(Image.open(out / "grid.png"))) == 100
+    assert len(contact_sheet.cells(Image.open(out / "grid.png"))) == 100
 
 
 def test_steps_are_all_of_ddpm_and_50_of_others(sampled):
@@ -354,7 +356,7 @@ def test_clip_on_the_command_line(sampled):
 
 def test_a_strip_shows_the_way(sampled):
     images, _, out = sampled("--steps", "20", "--strip", "5", "--num-images", "2", "--batch-size", "1")
-    cells = sheets.cells(Image.open(out / "strip.png"))
+    cells = contact_sheet.cells(Image.open(out / "strip.png"))
     assert [text for _, text in cells] == ["t = 950", "t = 700", "t = 450", "t = 250", "t = 0"]
     last = np.asarray(cells[-1][0].convert("L"), int)
     assert np.abs(last - np.asarray(images[0], int)).max() <= 1  # at timestep 0 the estimate is the image
@@ -364,7 +366,7 @@ def test_a_row_between_two_images(sampled, folders):
     words = ["--interpolate", "FOLDERS/a.png", "FOLDERS/b.png", "--interpolate-count", "3", "--steps", "1000"]
     images, _, out = sampled(*words, "--interpolate-timestep", "2", "--scheduler", "ddim")
     assert len(images) == 5
-    cells = sheets.cells(Image.open(out / "interpolation.png"))
+    cells = contact_sheet.cells(Image.open(out / "interpolation.png"))
     assert [text for _, text in cells] == [
         "source", "0, reconstructed", "0.25", "0.5", "0.75", "1, reconstructed", "source"
     ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sdtune import hub
+from sdtune.publish import hub
 from tests.conftest import command, status
 from tests.test_hub import SAMPLES, elsewhere, here, server  # noqa: F401
 

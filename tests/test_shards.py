@@ -9,7 +9,7 @@ import tarfile
 import pytest
 from PIL import Image
 
-from sdtune.configs import UserError
+from sdtune.config.sections import UserError
 from sdtune.data import open_images
 from tests.conftest import status
 from tests.tars import drawn, pack, png, unequal

@@ -3,7 +3,8 @@
 import json
 import os
 
-from sdtune import cache, class_pictures
+from sdtune.data import cache
+from sdtune.recipes import class_images
 from tests import ranks
 from tests.contract import command
 
@@ -21,9 +22,9 @@ def test_class_pictures_that_are_missing_are_shared_out_evenly(trained, places, 
     two.mkdir()
     for k in (0, 2, 3, 5):
         (two / f"made-{k:05d}.png").write_bytes(made[f"made-{k:05d}.png"])
-    real = class_pictures.write
+    real = class_images.write
     monkeypatch.setattr(
-        class_pictures, "write", lambda path, *more: (print(os.environ["RANK"], path.name), real(path, *more))
+        class_images, "write", lambda path, *more: (print(os.environ["RANK"], path.name), real(path, *more))
     )
     words = command("dreambooth", places, tmp_path / "run", *once, "--class-data", str(two), "--train-batch-size", "1")
     ranks.trained(2, words, tmp_path / "said")

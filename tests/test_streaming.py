@@ -14,11 +14,10 @@ import pytest
 from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file
 
-from sdtune import cache, encoded
-from sdtune.configs import RunFailed, UserError
-from sdtune.data import Streamed, files, open_images
+from sdtune.config.methods import LoraConfig
+from sdtune.config.sections import RunFailed, UserError
+from sdtune.data import Streamed, cache, encoded_shards, files, open_images
 from sdtune.data.lanes import Lanes
-from sdtune.methods import LoraConfig
 from tests.conftest import status
 from tests.tars import UNEQUAL, parquet, unequal
 from tests.test_cuts import difference
@@ -181,7 +180,7 @@ def test_moments_kept_by_shard(tars, tmp_path, monkeypatch):
     share = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False)
     anew = lora(tars, tmp_path / "two", *options, "--shard-cache", str(tmp_path / "anew"), "--steps", "1")
     with monkeypatch.context() as patched:
-        patched.setattr(encoded, "PartialState", lambda: share)
+        patched.setattr(encoded_shards, "PartialState", lambda: share)
         assert status(anew) == 2  # without the other process
     assert built[5:] == [UNEQUAL[1], UNEQUAL[3]]
     assert status(anew) == 0
@@ -189,7 +188,7 @@ def test_moments_kept_by_shard(tars, tmp_path, monkeypatch):
 
 
 def test_a_shard_cache_that_does_not_fit(tars, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(encoded.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 10))
+    monkeypatch.setattr(encoded_shards.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 10))
     words = lora(tars, tmp_path / "run", "--center-crop", "--shard-cache", str(tmp_path / "kept"))
     assert status(words) == 2
     assert "GiB are free; make room, or leave it out" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from diffusers.training_utils import compute_dream_and_update_latents
 from PIL import Image
 from safetensors.torch import load_file
 
-from sdtune.diffusion import DDPM, dream
+from sdtune.diffusion.objective import DDPM, dream
 from tests import contract
 from tests.conftest import status
 

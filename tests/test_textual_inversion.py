@@ -11,10 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
-from sdtune import checkpoints, words
-from sdtune.configs import UserError
+from sdtune.config.sections import UserError
 from sdtune.data import Images, Row, captioned
-from sdtune.samples import Tokens
+from sdtune.data.captioned import Tokens
+from sdtune.models import new_token
+from sdtune.run import checkpoints
 from tests import contract
 from tests.conftest import status
 from tests.tinysd import tiny_sd
@@ -82,7 +83,7 @@ def test_norm_weight_holds_the_norm(trained):
 
 def test_a_word_of_several_vectors_is_spelt_as_diffusers_spells_it():
     pipe = tiny_sd()
-    words.add_word(pipe.tokenizer, pipe.text_encoder, "<thing>", torch.zeros(3, 32))
+    new_token.add_word(pipe.tokenizer, pipe.text_encoder, "<thing>", torch.zeros(3, 32))
     ids = Tokens(pipe.tokenizer)("a red <thing> circle").tolist()
     first = len(pipe.tokenizer) - 3
     assert [i for i in ids if i >= first] == [first, first + 1, first + 2]
@@ -94,21 +95,21 @@ def test_a_word_of_several_vectors_is_spelt_as_diffusers_spells_it():
 @pytest.mark.parametrize("caption", ["a <thing>, red", "a photo of <thing>.", "a <THING> of mine", "my<thing>"])
 def test_a_caption_says_the_word_where_the_tokenizer_finds_it(caption):
     pipe = tiny_sd()
-    words.add_word(pipe.tokenizer, pipe.text_encoder, "<Thing>", torch.zeros(1, 32))
+    new_token.add_word(pipe.tokenizer, pipe.text_encoder, "<Thing>", torch.zeros(1, 32))
     assert len(pipe.tokenizer) - 1 in Tokens(pipe.tokenizer)(caption).tolist()
     images = Images([Row("a.png", (caption,), 32, 32, "")], [], [], [])
-    assert words.each_says("<Thing>", images) is images
+    assert new_token.each_says("<Thing>", images) is images
     with pytest.raises(UserError, match="1 of 1 captions do not say it"):
-        words.each_says("<Thing>", captioned(images, ["a thing"]))
+        new_token.each_says("<Thing>", captioned(images, ["a thing"]))
 
 
 def test_frozen_rows_get_no_gradient_and_new_ones_do():
     pipe = tiny_sd()
     pipe.text_encoder.requires_grad_(False)
-    start = words.starting_rows(pipe.tokenizer, pipe.text_encoder, ["red", "circle"], 2, mean=False)
+    start = new_token.starting_rows(pipe.tokenizer, pipe.text_encoder, ["red", "circle"], 2, mean=False)
     table = pipe.text_encoder.get_input_embeddings().weight
     assert torch.equal(start[0], table[pipe.tokenizer("red", add_special_tokens=False).input_ids[0]])
-    embedding = words.add_word(pipe.tokenizer, pipe.text_encoder, "<thing>", start)
+    embedding = new_token.add_word(pipe.tokenizer, pipe.text_encoder, "<thing>", start)
     pipe.text_encoder(Tokens(pipe.tokenizer)("a <thing>")[None])[0].sum().backward()
     assert embedding.rows.grad.norm() > 0
     assert [n for n, p in pipe.text_encoder.named_parameters() if p.grad is not None] == [
@@ -119,9 +120,9 @@ def test_frozen_rows_get_no_gradient_and_new_ones_do():
 def test_start_at_the_mean():
     pipe = tiny_sd()
     table = pipe.text_encoder.get_input_embeddings().weight
-    whole = words.starting_rows(pipe.tokenizer, pipe.text_encoder, [], 2, mean=False)
+    whole = new_token.starting_rows(pipe.tokenizer, pipe.text_encoder, [], 2, mean=False)
     assert torch.allclose(whole, table.mean(0).expand(2, -1))
-    several = words.starting_rows(pipe.tokenizer, pipe.text_encoder, ["red", "zebra"], 1, mean=True)
+    several = new_token.starting_rows(pipe.tokenizer, pipe.text_encoder, ["red", "zebra"], 1, mean=True)
     ids = pipe.tokenizer("red zebra", add_special_tokens=False).input_ids
     assert len(ids) > 2 and torch.allclose(several[0], table[ids].mean(0))
 

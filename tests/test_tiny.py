@@ -8,9 +8,9 @@ from PIL import Image
 from safetensors import safe_open
 
 import sdtune
-from sdtune.loading import load_pipeline
-from sdtune.scores import score
-from sdtune.verbs import SampleConfig
+from sdtune.config.verbs import SampleConfig
+from sdtune.evaluation.toy_score import score
+from sdtune.models.loading import load_pipeline
 from tests.conftest import status
 
 ASSETS = Path(sdtune.__file__).parent / "assets"

@@ -12,11 +12,14 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from sdtune import card, folder, options, pipelines, publish, usage
-from sdtune.card import Origin
-from sdtune.configs import Data, Hub, Model, Optim, Preview, Prompts, Run
-from sdtune.formats import embedding
-from sdtune.sheets import cells
+from sdtune.config import parsing
+from sdtune.config.sections import Data, Hub, Model, Optim, Preview, Prompts, Run
+from sdtune.conversion.formats import embedding
+from sdtune.models import pipeline_folder
+from sdtune.publish import model_card, publish
+from sdtune.publish.model_card import Origin
+from sdtune.run import folder, usage
+from sdtune.run.contact_sheet import cells
 from tests.conftest import command, status
 from tests.test_card import LOCAL, api  # noqa: F401
 
@@ -59,7 +62,7 @@ def lora_run(sd, pictures, tmp_path_factory):
 def carded(cfg, run, repo, origin=LOCAL):
     """Front matter and text of a card."""
     weights = folder.by_path(run, folder.artefact(run))
-    text, _ = card.model_card(cfg.model_copy(update={"output_dir": run}), run, repo, origin, weights)
+    text, _ = model_card.model_card(cfg.model_copy(update={"output_dir": run}), run, repo, origin, weights)
     ModelCard(text).validate()
     return ModelCard(text).data.to_dict(), text
 
@@ -148,7 +151,7 @@ def test_pipeline_of_a_base_on_the_hub(sd, tmp_path):
 
     run = tmp_path / "run"
     pipe = DiffusionPipeline.from_pretrained(sd)
-    artefact(run, *pipelines.write_pipeline(run, pipe))
+    artefact(run, *pipeline_folder.write_pipeline(run, pipe))
     base = {"model": "user/base", "revision": "v1", "hub_revision": "b"}
     data, text = carded(Subject(dataset="d", output_dir=run, **base), run, "user/name", Origin(base_on_hub=True))
     assert (data["base_model"], data["base_model_relation"]) == ("user/base", "finetune")
@@ -172,7 +175,7 @@ def pixels(run, names=()):
         num_class_embeds=len(names) + 1 if names else None,
     )
     extra = {"classes.json": json.dumps(list(names)).encode()} if names else {}
-    return artefact(run, *pipelines.write_pipeline(run, DDPMPipeline(unet, DDPMScheduler()), extra))
+    return artefact(run, *pipeline_folder.write_pipeline(run, DDPMPipeline(unet, DDPMScheduler()), extra))
 
 
 @pytest.mark.parametrize("names", [(), ("zero", "größer `als`")])
@@ -227,7 +230,7 @@ def test_classifier(tmp_path):
 
 def test_card_of_a_recipe_of_ones_own_tells_its_own_settings_alone(tmp_path):
     run = pixels(tmp_path / "run")
-    written = options.to_yaml(Scratch(dataset="d", output_dir=run, seed=5))
+    written = parsing.to_yaml(Scratch(dataset="d", output_dir=run, seed=5))
     (run / "config.yaml").write_text(f"# sdtune run /some/where/mine.py --config x\n{written}gain: 3\n")
     cfg = publish.config_of(run)
     assert (cfg.method, cfg.gain, cfg.dataset) == ("scratch", 3, "d")

@@ -3,7 +3,8 @@
     torchrun --standalone --nproc-per-node 2 tools/build_tiny.py --work runs/tiny          # both stages
     python tools/build_tiny.py --work runs/tiny --export sdtune/assets/tiny                # write the pipeline
 
-A Stable Diffusion of 4.2 million parameters at 64 x 64, trained on the world of ``sdtune.shapes``. It regresses
+A Stable Diffusion of 4.2 million parameters at 64 x 64, trained on the world of
+``sdtune.evaluation.toy_world``. It regresses
 velocity (Salimans & Ho 2022) on a schedule that ends in pure noise (Lin et al. 2023): with the usual schedule a trace
 of each picture's mean is left at the last step, and flat colours, which are all in the mean, come out wrong.
 Each stage saves its place; the same command goes on.
@@ -24,9 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sdtune import shapes
-from sdtune.diffusion import DDPM, denoising_loss
-from sdtune.draws import key, rng
+from sdtune.diffusion.objective import DDPM, denoising_loss
+from sdtune.evaluation import toy_world
+from sdtune.run.rng import generator, key
 
 BOS, EOS, WINDOW = "<|startoftext|>", "<|endoftext|>", 77
 POOL = 40_000
@@ -52,7 +53,7 @@ def bpe_tables() -> tuple[dict[str, int], list[tuple[str, str]]]:
     spare = iter(range(256, 512))
     letters = [chr(b) if b in printable else chr(next(spare)) for b in range(256)]
     tokens, merges = letters + [c + "</w>" for c in letters], []
-    for word in shapes.WORDS:
+    for word in toy_world.WORDS:
         parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:
             pair = (parts[-2], parts[-1])
@@ -113,10 +114,10 @@ def make_unet() -> UNet2DConditionModel:
 # ---- the two stages ------------------------------------------------------------------------------------
 
 
-def pixels(start: int, count: int) -> tuple[Tensor, list[shapes.Scene]]:
+def pixels(start: int, count: int) -> tuple[Tensor, list[toy_world.Scene]]:
     """Pictures ``start`` ... of the training world, in [-1, 1] ``[count, 3, 64, 64]``, and their scenes."""
-    scenes = [shapes.random_scene(np.random.default_rng([1, k])) for k in range(start, start + count)]
-    array = np.stack([np.asarray(shapes.render(scene)) for scene in scenes])
+    scenes = [toy_world.random_scene(np.random.default_rng([1, k])) for k in range(start, start + count)]
+    array = np.stack([np.asarray(toy_world.render(scene)) for scene in scenes])
     return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1, scenes
 
 
@@ -132,7 +133,7 @@ class Vae(nn.Module):
     def forward(self, batch: Tensor, step: int) -> Tensor:
         posterior = self.vae.encode(batch).latent_dist
         noise = torch.randn(
-            posterior.mean.shape, generator=rng("vae", step, dist.get_rank() if dist.is_initialized() else 0)
+            posterior.mean.shape, generator=generator("vae", step, dist.get_rank() if dist.is_initialized() else 0)
         )
         decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
         return (decoded - batch).abs().mean() + 1e-7 * posterior.kl().mean()
@@ -164,12 +165,12 @@ class Denoiser(nn.Module):
         for p in range(start, start + count):
             words = np.random.default_rng([2, p])
             k = int(words.integers(POOL))
-            scene = shapes.random_scene(np.random.default_rng([1, k]))
-            captions.append("" if words.random() < 0.1 else shapes.random_caption(scene, words))
+            scene = toy_world.random_scene(np.random.default_rng([1, k]))
+            captions.append("" if words.random() < 0.1 else toy_world.random_caption(scene, words))
             mean, logvar = self.pool[k].float().chunk(2)
-            generator = rng("tiny", p)
-            latents.append((mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator)) * self.scale)
-            draws.append((torch.randn(mean.shape, generator=generator), torch.rand((), generator=generator)))
+            source = generator("tiny", p)
+            latents.append((mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=source)) * self.scale)
+            draws.append((torch.randn(mean.shape, generator=source), torch.rand((), generator=source)))
         tokens = self.tokenizer(captions, padding="max_length", max_length=WINDOW, truncation=True, return_tensors="pt")
         noise, u = zip(*draws, strict=True)
         return {

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from sdtune import options
-from sdtune.methods import MAY_CHANGE, METHODS
-from sdtune.verbs import VERBS
+from sdtune.config import parsing
+from sdtune.config.methods import MAY_CHANGE, METHODS
+from sdtune.config.verbs import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
 PART = re.compile(r"(<!-- made: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -58,11 +58,11 @@ def option_tables(method: str) -> str:
     """A table for each section of a command's config, and one of what the command itself takes."""
     config = {c.method: c for c in (*METHODS, *VERBS)}[method]
     sections: dict[str, list[tuple[str, ...]]] = {}
-    for name, field in options.by_section(config):
-        other = ", ".join(f"`{options.flag(n)}`" for n in options.other_names(field))
+    for name, field in parsing.by_section(config):
+        other = ", ".join(f"`{parsing.flag(n)}`" for n in parsing.other_names(field))
         meaning = (field.description or "") + (f" Also {other}." if other else "")
-        row = (f"`{options.spelt(config, name)}`", choices(field), default(field), meaning)
-        sections.setdefault(options.title_of(config, name), []).append(row)
+        row = (f"`{parsing.spelt(config, name)}`", choices(field), default(field), meaning)
+        sections.setdefault(parsing.title_of(config, name), []).append(row)
     parts = [
         f"**{section}**\n\n{table(('Option', 'Takes', 'Default', 'Meaning'), rows)}"
         for section, rows in sections.items()
@@ -72,14 +72,14 @@ def option_tables(method: str) -> str:
     return "\n\n".join([*parts, f"**On the command line only**\n\n{own}"])
 
 
-def choices(field: options.FieldInfo) -> str:
+def choices(field: parsing.FieldInfo) -> str:
     if field.annotation is bool:
         return "flag, `--no-...`"
-    shown = options.metavar(field)
+    shown = parsing.metavar(field)
     return ", ".join(f"`{choice}`" for choice in shown.split("|")) if "|" in shown else shown.lower()
 
 
-def default(field: options.FieldInfo) -> str:
+def default(field: parsing.FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default()
@@ -107,7 +107,7 @@ def recipe_table() -> str:
 
 
 def shipped() -> list[str]:
-    return list(options.shipped())
+    return list(parsing.shipped())
 
 
 def header(file: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdtune import shapes
+from sdtune.evaluation import toy_world
 
 SIZES = [(64, 64), (96, 80), (120, 160), (128, 128), (200, 150), (72, 72), (80, 112), (160, 160)]
 
@@ -21,20 +21,23 @@ def make_hearts(folder: Path, count: int = 24, known: int = 70) -> None:
     lines = []
     while len(lines) < count:
         k = len(lines)
-        scene = shapes.random_scene(rng, ("heart",), held_out=None)
-        if scene.colour != shapes.COLOURS[k % len(shapes.COLOURS)] or scene.size != list(shapes.RADIUS)[k // 3 % 2]:
+        scene = toy_world.random_scene(rng, ("heart",), held_out=None)
+        if (
+            scene.colour != toy_world.COLOURS[k % len(toy_world.COLOURS)]
+            or scene.size != list(toy_world.RADIUS)[k // 3 % 2]
+        ):
             continue  # drawn until every colour and both sizes have their turn
-        picture = shapes.render(scene, *SIZES[k % len(SIZES)])
+        picture = toy_world.render(scene, *SIZES[k % len(SIZES)])
         name = f"heart-{k:02d}.{'png' if k % 2 else 'jpg'}"
         picture.save(folder / name, **({"quality": 95} if name.endswith("jpg") else {}))
-        lines.append(json.dumps({"file_name": name, "text": shapes.caption(scene, 1 if k % 4 == 3 else 0)}) + "\n")
+        lines.append(json.dumps({"file_name": name, "text": toy_world.caption(scene, 1 if k % 4 == 3 else 0)}) + "\n")
     for k in range(known):
         rng = np.random.default_rng([77, k])
-        scene = shapes.random_scene(rng)
-        while scene.shape != shapes.SHAPES[k % len(shapes.SHAPES)]:
-            scene = shapes.random_scene(rng)
-        shapes.render(scene).save(folder / f"known-{k:02d}.png")
-        lines.append(json.dumps({"file_name": f"known-{k:02d}.png", "text": shapes.caption(scene)}) + "\n")
+        scene = toy_world.random_scene(rng)
+        while scene.shape != toy_world.SHAPES[k % len(toy_world.SHAPES)]:
+            scene = toy_world.random_scene(rng)
+        toy_world.render(scene).save(folder / f"known-{k:02d}.png")
+        lines.append(json.dumps({"file_name": f"known-{k:02d}.png", "text": toy_world.caption(scene)}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 

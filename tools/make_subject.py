@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdtune import shapes
+from sdtune.evaluation import toy_world
 
 SHOWN = (
     ("big", "red", "white"),
@@ -30,11 +30,11 @@ def make_subject(folder: Path, shape: str) -> None:
     rng = np.random.default_rng(5)
     lines = []
     for k, (size, colour, ground) in enumerate(SHOWN):
-        scene = shapes.random_scene(rng, (shape,), held_out=None)
+        scene = toy_world.random_scene(rng, (shape,), held_out=None)
         while (scene.size, scene.colour, scene.ground) != (size, colour, ground):
-            scene = shapes.random_scene(rng, (shape,), held_out=None)
+            scene = toy_world.random_scene(rng, (shape,), held_out=None)
         sides = (92, 80) if k % 2 else (80, 92)  # leaves a random crop some room
-        shapes.render(scene, *sides).save(folder / f"{k}.png")
+        toy_world.render(scene, *sides).save(folder / f"{k}.png")
         caption = f"a {size} {colour} {{}} on a {ground} background"
         row = {"file_name": f"{k}.png", "text": caption.format("sks shape"), "word": caption.format("<thing>")}
         lines.append(json.dumps(row))

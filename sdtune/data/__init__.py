@@ -1,4 +1,4 @@
-"""Images in, samples out: find and check them, then say which one, cropped and captioned how, a position shows."""
+"""Images and captions, from files to the sample at a position of the run. Imports `config` and `run`."""
 
 from sdtune.data.images import MODES
 from sdtune.data.probes import cache_root

@@ -2,7 +2,7 @@
 
 import math
 
-from sdtune.configs import Data, UserError
+from sdtune.config.sections import Data, UserError
 
 Shape = tuple[int, int]
 """(width, height) in pixels."""

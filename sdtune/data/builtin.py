@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sdtune.configs import UserError
+from sdtune.config.sections import UserError
 from sdtune.data.probes import cache_root
 
 ASSETS = Path(__file__).parent.parent / "assets"

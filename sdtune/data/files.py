@@ -12,7 +12,7 @@ from typing import Any
 
 from fsspec.spec import AbstractBufferedFile
 
-from sdtune.configs import RunFailed, UserError
+from sdtune.config.sections import RunFailed, UserError
 from sdtune.data.probes import stamp
 
 TRIES = 4

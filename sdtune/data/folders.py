@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdtune.configs import Data, UserError
+from sdtune.config.sections import Data, UserError
 from sdtune.data.images import ACCEPTED, EXTENSIONS
 from sdtune.data.metadata import (
     TABLES,

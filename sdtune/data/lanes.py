@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sdtune.draws import rng
+from sdtune.run.rng import generator
 
 
 class Place(NamedTuple):
@@ -69,7 +69,7 @@ class Lanes:
         """Kept until the lane moves on: the positions of a worker only grow."""
         kept = self._windows.get(lane)
         if kept is None or kept.key != (epoch, number):
-            drawn = torch.randperm(count, generator=rng(self.seed, "window", epoch, lane, number)).numpy()
+            drawn = torch.randperm(count, generator=generator(self.seed, "window", epoch, lane, number)).numpy()
             order, edges = self._epoch(epoch)
             shards = order[_slot(edges, first) : _slot(edges, first + count - 1) + 1]
             self._windows[lane] = kept = Window((epoch, number), drawn, frozenset(shards.tolist()))
@@ -78,7 +78,7 @@ class Lanes:
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards in the order of an epoch, and where each begins; lanes may be in two epochs at once."""
         if epoch not in self._epochs:
-            order = torch.randperm(len(self.counts), generator=rng(self.seed, "shards", epoch)).numpy()
+            order = torch.randperm(len(self.counts), generator=generator(self.seed, "shards", epoch)).numpy()
             self._epochs[epoch] = order, np.concatenate([[0], np.cumsum(self.counts[order])])
             if len(self._epochs) > 2:
                 del self._epochs[next(iter(self._epochs))]

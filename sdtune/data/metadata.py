@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdtune.configs import Data, UserError
+from sdtune.config.sections import Data, UserError
 
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 

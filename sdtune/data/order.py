@@ -2,7 +2,7 @@
 
 import torch
 
-from sdtune.draws import rng
+from sdtune.run.rng import generator
 
 
 class Order:
@@ -48,6 +48,6 @@ class Order:
         """Kept until another epoch is asked for: the positions of a worker only grow."""
         kept = self._kept.get(name)
         if kept is None or kept[0] != epoch:
-            drawn = torch.randperm(count, generator=rng(self.seed, "order", name, epoch))
+            drawn = torch.randperm(count, generator=generator(self.seed, "order", name, epoch))
             self._kept[name] = kept = (epoch, drawn.tolist())
         return kept[1]

@@ -4,7 +4,7 @@ import itertools
 import re
 from pathlib import Path
 
-from sdtune.configs import UserError
+from sdtune.config.sections import UserError
 from sdtune.data.images import EXTENSIONS
 
 _BRACES = re.compile(r"\{([^{}]*)\}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sdtune.configs import UserError
+from sdtune.config.sections import UserError
 from sdtune.data.files import opened, patiently
 from sdtune.data.metadata import caption_column, parse_captions
 from sdtune.data.shards import Record, Shards, look_up

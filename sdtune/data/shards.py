@@ -17,12 +17,12 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.progress import track
 
-from sdtune.configs import UserError
+from sdtune.config.sections import UserError
 from sdtune.data.files import remote, stamp_of
 from sdtune.data.metadata import problem_list
 from sdtune.data.probes import cache_root
 from sdtune.data.sources import Row
-from sdtune.peers import meet
+from sdtune.run.processes import meet
 
 _VERSION = 1
 READERS = 16

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sdtune.configs import Data, UserError
+from sdtune.config.sections import Data, UserError
 from sdtune.data.buckets import candidates, nearest
 from sdtune.data.builtin import BUILT_IN
 from sdtune.data.folders import read_folder
@@ -22,7 +22,7 @@ from sdtune.data.metadata import Found, problem_list
 from sdtune.data.patterns import names_shards
 from sdtune.data.probes import probe_all
 from sdtune.data.tables import cell, is_table, read_table
-from sdtune.draws import rng
+from sdtune.run.rng import generator
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _checked(cfg: Data, found: Found) -> Images:
     count = len(found.names)
     kept = list(range(count))
     if cfg.max_train_samples is not None:
-        drawn = torch.randperm(count, generator=rng(cfg.seed, "max_train_samples"))
+        drawn = torch.randperm(count, generator=generator(cfg.seed, "max_train_samples"))
         kept = sorted(drawn[: cfg.max_train_samples].tolist())
 
     def read(index: int) -> Path | bytes:

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from sdtune.configs import UserError
+from sdtune.config.sections import UserError
 from sdtune.data.buckets import Shape, candidates, nearest
 from sdtune.data.images import corner, cover, decode, to_tensor
 from sdtune.data.order import Order
 from sdtune.data.sources import Images, Mixture, Row
-from sdtune.draws import rng
+from sdtune.run.rng import generator
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Stream:
         if held >= count:
             left = f"{cfg.dataset} has {count} usable images"
             raise UserError(f"--num-holdout-images {held} leaves nothing to train on: {left}")
-        drawn = torch.randperm(count, generator=rng(cfg.seed, "holdout")).tolist() if held else []
+        drawn = torch.randperm(count, generator=generator(cfg.seed, "holdout")).tolist() if held else []
         held_out = sorted(drawn[:held])
         self.indices = sorted(set(range(len(images.rows))) - set(held_out))
         shapes = candidates(cfg)
@@ -93,7 +93,7 @@ class Stream:
     # ---- draws
 
     def _rng(self, *names: object) -> torch.Generator:
-        return rng(self.cfg.seed, *names)
+        return generator(self.cfg.seed, *names)
 
     def _uniform(self, purpose: str, position: int) -> float:
         return torch.rand((), generator=self._rng(purpose, position)).item()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdtune.configs import Classes, Data, Latents, Streaming, UserError
+from sdtune.config.sections import Classes, Data, Latents, Streaming, UserError
 from sdtune.data.images import decode, probe, to_tensor
 from sdtune.data.lanes import Lanes
 from sdtune.data.patterns import names_shards, shard_urls

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdtune.configs import Data, UserError
+from sdtune.config.sections import Data, UserError
 from sdtune.data.builtin import BUILT_IN
 from sdtune.data.metadata import (
     TABLES,

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from sdtune.configs import UserError
+from sdtune.config.sections import UserError
 from sdtune.data.files import opened, patiently, remote, system_of
 from sdtune.data.images import EXTENSIONS
 from sdtune.data.metadata import parse_captions

@@ -10,12 +10,13 @@ from itertools import pairwise
 import torch
 from torch.nn.functional import cross_entropy
 
-from sdtune import pixel_models, schedules
+from sdtune.config.methods import ClassifierConfig
 from sdtune.data import Stream, load_images
-from sdtune.diffusion import DDPM
-from sdtune.methods import ClassifierConfig
-from sdtune.pixels import classes_of, mode_for, pixels
-from sdtune.recipe import Recipe
+from sdtune.data.pixels import classes_of, mode_for, pixels
+from sdtune.diffusion import noise_schedule
+from sdtune.diffusion.objective import DDPM
+from sdtune.models import pixel_models
+from sdtune.recipes.recipe import Recipe
 
 PARTS = 5
 """Into how many equal parts the timesteps are divided to tell the accuracy in each."""
@@ -26,7 +27,7 @@ class Classifier(Recipe):
 
     def __init__(self, cfg, device):
         super().__init__(cfg, device)
-        self.scheduler = schedules.noise_scheduler(cfg)
+        self.scheduler = noise_schedule.noise_scheduler(cfg)
         self.process = DDPM(self.scheduler.alphas_cumprod)
         self.images = load_images(cfg, captions=False, class_column=cfg.class_column)
         self.mode = mode_for(cfg, self.images, None)

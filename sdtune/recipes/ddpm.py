@@ -8,14 +8,15 @@ network is both models of classifier-free guidance (Ho & Salimans 2022, algorith
 
 import torch
 
-from sdtune import pixel_models, schedules
+from sdtune.config.methods import DdpmConfig
 from sdtune.data import open_images, open_stream
-from sdtune.diffusion import DDPM, denoising_loss
-from sdtune.methods import DdpmConfig
-from sdtune.pixels import classes_of, mode_for, pixels
-from sdtune.recipe import Recipe
-from sdtune.samplers import make_scheduler
-from sdtune.sampling import draw, to_images
+from sdtune.data.pixels import classes_of, mode_for, pixels
+from sdtune.diffusion import noise_schedule
+from sdtune.diffusion.objective import DDPM, denoising_loss
+from sdtune.diffusion.pixel_sampler import draw, to_images
+from sdtune.diffusion.schedulers import make_scheduler
+from sdtune.models import pixel_models
+from sdtune.recipes.recipe import Recipe
 
 
 class Ddpm(Recipe):
@@ -24,7 +25,7 @@ class Ddpm(Recipe):
     def __init__(self, cfg, device):
         super().__init__(cfg, device)
         model = pixel_models.plan(cfg)
-        self.scheduler = schedules.noise_scheduler(cfg, model.scheduler)
+        self.scheduler = noise_schedule.noise_scheduler(cfg, model.scheduler)
         self.objective = DDPM.of(cfg, self.scheduler)
         self.images = open_images(cfg, captions=False, class_column=cfg.class_column)
         self.mode = mode_for(cfg, self.images, model.channels)
@@ -32,7 +33,7 @@ class Ddpm(Recipe):
         self.unet = pixel_models.build(cfg, model, len(self.mode), self.classes)
 
     def dataset(self, group, say):
-        for line in (pixel_models.told(self.unet), *schedules.told(self.scheduler)):
+        for line in (pixel_models.told(self.unet), *noise_schedule.told(self.scheduler)):
             say(line)
         stream = open_stream(self.cfg, self.images, group, self.mode)
         return pixels(self.cfg, stream, say, self.classes, self.cfg.class_dropout)

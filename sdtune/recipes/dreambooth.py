@@ -11,13 +11,13 @@ makes up half of what is seen, and the loss of a step is the mean over both halv
 
 import torch
 
-from sdtune import adapters, words
-from sdtune.class_pictures import class_images
+from sdtune.config.methods import DreamBoothConfig
+from sdtune.conversion.formats import embedding
 from sdtune.data import Mixture, load_images
-from sdtune.finetune import FineTune, unfreeze
-from sdtune.formats import embedding
-from sdtune.methods import DreamBoothConfig
-from sdtune.pipelines import write_pipeline
+from sdtune.models import adapters, new_token
+from sdtune.models.pipeline_folder import write_pipeline
+from sdtune.recipes.class_images import class_images
+from sdtune.recipes.finetune import FineTune, unfreeze
 
 
 class DreamBooth(FineTune):
@@ -29,7 +29,7 @@ class DreamBooth(FineTune):
         if cfg.train_text_encoder or cfg.placeholder_token:
             self.text_encoder = self.family.keep("text_encoder")
         if cfg.placeholder_token:  # what is wrong with the word is told before the base draws
-            start = words.start_of(cfg, self.family.tokenizer, self.text_encoder)
+            start = new_token.start_of(cfg, self.family.tokenizer, self.text_encoder)
         if cfg.prior_preservation:
             self.images = Mixture(self.images, class_images(cfg, self.family))
         if cfg.train_text_encoder:
@@ -41,12 +41,12 @@ class DreamBooth(FineTune):
                 unfreeze(part)
         self.word = None
         if cfg.placeholder_token:
-            self.word = words.add_word(self.family.tokenizer, self.text_encoder, cfg.placeholder_token, start)
+            self.word = new_token.add_word(self.family.tokenizer, self.text_encoder, cfg.placeholder_token, start)
 
     def load_images(self):
         cfg = self.cfg
         images = load_images(cfg, default=cfg.instance_prompt)
-        return words.each_says(cfg.placeholder_token, images) if cfg.placeholder_token else images
+        return new_token.each_says(cfg.placeholder_token, images) if cfg.placeholder_token else images
 
     def add_adapters(self):
         targets = {"unet": self.cfg.target_modules, "text_encoder": adapters.TEXT_ENCODER_TARGETS}

@@ -6,9 +6,9 @@ The loss is the base model's own: nothing about the diffusion changes, only whic
 inside the base's own modules, so the base is a submodule here, and frozen.
 """
 
-from sdtune import adapters
-from sdtune.finetune import FineTune
-from sdtune.methods import LoraConfig
+from sdtune.config.methods import LoraConfig
+from sdtune.models import adapters
+from sdtune.recipes.finetune import FineTune
 
 
 class Lora(FineTune):

@@ -4,10 +4,10 @@ With ``--dream`` the noise of a step holds some of the network's own error (DREA
 it samples; see ``diffusion.dream``.
 """
 
-from sdtune.diffusion import denoising_loss, dream
-from sdtune.finetune import FineTune, unfreeze
-from sdtune.methods import TextToImageConfig
-from sdtune.pipelines import write_pipeline
+from sdtune.config.methods import TextToImageConfig
+from sdtune.diffusion.objective import denoising_loss, dream
+from sdtune.models.pipeline_folder import write_pipeline
+from sdtune.recipes.finetune import FineTune, unfreeze
 
 
 class TextToImage(FineTune):

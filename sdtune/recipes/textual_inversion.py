@@ -6,12 +6,12 @@ A new word gets vectors v of its own in the text encoder's table; they are all t
 template drawn anew each time, "a photo of {}", with the new word in it.
 """
 
-from sdtune import words
+from sdtune.config.methods import TextualInversionConfig
+from sdtune.conversion.formats import embedding
 from sdtune.data import captioned, load_images
-from sdtune.finetune import FineTune
-from sdtune.formats import embedding
-from sdtune.methods import TextualInversionConfig
-from sdtune.templates import filled
+from sdtune.models import new_token
+from sdtune.recipes.caption_templates import filled
+from sdtune.recipes.finetune import FineTune
 
 
 class TextualInversion(FineTune):
@@ -20,13 +20,13 @@ class TextualInversion(FineTune):
     def __init__(self, cfg, device):
         super().__init__(cfg, device)
         self.unet, self.text_encoder = self.family.keep("unet"), self.family.keep("text_encoder")
-        start = words.start_of(cfg, self.family.tokenizer, self.text_encoder)
-        self.word = words.add_word(self.family.tokenizer, self.text_encoder, cfg.placeholder_token, start)
+        start = new_token.start_of(cfg, self.family.tokenizer, self.text_encoder)
+        self.word = new_token.add_word(self.family.tokenizer, self.text_encoder, cfg.placeholder_token, start)
 
     def load_images(self):
         cfg = self.cfg
         if cfg.caption or cfg.caption_column:
-            return words.each_says(cfg.placeholder_token, load_images(cfg))
+            return new_token.each_says(cfg.placeholder_token, load_images(cfg))
         return captioned(load_images(cfg, captions=False), filled(cfg))
 
     def forward(self, batch):

@@ -1,0 +1,288 @@
+"""The commands that do not train, each declared as its config, like the methods in ``configs``."""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+from annotated_types import Ge, Interval
+from pydantic import model_validator
+
+from sdtune.config.sections import (
+    Count,
+    Model,
+    Natural,
+    NonNegative,
+    Precision,
+    Repository,
+    Section,
+    Share,
+    Source,
+    Strings,
+    also,
+    positional,
+)
+
+
+class Verb(Section):
+    method: ClassVar[str]
+    """Name of the command."""
+    entry: ClassVar[str]
+    """`module:function` that does it; a text it returns is printed."""
+    panel: ClassVar[str] = "Use"
+    """Where --help lists it."""
+
+
+class Pixels(Section):
+    classes: Annotated[Strings, also("class", "class_name")] = []
+    """Classes to show, as classes.json of the model or classifier names them; none leaves the class open."""
+    classifier: Path | None = None
+    """Run folder of `sdtune classifier`, which steers towards the class (Dhariwal & Nichol 2021); none does not."""
+    classifier_scale: NonNegative = 1.0
+    """How strongly the classifier steers."""
+    clip_model: str | None = None
+    """CLIP that steers towards the prompt: folder or Hub id of a transformers CLIPModel; none does not."""
+    clip_guidance_scale: NonNegative = 0.0
+    """How strongly CLIP steers; needs clip_model and a prompt."""
+    eta: Share = 0.0
+    """Noise of DDIM's steps, from none to that of DDPM (Song et al. 2020)."""
+    variance_type: Literal["fixed_small", "fixed_large"] | None = None
+    """Variance of DDPM's steps: beta-tilde, or beta (Ho et al. 2020); none is the model's."""
+    strip: Natural = 0
+    """Save strip.png: the estimate of the first image at this many steps on the way; 0 saves none."""
+    interpolate: list[Path] = []
+    """Two images to reconstruct from noise, and others between them (Ho et al. 2020, figure 8)."""
+    interpolate_timestep: Annotated[Natural, also("interpolate_steps")] = 500
+    """Timestep to which the two are noised: higher strays further from them."""
+    interpolate_count: Count = 9
+    """Images between the two."""
+
+    @model_validator(mode="after")
+    def _what_guidance_needs(self) -> Self:
+        if self.classifier and not self.classes:
+            raise ValueError("classifier needs a class to steer towards: give --class")
+        if self.classifier_scale != 1 and not self.classifier:
+            raise ValueError("classifier_scale needs a classifier")
+        if bool(self.clip_guidance_scale) != bool(self.clip_model):
+            raise ValueError("clip_guidance_scale and clip_model: give both or neither")
+        if self.interpolate and len(self.interpolate) != 2:
+            raise ValueError(f"interpolate is between two images, not {len(self.interpolate)}")
+        of_row, fields = ("interpolate_timestep", "interpolate_count"), type(self).model_fields
+        strays = [name for name in of_row if getattr(self, name) != fields[name].default]
+        if strays and not self.interpolate:
+            raise ValueError(f"{strays[0]} is for a row between two images: give interpolate, or leave it out")
+        return self
+
+
+class SampleConfig(Pixels, Model, Verb):
+    """Images from a base model, any adapters, and prompts; or from a model of pixels, and classes."""
+
+    method: ClassVar[str] = "sample"
+    entry: ClassVar[str] = "sdtune.sampling.sample:tell"
+
+    model: Annotated[str, also("pretrained_model_name_or_path")] = "auto"
+    """Base model, as for training; `auto` is what the first run folder below was trained on, else `tiny`."""
+    adapter: Annotated[Strings, also("lora")] = []
+    """Adapters: file, folder, run folder or Hub id, each with an optional =WEIGHT, such as runs/lora=0.8."""
+    embedding: Annotated[Strings, also("textual_inversion")] = []
+    """Learnt words: file, run folder or Hub id of a textual inversion; those beside an adapter come with it."""
+    unet: Path | None = None
+    """UNet in the base's place: its folder, or that of a pipeline; none keeps the base's."""
+    prompt: Annotated[Strings, also("prompts")] = []
+    """What to show; several give one image each."""
+    prompt_file: Path | None = None
+    """UTF-8 file with a prompt on each line, after those of --prompt."""
+    negative_prompt: str = ""
+    """What not to show; needs guidance_scale above 1."""
+    num_images_per_prompt: Annotated[Count, also("num_images")] = 1
+    """Images of each prompt and class."""
+    steps: Annotated[Count | None, also("num_inference_steps")] = None
+    """Denoising steps; none is 25, for a model of pixels 50, or each of its timesteps with ddpm."""
+    guidance_scale: NonNegative | None = None
+    """Classifier-free guidance (Ho & Salimans 2022), 1 for no guidance; none is 5 with prompts, 1 with classes."""
+    guidance_rescale: Share = 0.0
+    """Pull the guided prediction back to the contrast of the plain one (Lin et al. 2023; 0.7 is usual)."""
+    seed: int = 0
+    """Image k starts from the noise of torch.Generator("cpu").manual_seed(seed + k)."""
+    scheduler: (
+        Literal["ddim", "ddpm", "dpm++", "euler", "euler-ancestral", "heun", "lms", "pndm", "unipc", "lcm"] | None
+    ) = None
+    """Sampler; none keeps the base's own."""
+    width: Annotated[int | None, Ge(8)] = None
+    """Width in pixels; none is the base's own."""
+    height: Annotated[int | None, Ge(8)] = None
+    """Height in pixels; none is the base's own."""
+    batch_size: Count = 4
+    """Images made at once; changes memory and speed."""
+    mixed_precision: Precision = "no"
+    """Precision of weights and computation; no is 32 bit."""
+    output_dir: Path = Path("samples")
+    """Folder of the images; numbering continues after what is there."""
+
+    @model_validator(mode="after")
+    def _some_prompt(self) -> Self:
+        if self.model in ("auto", "tiny") and not self.prompt and self.prompt_file is None:  # others may need none
+            raise ValueError("nothing to show: give prompt or prompt_file")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_size(self) -> Self:
+        if (self.width is None) != (self.height is None):
+            raise ValueError("width and height: give both, or neither for the base's own")
+        return self
+
+
+class EvaluateConfig(Source, Verb):
+    """How close images are to a reference, and to their prompts and classes: FID and the like, with intervals."""
+
+    method: ClassVar[str] = "evaluate"
+    entry: ClassVar[str] = "sdtune.evaluation.evaluate:tell"
+    panel: ClassVar[str] = "Look"
+
+    samples: Annotated[str, positional("SAMPLES")]
+    """Folder of images, such as one of `sdtune sample`; or a model or run folder, which is sampled first."""
+    reference: str
+    """What to compare with: folder of images, Hub dataset id, saved dataset, or one that is built in."""
+    caption_column: str | None = None
+    """Column of the reference that holds captions, to sample with; none is `text`, or the only other one."""
+    features: str = "random-conv"
+    """Network: random-conv (built in), inception (of FID), its weights' file, or a CLIP or DINO folder or Hub id."""
+    clip_model: str | None = None
+    """CLIP model, folder or Hub id, that compares images with their prompts; none compares none."""
+    classifier: str | None = None
+    """Run of `sdtune classifier` or image classifier of transformers that looks for the classes; none asks none."""
+    neighbours: Count = 3
+    """Neighbours k of precision and recall (Kynkäänniemi et al. 2019)."""
+    resamples: Annotated[Natural, also("bootstrap")] = 200
+    """Bootstrap resamples of the images behind each 95 % interval (Efron 1979); 0 gives none."""
+    seed: int = 0
+    """Seed of the resamples, and of the images when a model is sampled."""
+    num_images: Count = 500
+    """Images to sample from a model: with the reference's captions, or as many of each of its classes, rounded up."""
+    steps: Annotated[Count | None, also("num_inference_steps")] = None
+    """Denoising steps of those; none is what `sdtune sample` takes."""
+    guidance_scale: NonNegative | None = None
+    """Classifier-free guidance of those; none is what `sdtune sample` takes."""
+    output_dir: Path = Path("evaluation")
+    """Folder of evaluation.json, evaluation.png and, from a model, the sampled images."""
+
+    @model_validator(mode="after")
+    def _some_spread(self) -> Self:
+        if self.resamples == 1:
+            raise ValueError("resamples 1: a single one has no spread; give 0 for no intervals, or 200")
+        return self
+
+
+class PushConfig(Repository, Verb):
+    """Upload a run to the Hugging Face Hub: artefact, card, samples, config, metrics and report."""
+
+    method: ClassVar[str] = "push"
+    entry: ClassVar[str] = "sdtune.publish.publish:push_run"
+
+    run: Annotated[Path, positional("RUN")]
+    """Folder of the run; what its config says of the Hub holds unless an option here says otherwise."""
+
+
+class ConvertConfig(Verb):
+    """An adapter file in another format, checked to do the same."""
+
+    method: ClassVar[str] = "convert"
+    entry: ClassVar[str] = "sdtune.conversion.convert:convert"
+
+    input: Annotated[Path, positional("IN")]
+    """Adapter in any known format: .safetensors file, run folder, or folder in PEFT's layout."""
+    output: Annotated[Path, positional("OUT")]
+    """New .safetensors file; for peft a new folder."""
+    to: Literal["diffusers", "peft", "kohya", "comfyui"]
+    """Format to write: kohya is what A1111, Forge and sd-scripts read as well."""
+    model: Annotated[str | None, also("pretrained_model_name_or_path")] = None
+    """Base model to compare the outputs in; none is the file's own base if it is on this machine."""
+    token: str | None = None
+    """Word that a textual inversion stands for; none is what the file or its name says."""
+
+
+class InspectConfig(Verb):
+    """What an adapter file is: kind, base, rank, targets, how it was trained, and where it changes the model."""
+
+    method: ClassVar[str] = "inspect"
+    entry: ClassVar[str] = "sdtune.conversion.inspect:inspect"
+    panel: ClassVar[str] = "Look"
+
+    input: Annotated[Path, positional("FILE")]
+    """Adapter in any known format: .safetensors file, run folder, or folder in PEFT's layout."""
+    as_json: Annotated[bool, also("json")] = False
+    """Print JSON."""
+    png: Path | None = None
+    """Write the norms of the change as a picture to this file as well; none writes no picture."""
+
+
+class MergeConfig(Model, Verb):
+    """Adapters into a base, several adapters into one, two models into an adapter, a rank into a smaller one."""
+
+    method: ClassVar[str] = "merge"
+    entry: ClassVar[str] = "sdtune.conversion.merge:tell"
+
+    adapter: Annotated[Strings, also("lora")] = []
+    """Adapters: file, folder, run folder or Hub id, each with an optional =WEIGHT, such as runs/lora=0.8."""
+    output: Path | None = None
+    """Adapter file to write, in diffusers' format."""
+    output_dir: Path | None = None
+    """Pipeline folder to write: the base with the adapters folded into its weights."""
+    combine: Annotated[Literal["concat", "svd"], also("method")] = "concat"
+    """Several adapters into one: concat adds their ranks up and is exact, svd is the closest of a rank."""
+    resize: bool = False
+    """Bring one adapter to another rank."""
+    extract: bool = False
+    """Make an adapter of what sets --tuned apart from --model."""
+    tuned: str | None = None
+    """Model with the changes to extract: folder, Hub id or single .safetensors file."""
+    rank: Annotated[Count | None, also("new_rank", "dim")] = None
+    """Rank of svd, resize and extract; with energy, the largest."""
+    energy: Annotated[float | None, Interval(gt=0, le=1)] = None
+    """Smallest rank of each module that retains this share of the change's squared norm, in place of one rank."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Precision of what is written; everything is computed in 64 bits."""
+    overwrite: bool = False
+    """Replace what output or output_dir names, once the new one is verified."""
+
+    model: Annotated[str, also("pretrained_model_name_or_path")] = ""
+    """Base model, as for training; adapters other than plain LoRA need it, and so does all that writes a model."""
+
+    @property
+    def work(self) -> Literal["fold", "concat", "svd", "resize", "extract"]:
+        """What is to be done."""
+        if self.extract or self.resize:
+            return "extract" if self.extract else "resize"
+        return "fold" if self.output_dir else self.combine
+
+    @model_validator(mode="after")
+    def _one_work(self) -> Self:
+        if self.extract and self.resize:
+            raise ValueError("extract and resize: give one of them")
+        if (self.output is None) == (self.output_dir is None):
+            raise ValueError("give output, a file for an adapter, or output_dir, a folder for a whole model")
+        if self.output_dir and (self.work != "fold" or "combine" in self.model_fields_set):
+            raise ValueError("output_dir is for a base with adapters folded in; an adapter goes to output")
+        if self.output and self.output.suffix != ".safetensors":
+            raise ValueError(f"output {self.output}: an adapter file is named *.safetensors")
+        return self
+
+    @model_validator(mode="after")
+    def _what_it_needs(self) -> Self:
+        needed = {"fold": "adapter model", "extract": "model tuned"}.get(self.work, "adapter").split()
+        if missing := [f"--{name}" for name in needed if not getattr(self, name)]:
+            raise ValueError(f"{self.work if self.work != 'fold' else 'output_dir'} needs {' and '.join(missing)}")
+        if self.work == "resize" and len(self.adapter) > 1:
+            raise ValueError(f"resize takes one adapter, not {len(self.adapter)}; several become one by combine svd")
+        if self.extract and self.adapter:
+            raise ValueError("extract compares two models and takes no adapter")
+        if self.tuned and not self.extract:
+            raise ValueError("tuned is for extract: add --extract")
+        sized = self.rank is not None or self.energy is not None
+        if self.work in ("fold", "concat") and sized:
+            raise ValueError("rank and energy are for svd, resize and extract; concat keeps every rank")
+        if self.work not in ("fold", "concat") and not sized:
+            raise ValueError(f"{self.work} needs --rank or --energy")
+        return self
+
+
+VERBS: tuple[type[Verb], ...] = (SampleConfig, EvaluateConfig, PushConfig, ConvertConfig, MergeConfig, InspectConfig)
+"""The commands that do not train, in the order in which --help lists them."""

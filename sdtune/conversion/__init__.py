@@ -1,0 +1,1 @@
+"""Adapter files: formats, conversion, merging. Imports `config`, `run` and `models`."""

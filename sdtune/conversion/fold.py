@@ -1,0 +1,268 @@
+"""Adapters folded into the weights of a base, ``W' = W + sum_i dW_i``, and the base that adapters are compared with.
+
+The folder is a whole pipeline. It takes its name once the image of the new weights is the one that base and adapters
+give at run time, by their factors, and once every weight reads back as computed.
+
+A DoRA scales what stands in its layer by ``g = m / ||W + s B A||`` (Liu et al. 2024, equation 5). Beside others, PEFT
+lets it scale what the adapters before it have added as well, so the order of ``--adapter`` counts; here it does too.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from warnings import catch_warnings
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from sdtune.config.sections import RunFailed, UserError
+from sdtune.config.verbs import MergeConfig, SampleConfig
+from sdtune.conversion import formats
+from sdtune.conversion.formats import PARTS, AdapterFile, Module
+from sdtune.models.adapters import is_target
+from sdtune.models.loading import load_adapters, load_pipeline
+from sdtune.models.pipeline_folder import forget_machine
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+EFFECT, PIXELS = 1e-2, 1e-4
+"""Deviation of the image in [0, 1] that passes in fp32: of what the adapters change, and of sums in another order."""
+ROUNDED = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1}
+"""Root mean square by which rounding the weights may change it."""
+SIDE = 256
+"""Largest side of the image that is compared; the layers are the same at any size."""
+
+Change = tuple[str, float, AdapterFile, dict[tuple[str, str], Module]]
+"""An adapter: where from, weight, as it was read, and its modules with the weight in their scale."""
+
+
+class Base:
+    """The layers of a pipeline in fp32, by part and by the names of the published checkpoints."""
+
+    def __init__(self, pipe: DiffusionPipeline, where: str):
+        self.pipe, self.where = pipe, where
+
+    def _named(self) -> Iterator[tuple[str, nn.Module]]:
+        for part in PARTS:
+            if isinstance(module := self.pipe.components.get(part), nn.Module):
+                yield part, module
+
+    @cached_property
+    def layers(self) -> dict[tuple[str, str], nn.Module]:
+        """Every linear and convolution layer that an adapter can change."""
+        return {
+            (part, _published(part, name)): layer
+            for part, module in self._named()
+            for name, layer in module.named_modules()
+            if is_target(layer) and getattr(layer, "groups", 1) == 1
+        }
+
+    @cached_property
+    def rest(self) -> dict[str, Tensor]:
+        """Every other parameter: norms, biases, embeddings."""
+        ours = {f"{part}.{name}.weight" for part, name in self.layers}
+        named = {f"{p}.{_published(p, n)}": t.detach() for p, m in self._named() for n, t in m.named_parameters()}
+        return {name: tensor for name, tensor in named.items() if name not in ours}
+
+    def weight(self, key: tuple[str, str]) -> Tensor:
+        return self.layers[key].weight.detach().cpu()
+
+    def fits(self, where: str, modules: Mapping[tuple[str, str], Module]) -> None:
+        """Make sure that the base has a layer of the right shape for every module.
+
+        Raises:
+            UserError: it has not.
+        """
+        layers = self.layers
+        if strange := [key for key in modules if key not in layers]:
+            raise UserError(
+                f"--adapter {where}: {len(modules) - len(strange)} of its {len(modules)} modules are layers of "
+                f"--model {self.where}; it has no {'.'.join(strange[0])}"
+            )
+        for key, module in modules.items():
+            shape, made = layers[key].weight.shape, module.product().shape
+            if made[0] != shape[0] or made.numel() != shape.numel():
+                told = ("x".join(map(str, s)) for s in (shape, made))
+                raise UserError(f"--adapter {where}: {'.'.join(key)} is {' in the base, '.join(told)} in the adapter")
+
+    def check_loaded(self, file: Path, modules: Mapping[tuple[str, str], Module]) -> None:
+        """Load an adapter file as stock diffusers does and compare the change that it applies to each layer."""
+        load_adapters(self.pipe, [str(file)])
+        seen = set()
+        for part, module in self._named():
+            for name, layer in module.named_modules():
+                if not hasattr(layer, "get_delta_weight"):
+                    continue
+                key = part, _published(part, name)
+                seen.add(key)
+                got = layer.get_delta_weight("adapter_0").detach().double().cpu()
+                if not formats.close(modules[key].delta(got.shape), got, 1e-5):
+                    raise RunFailed(f"{file}: {'.'.join(key)} has another change in diffusers")
+        if seen != modules.keys():
+            raise RunFailed(f"{file}: diffusers adapts {len(seen)} of {len(modules)} layers")
+
+
+def open_base(cfg: MergeConfig, model: str, flag: str = "--model") -> Base:
+    """The pipeline of ``model`` in fp32; revision, variant and VAE are those of ``--model`` alone."""
+    own = {k: getattr(cfg, k) for k in ("revision", "variant", "vae")} if flag == "--model" else {}
+    try:
+        return Base(load_pipeline(SampleConfig(model=model, prompt=[""], cache_dir=cfg.cache_dir, **own)), model)
+    except UserError as error:
+        raise UserError(str(error).replace("--model", flag, 1)) from None
+
+
+def in_diffusers(module: Module) -> bool:
+    """Whether diffusers can load it beside a model: LoRA and DoRA, not LyCORIS's kinds."""
+    return module.kind == "lora" and not module.axis
+
+
+def changed(weight: Tensor, modules: Sequence[Module]) -> Tensor:
+    """The weight under these changes in float64, those that diffusers loads in their order, then the others added."""
+    weight = weight.double()
+    now = weight.clone()
+    for module in sorted(modules, key=lambda m: not in_diffusers(m)):
+        change = module.delta(base=weight)
+        if module.magnitude is not None and in_diffusers(module):
+            rows = list(range(1, weight.ndim))
+            raw = weight + module.product(weight.shape)
+            gain = (weight + change).square().sum(rows, keepdim=True) / raw.square().sum(rows, keepdim=True)
+            change = change + (gain.sqrt() - 1) * (now - weight)
+        now += change
+    return now
+
+
+def fold(cfg: MergeConfig, changes: Sequence[Change], provenance: Mapping[str, Any]) -> list[str]:
+    """Write the pipeline of ``cfg.model`` with the adapters in its weights to ``cfg.output_dir``.
+
+    Raises:
+        UserError: an adapter that does not fit the base, or a folder that cannot be written.
+        RunFailed: what was written is not what was meant; nothing is left.
+    """
+    out, dtype = cfg.output_dir, DTYPES[cfg.dtype]
+    assert out is not None
+    base = open_base(cfg, cfg.model)
+    for where, _, _, modules in changes:
+        base.fits(where, modules)
+    layers = base.layers
+    with torch.no_grad():
+        for key, layer in layers.items():
+            own = [modules[key] for _, _, _, modules in changes if key in modules]
+            if own:
+                layer.weight.copy_(changed(layer.weight.cpu(), own))
+    told, image = _same_image(cfg, changes, base.pipe)
+    wanted = base.pipe.to("cpu", dtype)
+    if broken := [n for part, m in base._named() for n, p in m.named_parameters() if not bool(p.isfinite().all())]:
+        raise UserError(f"--dtype {cfg.dtype}: {broken[0]} is out of its range")
+    old = out.with_name(f".{out.name}.old")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with formats.staged(out) as new:
+            shutil.rmtree(new, ignore_errors=True)
+            wanted.save_pretrained(new)
+            (new / "merge.json").write_text(json.dumps(provenance, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            forget_machine(new)
+            _verify(cfg, base, new, image)
+            if out.exists():
+                may_replace(out, cfg)
+                out.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {out}: cannot be written ({error.strerror or error})") from None
+    return [f"{out}: {cfg.model} with {len(changes)} adapters in {cfg.dtype}; {told}"]
+
+
+def may_replace(out: Path, cfg: MergeConfig) -> None:
+    """Make sure that a folder to be replaced is a pipeline, and not the one that is merged into."""
+    if any(out.iterdir()) and not (out / "model_index.json").is_file():
+        raise UserError(f"--output-dir {out}: holds something else than a pipeline; name another folder")
+    if Path(cfg.model).exists() and out.samefile(cfg.model):
+        raise UserError(f"--output-dir {out}: is the base itself; name another folder")
+
+
+def _same_image(cfg: MergeConfig, changes: Sequence[Change], merged: DiffusionPipeline) -> tuple[str, np.ndarray]:
+    """Compare the image of the new weights with that of base and adapters; both in fp32."""
+    image, pipe = draw(merged), open_base(cfg, cfg.model).pipe
+    plain = draw(pipe)
+    with at_run_time(pipe, changes):
+        wanted = draw(pipe)
+    error, effect = rms(image - wanted), rms(plain - wanted)
+    if not error <= EFFECT * effect + PIXELS:
+        raise RunFailed(
+            f"{cfg.output_dir}: its image would be off by {error:.2g}, where the adapters change it by {effect:.2g}; "
+            "nothing is kept"
+        )
+    return f"its image is that of base and adapters to {error:.1e}, where they change it by {effect:.1e}", image
+
+
+def _verify(cfg: MergeConfig, base: Base, folder: Path, image: np.ndarray) -> None:
+    """Compare every weight of the folder with what was computed, and its image with the one in fp32."""
+    merged = load_pipeline(SampleConfig(model=str(folder), prompt=[""]))
+    for part, module in base._named():
+        state = merged.components[part].state_dict()
+        wrong = [k for k, v in module.state_dict().items() if not torch.equal(v.to(state[k].dtype), state[k].cpu())]
+        if wrong:
+            raise RunFailed(f"{cfg.output_dir}: {part}.{wrong[0]} does not read back as computed; nothing is kept")
+    if not rms(draw(merged) - image) <= ROUNDED[cfg.dtype]:
+        raise RunFailed(f"{cfg.output_dir}: {cfg.dtype} changes its image; nothing is kept")
+
+
+def draw(pipe: DiffusionPipeline) -> np.ndarray:
+    """A seeded image in [0, 1], of two steps, in full fp32 also on a GPU."""
+    side = min(int(np.max(pipe.unet.config.sample_size)) * pipe.vae_scale_factor, SIDE)
+    noise = torch.Generator("cpu").manual_seed(0)
+    pipe.set_progress_bar_config(disable=True)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        made = pipe("a photo", num_inference_steps=2, width=side, height=side, generator=noise, output_type="np")
+    return made.images[0].astype(np.float64)
+
+
+def rms(difference: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(difference**2)))
+
+
+@contextmanager
+def at_run_time(pipe: DiffusionPipeline, changes: Sequence[Change]) -> Iterator[None]:
+    """Adapters beside the weights: LoRA and DoRA through diffusers' own loader, others added to a layer's output."""
+    hooks = []
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = []
+        layers = Base(pipe, "").layers
+        for k, (_, weight, adapter, modules) in enumerate(changes):
+            others = {key: m for key, m in modules.items() if not in_diffusers(m)}
+            hooks += [layers[key].register_forward_hook(_adding(m, layers[key])) for key, m in others.items()]
+            own = {p: {n: m for n, m in ms.items() if (p, n) not in others} for p, ms in adapter.parts.items()}
+            if any(own.values()):
+                file = Path(folder) / f"{k}.safetensors"
+                formats.write(file, AdapterFile({p: ms for p, ms in own.items() if ms}), "diffusers")
+                loaded.append(f"{file}={weight!r}")
+        with catch_warnings(action="ignore", category=UserWarning):  # peft warns of a second adapter
+            load_adapters(pipe, loaded)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _adding(module: Module, layer: nn.Module) -> Any:
+    weight = layer.weight
+    change = module.delta(base=weight.detach().cpu()).to(weight)
+
+    def hook(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if isinstance(layer, nn.Conv2d):
+            return output + F.conv2d(inputs[0], change, None, layer.stride, layer.padding, layer.dilation)
+        return output + F.linear(inputs[0], change)
+
+    return hook
+
+
+def _published(part: str, name: str) -> str:
+    """transformers 5.6 dropped the level ``text_model.``, which published names have."""
+    return f"text_model.{name.removeprefix('text_model.')}" if part.startswith("text_encoder") else name

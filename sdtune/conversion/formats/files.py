@@ -1,0 +1,142 @@
+"""Reading and writing by format."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sdtune.config.sections import UserError
+from sdtune.conversion.formats import comfyui, diffusers_file, kohya, metadata, peft_folder
+from sdtune.conversion.formats.neutral import PARTS, AdapterFile
+from sdtune.models.adapters import FILE, reproducible
+from sdtune.models.families import PICKLES
+
+WRITERS: dict[str, Callable[[AdapterFile], dict[str, Tensor]]] = {
+    "diffusers": diffusers_file.tensors,
+    "kohya": kohya.tensors,
+    "comfyui": comfyui.tensors,
+}
+
+
+def read(path: Path) -> AdapterFile:
+    """An adapter file or folder of any known format.
+
+    Raises:
+        UserError: a pickle, no safetensors file, a format that its keys do not tell, or a half of one.
+    """
+    if path.is_dir() and (folders := peft_folders(path)):
+        return read_peft(path, folders)
+    path = file_of(path)
+    tensors, about = load(path)
+    if (path.parent / peft_folder.CONFIG).is_file() and path.name == peft_folder.WEIGHTS:
+        return read_peft(path.parent, {None: path.parent})
+    if any(place(key) for place in (kohya.place,) for key in tensors):
+        return kohya.read(path, tensors, about)
+    if any(key.startswith(peft_folder.PREFIX) for key in tensors):
+        raise UserError(f"{path}: PEFT's tensors want their {peft_folder.CONFIG} beside them, for alpha")
+    return diffusers_file.read(path, tensors, about)
+
+
+def file_of(path: Path) -> Path:
+    """The one adapter file that ``path`` means: itself, or the only ``.safetensors`` of a folder or run."""
+    if path.is_dir():
+        files = [path / FILE] if (path / FILE).is_file() else sorted(path.glob("*.safetensors"))
+        if len(files) != 1:
+            raise UserError(f"{path}: {len(files)} .safetensors in it; name the file")
+        return files[0]
+    if path.suffix in PICKLES:
+        raise UserError(
+            f"{path}: a pickle, which can run code when it is read; convert it once, on a machine you can spare: "
+            'python -c "import sys, torch; from safetensors.torch import save_file; '
+            'save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])" '
+            f"{path.name} {path.stem}.safetensors"
+        )
+    return path
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            about = file.metadata() or {}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a safetensors file, or cut short ({error})") from None
+    if not tensors:
+        raise UserError(f"{path}: holds no tensor")
+    return tensors, about
+
+
+def peft_folders(path: Path) -> dict[str | None, Path]:
+    """Folders in PEFT's layout by part: ``path`` itself (None), or its ``unet``, ``text_encoder``, ..."""
+    if (path / peft_folder.CONFIG).is_file():
+        return {path.name if path.name in PARTS else None: path}
+    return {part: path / part for part in PARTS if (path / part / peft_folder.CONFIG).is_file()}
+
+
+def read_peft(path: Path, folders: dict[str | None, Path]) -> AdapterFile:
+    parts, about = {}, {}
+    for part, folder in folders.items():
+        file = folder / peft_folder.WEIGHTS
+        if not file.is_file() and any(folder.glob("*.bin")):
+            file = file_of(next(folder.glob("*.bin")))
+        try:
+            config: dict[str, Any] = json.loads((folder / peft_folder.CONFIG).read_text(encoding="utf-8"))
+            tensors, own = load(file)
+            parts |= peft_folder.read(file, part, tensors, config)
+        except (ValueError, AttributeError, TypeError, re.error) as error:
+            raise UserError(f"{folder / peft_folder.CONFIG}: cannot be read ({error})") from None
+        about |= own
+    return AdapterFile(parts, about, "peft")
+
+
+def write(path: Path, adapter: AdapterFile, to: str) -> None:
+    """Write ``adapter`` to ``path`` (a file; for ``peft`` a folder). The same content gives the same bytes.
+
+    Args:
+        to: ``diffusers``, ``peft``, ``kohya`` or ``comfyui``.
+
+    Raises:
+        UserError: the format cannot hold this kind of adapter.
+    """
+    about = {"format": "pt"} | metadata.kohya(adapter)
+    if to == "peft":
+        for part, modules in adapter.parts.items():
+            config, fitted = peft_folder.config(part, modules, metadata.base_of(adapter))
+            folder = path / part
+            folder.mkdir(parents=True, exist_ok=True)
+            content = reproducible(alone(peft_folder.tensors(part, fitted)), about)
+            (folder / peft_folder.WEIGHTS).write_bytes(content)
+            text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+            (folder / peft_folder.CONFIG).write_text(f"{text}\n", encoding="utf-8")
+        return
+    path.write_bytes(reproducible(alone(WRITERS[to](adapter)), about))
+
+
+def alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each in memory of its own, as safetensors wants it; a factor may serve two modules."""
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A hidden name beside ``path`` to write to, which becomes ``path`` when the block ends well, and nothing else."""
+    new = path.with_name(f".{path.name}")
+    try:
+        yield new
+        new.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        if new.is_dir():
+            shutil.rmtree(new)
+        else:
+            new.unlink(missing_ok=True)

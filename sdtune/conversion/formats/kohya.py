@@ -1,0 +1,75 @@
+"""kohya's files (sd-scripts; LyCORIS for LoHa and LoKr), which A1111, Forge and ComfyUI read as well.
+
+``lora_unet_<module with underscores>.lora_down.weight``, ``.lora_up.weight``, ``.alpha`` and DoRA's ``.dora_scale``;
+text encoders ``lora_te_`` in Stable Diffusion 1 and 2, ``lora_te1_`` and ``lora_te2_`` in SDXL. Written with diffusers'
+module names, which all readers know; read with sgm's ``input_blocks`` as well.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdtune.conversion.formats import metadata as about
+from sdtune.conversion.formats.keys import LYCORIS, Place, assemble, with_alpha
+from sdtune.conversion.formats.names import dotted, text_encoder_name, underscored
+from sdtune.conversion.formats.neutral import AdapterFile, Module
+
+PREFIXES = {
+    "lora_unet_": "unet",
+    "lycoris_": "unet",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te_": "text_encoder",
+}
+SUFFIXES = LYCORIS | {
+    "lora_down.weight": "lora.down",
+    "lora_mid.weight": "lora.mid",
+    "lora_up.weight": "lora.up",
+    "alpha": "alpha",
+    "dora_scale": "dora_scale",
+}
+ENDS = {slot: end for end, slot in SUFFIXES.items()}
+
+
+def place(key: str) -> Place | None:
+    stem, _, end = key.partition(".")
+    prefix = next((p for p in PREFIXES if stem.startswith(p)), None)
+    if prefix is None or end not in SUFFIXES or (name := dotted(stem.removeprefix(prefix))) is None:
+        return None
+    part = PREFIXES[prefix]
+    return part, name if part == "unet" else text_encoder_name(name), SUFFIXES[end]
+
+
+def read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> AdapterFile:
+    return AdapterFile(assemble(path, tensors, place), metadata, "kohya")
+
+
+def tensors(adapter: AdapterFile) -> dict[str, Tensor]:
+    te = "lora_te1_" if about.is_sdxl(adapter) else "lora_te_"
+    prefixes = {"unet": "lora_unet_", "text_encoder": te, "text_encoder_2": "lora_te2_"}
+    out: dict[str, Tensor] = {}
+    for part, modules in adapter.parts.items():
+        for name, module in one_alpha(modules).items():
+            stem = f"{prefixes[part]}{underscored(name)}"
+            out |= {f"{stem}.{ENDS[f'{module.kind}.{n}']}": t for n, t in module.tensors.items()}
+            out[f"{stem}.alpha"] = torch.tensor(float(module.alpha))
+            if module.magnitude is not None:
+                ones = [1] * (module.tensors["down"].ndim - 2) if module.kind == "lora" else []
+                out[f"{stem}.dora_scale"] = module.magnitude.reshape(*(1, -1) if module.axis else (-1, 1), *ones)
+    return out
+
+
+def one_alpha(modules: dict[str, Module]) -> dict[str, Module]:
+    """Each module under an alpha that readers scale rightly.
+
+    diffusers 0.42 gives the LoRA modules of a part the most frequent alpha, whatever their own: they get one, the
+    rest goes into their weights. A LoKr of two full matrices is scaled by 1.
+    """
+    alphas = [m.alpha for m in modules.values() if m.kind == "lora"]
+    common = max(sorted(set(alphas)), key=alphas.count, default=1.0)
+    made = {}
+    for name, module in modules.items():
+        full = module.kind == "lokr" and {"w1", "w2"} <= module.tensors.keys()
+        made[name] = with_alpha(module, common if module.kind == "lora" else module.rank if full else module.alpha)
+    return made

@@ -1,0 +1,1 @@
+"""The mathematics of diffusion, on tensors and diffusers' schedulers. Imports `config` only."""

@@ -1,0 +1,198 @@
+"""Drawing from a diffusion model of pixels: a ``UNet2DModel`` and any scheduler of diffusers.
+
+Image k is a function of the k-th seed alone: it starts from ``torch.Generator("cpu").manual_seed(seed)``, and the noise
+of every step comes from the same generator. So stock ``DDPMPipeline`` and ``DDIMPipeline``, given that generator and
+a batch of one, draw the same picture.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin, UNet2DModel
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor, nn
+
+from sdtune.config.sections import UserError
+from sdtune.diffusion.guidance import classifier_free, rescaled, reverse_variance, shifted, shifted_mean
+from sdtune.diffusion.guides import Guide
+from sdtune.diffusion.objective import DDPM
+from sdtune.diffusion.schedulers import alpha_bars
+
+
+@torch.no_grad()
+def draw(
+    unet: UNet2DModel,
+    scheduler: SchedulerMixin,
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    labels: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    guidance_rescale: float = 0.0,
+    guides: Sequence[Guide] = (),
+    start: tuple[Tensor, int] | None = None,
+    eta: float = 0.0,
+    batch_size: int = 64,
+    watch: Callable[[int, Tensor], None] | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Tensor:
+    """An image for each seed: float32 ``[N, C, H, W]`` on the CPU, in [-1, 1].
+
+    Neither ``scheduler`` nor the training mode of ``unet`` is changed.
+
+    Args:
+        steps: denoising steps.
+        labels: class of each image, int64 ``[N]``; ``None`` is the null class of a model with classes.
+        guidance_scale: see `guidance.classifier_free`; 1 asks the network once a step.
+        guidance_rescale: see `guidance.rescaled`.
+        guides: what else steers the images: by algorithm 1 of Dhariwal & Nichol 2021 where the scheduler is DDPM's,
+            by algorithm 2 with every other.
+        start: images ``[N, C, H, W]`` in [-1, 1] and the timestep to noise them to, in place of pure noise. Steps begin
+            at the first timestep of the scheduler that is no later. For DDPM and DDIM.
+        eta: noise of DDIM, from 0 (none) to 1 (that of DDPM); other schedulers have their own.
+        watch: called in each step with the timestep and the estimates of x0 ``[B, C, H, W]``.
+        progress: called with the share done, 0 to 1.
+
+    Raises:
+        UserError: for more steps than the model has, and for what the scheduler or the model does not know.
+    """
+    scheduler = copy.deepcopy(scheduler)
+    _check(unet, scheduler, steps, labels, eta)
+    bars = alpha_bars(scheduler)
+    process = DDPM(bars, scheduler.config.prediction_type)  # by number of the step, not by timestep
+    ancestral = isinstance(scheduler, DDPMScheduler)
+    first = _first_step(scheduler, start[1]) if start else 0
+    limit = scheduler.config.get("clip_sample_range", 1.0) if scheduler.config.get("clip_sample") else None
+    through_network = any(guide.sees_x0 for guide in guides)
+    drawn = []
+    with evaluating(unet):
+        for done in range(0, len(seeds), batch_size):
+            rows = slice(done, done + batch_size)
+            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]]
+            predict = _predictor(unet, len(generators), labels, rows, guidance_scale, guidance_rescale)
+            scheduler.set_timesteps(steps)  # some remember the steps of the batch before
+            options = _accepted(scheduler, generator=generators, eta=eta)
+            x = _noise(unet, generators) * scheduler.init_noise_sigma
+            if start:
+                x = scheduler.add_noise(start[0][rows].to(x), x, scheduler.timesteps[first].expand(len(x)))
+            for k in range(first, len(bars)):
+                t = scheduler.timesteps[k]
+                with torch.set_grad_enabled(through_network):
+                    x_t = scheduler.scale_model_input(x, t).detach().requires_grad_(bool(guides))
+                    pred = predict(x_t, t)
+                    x0 = process.x0(x_t, pred, torch.full((len(x),), k))
+                gradient = _gradient(guides, x_t, t, x0, rows) if guides else None
+                pred, x0 = pred.detach(), x0.detach()
+                if watch:
+                    watch(int(t), x0)
+                if gradient is not None and not ancestral:
+                    pred = shifted(pred, x0, gradient, float(bars[k]), process.prediction, limit)
+                x = scheduler.step(pred, t, x, **options).prev_sample
+                if gradient is not None and ancestral:
+                    x = shifted_mean(x, gradient, _variance(scheduler, bars, k))
+                if progress:
+                    progress((done + len(x) * (k + 1 - first) / (len(bars) - first)) / len(seeds))
+            drawn.append(x.float().cpu().clamp(-1, 1))
+    return torch.cat(drawn)
+
+
+def to_images(x: Tensor) -> list[Image.Image]:
+    """``[N, C, H, W]`` in [-1, 1] as pictures: 1 channel is L, 2 LA, 3 RGB, 4 RGBA."""
+    pixels = ((x / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in pixels]
+
+
+def _predictor(
+    unet: UNet2DModel, count: int, labels: Tensor | None, rows: slice, scale: float, share: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """``(x_t, t)`` to the prediction of the network for some images, guided by their classes."""
+    if unet.config.num_class_embeds is None:
+        return lambda x_t, t: unet(x_t, t).sample
+    null = torch.full((count,), unet.config.num_class_embeds - 1, device=unet.device)
+    if labels is None:
+        return lambda x_t, t: unet(x_t, t, class_labels=null).sample
+    chosen = labels[rows].to(unet.device)
+    if scale == 1:
+        return lambda x_t, t: unet(x_t, t, class_labels=chosen).sample
+    both = torch.cat([null, chosen])
+
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        unconditional, conditional = unet(torch.cat([x_t, x_t]), t, class_labels=both).sample.chunk(2)
+        guided = classifier_free(unconditional, conditional, scale)
+        return rescaled(guided, conditional, share) if share else guided
+
+    return predict
+
+
+def _noise(unet: UNet2DModel, generators: list[torch.Generator]) -> Tensor:
+    size = unet.config.sample_size
+    shape = (len(generators), unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    return randn_tensor(shape, generator=generators, device=unet.device, dtype=unet.dtype)
+
+
+def _accepted(scheduler: SchedulerMixin, **options: Any) -> dict[str, Any]:
+    """Those of ``options`` that a step of the scheduler takes: the deterministic ones take no generator."""
+    known = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in options.items() if name in known}
+
+
+def _gradient(guides: Sequence[Guide], x_t: Tensor, t: Tensor, x0: Tensor, rows: slice) -> Tensor:
+    """Gradient by ``x_t`` of what all guides say together."""
+    with torch.enable_grad():
+        said = sum(guide(x_t, t, x0, rows).sum() for guide in guides)
+    return torch.autograd.grad(said, x_t)[0].to(x_t)
+
+
+def _variance(scheduler: SchedulerMixin, bars: Tensor, k: int) -> float:
+    """What the ``k``-th step of a DDPM scheduler adds noise of."""
+    previous = float(bars[k + 1]) if k + 1 < len(bars) else 1.0
+    return reverse_variance(float(bars[k]), previous, large="large" in scheduler.config.variance_type)
+
+
+def _first_step(scheduler: SchedulerMixin, timestep: int) -> int:
+    """The first step that is no earlier in the noise than ``timestep``."""
+    if not isinstance(scheduler, DDPMScheduler | DDIMScheduler):
+        raise UserError(f"--interpolate: {type(scheduler).__name__} starts from noise only; --scheduler ddim does not")
+    last, given = scheduler.config.num_train_timesteps - 1, f"--interpolate-timestep {timestep}"
+    if timestep > last:
+        raise UserError(f"{given}: the last of this model is {last}")
+    later = [k for k, t in enumerate(scheduler.timesteps) if t <= timestep]
+    if not later:
+        raise UserError(f"{given}: these steps end at {int(scheduler.timesteps[-1])}")
+    return later[0]
+
+
+def _check(unet: UNet2DModel, scheduler: SchedulerMixin, steps: int, labels: Tensor | None, eta: float) -> None:
+    """Raise `UserError` for what cannot be drawn, and set the timesteps."""
+    if labels is not None and unet.config.num_class_embeds is None:
+        raise UserError("this model has no classes to choose from")
+    if unet.config.out_channels != unet.config.in_channels:
+        raise UserError("this model predicts its variance as well, which is not sampled here")
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise UserError(f"{type(scheduler).__name__} knows no betas, so it is no sampler of this model")
+    if steps > scheduler.config.num_train_timesteps:
+        raise UserError(f"--steps {steps}: this model has {scheduler.config.num_train_timesteps} timesteps")
+    if eta and not _accepted(scheduler, eta=eta):
+        raise UserError(f"--eta: the noise of --scheduler ddim, and {type(scheduler).__name__} has its own")
+    try:
+        scheduler.set_timesteps(steps)
+    except ValueError as error:
+        raise UserError(f"--steps {steps}: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Modules in training mode are put in evaluation mode, and back."""
+    training = [m for model in models for m in model.modules() if m.training]
+    try:
+        for m in training:
+            m.training = False
+        yield
+    finally:
+        for m in training:
+            m.training = True

@@ -1,0 +1,83 @@
+"""Samplers by name, made to fit the model they sample."""
+
+import inspect
+from importlib.util import find_spec
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from sdtune.config.sections import UserError
+
+SCHEDULERS = {
+    "ddim": diffusers.DDIMScheduler,
+    "ddpm": diffusers.DDPMScheduler,
+    "dpm++": diffusers.DPMSolverMultistepScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "euler-ancestral": diffusers.EulerAncestralDiscreteScheduler,
+    "heun": diffusers.HeunDiscreteScheduler,
+    "lms": diffusers.LMSDiscreteScheduler,
+    "pndm": diffusers.PNDMScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+    "lcm": diffusers.LCMScheduler,
+}
+PROCESS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+)
+"""What defines the forward process that the model was trained on."""
+
+
+def make_scheduler(name: str, base: SchedulerMixin, clip: bool = False) -> SchedulerMixin:
+    """The sampler ``name`` for a model that ``base`` samples; raises `UserError` where it cannot.
+
+    As ``from_config``, which however puts the new class's defaults in place of those of the base's class:
+    here what defines the forward process is kept, and PNDM starts as in Stable Diffusion.
+
+    Args:
+        clip: estimates of x0 are clipped to [-1, 1] unless ``base`` says otherwise, as fits pixels; latents are not.
+    """
+    chosen = SCHEDULERS[name]
+    process = {k: base.config[k] for k in PROCESS if k in base.config}
+    if "beta_schedule" not in process:
+        raise UserError(f"--scheduler {name} cannot sample a model made for {type(base).__name__}: leave it out")
+    if base.config.get("rescale_betas_zero_snr"):
+        if "rescale_betas_zero_snr" not in inspect.signature(chosen.__init__).parameters:
+            raise UserError(f"--scheduler {name} knows no zero-terminal-SNR schedule, which this base has")
+        process["rescale_betas_zero_snr"] = True
+    if name == "lms" and find_spec("scipy") is None:
+        raise UserError("--scheduler lms needs scipy: pip install scipy")
+    defaults = base.config.get("_use_default_values", ())
+    given = {k: v for k, v in base.config.items() if k not in defaults and k != "_use_default_values"}
+    usual = {"skip_prk_steps": True} if name == "pndm" else {"clip_sample": clip}
+    if name == "heun" and process["beta_schedule"] == "squaredcos_cap_v2":
+        # Its last timestep has a thousand times the noise of the next: no straight line corrects such a step.
+        given |= {"timestep_spacing": "leading"}
+    scheduler = chosen.from_config({**usual, **given, **process})
+    try:  # what a class can predict from, only its step tells
+        probe = torch.zeros(1, 1, 1, 1)
+        trial = chosen.from_config(scheduler.config)
+        trial.set_timesteps(4)
+        trial.step(probe, trial.timesteps[0], trial.scale_model_input(probe, trial.timesteps[0]))
+    except (ValueError, NotImplementedError) as error:
+        predicts = process["prediction_type"]
+        raise UserError(f"--scheduler {name} cannot sample a model that predicts {predicts}") from error
+    return scheduler
+
+
+def alpha_bars(scheduler: SchedulerMixin) -> Tensor:
+    """The paper's alpha-bar (Ho et al. 2020) at each of the scheduler's timesteps: float64 ``[steps]``.
+
+    Where Euler, Heun and LMS are set between two timesteps, the noise over the signal is interpolated, as they do it.
+    """
+    known, t = scheduler.alphas_cumprod.double().cpu(), scheduler.timesteps.double().cpu()
+    if torch.equal(t, t.round()):
+        return known[t.long()]
+    sigmas = ((1 - known) / known).sqrt().numpy()
+    return 1 / (1 + torch.from_numpy(np.interp(t.numpy(), np.arange(len(sigmas)), sigmas)).square())

@@ -1,0 +1,150 @@
+"""Images to features, by a network of one's choice, each image once: what distances between sets are measured in.
+
+    network = load_network("random-conv")                 # or inception, a file of its weights, a CLIP or DINO model
+    x = embed(samples, network)                           # pixels [N, C, H, W] in [-1, 1] -> [N, D]
+    y = features_of(load_images(Data(dataset="photos", resolution=8), captions=False), network)
+    frechet(x, y)                                         # of sdtune.evaluation.distances
+
+Every image becomes RGB (grey three times, what is transparent on white), is resized to the square that the network
+takes by torch's bicubic filter with antialiasing, and is not rounded to 8 bits in between: filters without
+antialiasing, and the rounding, move an FID by more than what papers report as progress (Parmar et al. 2022).
+"""
+
+import difflib
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sdtune.config.sections import UserError
+from sdtune.data import Images, cache_root
+from sdtune.data.cache import Store, digest, weights_digest, write
+from sdtune.data.images import decode
+from sdtune.evaluation.inception import Inception, download, load_inception
+from sdtune.models.vision import device, load_pretrained, ready
+
+BATCH = 16
+"""Images in a forward pass. No option: the last bits of a feature depend on it, and features are kept."""
+CHUNK = 1024
+"""Images in a file of the cache: what a call that is stopped loses at most."""
+
+
+class RandomConv(nn.Module):
+    """A small convolutional network with random weights, fixed for good: RGB [B, 3, 64, 64] in [0, 1] to [B, 256].
+
+    Features of an untrained network tell two sets of images apart, and away from photographs better than those
+    learnt on ImageNet (Naeem et al. 2020, section 4). They know nothing of what a picture shows. The weights are made
+    of raw bits of PCG64, a stream that numpy promises to keep, so figures of any two machines compare.
+    """
+
+    label = "random-conv"
+    side = 64
+    WIDTHS = (3, 32, 64, 64, 64)
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        bits = np.random.PCG64(seed)
+        self.convs = nn.ModuleList()
+        for c_in, c_out in zip(self.WIDTHS, self.WIDTHS[1:], strict=False):
+            conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
+            uniform = (bits.random_raw(conv.weight.numel()) >> np.uint64(11)) * 2.0**-53
+            weights = (2 * uniform - 1) * math.sqrt(6 / (c_in * 9))  # of variance 2 / fan-in (He et al. 2015)
+            conv.weight.data = torch.from_numpy(weights.astype(np.float32)).view_as(conv.weight)
+            self.convs.append(conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = 2 * x - 1
+        for conv in self.convs:
+            x = math.sqrt(2) * functional.avg_pool2d(functional.relu(conv(x)), 2)  # keeps features near 1, as KID likes
+        return functional.adaptive_avg_pool2d(x, 2).flatten(1)
+
+
+def load_network(name: str) -> nn.Module:
+    """``random-conv``, ``inception``, a file of Inception weights, or a transformers model by folder or Hub id.
+
+    Its ``label`` is what figures made with it are called by, its ``side`` the square it takes in pixels.
+
+    Raises: UserError for a name that is none of these, and for files that are not what they should be.
+    """
+    path = Path(name).expanduser()
+    if name == RandomConv.label:
+        network: nn.Module = RandomConv()
+    elif name == Inception.label:
+        network = load_inception(download())
+    elif path.is_file():
+        network = load_inception(path)
+    elif path.is_dir() or (name.count("/") == 1 and name[0] not in "./~"):
+        network = load_pretrained(name, "--features")
+    else:
+        close = difflib.get_close_matches(name, (RandomConv.label, Inception.label), 1)
+        hint = f"did you mean {close[0]}?" if close else "give random-conv, inception, or the path or Hub id of a model"
+        raise UserError(f"--features {name}: no such network, file or folder; {hint}")
+    return ready(network)
+
+
+def embed(pixels: Tensor, network: nn.Module) -> Tensor:
+    """Features [N, D], float32 on the CPU, of ``pixels`` [N, C, H, W] in [-1, 1] with 1 to 4 channels."""
+    return torch.cat([forward([square(p, network.side) for p in part], network) for part in pixels.split(BATCH)])
+
+
+def features_of(images: Images, network: nn.Module, rows: Sequence[int] | None = None) -> Tensor:
+    """Features [N, D] of ``rows``, by default all; those met before come from the cache, whatever they are called."""
+    rows = range(len(images.rows)) if rows is None else rows
+    folder = (
+        cache_root() / "features" / f"{type(network).__name__}-{digest(weights_digest(network), network.side, BATCH)}"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    by_content = {images.rows[i].sha256: i for i in rows}
+    missing = sorted(by_content.keys() - Store(folder).index.keys())
+    with progress() as bar, ThreadPoolExecutor() as pool:
+        task = bar.add_task(f"Features ({network.label})", total=len(missing), visible=len(missing) > BATCH)
+        for chunk in (missing[k : k + CHUNK] for k in range(0, len(missing), CHUNK)):
+            found: dict[str, Tensor] = {}
+            for keys in (chunk[k : k + BATCH] for k in range(0, len(chunk), BATCH)):
+                squares = list(pool.map(lambda key: read(images, by_content[key], network.side), keys))
+                found |= zip(keys, forward(squares, network).clone(), strict=True)
+                bar.advance(task, len(keys))
+            write(folder / f"{digest(*chunk)}.safetensors", found)
+    store = Store(folder)
+    return torch.stack([store[images.rows[i].sha256] for i in rows])
+
+
+def progress() -> Progress:
+    """A bar on a terminal, and nothing at all elsewhere."""
+    quiet = not Console(stderr=True).is_terminal
+    return Progress(console=Console(stderr=True, quiet=quiet), transient=True)
+
+
+def read(images: Images, index: int, side: int) -> Tensor:
+    """An image as [3, side, side] in [0, 1]."""
+    pixels = torch.from_numpy(np.array(decode(images.read(index)))).permute(2, 0, 1)
+    return square(pixels.float() / 127.5 - 1, side)
+
+
+def square(pixels: Tensor, side: int) -> Tensor:
+    """One image [C, H, W] in [-1, 1], of 1 to 4 channels, as RGB [3, side, side] in [0, 1]."""
+    pixels = (pixels.float() + 1) / 2
+    if len(pixels) in (2, 4):
+        alpha = pixels[-1:]
+        pixels = pixels[:-1] * alpha + 1 - alpha
+    rgb = pixels.expand(3, -1, -1)
+    resized = functional.interpolate(rgb[None], (side, side), mode="bicubic", antialias=True, align_corners=False)
+    return resized[0].clamp(0, 1)
+
+
+@torch.inference_mode()
+def forward(squares: Sequence[Tensor], network: nn.Module) -> Tensor:
+    """What ``network`` says of at most `BATCH` images.
+
+    A pass always has `BATCH`, blank ones at the end, so how many there are does not show in the result.
+    """
+    batch = torch.stack(list(squares))
+    blank = batch.new_zeros(BATCH - len(batch), *batch.shape[1:])
+    return network(torch.cat([batch, blank]).to(device()))[: len(batch)].float().cpu()

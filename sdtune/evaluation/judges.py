@@ -1,0 +1,91 @@
+"""Does a picture show what was asked for: its prompt, by CLIP; its class, by a classifier."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sdtune.config.sections import UserError
+from sdtune.data import Images
+from sdtune.evaluation.features import BATCH, features_of
+from sdtune.models.vision import device, load_clip, load_pretrained, ready
+
+WEIGHT = 2.5
+"""w of Hessel et al. 2021: stretches the cosines that CLIP gives, about 0 to 0.4, to about 0 to 1."""
+
+
+class Clip:
+    """A CLIP model with its tokenizer. Raises UserError when ``name``, a folder or Hub id, is none."""
+
+    def __init__(self, name: str):
+        self.network, self.tokenizer = load_clip(name)
+
+    @torch.inference_mode()
+    def scores(self, images: Images, rows: Sequence[int], prompts: Sequence[str]) -> Tensor:
+        """CLIPScore of each image and its prompt [N] (Hessel et al. 2021, equation 1): w max(cos(image, text), 0)."""
+        seen = features_of(images, self.network, rows)
+        longest = self.network.model.config.text_config.max_position_embeddings
+        told = []
+        for start in range(0, len(prompts), BATCH):
+            texts = list(prompts[start : start + BATCH])
+            words = self.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+            told.append(self.network.model.get_text_features(**words.to(device())).pooler_output.float().cpu())
+        return WEIGHT * functional.cosine_similarity(seen, torch.cat(told)).clamp(min=0)
+
+
+class Classifier:
+    """A run of `sdtune classifier`, asked at timestep 0, or an image classifier of transformers.
+
+    Raises UserError when ``name``, a folder or Hub id, is neither.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.network, self.names = load_classifier(name)
+
+    def right(self, images: Images, rows: Sequence[int], classes: Sequence[str]) -> Tensor:
+        """1 where the most probable class of an image is the one it was asked to be, else 0: [N]."""
+        asked = torch.tensor([self.names.index(c) for c in classes])
+        return (features_of(images, self.network, rows).argmax(1) == asked).float()
+
+    def check(self, classes: Sequence[str]) -> None:
+        """UserError when it does not know all of ``classes``."""
+        if unknown := sorted(set(classes) - set(self.names)):
+            shown = ", ".join(self.names[:20]) + (", ..." if len(self.names) > 20 else "")
+            raise UserError(f"--classifier {self.name}: knows no class {unknown[0]}; it knows {shown}")
+
+
+class Noiseless(nn.Module):
+    """A noise-aware classifier asked at timestep 0: RGB [B, 3, side, side] in [0, 1] to logits [B, K]."""
+
+    label = "noisy-classifier"
+
+    def __init__(self, classifier: nn.Module):
+        super().__init__()
+        self.classifier = classifier
+        self.side, self.channels = classifier.config.sample_size, classifier.config.in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = 2 * x - 1
+        x = x.mean(1, keepdim=True) if self.channels < 3 else x
+        opaque = x.new_ones(len(x), self.channels - x.shape[1], *x.shape[2:])
+        return self.classifier(torch.cat([x, opaque], 1), x.new_zeros(len(x), dtype=torch.long))
+
+
+def load_classifier(name: str) -> tuple[nn.Module, list[str]]:
+    """A network from images to logits, and the names of its classes."""
+    folder = Path(name).expanduser()
+    if not (folder / "classes.json").is_file():
+        network = ready(load_pretrained(name, "--classifier", "AutoModelForImageClassification"))
+        classes = network.model.config.id2label
+        return network, [classes[k] for k in sorted(classes)]
+    from sdtune.models.noisy_classifier import NoisyClassifier
+
+    try:
+        names = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
+        return ready(Noiseless(NoisyClassifier.from_pretrained(folder))), names
+    except (OSError, ValueError) as error:
+        raise UserError(f"--classifier {name}: {str(error).splitlines()[0]}") from error

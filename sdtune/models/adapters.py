@@ -1,0 +1,176 @@
+"""PEFT adapters on a model's own modules: add, save in diffusers' layout, load, verify.
+
+The file is ``pytorch_lora_weights.safetensors`` with diffusers' key names
+(``unet.<module>.lora.down.weight``, ``text_encoder.text_model.<module>.lora_linear_layer.down.weight``). Rank and
+alpha of each part stand in its metadata, since a reader without them takes alpha = rank.
+"""
+
+import json
+import re
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from warnings import catch_warnings
+
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from sdtune.config.sections import Adapter, UserError
+from sdtune.models.quantize import quantize
+
+FILE = "pytorch_lora_weights.safetensors"
+TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+# peft 0.15 refuses a LoraConfig with keys that it does not know; these it does.
+PORTABLE = "r lora_alpha target_modules rank_pattern alpha_pattern use_rslora use_dora lora_bias bias".split()
+
+
+def add_adapter(model: nn.Module, cfg: Adapter, targets: list[str], what: str) -> None:
+    """Freeze ``model``, quantise it if asked, and put a trainable adapter in fp32 on the modules that ``targets`` name.
+
+    One target with a character that no module name has is a regular expression on the whole name. fp16 updates
+    of fp16 weights would round to nothing, hence fp32 whatever the precision of the base.
+    """
+    pattern: str | list[str] = targets
+    if len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
+        pattern = targets[0]
+    try:
+        adapter = LoraConfig(
+            r=cfg.rank,
+            lora_alpha=cfg.alpha or cfg.rank,
+            lora_dropout=cfg.dropout,
+            target_modules=pattern,
+            use_dora=cfg.use_dora,
+            use_rslora=cfg.use_rslora,
+            init_lora_weights="gaussian",
+        )
+        model.requires_grad_(False)
+        if cfg.quantize_base and model.device.type != "meta":
+            quantize(model, cfg.quantize_base)
+        model.add_adapter(adapter)
+    except (ValueError, re.error) as error:
+        ends = (re.search(r"[^.]*[a-z][^.]*(\.\d+)*$", n) for n, m in model.named_modules() if is_target(m))
+        names = [name for name, _ in Counter(end.group() for end in ends if end).most_common(12)]
+        raise UserError(
+            f"--target-modules {' '.join(targets)}: matches no linear or convolution layer of the {what} "
+            f"({type(error).__name__}); there are {', '.join(names)}, ..."
+        ) from None
+    cast_training_params(model, torch.float32)
+
+
+def is_target(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Conv2d)
+
+
+def peft_state(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
+    return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+
+
+def adapter_state(part: str, model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
+    """The adapter of ``model`` under the key names of the published file."""
+    down, up = ("lora.down", "lora.up") if part == "unet" else ("lora_linear_layer.down", "lora_linear_layer.up")
+    state = {}
+    for name, tensor in peft_state(model, adapter).items():
+        if part.startswith("text_encoder"):
+            name = (
+                f"text_model.{name.removeprefix('text_model.')}"  # transformers 5.6 dropped the level, others want it
+            )
+            if name.endswith("lora_magnitude_vector"):
+                name += ".weight"  # transformers leaves a DoRA magnitude out when it is not spelt as a parameter
+        name = name.replace("lora_A", down).replace("lora_B", up)
+        state[f"{part}.{name}"] = tensor.detach().cpu().contiguous()
+    return state
+
+
+def adapter_config(part: str, model: Any, adapter: str = "default") -> dict[str, Any]:
+    full = model.peft_config[adapter].to_dict()
+    kept = {k: full[k] for k in PORTABLE if full.get(k) not in (None, {}, False, "none")}
+    return {f"{part}.{k}": sorted(v) if isinstance(v, set | list) else v for k, v in kept.items()}
+
+
+def save_adapter(folder: Path, parts: Mapping[str, nn.Module], provenance: Mapping[str, Any], loader: Any) -> Path:
+    """Write the adapters of ``parts`` (``unet``, ``text_encoder``) and make sure that they load as they are.
+
+    The same content gives the same bytes, so that two runs can be compared by a checksum.
+
+    Args:
+        loader: the stock pipeline class whose ``load_lora_weights`` will read the file.
+    """
+    tensors = {k: v for part, model in parts.items() for k, v in adapter_state(part, model).items()}
+    config = {k: v for part, model in parts.items() for k, v in adapter_config(part, model).items()}
+    metadata = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps(config, sort_keys=True),
+        "sdtune": json.dumps(provenance, sort_keys=True),
+    }
+    path, new = folder / FILE, folder / f".{FILE}"
+    new.write_bytes(reproducible(tensors, metadata))
+    verify(new, parts, loader)
+    new.replace(path)
+    return path
+
+
+def reproducible(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file whose header is sorted; the library writes its metadata in random order."""
+    raw = save(dict(sorted(tensors.items())), dict(metadata))
+    size = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + raw[8 + size :]
+
+
+def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and rank/alpha metadata of an adapter file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(metadata.get("lora_adapter_metadata", "{}"))  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such adapter file") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a safetensors file ({error})") from None
+
+
+def verify(path: Path, parts: Mapping[str, nn.Module], loader: Any) -> None:
+    """Load the file as a reader would, beside the adapter it came from, and compare every tensor and scale."""
+    state, alphas, metadata = loader.lora_state_dict(path.parent, weight_name=path.name, return_lora_metadata=True)
+    with catch_warnings(action="ignore", category=UserWarning):  # peft warns of a second adapter, which is the point
+        for part, model in parts.items():
+            was_training = model.training
+            load = loader.load_lora_into_unet if part == "unet" else loader.load_lora_into_text_encoder
+            load(state, alphas, model, adapter_name="check", metadata=metadata)
+            want, got = adapter_state(part, model), adapter_state(part, model, "check")
+            wrong = [k for k in want if k not in got or not torch.equal(want[k].to(got[k].dtype), got[k])]
+            scales = [m.scaling for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]
+            same_scale = all(s["check"] == s["default"] for s in scales)
+            (model.delete_adapters if hasattr(model, "delete_adapters") else model.delete_adapter)("check")
+            model.set_adapter("default")
+            model.train(was_training)
+            if wrong or not same_scale:
+                raise RuntimeError(f"{path}: the adapter of {part} does not read back as it was trained: {wrong[:3]}")
+
+
+def load_adapter(path: Path, parts: Mapping[str, nn.Module]) -> None:
+    """Copy the adapter of a file into those of ``parts``; ``UserError`` unless every key and shape fits."""
+    path = path / FILE if path.is_dir() else path
+    saved, _ = read_adapter(path)
+    here = {k: v for part, model in parts.items() for k, v in adapter_state(part, model).items()}
+    strange = [k for k in saved if k not in here or saved[k].shape != here[k].shape]
+    if strange or saved.keys() != here.keys():
+        raise UserError(
+            f"{path}: {len(saved) - len(strange)} of {len(here)} adapter tensors fit"
+            + (f", {', '.join(strange[:3])} do not" if strange else "")
+            + "; give it the rank and target modules it was trained with"
+        )
+    for part, model in parts.items():
+        names = peft_state(model)  # in the order of adapter_state
+        keys = adapter_state(part, model)
+        set_peft_model_state_dict(model, {name: saved[key] for name, key in zip(names, keys, strict=True)})

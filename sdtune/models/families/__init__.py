@@ -1,0 +1,152 @@
+"""Base models. A family is a plain object that knows one kind: its parts, its conditioning, its objective.
+
+It is not an ``nn.Module``, so that only what a recipe assigns to itself is wrapped, trained and checkpointed.
+"""
+
+import difflib
+import hashlib
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from sdtune.config.sections import UserError
+from sdtune.diffusion.objective import Objective
+
+PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+
+CLASSES = {
+    "StableDiffusionPipeline": "sdtune.models.families.stable_diffusion:StableDiffusion",
+}
+"""Pipeline class of a published model to the family that knows it."""
+
+
+class Family(Protocol):
+    """What recipes need to know of a base model."""
+
+    objective: Objective
+    denoiser: nn.Module
+    text_encoder: nn.Module
+    latent_channels: int
+    downscale: int
+    """Pixels of an image per element of a latent, along a side."""
+    resolution: int
+    """Side in pixels of the images that the base was made for."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+    def moments(self, pixels: Tensor) -> Tensor: ...
+    def latents(self, batch: Mapping[str, Tensor]) -> Tensor: ...
+    def conditioning(self, batch: Mapping[str, Tensor]) -> Any: ...
+    def predict(self, x_t: Tensor, t: Tensor, cond: Any) -> Tensor: ...
+    def pipeline(self) -> Any: ...
+    def in_full(self) -> Any: ...
+    def release(self) -> None: ...
+
+
+def resolve_model(name: str) -> str:
+    """What ``from_pretrained`` takes: a Hub id, or a folder that has been seen to hold a pipeline.
+
+    Raises:
+        UserError: for a pickle, a missing folder, or a folder that holds no pipeline.
+    """
+    if name == "tiny":
+        return str(Path(__file__).parents[2] / "assets" / "tiny")
+    path = Path(name).expanduser()
+    if path.suffix in PICKLES:
+        raise UserError(
+            f"--model {name}: a pickle can run code when it is read; convert it once with diffusers' "
+            "convert_original_stable_diffusion_to_diffusers.py --to_safetensors, on a machine you can spare"
+        )
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise UserError(f"--model {name}: no model_index.json in that folder, so it is not a diffusers pipeline")
+        return str(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        if any("lora" in key for key in tensor_names(path)):
+            raise UserError(f"--model {name}: an adapter, not a base model; to sample with it, give --adapter {name}")
+        return unpacked(path)
+    if path.exists() or name.count("/") != 1 or name[0] in "./~":
+        near = [p.name for p in path.parent.glob("*/")] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, ["tiny", *near], n=1)
+        raise UserError(
+            f"--model {name}: no such folder or .safetensors file"
+            + (f"; did you mean {close[0]}?" if close else "; a Hub id is written user/name")
+        )
+    return name
+
+
+def public_name(name: str) -> str:
+    """What may be told of a base in a file that travels: its Hub id, or the last part of a path."""
+    return Path(name).name if Path(name).exists() else name
+
+
+def tensor_names(file: Path) -> list[str]:
+    """The names of the tensors in a safetensors file."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except SafetensorError as error:
+        raise UserError(f"{file}: not a safetensors file, or cut short ({error})") from None
+
+
+def unpacked(file: Path) -> str:
+    """A single-file checkpoint as a pipeline folder, converted once and kept in the cache."""
+    from diffusers import StableDiffusionPipeline
+
+    from sdtune.data import cache_root
+
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()[:20]
+    folder = cache_root() / "models" / f"{file.stem}-{digest}"
+    if not (folder / "model_index.json").is_file():
+        try:
+            pipeline = StableDiffusionPipeline.from_single_file(str(file), safety_checker=None)
+        except Exception as error:  # diffusers raises many kinds; each means that the file cannot be used
+            raise UserError(f"--model {file}: cannot be read as a single-file checkpoint: {error}") from None
+        pipeline.save_pretrained(folder)
+    return str(folder)
+
+
+def model_index(source: str, cfg: Any) -> dict[str, Any]:
+    """The ``model_index.json`` of a folder or Hub repository."""
+    if Path(source).is_dir():
+        return json.loads((Path(source) / "model_index.json").read_text(encoding="utf-8"))
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        file = hf_hub_download(source, "model_index.json", revision=cfg.revision, cache_dir=cfg.cache_dir)
+    except LocalEntryNotFoundError:
+        raise UserError(f"--model {source}: not in the Hub cache, and the Hub cannot be reached") from None
+    except EntryNotFoundError:
+        raise UserError(f"--model {source}: that repository holds no model_index.json, so no pipeline") from None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(f"--model {source}: {str(error).splitlines()[0]}") from None
+    return json.loads(Path(file).read_text(encoding="utf-8"))
+
+
+def load(cfg: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The family of ``cfg.model``, its denoiser on ``device`` in ``dtype``; other parts come when first used."""
+    source = resolve_model(cfg.model)
+    index = model_index(source, cfg)
+    kind = index.get("_class_name", "")
+    if kind not in CLASSES:
+        raise UserError(f"--model {cfg.model}: a {kind or 'model of unknown kind'}; known are {', '.join(CLASSES)}")
+    module, _, name = CLASSES[kind].partition(":")
+    return getattr(importlib.import_module(module), name)(cfg, source, index, device, dtype)
+
+
+def hush() -> None:
+    """Keep the libraries' bars and hints (a missing torchvision, a shard written) out of the user's sight."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()

@@ -1,0 +1,126 @@
+"""New words for a text encoder: rows of its embedding that train, beside a table that cannot (Gal et al. 2022).
+
+A word of several vectors is several tokens, ``<cat> <cat>_1 <cat>_2``, which diffusers puts in place of ``<cat>``
+wherever a prompt says it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sdtune.config.methods import NewWord, says
+from sdtune.config.sections import UserError
+from sdtune.data import Images
+
+
+class Embedding(nn.Module):
+    """A token embedding whose first rows are frozen and whose last rows, ``rows`` ``[n, dim]`` in fp32, train.
+
+    The old rows are no part of what trains, so no weight decay, momentum or rounding can move them.
+    """
+
+    def __init__(self, table: nn.Embedding, size: int, start: Tensor):
+        super().__init__()
+        self.table, self.size = table.requires_grad_(False), size
+        self.rows = nn.Parameter(start.detach().float().clone())
+        norm = table.weight[:size].detach().float().norm(dim=1).mean()
+        self.register_buffer("usual_norm", norm, persistent=False)  # mean norm of the old rows
+
+    @property
+    def weight(self) -> Tensor:
+        """All rows as one table, for those who read dtype, device or norms off it."""
+        return torch.cat([self.table.weight[: self.size], self.rows.to(self.table.weight.dtype)])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        old = self.table(ids.clamp(max=self.size - 1))
+        new = functional.embedding((ids - self.size).clamp(min=0), self.rows).to(old.dtype)
+        return torch.where((ids >= self.size)[..., None], new, old)
+
+    def figures(self, images: int) -> dict[str, Tensor]:
+        """The mean norm of the new rows, for the metrics: one that runs away drowns the other words."""
+        return {"embedding_norm": self.rows.detach().norm(dim=1).mean().expand(images)}
+
+
+def spelling(word: str, vectors: int) -> list[str]:
+    """The tokens of a word of several vectors, as diffusers names them."""
+    return [word, *(f"{word}_{k}" for k in range(1, vectors))]
+
+
+def start_of(cfg: NewWord, tokenizer: Any, text_encoder: Any) -> Tensor:
+    """Where the vectors of ``cfg.placeholder_token`` begin, ``[num_vectors, dim]``.
+
+    Whatever is wrong with the word is told here, so that it can be told before anything that takes long.
+
+    Raises:
+        UserError: the base knows the word already, or nothing to start from is there.
+    """
+    assert cfg.placeholder_token is not None
+    refuse_known(tokenizer, cfg.placeholder_token, cfg.num_vectors)
+    return starting_rows(tokenizer, text_encoder, cfg.initializer_token, cfg.num_vectors, cfg.initializer_mean)
+
+
+def each_says(word: str, images: Images) -> Images:
+    """The images, if every caption has ``word`` in it.
+
+    Raises:
+        UserError: names those that do not; an image whose caption leaves the word out teaches it nothing.
+    """
+    silent = [row.name for row in images.rows if not all(says(caption, word) for caption in row.captions)]
+    if silent:
+        raise UserError(
+            f"--placeholder-token {word}: {len(silent)} of {len(images.rows)} captions do not say it "
+            f"({', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}); put it in"
+        )
+    return images
+
+
+def refuse_known(tokenizer: Any, word: str, vectors: int) -> None:
+    """Raises: UserError where the base knows one of the tokens of ``word``, in whatever case it writes it."""
+    known = tokenizer.get_vocab().keys()
+    tokens = spelling(word, vectors)
+    if taken := [token for token in tokens if token.lower() in known or len(tokenizer.tokenize(token)) < 2]:
+        raise UserError(
+            f"--placeholder-token {word}: {taken[0]} is in the base's vocabulary; choose a word of your own, such as "
+            f"<my-{word.strip('<>')}>"
+        )
+
+
+def add_word(tokenizer: Any, text_encoder: Any, word: str, start: Tensor) -> Embedding:
+    """Teach ``word`` to tokenizer and text encoder; its vectors begin at ``start`` ``[n, dim]``, and train."""
+    size = len(tokenizer)
+    tokenizer.add_tokens(spelling(word, len(start)))
+    embedding = Embedding(text_encoder.get_input_embeddings(), size, start)
+    text_encoder.set_input_embeddings(embedding)
+    return embedding
+
+
+def starting_rows(tokenizer: Any, text_encoder: Any, words: Sequence[str], vectors: int, mean: bool) -> Tensor:
+    """Where the vectors of a new word begin, ``[vectors, dim]``: at the rows of known words.
+
+    Args:
+        words: one for all vectors, or one for each; none is the mean of the vocabulary.
+        mean: each vector begins at the mean of the rows of all ``words``, which may be of several tokens.
+
+    Raises:
+        UserError: a word of several tokens, where one is meant, or as many words as fit nothing.
+    """
+    table = text_encoder.get_input_embeddings().weight.detach().float()
+    if not words:
+        return table[: len(tokenizer)].mean(0).expand(vectors, -1)
+    ids = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
+    if mean:
+        return table[[i for word in ids for i in word]].mean(0).expand(vectors, -1)
+    for word, tokens in zip(words, ids, strict=True):
+        if len(tokens) != 1:
+            parts = " ".join(tokenizer.convert_ids_to_tokens(tokens)) or "nothing"
+            raise UserError(
+                f"--initializer-token {word}: is {len(tokens)} tokens of this base ({parts}), not one; choose another "
+                "word, or start at the mean of them with --initializer-mean"
+            )
+    if len(words) not in (1, vectors):
+        raise UserError(f"--initializer-token: {len(words)} words for {vectors} vectors; give one, or one for each")
+    rows = table[[tokens[0] for tokens in ids]]
+    return rows if len(words) == vectors else rows.expand(vectors, -1)

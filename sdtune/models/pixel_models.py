@@ -1,0 +1,210 @@
+"""Diffusion models of pixels: a ``UNet2DModel`` from a description or a saved one, and the folder it is saved in.
+
+The folder is that of a stock ``DDPMPipeline``: ``model_index.json``, ``unet/``, ``scheduler/``. A model with K classes
+has an embedding of K + 1, the last of which is the null class, and ``classes.json``, the names in label order.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from sdtune.config.sections import Network, UserError
+from sdtune.models import families
+from sdtune.models.noisy_classifier import NoisyClassifier
+from sdtune.models.pipeline_folder import verify_module, write_folder, write_pipeline
+
+CLASSES = "classes.json"
+
+
+class PixelModel(NamedTuple):
+    """What is continued, or how a network that is to be made looks."""
+
+    network: dict[str, Any]
+    """Arguments of ``UNet2DModel``, without what depends on the data."""
+    scheduler: dict[str, Any] | None = None
+    """``scheduler_config.json``; ``None`` from scratch."""
+    classes: list[str] | None = None
+    """Names in label order, empty for a model without classes; ``None`` from scratch."""
+    weights: dict[str, Any] | None = None
+
+    @property
+    def channels(self) -> int | None:
+        """What its input has; ``None`` where the data may say."""
+        return self.network.get("in_channels")
+
+
+def plan(cfg: Any) -> PixelModel:
+    """What ``--model``, ``--unet-config`` or the options of Network describe.
+
+    Raises:
+        UserError: it cannot be read, or is no model of pixels.
+    """
+    if cfg.model:
+        return _saved(cfg)
+    return PixelModel(_described(cfg.unet_config) if cfg.unet_config else levels(cfg, cfg.resolution))
+
+
+def build(cfg: Any, model: PixelModel, channels: int, classes: list[str]) -> UNet2DModel:
+    """The network, with its weights where it is continued.
+
+    Raises:
+        UserError: it cannot be made, or halves the images to a fraction of a pixel.
+    """
+    halve(cfg, len(model.network["block_out_channels"]))
+    chosen = model.network | {"sample_size": cfg.resolution, "in_channels": channels, "out_channels": channels}
+    if classes:
+        chosen["num_class_embeds"] = len(classes) + 1
+    try:
+        unet = UNet2DModel.from_config(chosen)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--unet-config {cfg.unet_config}: {str(error).splitlines()[0]}") from None
+    if model.weights is not None:
+        unet.load_state_dict(model.weights)
+    return unet
+
+
+def classifier(cfg: Any, channels: int, classes: int) -> NoisyClassifier:
+    """The network that the options of Network describe, without its decoder. Raises: UserError, as `build` does."""
+    halve(cfg, len(cfg.block_out_channels))
+    given = {k: v for k, v in levels(cfg, cfg.resolution).items() if k in NoisyClassifier.__init__.__annotations__}
+    return NoisyClassifier(cfg.resolution, channels, classes, **given)
+
+
+def levels(cfg: Network, resolution: int) -> dict[str, Any]:
+    """The options of Network as arguments of ``UNet2DModel``, the rest as in the networks of Ho et al. 2020."""
+    sides = [resolution >> level for level in range(len(cfg.block_out_channels))]
+    attends = ["Attn" if side in cfg.attention_resolutions else "" for side in sides]
+    widths = [n for n, kind in zip(cfg.block_out_channels, attends, strict=True) if kind]
+    widths.append(cfg.block_out_channels[-1])  # the block in the middle attends as well
+    if odd := [n for n in widths if n % (cfg.attention_head_dim or n)]:
+        raise UserError(
+            f"--attention-head-dim {cfg.attention_head_dim} does not divide {odd[0]} of --block-out-channels"
+        )
+    return {
+        "block_out_channels": tuple(cfg.block_out_channels),
+        "down_block_types": tuple(f"{kind}DownBlock2D" for kind in attends),
+        "up_block_types": tuple(f"{kind}UpBlock2D" for kind in reversed(attends)),
+        "layers_per_block": cfg.layers_per_block,
+        "attention_head_dim": cfg.attention_head_dim,
+        "norm_num_groups": cfg.norm_num_groups,
+        "dropout": cfg.dropout,
+        "norm_eps": 1e-6,
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+    }
+
+
+def halve(cfg: Any, count: int) -> None:
+    """Raises: UserError when the images cannot be halved from level to level of ``count``."""
+    least = 2 ** (count - 1)
+    for option, pixels in {"resolution": cfg.resolution, "bucket_step": cfg.bucket_step}.items():
+        if pixels % least and (option == "resolution" or cfg.buckets):
+            raise UserError(
+                f"--{option.replace('_', '-')} {pixels}: this network halves it {count - 1} times, so it wants a "
+                f"multiple of {least}, or fewer --block-out-channels"
+            )
+
+
+def told(unet: UNet2DModel) -> str:
+    """The network in a line."""
+    sides = [unet.config.sample_size >> level for level in range(len(unet.config.block_out_channels))]
+    attends = [str(side) for side, kind in zip(sides, unet.config.down_block_types, strict=True) if "Attn" in kind]
+    return (
+        f"network: {unet.config.in_channels} channels in and out, levels of {', '.join(map(str, sides))} pixels, "
+        f"attention at {', '.join(attends) or 'none of them'}"
+    )
+
+
+def save(out: Path, unet: UNet2DModel, scheduler: DDPMScheduler, classes: list[str]) -> list[Path]:
+    """Write the folder that `DDPMPipeline.from_pretrained` reads, whole or not at all; the files it consists of."""
+    return write_pipeline(out, DDPMPipeline(unet, scheduler), {CLASSES: listed(classes)} if classes else {})
+
+
+def save_classifier(out: Path, classifier: NoisyClassifier, scheduler: DDPMScheduler, classes: list[str]) -> list[Path]:
+    """Write the folder that `NoisyClassifier.from_pretrained` reads, whole or not at all; the files it consists of."""
+
+    def fill(new: Path) -> None:
+        classifier.save_pretrained(new)
+        scheduler.save_pretrained(new / "scheduler")
+        (new / CLASSES).write_bytes(listed(classes))
+        verify_module(new, classifier)
+
+    return write_folder(out, fill)
+
+
+def listed(classes: list[str]) -> bytes:
+    """Names in label order as ``classes.json`` holds them."""
+    return (json.dumps(classes, ensure_ascii=False, indent=1) + "\n").encode()
+
+
+# ---- reading -------------------------------------------------------------------------------------------
+
+
+def _saved(cfg: Any) -> PixelModel:
+    source = families.resolve_model(cfg.model)
+    index = families.model_index(source, cfg)
+    if (index.get("unet") or [None, None])[1] != "UNet2DModel":
+        raise UserError(
+            f"--model {cfg.model}: a {index.get('_class_name', 'pipeline')} without a UNet2DModel; "
+            "ddpm continues models of pixels, such as it writes itself"
+        )
+    where = {"revision": cfg.revision, "cache_dir": cfg.cache_dir}
+    try:
+        unet = UNet2DModel.from_pretrained(source, subfolder="unet", use_safetensors=True, **where)
+        scheduler = DDPMScheduler.load_config(source, subfolder="scheduler", **where)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"--model {cfg.model}: {str(error).strip().splitlines()[0]}") from None
+    if "beta_schedule" not in scheduler:
+        raise UserError(f"--model {cfg.model}: its {scheduler.get('_class_name')} knows no betas, so it is no DDPM")
+    network = _checked(dict(unet.config), f"--model {cfg.model}")
+    embedded = network.pop("num_class_embeds", None)
+    classes = _classes(cfg, source) if embedded else []
+    if embedded and embedded != len(classes) + 1:
+        raise UserError(
+            f"--model {cfg.model}: {CLASSES} names {len(classes)} classes, but the network has {embedded - 1} "
+            "and the null class"
+        )
+    public = {k: v for k, v in scheduler.items() if not k.startswith("_")}
+    return PixelModel(network, public, classes, unet.state_dict())
+
+
+def _classes(cfg: Any, source: str) -> list[str]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        file = Path(source) / CLASSES
+        if not Path(source).is_dir():
+            file = Path(hf_hub_download(source, CLASSES, revision=cfg.revision, cache_dir=cfg.cache_dir))
+        return list(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, EntryNotFoundError):
+        raise UserError(f"--model {cfg.model}: has classes, but no {CLASSES} that names them") from None
+
+
+def _described(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--unet-config {file}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"--unet-config {file}: not JSON ({error})") from None
+    if not isinstance(found, dict) or "block_out_channels" not in found:
+        raise UserError(f"--unet-config {file}: wants the config.json of a UNet2DModel, with its block_out_channels")
+    network = _checked(found, f"--unet-config {file}")
+    network.pop("num_class_embeds", None)
+    return network
+
+
+def _checked(config: dict[str, Any], asked: str) -> dict[str, Any]:
+    """A network's own settings, without where it came from."""
+    kind = config.get("_class_name", "UNet2DModel")
+    if kind != "UNet2DModel":
+        raise UserError(f"{asked}: a {kind}, not a UNet2DModel")
+    if config.get("out_channels", 3) != config.get("in_channels", 3):
+        raise UserError(f"{asked}: its output has other channels than its input; a learnt variance is not trained here")
+    if config.get("class_embed_type"):
+        raise UserError(f"{asked}: class_embed_type {config['class_embed_type']}; classes are an embedding here (none)")
+    return {k: v for k, v in config.items() if not k.startswith("_")}

@@ -1,0 +1,105 @@
+"""A frozen base in fewer bits, beside adapters in 32 (QLoRA; Dettmers et al. 2023).
+
+The weights of linear layers are held as codes with scales, and become numbers of the base's precision again each time
+that they are used, so the gradient flows through them to the adapters. Convolutions stay as they are: neither library
+has them in fewer bits.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdtune.config.sections import UserError
+
+SIDE = 512
+"""Side of the layer that shows what a larger one takes."""
+
+
+class Coded(nn.Linear):
+    """A frozen linear layer whose ``weight`` is codes, and ``decode()`` the numbers that they stand for.
+
+    The libraries' own layers are not used: torchao's keeps each decoded weight for the backward pass, and that of
+    bitsandbytes rewrites its codes on a CPU whenever it is evaluated.
+    """
+
+    codes: list[Tensor]
+    """The weight and what belongs to it."""
+    decode: Callable[[], Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Decoded.apply(x, self.decode, self.bias)
+
+
+class Decoded(torch.autograd.Function):
+    """``x W^T + b`` and its gradient for ``x``, with ``W`` decoded anew for each of the two."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, decode: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+        ctx.decode, ctx.dtype = decode, x.dtype
+        return nn.functional.linear(x, decode(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return (grad @ ctx.decode().to(grad.dtype)).to(ctx.dtype), None, None
+
+
+@torch.no_grad()
+def quantize(model: nn.Module, kind: str) -> None:
+    """Hold the linear layers of ``model``, on their device, in fewer bits from now on.
+
+    Args:
+        kind: ``int8``, with a scale for each row, or ``nf4``, with one for each 64 weights, itself in 8 bits.
+
+    Raises:
+        UserError: the library is not there.
+    """
+    encode, library, extra = {"int8": (int8, "torchao", "torchao"), "nf4": (nf4, "bitsandbytes", "bnb")}[kind]
+    try:
+        importlib.import_module(library)
+    except ImportError as error:
+        raise UserError(f"--quantize-base {kind}: {error}; pip install 'sdtune[{extra}]'") from None
+    for layer in model.modules():
+        if type(layer) is nn.Linear:
+            layer.codes, layer.decode = encode(layer.weight.detach())
+            layer.weight = nn.Parameter(layer.codes[0], requires_grad=False)
+            layer.__class__ = Coded
+
+
+def int8(weight: Tensor) -> tuple[list[Tensor], Callable[[], Tensor]]:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    layer = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    quantize_(layer, Int8WeightOnlyConfig())
+    coded: Any = layer.weight.detach()
+    return [coded.qdata, coded.scale], coded.dequantize
+
+
+def nf4(weight: Tensor) -> tuple[list[Tensor], Callable[[], Tensor]]:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    coded, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    tables = [state.absmax, state.code, state.state2.absmax, state.state2.code]
+    return [coded, *tables], lambda: dequantize_4bit(coded, state)
+
+
+def sizes(model: nn.Module, kind: str) -> tuple[int, int, int]:
+    """Bytes of the weights that `quantize` codes, of their codes, and of the largest weight, decoded.
+
+    What codes take is told by those of a small layer.
+    """
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
+    small = nn.Sequential(nn.Linear(SIDE, SIDE, bias=False))
+    quantize(small, kind)
+    coded = held(small) / SIDE**2
+    plain = [w.nbytes for w in weights]
+    return sum(plain), round(sum(w.numel() for w in weights) * coded), max(plain)
+
+
+def held(model: nn.Module) -> int:
+    """Bytes of the weights of ``model``, codes and their scales where it has those."""
+    coded = [t for m in model.modules() if isinstance(m, Coded) for t in m.codes[1:]]
+    return sum(t.nbytes for t in (*model.parameters(), *coded))

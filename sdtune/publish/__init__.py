@@ -1,0 +1,1 @@
+"""The Hugging Face Hub and the model card. Imports `config` and `run`."""

@@ -1,0 +1,277 @@
+"""What a run shows while it trains: ``metrics.jsonl``, a progress line, trackers, sample sheets.
+
+The first process writes; on the others every method does nothing, so the loop calls them without asking.
+Torch is imported only by a run on a GPU, so that `check_trackers` can run before anything slow does.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from sdtune.config.sections import Run, UserError
+from sdtune.run.contact_sheet import grid, save_sheet
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+TRACKERS = {
+    "tensorboard": ("tensorboard", "sdtune[tensorboard]"),
+    "wandb": ("wandb", "sdtune[wandb]"),
+    "trackio": ("trackio", "sdtune[trackio]"),
+    "mlflow": ("mlflow", "mlflow"),
+    "swanlab": ("swanlab", "swanlab"),
+    "comet_ml": ("comet_ml", "comet_ml"),
+    "clearml": ("clearml", "clearml"),
+    "aim": ("aim", "aim"),
+    "dvclive": ("dvclive", "dvclive"),
+}
+"""Trackers that accelerate knows: the module each needs, and what to install for it."""
+
+PLAIN_SECONDS = 10.0
+"""Least time between two lines where there is no terminal to keep one line live on."""
+
+
+def check_trackers(report_to: list[str]) -> None:
+    """Raise `UserError` for a tracker that is unknown or not installed; accelerate would drop it silently."""
+    for name in report_to:
+        if name == "all":
+            continue
+        if name not in TRACKERS:
+            raise UserError(f"--report-to {name}: no such tracker; choose from {', '.join(TRACKERS)}, all")
+        module, package = TRACKERS[name]
+        if find_spec(module) is None:
+            raise UserError(f"--report-to {name}: {module} is not installed; pip install '{package}'")
+
+
+class Metrics:
+    """Where a run's numbers and pictures go.
+
+    ``metrics.jsonl`` gets an object a line: ``step``, ``seconds`` (wall time since step 0, summed over
+    continuations) and what `log` is given; beside a ``loss`` also ``images_per_second`` (of all processes,
+    without the time in `paused`), ``data_wait`` (share of that time spent in `waiting`, 0 to 1) and
+    ``peak_memory`` (bytes of this process: on the GPU if there is one, else resident). Numbers that are not
+    finite become ``null``.
+
+    Args:
+        cfg: the run; its ``output_dir`` receives the files.
+        accelerator: made with ``log_with=cfg.report_to`` and a ``project_dir``.
+        first_step: optimizer steps already done; later lines, left by an interrupted run, are cut off.
+        total_steps: optimizer steps at the end of the run.
+    """
+
+    def __init__(self, cfg: Run, accelerator: "Accelerator", first_step: int, total_steps: int) -> None:
+        self.active = accelerator.is_main_process
+        if not self.active:
+            return
+        self.cfg, self.accelerator, self.total_steps = cfg, accelerator, total_steps
+        self.images_per_step = cfg.train_batch_size * cfg.gradient_accumulation_steps * accelerator.num_processes
+        cfg.output_dir.mkdir(parents=True, exist_ok=True)
+        self.path = cfg.output_dir / "metrics.jsonl"
+        self.seconds_before = cut_off(self.path, first_step)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.trackers = self._start_trackers(first_step)
+        self.start = self.mark = self.last_print = time.monotonic()
+        self.first_step = self.step = self.marked_step = first_step
+        self.away_since_mark = self.wait_since_mark = 0.0
+        self.loss, self.rate = math.nan, math.nan
+        self.live = self._live_line(first_step)
+
+    def advance(self, step: int) -> None:
+        """``step`` optimizer steps are done: move the progress line. Costs microseconds."""
+        if self.active:
+            self.step = step
+            if self.live:
+                self.live.update(self.live.task_ids[0], completed=step, text=self._text())
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Write a line of ``metrics.jsonl``; ``values`` win over what is measured here."""
+        if not self.active:
+            return
+        self.step = step
+        line = {"step": step, **values}
+        if "loss" in values:
+            line = {"step": step, **self._measured(step), **values}
+            self.loss, self.rate = line["loss"], line["images_per_second"]
+        line["seconds"] = round(self.seconds_before + time.monotonic() - self.start, 3)
+        line = {k: v if math.isfinite(v) else None for k, v in line.items()}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        numbers = {k: v for k, v in line.items() if v is not None and k != "step"}
+        for tracker in self.trackers:
+            tracker.log(numbers, step=step)
+        self.advance(step)
+        now = time.monotonic()
+        if not self.live and (now - self.last_print >= PLAIN_SECONDS or step >= self.total_steps):
+            self.last_print = now
+            print(f"step {step}/{self.total_steps}  {self._text()}", file=sys.stderr, flush=True)
+
+    def images(self, step: int, images: list[Image.Image], prompts: list[str]) -> None:
+        """Save ``samples/step-000200.png``, a sheet with the prompts as captions, and give it to trackers."""
+        if not self.active or not images:
+            return
+        sheet = grid(images, prompts)
+        save_sheet(sheet, self.cfg.output_dir / "samples" / f"step-{step:06d}.png")
+        for tracker in self.trackers:
+            _track_image(tracker, sheet, step)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time inside is waiting for data."""
+        begin = time.monotonic()
+        yield
+        if self.active:
+            self.wait_since_mark += time.monotonic() - begin
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside (sampling, saving, the holdout) is not training and counts towards no throughput."""
+        begin = time.monotonic()
+        yield
+        if self.active:
+            self.away_since_mark += time.monotonic() - begin
+
+    def close(self) -> None:
+        """Finish the progress line, the file and the trackers; safe to call twice."""
+        if not self.active:
+            return
+        self.active = False
+        if self.live:
+            self.live.stop()
+        self.file.close()
+        for tracker in self.trackers:
+            tracker.finish()
+
+    def _measured(self, step: int) -> dict[str, float]:
+        """Throughput since the previous call of this, and memory so far."""
+        now = time.monotonic()
+        seconds = max(now - self.mark - self.away_since_mark, 1e-9)
+        measured = {
+            "images_per_second": round((step - self.marked_step) * self.images_per_step / seconds, 4),
+            "data_wait": round(min(self.wait_since_mark / seconds, 1.0), 4),
+            "peak_memory": _peak_memory(self.accelerator.device),
+        }
+        self.mark, self.marked_step, self.away_since_mark, self.wait_since_mark = now, step, 0.0, 0.0
+        return measured
+
+    def _text(self) -> str:
+        parts = [] if math.isnan(self.loss) else [f"loss {self.loss:.4f}"]
+        if self.rate > 0:  # not NaN, not 0
+            parts.append(f"{self.rate:.3g} images/s")
+        done = self.step - self.first_step
+        if done:  # wall time, pauses included: that is what the person waits for
+            parts.append(f"{_clock((time.monotonic() - self.start) / done * (self.total_steps - self.step))} left")
+        return "  ".join(parts)
+
+    def _live_line(self, first_step: int) -> Progress | None:
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            return None
+        columns = (
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
+        live = Progress(*columns, console=console, refresh_per_second=4)
+        live.add_task("", total=self.total_steps, completed=first_step, text="")
+        live.start()
+        return live
+
+    def _start_trackers(self, first_step: int) -> list[Any]:
+        if not self.cfg.report_to:
+            return []
+        name = self.cfg.output_dir.resolve().name
+        options = {
+            "tensorboard": {"purge_step": first_step + 1 if first_step else None},
+            "wandb": {"name": name, "dir": str(self.cfg.output_dir)},
+            "trackio": {"name": name},
+        }
+        self.accelerator.init_trackers(
+            self.cfg.tracker_project_name, config=plain(self.cfg.model_dump()), init_kwargs=options
+        )
+        return self.accelerator.trackers
+
+
+def plain(values: dict[str, Any]) -> dict[str, str | int | float | bool]:
+    """A config as trackers take it: paths and the rest as text, lists joined by commas, None as ``none``."""
+
+    def one(value: Any) -> str | int | float | bool:
+        if isinstance(value, (str, int, float, bool)):
+            return value
+        if isinstance(value, (list, tuple)):
+            return ", ".join(map(str, value))
+        return "none" if value is None else str(value)
+
+    return {k: one(v) for k, v in values.items()}
+
+
+def cut_off(path: Path, first_step: int) -> float:
+    """Keep the lines of ``path`` up to ``first_step``, none for 0; return the ``seconds`` of the last one.
+
+    The rest is what an interrupted run wrote after its last checkpoint, perhaps with half a line at the end.
+    """
+    kept, seconds = [], 0.0
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+            if not 0 < first_step >= line["step"]:
+                continue
+        except (ValueError, KeyError, TypeError):
+            continue
+        kept.append(text + "\n")
+        seconds = line.get("seconds") or seconds
+    if path.exists():
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("w", encoding="utf-8") as out:
+            out.writelines(kept)
+            out.flush()
+            os.fsync(out.fileno())
+        partial.replace(path)
+    return seconds
+
+
+def _track_image(tracker: Any, sheet: Image.Image, step: int) -> None:
+    """The trackers that take pictures each want them their own way; the others get none."""
+    if tracker.name == "tensorboard":
+        import numpy
+
+        tracker.log_images({"samples": numpy.asarray(sheet)[None]}, step=step, dataformats="NHWC")
+    elif tracker.name == "wandb":
+        tracker.log_images({"samples": [sheet]}, step=step)
+    elif tracker.name == "trackio":
+        import trackio
+
+        tracker.log({"samples": trackio.Image(sheet)}, step=step)
+
+
+def _peak_memory(device: Any) -> float:
+    """Bytes: the allocator's peak on a GPU, else the peak resident set of the process; NaN where unknown."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return math.nan
+    status = Path("/proc/self/status")  # on Linux, where rusage also counts what started this process
+    if status.exists():
+        peak = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) * 1024
+    import resource  # which Windows lacks
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,265 @@
+"""``report.html``: a run on one page, from what lies in its folder; it opens from disk, without a network.
+
+The page's frame, style and script are ``report.html`` beside this file; here its parts are made.
+"""
+
+import base64
+import io
+import json
+import shlex
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any, NamedTuple
+
+import yaml
+from PIL import Image
+
+from sdtune import __version__
+from sdtune.config.methods import config_class
+from sdtune.config.sections import Run
+from sdtune.run import usage
+from sdtune.run.contact_sheet import cells
+from sdtune.run.curves import Points, chart, number, smooth
+from sdtune.run.folder import artefact, by_path, entries
+
+MOST_CELLS = 120  # images on the page, about 15 kB each
+CELL_SIDE = 320  # pixels; larger samples are shown reduced
+MEASURED = {
+    *("step", "seconds", "loss", "holdout_loss", "learning_rate", "grad_norm", "skipped_steps"),
+    *("images_per_second", "data_wait", "peak_memory"),
+}
+"""What the lines of every run have."""
+
+
+class Sheet(NamedTuple):
+    step: int
+    cells: list[tuple[Image.Image, str]]
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``report.html`` into a run's folder, from those of its files that are there; return its path."""
+    config = _load(folder / "config.yaml", {})
+    lines = _metrics(folder / "metrics.jsonl")
+    sheets, count = _sheets(folder / "samples")
+    method = config_class(config) if config else None
+    command = config.get("method") or (method.method if method else None)
+    names = [str(x) for x in (command, config.get("model"), config.get("dataset")) if x]
+    page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(
+        title=escape(" · ".join(names) or folder.resolve().name),
+        heading=" <span>·</span> ".join(map(escape, names)) or escape(folder.resolve().name),
+        state=_state(folder, config, lines),
+        figures=_figures(lines),
+        before_after=_before_after(sheets),
+        charts=_charts(lines),
+        strip=_strip(sheets, count),
+        commands=_commands(folder, config, method),
+        config=_config(config, method),
+        environment=_table("Environment", _load(folder / "environment.json", {}), "not recorded"),
+        version=escape(__version__),
+    )
+    out = folder / "report.html"
+    partial = out.with_name("report.html.partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(out)
+    return out
+
+
+def _load(path: Path, default: Any) -> Any:
+    """YAML or JSON, which is YAML."""
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or default) if path.is_file() else default
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``; a last one that is still being written is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def _series(lines: list[dict[str, Any]], key: str) -> Points:
+    return [(line["step"], line[key]) for line in lines if isinstance(line.get(key), (int, float))]
+
+
+def _sheets(folder: Path) -> tuple[list[Sheet], int]:
+    """Sample sheets in order of steps, evenly thinned to `MOST_CELLS` images; and how many there are."""
+    files = sorted(folder.glob("step-*.png"), key=lambda p: int(p.stem.removeprefix("step-")))
+    if not files:
+        return [], 0
+    with Image.open(files[-1]) as last:
+        most = max(2, MOST_CELLS // len(cells(last)))
+    if len(files) > most:
+        chosen = [files[round(k * (len(files) - 1) / (most - 1))] for k in range(most)]
+    else:
+        chosen = files
+    sheets = []
+    for file in chosen:
+        with Image.open(file) as sheet:
+            sheets.append(Sheet(int(file.stem.removeprefix("step-")), cells(sheet)))
+    return [s for s in sheets if len(s.cells) == len(sheets[-1].cells)], len(files)
+
+
+def _again(record: Path, method: type[Run] | None) -> str:
+    """The command that continues the run, from the first line of its record."""
+    first = record.read_text(encoding="utf-8").partition("\n")[0] if record.exists() else ""
+    written = first.removeprefix("# ") if first.startswith("# sdtune ") else ""
+    return written or f"sdtune {method.method if method else 'METHOD'} --config {shlex.quote(str(record))}"
+
+
+def _state(folder: Path, config: dict[str, Any], lines: list[dict[str, Any]]) -> str:
+    done = max((line["step"] for line in lines), default=0)
+    total = config.get("steps")
+    state = f"step {done}" + (f" of {total}" if total else "")
+    if files := artefact(folder):
+        state = f"finished after {done} steps; wrote {', '.join(entries(folder, files))}"
+    return escape(f"sdtune run in {folder}: {state}")
+
+
+def _figures(lines: list[dict[str, Any]]) -> str:
+    """What one asks first, as a list of terms; a figure never logged is left out."""
+    last = {key: values[-1] for key in ("images_per_second", "seconds") if (values := _series(lines, key))}
+    shown = [("Steps", f"{max((line['step'] for line in lines), default=0):,}")]
+    if loss := _series(lines, "loss"):
+        tail = [value for _, value in loss[-max(1, len(loss) // 20) :]]
+        shown.append(("Final loss", f"{sum(tail) / len(tail):.4f}"))
+    if holdout := _series(lines, "holdout_loss"):
+        shown.append(("Holdout loss", f"{holdout[-1][1]:.4f} <small>from {holdout[0][1]:.4f}</small>"))
+    if rates := sorted(value for _, value in _series(lines, "images_per_second")):
+        shown.append(("Throughput", f"{rates[len(rates) // 2]:.3g} <small>images/s</small>"))
+    if waits := [value for _, value in _series(lines, "data_wait")]:
+        shown.append(("Waiting for data", f"{100 * sum(waits) / len(waits):.1f} <small>%</small>"))
+    if memory := _series(lines, "peak_memory"):
+        shown.append(("Peak memory", f"{max(m for _, m in memory) / 2**30:.2f} <small>GiB</small>"))
+    if "seconds" in last:
+        minutes, seconds = divmod(round(last["seconds"][1]), 60)
+        hours, minutes = divmod(minutes, 60)
+        clock = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+        shown.append(("Time", f"{clock} <small>{'h' if hours else 'min'}</small>"))
+    return "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown)
+
+
+def _image(image: Image.Image, alt: str) -> str:
+    """An ``img`` that carries its pixels: exact if small, else reduced to `CELL_SIDE` as WebP."""
+    data, kind = io.BytesIO(), "png"
+    if max(image.size) <= 128:
+        image.save(data, format="PNG", optimize=True)
+    else:
+        kind, small = "webp", image.copy()
+        small.thumbnail((CELL_SIDE, CELL_SIDE), Image.Resampling.LANCZOS)
+        small.save(data, format="WEBP", quality=85)
+    text = base64.b64encode(data.getvalue()).decode()
+    look = ' class="small"' if kind == "png" else ""
+    size = f'width="{image.width}" height="{image.height}"'
+    return f'<img{look} {size} alt="{escape(alt)}" src="data:image/{kind};base64,{text}">'
+
+
+def _before_after(sheets: list[Sheet]) -> str:
+    if len(sheets) < 2:
+        return '<p class="none">Two sets of samples make a comparison; there are not yet as many.</p>'
+    first, last = sheets[0], sheets[-1]
+    pairs = ""
+    for (before, prompt), (after, _) in zip(first.cells, last.cells, strict=True):
+        pairs += (
+            '<figure class="pair card"><div>'
+            f"<div><p>step {first.step}</p>{_image(before, f'before: {prompt}')}</div>"
+            f'<div class="after"><p>step {last.step}</p>{_image(after, f"after: {prompt}")}</div></div>'
+            f"<figcaption>{escape(prompt)}</figcaption></figure>"
+        )
+    scrub = (
+        '<label class="scrub" hidden><span>Step on the right</span>'
+        f'<input type="range" min="0" max="{len(sheets) - 1}" value="{len(sheets) - 1}"></label>'
+    )
+    return f'{scrub}<div class="pairs">{pairs}</div>'
+
+
+def _strip(sheets: list[Sheet], count: int) -> str:
+    """A row for each prompt, a column for each step."""
+    if not sheets:
+        return '<p class="none">No samples yet.</p>'
+    heads = "".join(f'<th scope="col" data-step="{s.step}">step {s.step}</th>' for s in sheets)
+    rows = ""
+    for k, (_, prompt) in enumerate(sheets[-1].cells):
+        images = "".join(f"<td>{_image(s.cells[k][0], f'step {s.step}: {prompt}')}</td>" for s in sheets)
+        rows += f'<tr><th scope="row">{escape(prompt)}</th>{images}</tr>'
+    table = f'<table class="strip"><thead><tr><td></td>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+    left_out = f'<p class="none">{len(sheets)} of {count} sets shown.</p>' if count > len(sheets) else ""
+    return f'<div class="card scroll" tabindex="0" role="region" aria-label="Samples">{table}</div>{left_out}'
+
+
+def _charts(lines: list[dict[str, Any]]) -> str:
+    loss, holdout = _series(lines, "loss"), _series(lines, "holdout_loss")
+    if not loss and not holdout:
+        return '<p class="none">No step has been logged yet.</p>'
+    waits = [(step, 100 * share) for step, share in _series(lines, "data_wait")]
+    charts = [
+        ("Loss", "", {"smoothed": smooth(loss), "logged": loss, "holdout": holdout}),
+        ("Learning rate", "", {"learning rate": _series(lines, "learning_rate")}),
+        ("Gradient norm", "before clipping", {"gradient norm": _series(lines, "grad_norm")}),
+        ("Throughput", "images/s", {"images/s": _series(lines, "images_per_second")}),
+        ("Waiting for data", "% of the time", {"%": waits}),
+        *((key[0].upper() + key[1:].replace("_", " "), "", {key: _series(lines, key)}) for key in _figures_of(lines)),
+    ]
+    return (
+        '<div class="charts">'
+        + "".join(chart(*c, from_zero=c[0] != "Loss") for c in charts if any(c[2].values()))
+        + "</div>"
+    )
+
+
+def _figures_of(lines: list[dict[str, Any]]) -> list[str]:
+    """What a recipe told beside its loss."""
+    return sorted({key for line in lines for key in line} - MEASURED)
+
+
+def _commands(folder: Path, config: dict[str, Any], method: type[Run] | None) -> str:
+    what = usage.made(by_path(folder, artefact(folder)))
+    prompt = (config.get("validation_prompt") or ["..."])[0]
+    shown = [
+        ("Continue, or see that it is complete", _again(folder / "config.yaml", method)),
+        ("Draw with it", shlex.join(usage.sample(what, str(folder), str(prompt)))),
+        ("Publish it", shlex.join(["sdtune", "push", str(folder)])),
+    ]
+    return (
+        '<div class="card">'
+        + "".join(
+            f'<div>{what}</div><div class="command"><pre>{escape(line)}</pre>'
+            f'<button type="button" hidden aria-label="Copy: {what}">Copy</button></div>'
+            for what, line in shown
+        )
+        + "</div>"
+    )
+
+
+def _config(config: dict[str, Any], method: type[Run] | None) -> str:
+    """What differs from the defaults, in bold; the rest folded away."""
+    defaults = {k: f.get_default() for k, f in method.model_fields.items()} if method else {}
+    differs = {k: v for k, v in config.items() if k not in defaults or _plain(defaults[k]) != _plain(v)}
+    same = {k: v for k, v in config.items() if k not in differs}
+    folded = _table("", same, "") if same else ""
+    return _table("Settings that differ from the defaults", differs, "none", "set") + (
+        f"<details><summary>{len(same)} at their defaults</summary>{folded}</details>" if same else ""
+    )
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "\n".join(map(_plain, value)) or "none"
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    return number(value) if isinstance(value, float) else str(value) or "empty"
+
+
+def _table(title: str, values: dict[str, Any], empty: str, look: str = "") -> str:
+    heading = f"<h3>{title}</h3>" if title else ""
+    if not values:
+        return f'{heading}<p class="none">{empty}</p>'
+    rows = "".join(
+        f'<tr class="{look}"><th scope="row">{escape(str(k)).replace("_", "_<wbr>")}</th>'
+        f"<td>{escape(_plain(v))}</td></tr>"
+        for k, v in values.items()
+    )
+    return f'{heading}<table class="data"><tbody>{rows}</tbody></table>'

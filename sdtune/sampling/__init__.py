@@ -1,0 +1,1 @@
+"""`sdtune sample`: images from a model. Imports `config`, `run`, `diffusion` and `models`."""

@@ -1,0 +1,256 @@
+"""``sdtune sample``: a base model, adapters with weights, and prompts, to images (``sample_pixels`` for pixel models).
+
+`generate` also draws the previews of training, so a preview is what the artefact will give. Image k of a call
+starts from the noise of ``torch.Generator("cpu").manual_seed(seed + k)``, whatever the batch size, so stock
+diffusers repeats any one of them:
+
+    pipe(prompt, num_inference_steps=25, guidance_scale=5.0,
+         generator=torch.Generator("cpu").manual_seed(seed + k)).images[0]
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from rich.console import Console
+from rich.progress import Progress
+
+from sdtune.config.parsing import flag
+from sdtune.config.sections import UserError
+from sdtune.config.verbs import SampleConfig
+from sdtune.diffusion.schedulers import make_scheduler
+from sdtune.models import families
+from sdtune.models.loading import load_adapters, load_embeddings, load_pipeline, split_weight
+from sdtune.run.contact_sheet import grid, save_sheet
+from sdtune.sampling.sample_pixels import PixelJob, of_pixels
+
+STEPS = 25
+SHOWN = 100
+"""Most images of a call that are kept in memory, for its sheet."""
+OF_LATENTS = "adapter embedding unet vae negative_prompt width height"
+OF_PIXELS = "classes classifier clip_model eta variance_type strip interpolate"
+"""Options that only one kind of model has a use for."""
+
+
+def sample(cfg: SampleConfig) -> list[Path]:
+    """Make the images of ``cfg`` and return their files.
+
+    ``output_dir`` receives ``00000.png``, ``00001.png``, ... as they are made; ``prompts.jsonl`` with the
+    ``file_name``, ``text`` and ``seed`` of each; and ``grid.png``, a sheet of this call's first hundred images.
+    Nothing but sheets is overwritten: a second call into the same folder goes on numbering where the first one ended.
+    """
+    prompts = read_prompts(cfg)
+    cfg = _with_base(cfg)
+    source = families.resolve_model(cfg.model)
+    pixels = of_pixels(families.model_index(source, cfg))
+    refuse(cfg, *((OF_LATENTS, "a model of pixels") if pixels else (OF_PIXELS, "a text-to-image model")))
+    job: Job = PixelJob(cfg, prompts) if pixels else PromptJob(cfg, prompts)
+    try:
+        cfg.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {cfg.output_dir}: cannot be written ({error.strerror})") from error
+    taken = [int(p.stem) for p in cfg.output_dir.glob("*.png") if re.fullmatch(r"\d{5,}", p.stem)]
+    first, total, files = max(taken, default=-1) + 1, len(job.records), []
+    shown: list[Image.Image] = []
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("Sampling", total=float(total))
+
+        def report(share: float) -> None:
+            bar.update(task, completed=len(files) + share * min(cfg.batch_size, total - len(files)))
+
+        for start in range(0, total, cfg.batch_size):
+            rows = slice(start, start + cfg.batch_size)
+            images = job.draw(rows, report)
+            shown += images[: SHOWN - len(shown)]
+            with (cfg.output_dir / "prompts.jsonl").open("a", encoding="utf-8") as lines:
+                for image, record in zip(images, job.records[rows], strict=True):
+                    files.append(cfg.output_dir / f"{first + len(files):05d}.png")
+                    info = PngInfo()
+                    info.add_text("parameters", _parameters(cfg, job.facts, record, image))
+                    image.save(files[-1], pnginfo=info)
+                    lines.write(json.dumps({"file_name": files[-1].name} | record, ensure_ascii=False) + "\n")
+    for name, sheet in job.sheets(shown).items():
+        save_sheet(sheet, cfg.output_dir / name)
+    return files
+
+
+class Job(Protocol):
+    """The images of one call."""
+
+    records: list[dict[str, Any]]
+    """``text`` and ``seed`` of each."""
+    facts: dict[str, Any]
+    """How all of them come about, for their text chunks."""
+
+    def draw(self, rows: slice, progress: Callable[[float], None]) -> list[Image.Image]: ...
+    def sheets(self, images: Sequence[Image.Image]) -> dict[str, Image.Image]: ...
+
+
+class PromptJob:
+    """Prompts for a text-to-image model, with adapters on it."""
+
+    def __init__(self, cfg: SampleConfig, prompts: Sequence[str]):
+        if not prompts:
+            raise UserError("nothing to show: give --prompt or --prompt-file")
+        texts = [p for p in prompts for _ in range(cfg.num_images_per_prompt)]
+        self.cfg = cfg
+        self.records = [{"text": text, "seed": cfg.seed + k} for k, text in enumerate(texts)]
+        self.scale = 5.0 if cfg.guidance_scale is None else cfg.guidance_scale
+        self.pipe = load_pipeline(cfg)
+        load_adapters(self.pipe, cfg.adapter)
+        load_embeddings(self.pipe, cfg.embedding, cfg.adapter)
+        if cfg.scheduler:
+            self.pipe.scheduler = make_scheduler(cfg.scheduler, self.pipe.scheduler)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        sampler = type(self.pipe.scheduler).__name__
+        return {"Steps": self.cfg.steps or STEPS, "Sampler": sampler, "CFG scale": self.scale}
+
+    def draw(self, rows: slice, progress: Callable[[float], None]) -> list[Image.Image]:
+        cfg = self.cfg
+        return generate(
+            self.pipe,
+            [record["text"] for record in self.records[rows]],
+            [record["seed"] for record in self.records[rows]],
+            steps=cfg.steps or STEPS,
+            guidance_scale=self.scale,
+            negative_prompt=cfg.negative_prompt,
+            guidance_rescale=cfg.guidance_rescale,
+            batch_size=cfg.batch_size,
+            width=cfg.width,
+            height=cfg.height,
+            progress=progress,
+        )
+
+    def sheets(self, images: Sequence[Image.Image]) -> dict[str, Image.Image]:
+        return {"grid.png": grid(images, [record["text"] for record in self.records[: len(images)]])}
+
+
+def refuse(cfg: SampleConfig, names: str, kind: str) -> None:
+    """Raise `UserError` where an option is given that ``kind`` of model has no use for."""
+    defaults = {name: field.get_default() for name, field in SampleConfig.model_fields.items()}
+    if given := [flag(name) for name in names.split() if getattr(cfg, name) != defaults[name]]:
+        raise UserError(f"{', '.join(given)}: not for {kind}, which {cfg.model} is")
+
+
+def tell(cfg: SampleConfig) -> str:
+    files = sample(cfg)
+    sheet = "interpolation.png" if cfg.interpolate else "grid.png"
+    return f"{len(files)} images in {cfg.output_dir}, side by side in {cfg.output_dir / sheet}"
+
+
+@torch.no_grad()
+def generate(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance_scale: float,
+    negative_prompt: str = "",
+    guidance_rescale: float = 0.0,
+    batch_size: int = 4,
+    width: int | None = None,
+    height: int | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> list[Image.Image]:
+    """One image for each prompt, in order; image k has the noise of ``seeds[k]``.
+
+    Modules in training mode are put in evaluation mode, and back. ``progress`` is called with the share done,
+    0 to 1. Raises `UserError` for what this pipeline cannot do: a size, a rescale, a number of steps.
+    """
+    if (width is None) != (height is None):  # diffusers would take its own for both
+        raise UserError("width and height: give both, or neither for the base's own")
+    accepted = inspect.signature(pipe.__call__).parameters
+    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    options |= {"width": width, "height": height, "guidance_rescale": guidance_rescale or None}
+    options = {k: v for k, v in options.items() if v is not None}
+    if refused := [k for k in options if k not in accepted]:
+        raise UserError(f"{type(pipe).__name__} has no {', '.join(refused)}: leave it out")
+    pipe.set_progress_bar_config(disable=True)
+    modules = [m for c in pipe.components.values() if isinstance(c, torch.nn.Module) for m in c.modules()]
+    training = [m for m in modules if m.training]
+    images: list[Image.Image] = []
+    try:
+        for m in training:
+            m.training = False
+        for start in range(0, len(prompts), batch_size):
+            batch = list(prompts[start : start + batch_size])
+            if progress:
+                options["callback_on_step_end"] = _reporter(progress, len(images), len(batch), len(prompts))
+            noise = [torch.Generator("cpu").manual_seed(s) for s in seeds[start : start + batch_size]]
+            images += pipe(
+                batch,
+                # None, not "": SDXL takes zeros for an absent negative prompt, and so do its users
+                negative_prompt=[negative_prompt] * len(batch) if negative_prompt else None,
+                generator=noise,
+                **options,
+            ).images
+    except ValueError as error:  # diffusers checks sizes and numbers of steps, in words that name them
+        raise UserError(f"{type(pipe).__name__}: {str(error).splitlines()[0]}") from error
+    finally:
+        for m in training:
+            m.training = True
+    return images
+
+
+def read_prompts(cfg: SampleConfig) -> list[str]:
+    """The prompts of ``cfg`` and then those of its file, blank lines left out."""
+    prompts = list(cfg.prompt)
+    if cfg.prompt_file:
+        try:
+            lines = cfg.prompt_file.read_text(encoding="utf-8-sig").splitlines()
+        except OSError as error:
+            raise UserError(f"--prompt-file {cfg.prompt_file}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompt-file {cfg.prompt_file}: not UTF-8 at byte {error.start}") from error
+        prompts += [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise UserError(f"--prompt-file {cfg.prompt_file}: no prompt in it")
+    return prompts
+
+
+def _with_base(cfg: SampleConfig) -> SampleConfig:
+    """``cfg`` with what ``auto`` stands for: the model of the first run of an adapter, word or UNet, with its VAE."""
+    if cfg.model != "auto":
+        return cfg
+    for text in [*cfg.adapter, *cfg.embedding, *([str(cfg.unet)] if cfg.unet else [])]:
+        record = Path(split_weight(text)[0]) / "config.yaml"
+        if record.is_file():
+            run = yaml.safe_load(record.read_text(encoding="utf-8"))
+            base = {k: run[k] for k in ("model", "revision", "variant", "vae") if run.get(k) is not None}
+            return cfg.model_copy(update=base)
+    return cfg.model_copy(update={"model": "tiny"})
+
+
+def _reporter(progress: Callable[[float], None], done: int, batch: int, total: int) -> Callable[..., dict]:
+    def report(pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict) -> dict:
+        progress((done + batch * (step + 1) / pipe.num_timesteps) / total)
+        return tensors
+
+    return report
+
+
+def _parameters(cfg: SampleConfig, facts: dict[str, Any], record: dict[str, Any], image: Image.Image) -> str:
+    """How an image came about, in the layout that image viewers read from the text chunk ``parameters``."""
+    facts = facts | {"Seed": record["seed"], "Size": f"{image.width}x{image.height}", "Model": cfg.model}
+    if cfg.guidance_rescale:
+        facts["CFG rescale"] = cfg.guidance_rescale
+    if cfg.adapter:
+        facts["Adapters"] = " ".join(cfg.adapter)
+    if cfg.embedding:
+        facts["Embeddings"] = " ".join(cfg.embedding)
+    if cfg.unet:
+        facts["UNet"] = str(cfg.unet)
+    negative = f"Negative prompt: {cfg.negative_prompt}\n" if cfg.negative_prompt else ""
+    return f"{record['text']}\n{negative}{', '.join(f'{k}: {v}' for k, v in facts.items())}"

@@ -1,0 +1,164 @@
+"""What makes a run fit into memory: the largest batch, and the options that save enough, each one estimated."""
+
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from sdtune.config.methods import DreamBoothConfig, LoraConfig
+from sdtune.config.sections import RunFailed, UserError
+from sdtune.recipes.recipe import Recipe
+from sdtune.training.memory_estimate import Need, estimate, outline, rehearse
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parsed(text: str) -> int:
+    """Bytes of ``8GB``, ``8GiB`` or ``8e9``. Raises: UserError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
+    if not found or found[2] not in UNITS or not (size := int(float(found[1]) * UNITS[found[2]])):
+        raise UserError(f"--memory {text}: wants a size, such as 8GB or 7.5GiB")
+    return size
+
+
+def told(size: float) -> str:
+    """Bytes as a person reads them."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def device_of_run() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def limit_of(text: str | None, device: torch.device) -> int:
+    """Bytes that a process may use: as asked, or all that its device has free."""
+    if text is not None:
+        return parsed(text)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class Estimates:
+    """Estimates of a run under changes of its options, each made once.
+
+    Args:
+        world: processes of the run.
+    """
+
+    def __init__(self, kind: type[Recipe], cfg: Any, device: torch.device, world: int):
+        self.kind, self.cfg, self.device, self.world = kind, cfg, device, world
+        self.base: int | None = None
+        self.known: dict[str, Need] = {}
+
+    @property
+    def share(self) -> int:
+        """Images of a step that each process sees."""
+        return self.cfg.train_batch_size * self.cfg.gradient_accumulation_steps
+
+    def of(self, **changed: Any) -> Need:
+        """The need under some changes. Raises: UserError, RuntimeError, as `memory.estimate` does."""
+        key = repr(sorted(changed.items()))
+        if key not in self.known:
+            cfg = self.cfg.model_copy(update=changed)
+            recipe, dataset = outline(self.kind, cfg, self.share * self.world, lambda line: None)
+            self.known[key] = estimate(recipe, dataset, self.device, self.base)
+            self.base = self.known[key].base
+        return self.known[key]
+
+    def attempt(self, changed: dict[str, Any]) -> Need | None:
+        """As `of`; ``None`` where an option needs what is not there."""
+        try:
+            return self.of(**changed)
+        except UserError:
+            return None
+
+    def batches(self) -> Iterator[dict[str, int]]:
+        """Ways to cut the images of a step, the largest batch first."""
+        for size in range(self.share, 0, -1):
+            if self.share % size == 0:
+                yield {"train_batch_size": size, "gradient_accumulation_steps": self.share // size}
+
+    def fitting_batch(self, limit: int) -> dict[str, int] | None:
+        """The largest batch that fits and is smaller than the run's own."""
+        smaller = (cut for cut in self.batches() if cut["train_batch_size"] < self.cfg.train_batch_size)
+        return next((cut for cut in smaller if self.of(**cut).total <= limit), None)
+
+
+def savings(cfg: Any) -> Iterator[dict[str, Any]]:
+    """Changes of options that save memory, those first that change least of what is learnt."""
+    if not cfg.gradient_checkpointing:
+        yield {"gradient_checkpointing": True}
+    if isinstance(cfg, LoraConfig) or (isinstance(cfg, DreamBoothConfig) and cfg.lora):
+        yield from ({"quantize_base": bits} for bits in ("int8", "nf4") if not cfg.quantize_base and not cfg.use_dora)
+    if cfg.optimizer == "adamw" and not cfg.use_8bit_adam:
+        yield {"use_8bit_adam": True}
+    if cfg.mixed_precision in (None, "no"):
+        yield {"mixed_precision": "bf16"}
+    if cfg.use_ema:
+        yield {"use_ema": False}
+
+
+def ways(estimates: Estimates, limit: int) -> list[tuple[dict[str, Any], Need]]:
+    """The changes with each of which a run fits; where none is enough alone, as many together as are.
+
+    The one returned does not fit where nothing does.
+    """
+    cfg, smaller = estimates.cfg, estimates.fitting_batch(limit)
+    alone = [*([smaller] if smaller else []), *savings(cfg)]
+    fits = [(changed, need) for changed in alone if (need := estimates.attempt(changed)) and need.total <= limit]
+    if fits:
+        return fits
+    together: dict[str, Any] = {}
+    best = estimates.of()
+    for changed in (*savings(cfg), {"train_batch_size": 1, "gradient_accumulation_steps": estimates.share}):
+        need = estimates.attempt(together | changed)
+        if need and need.total < best.total:
+            together, best = together | changed, need
+        if best.total <= limit:
+            break
+    return [(together, best)]
+
+
+def largest_batch(kind: type[Recipe], cfg: Any, world: int, memory: str | None) -> Any:
+    """The config with the images of a step cut into the largest batches that fit; what is learnt stays the same.
+
+    On a GPU a batch that should fit is tried, and the next smaller one if it does not.
+
+    Raises:
+        UserError: not even a batch of one image fits.
+    """
+    device = device_of_run()
+    limit = limit_of(memory, device)
+    estimates = Estimates(kind, cfg, device, world)
+    try:
+        for cut in estimates.batches():
+            chosen, need = cfg.model_copy(update=cut), estimates.of(**cut)
+            fits = need.total <= limit
+            if fits and device.type == "cuda":
+                fits = really_fits(kind, chosen, device, estimates.share * world, limit)
+            if fits:
+                size, times = cut.values()
+                print(
+                    f"--find-batch-size: --train-batch-size {size} --gradient-accumulation-steps {times}, "
+                    f"{told(need.total)} of {told(limit)} (estimate)"
+                )
+                return chosen
+    except RuntimeError as error:
+        raise RunFailed(f"--find-batch-size: this recipe cannot be traced ({str(error).splitlines()[0]})") from error
+    raise UserError(
+        f"--find-batch-size: a batch of one image needs {told(need.total)}, and {told(limit)} are there; "
+        "`sdtune check`, with the same options, says what makes it fit"
+    )
+
+
+def really_fits(kind: type[Recipe], cfg: Any, device: torch.device, group: int, limit: int) -> bool:
+    """Whether a real step on a GPU stays within ``limit`` bytes."""
+    try:
+        fits = rehearse(kind, cfg, device, group) <= limit
+    except torch.OutOfMemoryError:
+        fits = False
+    torch.cuda.empty_cache()  # once the error, and what it holds, is gone
+    return fits

@@ -1,0 +1,149 @@
+"""`sdtune check`: what is wrong with a run, and what it will cost, without training."""
+
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from sdtune.config import parsing
+from sdtune.config.sections import Model, Run, UserError
+from sdtune.models import families
+from sdtune.recipes.recipe import Recipe
+from sdtune.run import folder
+from sdtune.run.metrics import check_trackers
+from sdtune.run.plan import plan, steps_of
+from sdtune.run.precision import precision_of
+from sdtune.training import optim
+from sdtune.training.batch_size import Estimates, device_of_run, largest_batch, limit_of, told, ways
+from sdtune.training.memory_estimate import Need, outline, size_of
+
+
+def check(
+    kind: type[Recipe],
+    cfg: Any,
+    num_processes: int | None = None,
+    memory: str | None = None,
+    find_batch_size: bool = False,
+) -> None:
+    """Print what a run shows, does and needs.
+
+    Raises:
+        UserError: all that is wrong with it, a line each.
+    """
+    device, world = device_of_run(), num_processes or 1
+    problems = Problems()
+    limit = problems.of(lambda: limit_of(memory, device))
+    problems.of(lambda: check_trackers(cfg.report_to))
+    problems.of(lambda: precision_of(cfg))
+    problems.of(lambda: optim.learning_rate(cfg, 1))
+    problems.of(lambda: optim.make_optimizer(cfg, [{"params": [torch.nn.Parameter(torch.zeros(1))]}]))
+    problems.of(lambda: same_run(cfg))
+    images = cfg.train_batch_size * cfg.gradient_accumulation_steps * world
+    made = problems.of(lambda: outline(kind, cfg, images, print))
+    if made is None and isinstance(cfg, Model):  # the images are looked at first, so the base may not have been
+        problems.of(lambda: families.load(cfg, torch.device("meta"), torch.float32))
+    problems.tell()
+    recipe, dataset = made
+    trained = [p for p in recipe.parameters() if p.requires_grad]
+    peaks = [group["lr"] for group in recipe.parameter_groups()]
+    total = steps_of(cfg, dataset.stream)
+    print(plan(cfg, dataset.stream, total, world, peaks, sum(p.numel() for p in trained)))
+    estimates = Estimates(kind, cfg, device, world)
+    try:
+        need = problems.of(estimates.of)
+        problems.tell()
+        print(disk_line(cfg, need, size_of(trained), problems))
+        for line in memory_lines(need, device):
+            print(line)
+        if find_batch_size:
+            problems.of(lambda: largest_batch(kind, cfg, world, memory))
+        elif need.total > limit:
+            problems.lines.append(too_much(cfg, estimates, limit, device))
+    except RuntimeError as error:
+        print(f"memory: this recipe cannot be traced ({str(error).splitlines()[0]}), so no figure")
+    problems.tell()
+
+
+def same_run(cfg: Run) -> None:
+    """Raises: UserError when the run's folder holds another run."""
+    written = cfg.output_dir / "config.yaml"
+    if written.exists() and (changed := folder.differences(cfg, written)):
+        raise UserError(
+            f"--output-dir {cfg.output_dir}: holds a run with another config ({'; '.join(changed)}); name another "
+            "folder, start anew with --overwrite, or continue with --allow-change"
+        )
+
+
+def disk_line(cfg: Run, need: Need, weights: int, problems: "Problems") -> str:
+    """What the checkpoints take; a disk too small for them is a problem."""
+    one, most = weights + need.optimizer + need.average, cfg.checkpoints_total_limit + 1
+    place = next(p for p in (cfg.output_dir.absolute(), *cfg.output_dir.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(place).free
+    if one * most > free:
+        problems.lines.append(
+            f"--output-dir {cfg.output_dir}: its checkpoints need {told(one * most)}, {told(free)} are free; make room "
+            "or name a folder on another disk"
+        )
+    return f"disk: {told(one)} a checkpoint, up to {most} at a time, {told(one * most)}; {told(free)} free"
+
+
+def memory_lines(need: Need, device: torch.device) -> Iterator[str]:
+    """The estimate and what it is made of, the largest first."""
+    yield f"memory: {told(need.total)} at the worst moment of a step, on each process ({device.type}; an estimate)"
+    for name, size in sorted(need._asdict().items(), key=lambda item: -item[1]):
+        if size:
+            yield f"  {told(size):>10}  {MEANING[name]}"
+
+
+MEANING = {
+    "base": "the process itself, without a model",
+    "weights": "weights, trained and frozen",
+    "optimizer": "state of the optimizer",
+    "average": "moving average of the weights",
+    "gradients": "gradients",
+    "activations": "activations, and the batch",
+    "temporary": "temporary, in the backward pass",
+    "reading": "more than a step takes, while the base is read in 32 bits",
+}
+"""Parts of a need in words."""
+
+
+def too_much(cfg: Run, estimates: Estimates, limit: int, device: torch.device) -> str:
+    """What is said of a run that does not fit: each way out, with what it then needs."""
+    there = f"{told(estimates.of().total)} are needed at once, and {told(limit)} are there"
+    found = list(ways(estimates, limit))
+    fits = [f"{flags(changed)}: {told(need.total)}" for changed, need in found if need.total <= limit]
+    if fits:
+        return "\n       ".join([f"--memory: {there}; it fits with", *fits])
+    changed, need = found[-1]
+    return (
+        f"--memory: {there}; {flags(changed) or 'nothing'} would make it {told(need.total)}, and nothing makes it fit"
+    )
+
+
+def flags(changed: dict[str, Any]) -> str:
+    """Options as they are given on the command line."""
+    return shlex.join(word for name, value in changed.items() for word in parsing.flag_words(name, value))
+
+
+class Problems:
+    """What is wrong, each thing once."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def of(self, work: Callable[[], Any]) -> Any:
+        """What ``work`` returns; ``None``, its error kept, where it is the user's to mend."""
+        try:
+            return work()
+        except UserError as error:
+            if str(error) not in self.lines:
+                self.lines.append(str(error))
+            return None
+
+    def tell(self) -> None:
+        """Raises: UserError with all that was kept, if anything was."""
+        if self.lines:
+            raise UserError("\n       ".join(self.lines))

@@ -1,0 +1,193 @@
+"""How a step runs on the processes of a run: replicated (DDP) or sharded (FSDP2), and in which precision.
+
+What trains is float32 in every case. In half precision the forward pass is autocast (Micikevicius et al. 2018), and
+fp16 losses are scaled, so that small gradients do not round to nothing; a step whose gradient is not finite is skipped.
+"""
+
+import copy
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from sdtune.config.sections import Run
+from sdtune.recipes.recipe import Recipe, told
+from sdtune.run.precision import dtype_of
+from sdtune.training import optim
+
+INIT_SCALE = 2.0**16
+"""By what fp16 losses are multiplied at first; halved after an overflow, doubled after 2000 steps without one."""
+
+
+class Engine:
+    """One process; and what all have in common.
+
+    ``model`` is called as the recipe is, and trains; inside it nothing is wrapped (see `recipe.Recipe`).
+    """
+
+    told = ""
+    """How the weights are held, to be told after the plan; nothing where there is nothing to tell."""
+
+    def __init__(self, recipe: Recipe, cfg: Run, accelerator: Accelerator):
+        self.recipe, self.device, self.world = recipe, accelerator.device, accelerator.num_processes
+        self.dtype, self.accumulation = dtype_of(cfg), cfg.gradient_accumulation_steps
+        self.scaler = torch.amp.GradScaler(self.device.type, INIT_SCALE, enabled=self.dtype == torch.float16)
+        self.model: nn.Module = recipe
+
+    def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and figures of a batch, in the precision of the run."""
+        with self.autocast():
+            return told(self.model(batch))
+
+    def take(self, optimizer: Optimizer) -> None:
+        """The optimizer is made; training may begin."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Context in which the recipe runs in the precision of the run."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def local(self) -> AbstractContextManager[Any]:
+        """Context of a forward and backward pass whose gradients stay with the process, to be added to."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one of the micro-batches of a step."""
+        self.scaler.scale(loss / self.accumulation).backward()
+
+    def step(self, optimizer: Optimizer, max_norm: float) -> Tensor:
+        """Clip, take the step unless the gradient is not finite, and clear it; the gradient's norm before clipping."""
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(optimizer)
+        norm = whole(nn.utils.clip_grad_norm_(weights, max_norm))
+        if self.scaler.is_enabled():
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        else:
+            optim.step_if_finite(optimizer, norm)
+        optimizer.zero_grad()
+        return norm
+
+    @property
+    def overflows(self) -> bool:
+        """Whether losses are scaled, so that now and then a step is skipped as a matter of course."""
+        return self.dtype == torch.float16
+
+    def gathered(self) -> Recipe:
+        """On the first process the recipe with all weights, whole, to be exported; every process has to ask for it."""
+        return self.recipe
+
+    # ---- checkpoints: whole tensors, to be asked for by every process ------------------------------------
+
+    def weight(self, parameter: Tensor) -> Tensor:
+        """A trained weight, or its average, in float32."""
+        return whole(parameter.detach())
+
+    def set_weight(self, parameter: Tensor, value: Tensor) -> None:
+        parameter.copy_(like(value, parameter))
+
+    def save_optimizer(
+        self, optimizer: Optimizer, names: dict[Tensor, str]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """See `optim.save_state`."""
+        tensors, numbers = optim.save_state(optimizer, names)
+        return {name: whole(tensor) for name, tensor in tensors.items()}, numbers
+
+    def load_optimizer(
+        self, optimizer: Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor], numbers: dict[str, Any]
+    ) -> None:
+        optim.load_state(optimizer, names, tensors, numbers, like)
+
+    def save_scale(self) -> dict[str, Any]:
+        """By what fp16 losses are multiplied, and since when; empty in another precision."""
+        return self.scaler.state_dict()
+
+    def load_scale(self, saved: dict[str, Any]) -> None:
+        """Go on with what `save_scale` gave, of this engine or another."""
+        self.scaler.load_state_dict(saved)
+
+
+class Replicated(Engine):
+    """Every process holds all weights, and the gradients are averaged (Li et al. 2020)."""
+
+    def __init__(self, recipe: Recipe, cfg: Run, accelerator: Accelerator):
+        super().__init__(recipe, cfg, accelerator)
+        device = [self.device] if self.device.type == "cuda" else None
+        self.model = DistributedDataParallel(recipe, device, gradient_as_bucket_view=True, **FROZEN_BUFFERS)
+
+    def local(self):
+        return self.model.no_sync()
+
+
+# Buffers are never trained. torch 2.13 has renamed the option.
+FROZEN_BUFFERS: dict[str, Any] = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in DistributedDataParallel.__init__.__annotations__
+    else {"broadcast_buffers": False}
+)
+
+
+class Sharded(Engine):
+    """Every process holds a slice of each weight, and gathers a block when it computes it (Zhao et al. 2023, FSDP).
+
+    Each part of the recipe (UNet, text encoder) is a root of its own, so that it can be called by itself, as sampling
+    does. Then every process has to call it as often as the others.
+
+    Args:
+        plugin: what the accelerate config says of FSDP; of it count the blocks, resharding and offloading.
+    """
+
+    def __init__(self, recipe: Recipe, cfg: Run, accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin):
+        super().__init__(recipe, cfg, accelerator)
+        self.told = f"weights: each in {self.world} slices, one on a process (FSDP2)"
+        # FSDP changes the classes and hooks of a module, so what is exported is a copy that it has not seen
+        self.spare = copy.deepcopy(recipe).cpu() if accelerator.is_main_process else None
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        half = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32)
+        options: dict[str, Any] = {"mesh": mesh, "offload_policy": plugin.cpu_offload or OffloadPolicy()}
+        if self.dtype != torch.float32:
+            options["mp_policy"] = half
+        self.roots = []
+        for part in recipe.children():
+            blocks = plugin.transformer_cls_names_to_wrap or getattr(part, "_no_split_modules", None) or []
+            for module in reversed([m for m in part.modules() if type(m).__name__ in blocks and m is not part]):
+                fully_shard(module, reshard_after_forward=plugin.reshard_after_forward, **options)
+            self.roots.append(fully_shard(part, reshard_after_forward=plugin.reshard_after_forward, **options))
+
+    @contextmanager
+    def local(self):
+        for root in self.roots:
+            root.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            for root in self.roots:
+                root.set_requires_gradient_sync(True)
+
+    def gathered(self):
+        live = {name: whole(p.detach()) for name, p in self.recipe.named_parameters() if p.requires_grad}
+        if self.spare is not None:
+            for name, p in self.spare.named_parameters():
+                if p.requires_grad:
+                    p.data.copy_(live[name])
+        return self.spare or self.recipe
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each process may hold a slice, in full; then all processes have to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, place: Tensor) -> Tensor:
+    """A whole tensor where ``place`` is, and cut as it is."""
+    tensor = tensor.to(place.device)
+    if isinstance(place, DTensor) and place.shape == tensor.shape:
+        return distribute_tensor(tensor, place.device_mesh, place.placements, src_data_rank=None)
+    return tensor

@@ -1,0 +1,283 @@
+"""One command on many processes: run it under accelerate's launcher, pass signals on, and tell how it really ended.
+
+The settings of a launch are a file of accelerate's, as `accelerate config` writes it; some come with sdtune.
+"""
+
+import logging
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from sdtune.config import parsing
+from sdtune.config.sections import Run, UserError
+
+PRECISIONS = ("no", "fp16", "bf16")
+SHARDED = ("FSDP", "DEEPSPEED")
+TYPES = ("NO", "MULTI_CPU", "MULTI_GPU", *SHARDED)
+"""Values of an accelerate config's `distributed_type` under which sdtune trains."""
+DEFAULT = "multi-gpu"
+"""The shipped config of `--num-processes` alone."""
+
+
+def launched() -> bool:
+    """Whether a launcher (accelerate, torchrun, Slurm under a script) has started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def config_file(name: str) -> Path:
+    """The file that ``--accelerate-config`` means: a path, or the name of a shipped one, such as fsdp2."""
+    known = {name.partition("/")[2]: path for name, path in parsing.ready_made("accelerate").items()}
+    return parsing.found(name.removeprefix("accelerate/"), "--accelerate-config", known, "accelerate config")
+
+
+def start(words: list[str], cfg: Run, launching: dict[str, Any]) -> int | None:
+    """Launch ``sdtune WORDS`` on many processes if that is asked for; none if it is for this process to train.
+
+    Args:
+        launching: the launch options given; those of the launcher are taken out, the others are the training's.
+
+    Returns:
+        The exit code of the training.
+
+    Raises:
+        UserError: the launch options contradict each other, the config, the machine or the launcher.
+    """
+    processes, name = launching.pop("num_processes", None), launching.pop("accelerate_config", None)
+    file = config_file(name) if name else None
+    if launched():
+        join(cfg, file)
+        return None
+    if file is None and (processes or 1) == 1:
+        return None
+    file = file or parsing.ready_made("accelerate")[f"accelerate/{DEFAULT}"]
+    settings = placed(file, read(file, cfg, processes))
+    if settings["num_processes"] == 1 and settings["distributed_type"] not in SHARDED:
+        os.environ["ACCELERATE_MIXED_PRECISION"] = settings["mixed_precision"]
+        return None
+    given = {"num_processes": processes, "accelerate_config": name}
+    return relaunch(words, cfg, line(file, settings), given, launching)
+
+
+def processes_of(cfg: Run, launching: Mapping[str, Any]) -> int:
+    """How many processes the launch options ask for. Raises: UserError, as `start` does."""
+    processes, name = launching.get("num_processes"), launching.get("accelerate_config")
+    if not name:
+        return processes or 1
+    file = config_file(name)
+    count: int = placed(file, read(file, cfg, processes))["num_processes"]
+    return count
+
+
+def read(file: Path, cfg: Run, processes: int | None) -> dict[str, Any]:
+    """An accelerate config, with the number of processes and the precision that follow from it and from the options.
+
+    Raises:
+        UserError: it is not for training here, or says something else than the options.
+    """
+    settings = {key: value for key, value, _ in parsing.read_yaml(file)}
+    kind, where = str(settings.get("distributed_type", "NO")), f"--accelerate-config {file}"
+    if kind not in TYPES:
+        raise UserError(f"{where}: distributed_type {kind}: sdtune trains under {', '.join(TYPES)}")
+    for key in ("num_processes", "num_machines"):
+        if not isinstance(settings.get(key) or 1, int):
+            raise UserError(f"{where}: {key} wants a whole number, not {settings[key]!r}")
+    own = settings.get("num_processes")
+    own = None if own == -1 else own
+    if processes and own and processes != own:
+        raise UserError(f"--num-processes {processes}: {file} says num_processes: {own}; leave one of them out")
+    precision = str(settings.get("mixed_precision") or "no")
+    if precision not in PRECISIONS:
+        raise UserError(f"{where}: mixed_precision {precision}: sdtune knows {', '.join(PRECISIONS)}")
+    if cfg.mixed_precision and precision not in ("no", cfg.mixed_precision):
+        raise UserError(
+            f"--mixed-precision {cfg.mixed_precision}: {file} says mixed_precision: {precision}; leave one of them out"
+        )
+    machines = settings.get("num_machines") or 1
+    count = processes or own or (1 if kind == "NO" else None)
+    if machines > 1 and not (settings.get("main_process_ip") and settings.get("main_process_port")):
+        raise UserError(
+            f"{where}: num_machines: {machines} wants main_process_ip and main_process_port; "
+            "`sdtune cp` copies a shipped file to edit, on each machine with its machine_rank"
+        )
+    if count and count % machines:
+        raise UserError(f"{where}: {count} processes cannot be shared out among {machines} machines")
+    chosen = cfg.mixed_precision or precision
+    return settings | {
+        "distributed_type": kind,
+        "num_machines": machines,
+        "num_processes": count,
+        "mixed_precision": "no" if chosen == "fp8" else chosen,  # it is sdtune that computes in 8 bits
+    }
+
+
+def placed(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, once it is clear on what the processes train: a GPU each, or on a machine without GPUs the CPU.
+
+    Raises:
+        UserError: there are GPUs, but too few; or none, and it is for them to say how many processes.
+    """
+    import torch
+
+    gpus, machines, count = torch.cuda.device_count(), settings["num_machines"], settings["num_processes"]
+    if settings.get("use_cpu") or gpus == 0:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if not on_cpu:
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed asks for itself
+    if count is None and on_cpu:
+        raise UserError(f"{file} leaves the number of processes to the GPUs, and none is visible: add --num-processes")
+    count = count or gpus * machines
+    if not on_cpu and count > gpus * machines:
+        raise UserError(
+            f"--num-processes {count}: {gpus} GPUs are visible on each of {machines} machines; ask for fewer, or for "
+            "the CPU with --accelerate-config cpu"
+        )
+    if not on_cpu and count < gpus * machines:
+        print(f"{gpus * machines} GPUs are visible, {count} are used", file=sys.stderr)
+    return settings | {"num_processes": count}
+
+
+def line(file: Path, settings: Mapping[str, Any]) -> list[str]:
+    """The options of `accelerate launch`, without the command that it is to launch."""
+    count, machines = settings["num_processes"], settings["num_machines"]
+    words = ["--config_file", str(file), "--num_machines", str(machines), "--num_processes", str(count)]
+    words += ["--mixed_precision", settings["mixed_precision"]]
+    if machines == 1 and not settings.get("main_process_port"):
+        words += ["--main_process_port", "0"]  # a free one, so that two runs on a machine do not meet
+    if settings["distributed_type"] in ("NO", "MULTI_CPU"):
+        words += ["--multi_gpu"]  # the launcher of many processes; that of MULTI_CPU wants MPI
+    if "OMP_NUM_THREADS" not in os.environ and "ACCELERATE_USE_CPU" in os.environ:
+        words += ["--num_cpu_threads_per_process", str(max(1, (os.cpu_count() or 1) * machines // count))]
+    return words
+
+
+def join(cfg: Run, file: Path | None) -> None:
+    """Make a process that a launcher started ready to train: as an accelerate config says, if one is given.
+
+    Raises:
+        UserError: accelerate's launcher was given a config of its own, or the processes are not as many.
+    """
+    world = int(os.environ["WORLD_SIZE"])
+    if file and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        raise UserError("--accelerate-config: accelerate launch takes it, as --config_file; leave it out here")
+    if file:
+        settings = read(file, cfg, None)
+        if (settings["num_processes"] or world) != world:
+            raise UserError(f"{file} says num_processes: {settings['num_processes']}; the launcher started {world}")
+        settings = placed(file, settings | {"num_processes": world})
+        alone = {"num_machines": 1, "main_process_port": None}  # where they meet the launcher has told them
+        os.environ.update(environment(file, settings | alone))
+    elif world > 1:
+        import torch
+
+        if not torch.cuda.is_available():  # accelerate would train as many runs that know nothing of each other
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+
+
+def environment(file: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """What `accelerate launch` would set in the environment of its processes.
+
+    Raises:
+        UserError: accelerate does not take the file.
+    """
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser  # type: ignore[import-untyped]
+    from accelerate.utils import launch  # type: ignore[import-untyped]
+
+    variables: dict[str, str]
+    args = launch_command_parser().parse_args([*line(file, settings), "-m", "sdtune"])
+    try:
+        args, defaults, _ = _validate_launch_command(args)
+        if args.use_deepspeed:
+            args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+            _, variables = launch.prepare_deepspeed_cmd_env(args)
+        else:
+            variables = launch.prepare_multi_gpu_env(args)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"--accelerate-config {file}: {error}") from None
+    return variables
+
+
+def relaunch(
+    words: list[str], cfg: Run, line: list[str], given: Mapping[str, Any], launching: Mapping[str, Any]
+) -> int:
+    """Run ``accelerate launch LINE -m sdtune WORDS`` with the resolved config; the exit code of the training.
+
+    Args:
+        given: the launch options that led to the line, for the command that continues the run.
+        launching: the launch options for the training.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from sdtune.run import processes
+
+    cfg.output_dir.mkdir(parents=True, exist_ok=True)
+    resolved = cfg.output_dir / ".launch.yaml"  # settings travel in a file: no secret or clash of options in argv
+    new = resolved.with_name(f".launch-{os.getpid()}.yaml")
+    new.write_text(parsing.to_yaml(cfg), encoding="utf-8")
+    new.replace(resolved)  # at once, as other machines may do the same
+    flags = [parsing.flag(name) for name, on in launching.items() if on]
+    line = [*line, "-m", "sdtune", *words, "--config", str(resolved), *flags]
+    on_cpu = ["ACCELERATE_USE_CPU=true"] if "ACCELERATE_USE_CPU" in os.environ else []
+    print(shlex.join([*on_cpu, "accelerate", "launch", *line]), file=sys.stderr)
+    asked = [word for name, value in given.items() if value for word in (parsing.flag(name), str(value))]
+    again = f"{parsing.same_command(cfg, ['sdtune', *words])} {shlex.join(asked)}"
+    os.environ[processes.AGAIN] = again
+    told: list[int] = []
+    pass_on(told)
+    args = launch_command_parser().parse_args(line)
+    args.signals_to_handle = "SIGHUP,SIGQUIT"  # the others are passed on here, and a save may take as long as it does
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        launch_command(args)
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    except (ValueError, TypeError, ImportError, ConnectionError) as error:  # of accelerate, before anything starts
+        raise UserError(f"--accelerate-config {line[1]}: {error}") from None
+    else:
+        return 0
+    finally:
+        for child in children():
+            child.kill()
+    followed = (processes.GONE, -signal.SIGTERM)  # of those that ended because another did
+    rank = next((rank for rank, code in codes.items() if code not in followed), min(codes))
+    if told and codes[rank] in (-told[0], 128 + told[0], -signal.SIGTERM):
+        return 128 + told[0]
+    if codes[rank] < 0:
+        name = signal.Signals(-codes[rank]).name
+        print(
+            f"failed: process {rank} of {args.num_processes} was killed by {name}; "
+            f"{processes.kept(cfg.output_dir)}; continue with: {again}",
+            file=sys.stderr,
+        )
+        return 1
+    return 1 if codes[rank] == processes.GONE else codes[rank]
+
+
+def children() -> list[Any]:
+    """The processes that the launcher has started in this one."""
+    import psutil  # type: ignore[import-untyped]
+
+    return [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def pass_on(told: list[int]) -> None:
+    """From here on signals that ask to stop go to the processes of the run, and are noted in ``told``."""
+    from sdtune.run.signals import STOP
+
+    def note(number: int, _: FrameType | None) -> None:
+        told.append(number)
+        if not (running := children()):
+            sys.exit(128 + number)
+        for child in running:
+            child.send_signal(number)
+
+    for number in STOP:
+        signal.signal(number, note)

@@ -1,0 +1,213 @@
+"""The training loop. There is one."""
+
+import json
+import sys
+from contextlib import nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, send_to_device
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from sdtune.config.sections import Run, UserError
+from sdtune.data import positions
+from sdtune.models.float8 import compute_in_float8
+from sdtune.publish.publish import Publisher
+from sdtune.recipes.recipe import Recipe
+from sdtune.run import checkpoints, folder, rng
+from sdtune.run.environment import environment
+from sdtune.run.metrics import Metrics, check_trackers
+from sdtune.run.plan import plan, steps_of
+from sdtune.run.precision import precision_of
+from sdtune.run.processes import Together, again, meet
+from sdtune.run.report import write_report
+from sdtune.run.signals import Stopping
+from sdtune.training import optim, preview
+from sdtune.training.engines import spread
+from sdtune.training.log_window import Window
+from sdtune.training.state import State
+
+
+def train(kind: type[Recipe], cfg: Any, words: list[str], overwrite: bool = False, allow_change: bool = False) -> None:
+    """Train a recipe and write its artefact to ``cfg.output_dir``; continue the run that is already there.
+
+    Args:
+        words: the command that trains this recipe, such as ``["lora"]``, to tell how to continue.
+
+    Raises:
+        UserError: something in the settings, the data or the folder has to change; nothing was lost.
+        RunFailed: the run cannot go on; its last checkpoint is whole.
+        SystemExit: 143 or 130 when SIGTERM or Ctrl-C came, and the run was saved.
+    """
+    check_trackers(cfg.report_to)
+    accelerator = start(cfg)
+    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    with Together(rank, world, cfg.output_dir, again(cfg, words), cfg.ddp_timeout) as together:
+        publisher = Publisher(cfg, main)
+        with open_folder(cfg, words, overwrite, allow_change) if main else nullcontext():
+            meet()
+            fit(kind, cfg, accelerator, publisher, words, allow_change)
+            together.leave()
+            accelerator.end_training()
+            publisher.finish()  # the other processes are free by now: none waits for an upload
+
+
+def fit(
+    kind: type[Recipe],
+    cfg: Any,
+    accelerator: Accelerator,
+    publisher: Publisher,
+    words: list[str],
+    allow_change: bool,
+) -> None:
+    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    say = print if main else lambda line: None
+    stopping, out = Stopping(world, cfg.ddp_timeout), cfg.output_dir
+
+    # What trains, on what, and where the run stands
+    torch.manual_seed(rng.key(cfg.seed, "init"))
+    recipe = kind(cfg, accelerator.device).to(accelerator.device)
+    batch_size, accumulation = cfg.train_batch_size, cfg.gradient_accumulation_steps
+    group = batch_size * accumulation * world  # images per optimizer step
+    dataset = recipe.dataset(group, say)
+    stream = dataset.stream
+    total = steps_of(cfg, stream)
+    prepare_modules(recipe, cfg, accelerator.device)
+    engine = spread(recipe, cfg, accelerator)
+    state = State(cfg, recipe, engine, accelerator, {"group": group, "data": stream.images.fingerprint})
+    optimizer = state.optimizer
+    peaks, rate = [float(g["lr"]) for g in optimizer.param_groups], optim.learning_rate(cfg, total)
+    ends = [g.get("until", 1.0) * total for g in optimizer.param_groups]
+    scale = group if cfg.scale_lr else 1
+    state.restore(allow_change, say)
+    if state.step >= total and folder.artefact(out, state.step) and (out / "report.html").exists():
+        say(f"{out}: trained for {state.step} steps already; --steps trains on, --overwrite starts anew")
+        return
+    say(plan(cfg, stream, total, world, peaks, sum(p.numel() for p in state.weights.values())))
+    if engine.told:
+        say(engine.told)
+    metrics = Metrics(cfg, accelerator, state.step, total)
+    sampler = positions(state.step, total - state.step, batch_size, accumulation, rank, world)
+    pinned = accelerator.device.type == "cuda"
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=cfg.dataloader_num_workers, pin_memory=pinned)
+    batches = iter(loader)
+    window = Window(accelerator, state.skipped, cfg.max_bad_steps)
+
+    def look() -> None:
+        recipe.eval()
+        with metrics.paused(), state.evaluating():
+            if cfg.num_validation_images:
+                metrics.images(state.step, *preview.sample_images(recipe, dataset, accelerator))
+                meet()
+            if dataset.holdout:
+                metrics.log(state.step, preview.holdout(engine, dataset, accelerator))
+        recipe.train()
+
+    @torch.no_grad()
+    def report() -> None:
+        metrics.log(state.step, window.line(state.step, norm, float(optimizer.param_groups[0]["lr"])))
+        state.skipped = window.skipped
+
+    # Train
+    stopping.training = True
+    recipe.train()
+    if state.step == 0:
+        look()
+    while state.step < total and not stopping.agreed():
+        # fp16 overflows as a matter of course until its scale is found: such steps do not move the schedule
+        taken = state.step - (window.skipped_so_far() if engine.overflows else 0)
+        for parameters, peak, end in zip(optimizer.param_groups, peaks, ends, strict=True):
+            optim.set_rate(parameters, peak * scale * rate(taken) * (state.step < end))
+        for micro in range(accumulation):
+            with metrics.waiting():
+                batch = next(batches)
+            samples = batch.pop("name")
+            rng.seed_model(rng.key(cfg.seed, "dropout", state.step, rank * accumulation + micro), accelerator.device)
+            with engine.local() if micro + 1 < accumulation else nullcontext():
+                loss, figures = engine(send_to_device(batch, accelerator.device, non_blocking=True))
+                engine.backward(loss.mean() * finite_or_nan(loss))
+            window.add(loss, figures, samples)
+        # A rate of 0 alone does not hold every optimizer, and a part that has ended has no say in the clipping
+        for parameters, end in zip(optimizer.param_groups, ends, strict=True):
+            if state.step >= end:
+                optim.drop_gradients(parameters)
+        norm = engine.step(optimizer, cfg.max_grad_norm)
+        window.end_step(norm)
+        state.step += 1
+        recipe.after_step()
+        if state.average:
+            state.average.update(state.step)
+        metrics.advance(state.step)
+        saving = state.step == total or (cfg.checkpointing_steps and state.step % cfg.checkpointing_steps == 0)
+        if saving or state.step % cfg.log_steps == 0:
+            report()
+        if cfg.export_steps and state.step % cfg.export_steps == 0:
+            with metrics.paused(), state.complete() as whole:  # before saving, so that none is missing after a kill
+                if main:
+                    folder.export_copy(whole, out, state.step)
+            meet()
+        if saving:
+            with metrics.paused():
+                state.save()
+                publisher.checkpoint(state)
+                meet()
+        if cfg.validation_steps and state.step % cfg.validation_steps == 0 and state.step < total:
+            look()
+
+    # Make way, or finish
+    del batches  # and its workers
+    if state.step < total:
+        if window.steps:
+            report()
+        state.save()
+        metrics.close()
+        say(f"interrupted at step {state.step} of {total} and saved; continue with: {again(cfg, words)}")
+        sys.exit(128 + stopping.signal)
+    look()
+    metrics.close()
+    with state.complete() as whole:
+        files = folder.export_last(whole, out, state.step) if main else []
+    if main:
+        say(f"wrote {', '.join(str(out / name) for name in folder.entries(out, files))}\nreport: {write_report(out)}")
+
+
+def finite_or_nan(loss: Tensor) -> Tensor:
+    """1, or NaN where a loss is not finite, so that the gradient tells every process, whatever its own loss is."""
+    return torch.where(loss.detach().isfinite().all(), 1.0, torch.nan)
+
+
+def start(cfg: Run) -> Accelerator:
+    """The processes of the run, and its device; the precision is the engine's."""
+    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
+    precision_of(cfg)  # refuses before a model is read
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=cfg.ddp_timeout))
+    logs = cfg.output_dir / "logs"
+    return Accelerator(
+        mixed_precision="no", log_with=cfg.report_to or None, project_dir=logs, kwargs_handlers=[patience]
+    )
+
+
+def open_folder(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) -> Any:
+    """The run's folder, locked, swept and described; see ``folder.open_run``."""
+    lock = folder.open_run(cfg, words, overwrite, allow_change)
+    root = cfg.output_dir / "checkpoints"
+    root.mkdir(exist_ok=True)
+    checkpoints.sweep(root)
+    (cfg.output_dir / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+    return lock
+
+
+def prepare_modules(recipe: Recipe, cfg: Run, device: torch.device) -> None:
+    """Trade memory for time, or compile, as the config asks."""
+    if cfg.compile and device.type == "cpu":
+        raise UserError("--compile: on a CPU torch.compile returns wrong gradients beside a right loss; leave it out")
+    for module in recipe.children():
+        if precision_of(cfg) == "fp8":
+            compute_in_float8(module, device)
+        if cfg.gradient_checkpointing:
+            getattr(module, "enable_gradient_checkpointing", getattr(module, "gradient_checkpointing_enable", None))()
+        if cfg.compile and hasattr(module, "compile_repeated_blocks"):
+            module.compile_repeated_blocks()

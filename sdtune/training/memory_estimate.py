@@ -1,0 +1,293 @@
+"""What a training step needs of memory, found without doing it: shapes are traced, and no weight is read.
+
+The recipe is built on the meta device, so that only configurations are read, and becomes fake tensors of the run's
+own device (``torch._subclasses.fake_tensor``): each operation then tells the shapes that it would give, for that
+device's kernels, and allocates nothing. A dispatch mode counts the bytes of every storage from its birth to the moment
+when autograd or Python lets go of it, and keeps what there was at the worst moment.
+
+Not in it: what an allocator loses to rounding, the scratch space of kernels, and what happens outside of steps (the
+cache being filled, sample grids, checkpoints being written).
+"""
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import default_collate
+
+from sdtune.config.sections import Adapter
+from sdtune.models.quantize import sizes
+from sdtune.recipes.finetune import FineTune
+from sdtune.recipes.recipe import Recipe, told
+from sdtune.run.precision import dtype_of
+from sdtune.training import optim
+from sdtune.training.loop import prepare_modules
+
+
+class Need(NamedTuple):
+    """Bytes at the worst moment of a step, by what they hold."""
+
+    base: int
+    """The process without a model: libraries, the tables of the dataset. None of it is on a GPU."""
+    weights: int
+    optimizer: int
+    average: int
+    gradients: int
+    activations: int
+    """What the forward pass keeps for the backward pass, and the batch."""
+    temporary: int
+    """What the backward pass makes and lets go of."""
+    reading: int
+    """By how much more the process holds while it reads the base in 32 bits, to hold it in fewer, than in a step."""
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of storages that are alive, by kind; ``worst`` is the moment when there were most.
+
+    Args:
+        known: tensors that are there before and after, and are not counted.
+    """
+
+    def __init__(self, known: Iterable[Tensor]):
+        super().__init__()
+        self.kind = "activations"
+        self.now: Counter[str] = Counter()
+        self.worst: Counter[str] = Counter()
+        self.held: dict[int, tuple[str, int]] = {}
+        for tensor in known:
+            self.see(tensor, "known")
+        self.now.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.see(tensor, self.kind)
+        if self.now.total() > self.worst.total():
+            self.worst = self.now.copy()
+        return out
+
+    def see(self, tensor: Tensor, kind: str) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.held:
+            self.held[key] = kind, storage.nbytes()
+            self.now[kind] += storage.nbytes()
+            weakref.finalize(storage, self.gone, key)
+
+    def gone(self, key: int) -> None:
+        kind, size = self.held.pop(key)
+        if kind != "known":
+            self.now[kind] -= size
+
+    def is_gradient(self, parameter: Tensor) -> None:
+        """From now on the gradient that ``parameter`` has is counted as one, and no longer by when it was made."""
+        assert parameter.grad is not None
+        key = parameter.grad.untyped_storage()._cdata
+        kind, size = self.held[key]
+        self.held[key] = "gradients", size
+        self.now[kind] -= size
+        self.now["gradients"] += size
+
+
+def outline(kind: type[Recipe], cfg: Any, group: int, say: Callable[[str], None]) -> tuple[Recipe, Any]:
+    """A recipe without its weights, on the meta device, and its dataset.
+
+    Args:
+        group: images per optimizer step, over all processes.
+
+    Raises:
+        UserError: the settings do not fit the data or the model.
+    """
+    recipe = kind(cfg, torch.device("meta")).to("meta")
+    return recipe, recipe.dataset(group, say)
+
+
+def estimate(recipe: Recipe, dataset: Any, device: torch.device, base: int | None = None) -> Need:
+    """What a step needs at its worst moment on ``device``, once the optimizer has a state.
+
+    Args:
+        recipe: of `outline`; what becomes of it is of no further use.
+        base: that of an estimate made before in this process; ``None`` measures it, on a CPU.
+
+    Raises:
+        UserError: the device cannot do what the settings ask for.
+        RuntimeError: the step reads values, which shapes do not have.
+    """
+    cfg = recipe.cfg
+    batch = heaviest_batch(cfg, dataset)
+    prepare_modules(recipe.train(), cfg.model_copy(update={"compile": False}), device)
+    with torch.no_grad():
+        recipe({name: x.to("meta") for name, x in batch.items()})  # frozen parts are made when first used
+    trained = [p for p in recipe.parameters() if p.requires_grad]
+    codes, decoded = quantised(recipe, device)
+    state = state_size(cfg, trained, device)
+    if base is None:  # the libraries of fewer bits are part of the process by now
+        base = 0 if device.type == "cuda" else resident()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        held = on(recipe, device)
+        batch = {name: torch.empty_like(x, device=device) for name, x in batch.items()}
+        worst = traced(recipe, batch, held)
+    need = Need(
+        base=base,
+        weights=size_of(held) + codes,
+        optimizer=state,
+        average=size_of(trained) if cfg.use_ema else 0,
+        gradients=worst["gradients"],
+        activations=worst["activations"] + size_of(batch.values()),
+        temporary=worst["temporary"] + decoded,
+        reading=0,
+    )
+    read = base + need.weights + read_in_full(recipe) if device.type == "cpu" else 0
+    return need._replace(reading=max(0, read - need.total))
+
+
+def traced(recipe: Recipe, batch: dict[str, Tensor], held: list[Tensor]) -> Counter[str]:
+    """The worst moment of a step's forward and backward passes beside ``held`` and ``batch``, in bytes by kind."""
+    alive = Alive([*held, *batch.values()])
+    for p in recipe.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(alive.is_gradient)
+    with alive:
+        for alive.kind in passes(recipe, batch):
+            pass
+    return alive.worst
+
+
+def passes(recipe: Recipe, batch: dict[str, Tensor]) -> Iterator[str]:
+    """A step's forward and backward passes; before each it tells what kind of tensors are made next."""
+    cfg, device, dtype = recipe.cfg, batch["u"].device, dtype_of(recipe.cfg)
+    for _ in range(min(cfg.gradient_accumulation_steps, 2)):  # the second meets the gradients of the first
+        yield "activations"
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss, figures = told(recipe(batch))
+        yield "temporary"
+        loss.mean().backward()
+        del loss, figures
+
+
+def rehearse(kind: type[Recipe], cfg: Any, device: torch.device, group: int) -> int:
+    """Bytes at the worst moment of one real step on a GPU, by its allocator's own count; nothing is saved.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit.
+    """
+    torch.cuda.reset_peak_memory_stats(device)
+    recipe = kind(cfg, device).to(device)
+    dataset = recipe.dataset(group, lambda line: None)
+    prepare_modules(recipe.train(), cfg, device)
+    batch = {name: x.to(device) for name, x in heaviest_batch(cfg, dataset).items()}
+    optimizer = optim.make_optimizer(cfg, recipe.parameter_groups())
+    weights = {name: p for name, p in recipe.named_parameters() if p.requires_grad}
+    average = optim.Average(cfg, weights) if cfg.use_ema else None
+    for _ in range(2):  # the second meets the optimizer's state
+        for _ in passes(recipe, batch):
+            pass
+        norm = torch.nn.utils.clip_grad_norm_(weights.values(), cfg.max_grad_norm)
+        optim.step_if_finite(optimizer, norm)
+        optimizer.zero_grad()
+        if average:
+            average.update(1)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def on(recipe: Recipe, device: torch.device) -> list[Tensor]:
+    """Make a recipe of the meta device, and the frozen parts beside it, empty tensors on ``device``; all of these."""
+    parts: list[nn.Module] = [recipe]
+    if isinstance(recipe, FineTune):
+        parts += recipe.family.parts.values()
+        recipe.family.device = device
+    made: dict[Tensor, Tensor] = {}  # what is shared stays so
+    for module in dict.fromkeys(module for part in parts for module in part.modules()):
+        for name, old in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if old not in made:
+                new = torch.empty_like(old, device=device)
+                made[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+            setattr(module, name, made[old])
+    return list(made.values())
+
+
+def quantised(recipe: Recipe, device: torch.device) -> tuple[int, int]:
+    """Bytes that codes of a quantised base add to its weights as they are, and those of one of its weights in use.
+
+    They take the place of what they stand for, and so add less than nothing. But on a CPU a base in the precision of
+    its file is that file, mapped into memory, which stays there as long as one of its weights is used, as those of
+    convolutions are.
+    """
+    cfg = recipe.cfg
+    if not (isinstance(recipe, FineTune) and isinstance(cfg, Adapter) and cfg.quantize_base):
+        return 0, 0
+    mapped = device.type == "cpu" and recipe.family.dtype == torch.float32 and cfg.variant is None
+    plain, coded, largest = zip(*(sizes(part, cfg.quantize_base) for part in recipe.trained.values()), strict=True)
+    return sum(coded) - (0 if mapped else sum(plain)), max(largest)
+
+
+def read_in_full(recipe: Recipe) -> int:
+    """Bytes in 32 bits of the largest part of a base that is held in fewer: while it is read it is there twice."""
+    if not isinstance(recipe, FineTune) or recipe.cfg.variant is not None or recipe.family.dtype == torch.float32:
+        return 0
+    return max(4 * sum(p.numel() for p in part.parameters()) for part in recipe.family.parts.values())
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind some tensors, each counted once."""
+    storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+    return sum(storages.values())
+
+
+STAND_IN = 512
+"""Side of the matrix that stands in for a larger weight."""
+
+
+def state_size(cfg: Any, weights: Iterable[Tensor], device: torch.device) -> int:
+    """Bytes that the optimizer of ``cfg`` keeps, found by having it step on a small weight in place of each large one.
+
+    Optimizers of 8 and 4 bits keep small weights, and those that no block divides, in 32 bits; what stands in for a
+    weight is treated alike.
+    """
+    shapes = Counter(tuple(w.shape) for w in weights)
+    total = 0
+    for shape, count in shapes.items():
+        numel, like = math.prod(shape), shape
+        if numel > STAND_IN**2:
+            side = (STAND_IN, STAND_IN) if numel % 256 == 0 else (STAND_IN - 1, STAND_IN + 1)
+            like = side if len(shape) > 1 else (math.prod(side),)
+        w = nn.Parameter(torch.zeros(like, device=device))
+        w.grad = torch.ones_like(w)
+        optimizer = optim.make_optimizer(cfg, [{"params": [w], "lr": cfg.learning_rate}])
+        optim.step_if_finite(optimizer, torch.ones((), device=device))
+        kept, _ = optim.save_state(optimizer, {w: "w"})
+        size = sum(t.nbytes for name, t in kept.items() if name.startswith("w|"))
+        total += round(count * size * numel / w.numel())
+    return total
+
+
+def heaviest_batch(cfg: Any, dataset: Any) -> dict[str, Tensor]:
+    """A batch of the image of the first epoch that has the most pixels, on the CPU or, of an outline, on meta."""
+    stream, position = dataset.stream, 0
+    if cfg.buckets:
+        area = [width * height for width, height in stream.shapes]
+        most = max(area[index] for index in stream.indices)
+        position = next(p for p in range(stream.epoch_length) if area[stream[p].index] == most)
+    item = {name: x for name, x in dataset[position].items() if name != "name"}
+    return default_collate([item] * cfg.train_batch_size)
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory now."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status names no VmRSS")

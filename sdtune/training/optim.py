@@ -1,0 +1,236 @@
+"""Optimizer, learning rate and moving average: what happens to the weights once there is a gradient."""
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from sdtune.config.sections import Optim, UserError
+
+NAMED = {
+    "adamw": ("torch.optim:AdamW", ""),
+    "adamw8bit": ("bitsandbytes.optim:AdamW8bit", "bnb"),
+    "torchao_adamw8bit": ("torchao.optim:AdamW8bit", "torchao"),
+    "torchao_adamw4bit": ("torchao.optim:AdamW4bit", "torchao"),
+    "torchao_adamwfp8": ("torchao.optim:AdamWFp8", "torchao"),
+    "prodigy": ("prodigyopt:Prodigy", "optimizers"),
+    "adamw_schedulefree": ("schedulefree:AdamWScheduleFree", "optimizers"),
+}
+"""Short names of optimizers, and the extra of sdtune that installs each."""
+
+
+def make_optimizer(cfg: Optim, groups: list[dict[str, Any]]) -> Optimizer:
+    """The optimizer that ``cfg`` names, over the parameter groups of a recipe."""
+    chosen = "adamw8bit" if cfg.use_8bit_adam else cfg.optimizer
+    path, extra = NAMED.get(chosen, (chosen, ""))
+    module, _, name = path.partition(":")
+    if not name:
+        raise UserError(f"--optimizer {chosen}: is none of {', '.join(NAMED)}, nor written module:Class")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        hint = f"; pip install 'sdtune[{extra}]'" if extra else ""
+        raise UserError(f"--optimizer {chosen}: {error}{hint}") from None
+    options: dict[str, Any] = {"lr": cfg.learning_rate}
+    if chosen in NAMED:
+        options |= {
+            "betas": (cfg.adam_beta1, cfg.adam_beta2),
+            "eps": cfg.adam_epsilon,
+            "weight_decay": cfg.adam_weight_decay,
+        }
+    if chosen == "adamw":
+        options["fused"] = True  # one kernel, and the only one that can skip a step without asking the GPU
+    if chosen == "prodigy" and len({group.get("lr") for group in groups}) > 1:
+        raise UserError("--optimizer prodigy: finds one learning rate for all that trains; give no part one of its own")
+    try:
+        optimizer = kind(groups, **options | cfg.optimizer_args)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--optimizer {chosen}: {error}") from None
+    if hasattr(optimizer, "train"):  # Schedule-Free is made ready to evaluate
+        optimizer.train()
+    return optimizer
+
+
+def learning_rate(cfg: Optim, total: int) -> Callable[[int], float]:
+    """The factor of the peak learning rate as a function of the step: there is no schedule to save or restore."""
+    from diffusers.optimization import get_scheduler
+
+    if cfg.lr_scheduler == "piecewise_constant" and not cfg.lr_step_rules:
+        raise UserError("--lr-scheduler piecewise_constant: wants --lr-step-rules, such as 1:100,0.1:200,0.01")
+    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule = get_scheduler(
+        cfg.lr_scheduler,
+        unused,
+        step_rules=cfg.lr_step_rules,
+        num_warmup_steps=cfg.lr_warmup_steps,
+        num_training_steps=total,
+        num_cycles=cfg.lr_num_cycles,
+        power=cfg.lr_power,
+    )
+    return schedule.lr_lambdas[0]
+
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Give a parameter group its learning rate; torchao keeps it in a tensor, which it wants filled."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def drop_gradients(group: dict[str, Any]) -> None:
+    """Leave the parameters of a group out of the step: without a gradient every optimizer passes them over."""
+    for p in group["params"]:
+        p.grad = None
+
+
+def step_if_finite(optimizer: Any, norm: Tensor) -> None:
+    """Take the step unless the gradient's norm is infinite or not a number.
+
+    The fused optimizers read ``found_inf`` on the device, so the host does not wait for it; the others do.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = (~norm.isfinite()).float()
+        optimizer.grad_scale = None
+        optimizer.step()
+        del optimizer.found_inf, optimizer.grad_scale
+    elif norm.isfinite():
+        with eager(norm.device):
+            optimizer.step()
+
+
+def eager(device: torch.device) -> Any:
+    """On a CPU, run as it is written what torchao compiles: there torch.compile has returned wrong results."""
+    return torch.compiler.set_stance("force_eager") if device.type == "cpu" else nullcontext()
+
+
+class Average:
+    """Exponential moving average of the trained weights, its decay a function of the step.
+
+    decay = min(ema_decay, 1 - (1 + step / inv_gamma) ^ -power), the warm-up that Crowson's k-diffusion and diffusers
+    use: an average of few steps must not remember the start.
+    """
+
+    def __init__(self, cfg: Optim, weights: dict[str, Tensor]):
+        self.cfg, self.live = cfg, weights
+        self.mean = {name: w.detach().clone() for name, w in weights.items()}
+
+    def decay(self, step: int) -> float:
+        return min(self.cfg.ema_decay, 1 - (1 + step / self.cfg.ema_inv_gamma) ** -self.cfg.ema_power)
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the weights that step ``step`` (counted from 1) has left."""
+        # the first update counts as step 0 of the warm-up: its decay is 0, so the start is forgotten
+        torch._foreach_lerp_(list(self.mean.values()), list(self.live.values()), 1 - self.decay(step - 1))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model holds the average while this lasts."""
+        kept = {name: w.detach().clone() for name, w in self.live.items()}
+        self._copy(self.mean)
+        try:
+            yield
+        finally:
+            self._copy(kept)
+
+    @torch.no_grad()
+    def _copy(self, source: dict[str, Tensor]) -> None:
+        for name, w in self.live.items():
+            w.copy_(source[name])
+
+
+def save_state(optimizer: Optimizer, names: dict[Tensor, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors, and numbers that JSON holds, under the names of the parameters.
+
+    No two tensors share memory, which bitsandbytes' tables do: a safetensors file cannot hold that.
+    """
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    numbers: dict[str, Any] = {"state": {}, "groups": []}
+    for parameter, state in optimizer.state.items():
+        name = names[parameter]
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                for part, inner in parts_of(value).items():
+                    place = id(inner) if isinstance(inner, DTensor) else inner.data_ptr()
+                    tensors[f"{name}|{key}{part}"] = inner.detach().clone() if place in seen else inner.detach()
+                    seen.add(place)
+            else:
+                numbers["state"].setdefault(name, {})[key] = value
+    for group in optimizer.param_groups:  # Prodigy and Schedule-Free keep counters there
+        own = {k: v for k, v in group.items() if k != "params" and isinstance(v, bool | int | float)}
+        held = {k: v for k, v in group.items() if k != "params" and isinstance(v, Tensor)}
+        tensors |= {f"|{len(numbers['groups'])}|{k}": v.detach() for k, v in held.items()}
+        numbers["groups"].append(own)
+    return tensors, numbers
+
+
+def parts_of(tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor as plain ones: itself, or of one that is made of others (codes and scales) each by ``|name``."""
+    if isinstance(tensor, DTensor) or not hasattr(tensor, "__tensor_flatten__"):
+        return {"": tensor}
+    return {f"|{name}": getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
+
+
+@torch.no_grad()
+def begin_state(optimizer: Optimizer) -> None:
+    """Have an optimizer make its state for every weight, by a step at a rate of 0, which moves none."""
+    for group in optimizer.param_groups:
+        set_rate(group, 0.0)
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    with eager(optimizer.param_groups[0]["params"][0].device):
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def load_state(
+    optimizer: Optimizer,
+    names: dict[Tensor, str],
+    tensors: dict[str, Tensor],
+    numbers: dict[str, Any],
+    like: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """Put back what ``save_state`` gave; ``like`` puts a tensor where a parameter is."""
+    if any(name and len(rest) == 2 for name, *rest in (key.split("|") for key in tensors)):
+        begin_state(optimizer)  # it alone knows how to put codes and scales together
+    by_name = {name: parameter for parameter, name in names.items()}
+    for name, state in numbers["state"].items():
+        optimizer.state[by_name[name]].update(state)
+    for key, value in tensors.items():
+        name, *rest = key.split("|")
+        if not name:
+            optimizer.param_groups[int(rest[0])][rest[1]] = value
+            continue
+        parameter = by_name[name]
+        if len(rest) == 2:
+            getattr(optimizer.state[parameter][rest[0]], rest[1]).copy_(value)
+            continue
+        on_host = rest[0] == "step" and not optimizer.param_groups[0].get("fused")
+        optimizer.state[parameter][rest[0]] = value if on_host else like(value, parameter)
+    for group, saved in zip(optimizer.param_groups, numbers["groups"], strict=True):
+        group.update(saved)
+
+
+@contextmanager
+def evaluation(optimizer: Any) -> Iterator[None]:
+    """Schedule-Free optimizers train at one point and evaluate at another; the others have nothing to do."""
+    if not hasattr(optimizer, "eval"):
+        yield
+        return
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    kept = [w.detach().clone() for w in weights]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        with torch.no_grad():  # there and back is exact up to rounding, and a look must not change the run
+            for w, before in zip(weights, kept, strict=True):
+                w.copy_(before)

@@ -1,0 +1,51 @@
+"""What there is to see of a run while it trains: sample images, and the loss of held-out ones."""
+
+import math
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
+from PIL.Image import Image
+from torch.utils.data import DataLoader
+
+from sdtune.recipes.recipe import Recipe, told
+from sdtune.training.engine import Engine
+from sdtune.training.log_window import Figures
+
+
+def sample_images(recipe: Recipe, dataset: Any, accelerator: Accelerator) -> tuple[list[Image], list[str]]:
+    """The run's sample grid and its prompts; each process draws its share, from seeds that never change.
+
+    All draw equally many, since they may hold the weights together; what is too much is dropped.
+    """
+    cfg, rank, world = recipe.cfg, accelerator.process_index, accelerator.num_processes
+    prompts, count = dataset.prompts, cfg.num_validation_images
+    mine = range(rank, math.ceil(count / world) * world, world)
+    images = recipe.sample([prompts[k % len(prompts)] for k in mine], [cfg.seed + k for k in mine])
+    drawn = sorted(gather_object(list(zip(mine, images, strict=True))), key=lambda pair: pair[0])
+    return [image for _, image in drawn[:count]], [prompts[k % len(prompts)] for k in range(count)]
+
+
+@torch.no_grad()
+def holdout(engine: Engine, dataset: Any, accelerator: Accelerator) -> dict[str, float]:
+    """Means over the held-out images of loss and figures, at timesteps and noise that never change.
+
+    All processes make equally many forward passes, since they may hold the weights together.
+    """
+    cfg, keys = engine.recipe.cfg, dataset.holdout
+    size = 1 if cfg.buckets else cfg.train_batch_size  # neighbours may differ in shape
+    shares = [keys[rank :: accelerator.num_processes] for rank in range(accelerator.num_processes)]
+    passes = math.ceil(len(shares[0]) / size)
+    mine = shares[accelerator.process_index]
+    parts = [mine[k * size : (k + 1) * size] for k in range(passes)]
+    figures = Figures()
+    for part, batch in zip(parts, DataLoader(dataset, batch_sampler=[p or keys[:1] for p in parts]), strict=True):
+        batch.pop("name")
+        with engine.autocast():
+            loss, more = told(engine.recipe(send_to_device(batch, accelerator.device)))
+        loss = loss.float().nan_to_num(torch.inf, posinf=torch.inf)  # a loss that is none is not left out
+        if part:
+            told_of = {"holdout_loss": loss.expand(len(part))} | {f"holdout_{name}": v for name, v in more.items()}
+            figures.add(told_of)
+    return figures.means()

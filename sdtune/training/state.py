@@ -1,0 +1,118 @@
+"""What moves during a run, as one thing to save and to restore: weights, optimizer, average, scaler, step.
+
+Everything else (learning rate, data order, noise, dropout) is a function of the step, so it needs no saving.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from sdtune.config.sections import UserError
+from sdtune.recipes.recipe import Recipe
+from sdtune.run import checkpoints
+from sdtune.run.environment import environment
+from sdtune.run.processes import meet
+from sdtune.training import optim
+from sdtune.training.engine import Engine
+
+
+class State:
+    """The trained part of a recipe.
+
+    Args:
+        identity: facts that a continued run must share: images per step, fingerprint of the data.
+
+    Raises:
+        TypeError: a trained parameter is not fp32; its updates would round to nothing.
+    """
+
+    def __init__(self, cfg: Any, recipe: nn.Module, engine: Engine, accelerator: Accelerator, identity: dict[str, Any]):
+        self.cfg, self.engine, self.accelerator, self.identity = cfg, engine, accelerator, identity
+        self.root = cfg.output_dir / "checkpoints"
+        self.weights: dict[str, Tensor] = {n: p for n, p in recipe.named_parameters() if p.requires_grad}
+        if wrong := [name for name, p in self.weights.items() if p.dtype != torch.float32]:
+            raise TypeError(f"trained parameters must be float32: {', '.join(wrong[:3])} are not")
+        self.optimizer = optim.make_optimizer(cfg, recipe.parameter_groups())
+        self.names = {p: name for name, p in self.weights.items()}
+        self.average = optim.Average(cfg, self.weights) if cfg.use_ema else None
+        self.step, self.skipped = 0, 0
+        engine.take(self.optimizer)
+        if accelerator.is_main_process:
+            copies = 4 if self.average else 3  # the weights, their two moments, their average
+            size = copies * sum(w.numel() * w.element_size() for w in self.weights.values())
+            checkpoints.require_room(self.root, size, cfg.checkpoints_total_limit)
+
+    def evaluating(self) -> Any:
+        """Context in which the model holds the weights to sample and export: the average, if one is kept."""
+        return self.average.in_place() if self.average else optim.evaluation(self.optimizer)
+
+    @contextmanager
+    def complete(self) -> Iterator[Recipe]:
+        """Context in which the first process has a recipe with the weights to export, whole; all enter it together."""
+        with self.evaluating():
+            yield self.engine.gathered()
+
+    def save(self) -> None:
+        """Called by every process; the first one writes whole tensors, which any number of processes can read.
+
+        It may take longer than the others would wait in a collective; see `peers.meet`.
+        """
+        moments, numbers = self.engine.save_optimizer(self.optimizer, self.names)
+        tensors = {"weights": self.gathered(self.weights), "optimizer": moments}
+        if self.average:
+            tensors["average"] = self.gathered(self.average.mean)
+        if self.accelerator.is_main_process:
+            facts = self.identity | {
+                "step": self.step,
+                "skipped": self.skipped,
+                "optimizer": numbers,
+                "scaler": self.engine.save_scale() or None,
+                "versions": environment(),
+            }
+            checkpoints.save(self.root, self.step, tensors, facts, self.cfg.checkpoints_total_limit)
+        meet()
+
+    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors, whole; on the first process alone, where slices are put together in the main memory."""
+        kept = {}
+        for name, tensor in tensors.items():
+            full = self.engine.weight(tensor)
+            if self.accelerator.is_main_process:
+                kept[name] = full.cpu()
+        return kept
+
+    @torch.no_grad()
+    def restore(self, allow_change: bool, say: Callable[[str], None]) -> None:
+        """Continue from the newest whole checkpoint, if there is one.
+
+        Raises:
+            UserError: the checkpoint belongs to another batch, other data or other weights.
+        """
+        folder: Path | None = checkpoints.latest(self.root, say)
+        if folder is None:
+            return
+        tensors, saved = checkpoints.load(folder)
+        if self.identity["group"] != saved["group"]:
+            raise UserError(
+                f"a step of this run is {saved['group']} images (batch x accumulation x processes), not "
+                f"{self.identity['group']}; cut them otherwise, but keep the product"
+            )
+        if self.identity["data"] != saved["data"] and not allow_change:
+            raise UserError("the images or captions changed since this run began; --allow-change goes on all the same")
+        if tensors["weights"].keys() != self.weights.keys():
+            raise UserError(f"{folder} holds other weights than this run trains; --overwrite starts anew")
+        for name, w in self.weights.items():
+            self.engine.set_weight(w, tensors["weights"][name])
+        self.engine.load_optimizer(self.optimizer, self.names, tensors.get("optimizer", {}), saved["optimizer"])
+        if self.average:
+            for name, w in self.average.mean.items():
+                self.engine.set_weight(w, tensors["average"][name])
+        if self.engine.overflows and saved["scaler"]:
+            self.engine.load_scale(saved["scaler"])
+        self.step, self.skipped = saved["step"], saved["skipped"]
+        say(f"continuing at step {self.step}, from {folder}")
