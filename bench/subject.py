@@ -2,7 +2,7 @@
 
 python bench/subject.py --work runs/subject [-n 100] [--only adapters full]
 
-Each row is a ready-made recipe, trained unless its run is complete, then asked for pictures that `toy_world.read` reads.
+Each row is a ready-made recipe, trained unless its run is complete, and asked for pictures that `toy_world.read` reads.
 ``subject``: share that show it; ``class``: share of those asked for "a ... shape" that show a shape the base knows and
 not the subject, in the colour and on the ground asked for; ``others``: share of right pictures of the shapes that the
 base knows by name.
