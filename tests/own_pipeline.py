@@ -30,7 +30,7 @@ class Own(Lora):
         self.images = load_images(cfg)
         self.family = families.load(cfg, device, torch.float32)
         self.trained = {}
-        self.unet = self.family.keep("unet").requires_grad_(True)
+        self.unet = self.family.retain("unet").requires_grad_(True)
 
     def forward(self, batch):
         loss = super().forward(batch)

@@ -61,7 +61,7 @@ def test_what_makes_a_run_fit_is_estimated(steady, sd, pictures, tmp_path, capsy
     assert status(["check", *words, "--memory", f"{half}"]) == 2
     told = capsys.readouterr().err
     assert "it fits with" in told
-    assert f"--train-batch-size 4 --gradient-accumulation-steps 2: {batch_size.told(half)}" in told
+    assert f"--train-batch-size 4 --gradient-accumulation-steps 2: {batch_size.human_bytes(half)}" in told
     assert status(["check", *words, "--memory", "1GB"]) == 2  # as much as the process itself
     assert "nothing makes it fit" in capsys.readouterr().err
     assert status(["check", *words, "--memory", "8 goats"]) == 2

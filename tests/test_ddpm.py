@@ -169,7 +169,9 @@ def test_the_shipped_recipe_has_the_network_of_the_paper():
     with torch.device("meta"):
         unet = pixel_models.build(cfg, pixel_models.plan(cfg), 3, [])
     assert sum(p.numel() for p in unet.parameters()) == 35_746_307  # 35.7 million, appendix B
-    assert pixel_models.told(unet) == ("network: 3 channels in and out, levels of 32, 16, 8, 4 pixels, attention at 16")
+    assert pixel_models.describe(unet) == (
+        "network: 3 channels in and out, levels of 32, 16, 8, 4 pixels, attention at 16"
+    )
 
 
 @pytest.fixture

@@ -132,8 +132,8 @@ from pathlib import Path
 from sdtune.recipes.lora import Lora
 
 class Spoil(Lora):
-    def dataset(self, group, say):
-        found = super().dataset(group, say)
+    def dataset(self, group, log):
+        found = super().dataset(group, log)
         for file in Path(self.cfg.dataset).glob("*.png"):
             file.write_bytes(b"gone")
         return found

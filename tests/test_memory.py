@@ -25,7 +25,7 @@ def worst(layers, width, batch, recompute=False):
         blocks = [nn.Sequential(nn.Linear(width, width, bias=False), nn.ReLU()) for _ in range(layers)]
         weights = [block[0].weight for block in blocks]
         x = torch.empty(batch, width)
-        alive = memory_estimate.Alive([*weights, x])
+        alive = memory_estimate.PeakMemoryMode([*weights, x])
         for w in weights:
             w.register_post_accumulate_grad_hook(alive.is_gradient)
         with alive:
@@ -54,7 +54,7 @@ def outlined(words):
     config = next(c for c in METHODS if c.method == words[0])
     names = [word[2:].replace("-", "_") for word in words[1::2]]
     cfg = parsing.resolve(config, None, dict(zip(names, words[2::2], strict=True)), [])
-    recipe, dataset = memory_estimate.outline(function(cfg.entry), cfg, cfg.train_batch_size, lambda line: None)
+    recipe, dataset = memory_estimate.meta_recipe(function(cfg.entry), cfg, cfg.train_batch_size, lambda line: None)
     return memory_estimate.estimate(recipe, dataset, torch.device("cpu"), base=0)
 
 

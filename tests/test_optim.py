@@ -97,7 +97,7 @@ def test_learning_rates_are_those_of_diffusers(name):
         num_cycles=cfg.lr_num_cycles,
         power=cfg.lr_power,
     )
-    rate = optim.learning_rate(cfg, total)
+    rate = optim.lr_schedule(cfg, total)
     # diffusers lets `polynomial` end at 1e-7, here it ends at 1e-7 of the peak, since every group has its own
     off = 1e-7 if name == "polynomial" else 0
     for step in range(total):
@@ -108,25 +108,25 @@ def test_learning_rates_are_those_of_diffusers(name):
 
 def test_schedules_have_their_shapes():
     """Written out, so that they do not rest on diffusers alone."""
-    cosine = optim.learning_rate(config(lr_scheduler="cosine", lr_warmup_steps=10), 110)
+    cosine = optim.lr_schedule(config(lr_scheduler="cosine", lr_warmup_steps=10), 110)
     assert [cosine(t) for t in (0, 5, 10, 60, 110)] == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-12)
-    linear = optim.learning_rate(config(lr_scheduler="linear", lr_warmup_steps=10), 110)
+    linear = optim.lr_schedule(config(lr_scheduler="linear", lr_warmup_steps=10), 110)
     assert [linear(t) for t in (0, 5, 10, 60, 110)] == pytest.approx([0, 0.5, 1, 0.5, 0])
-    steps = optim.learning_rate(config(lr_scheduler="piecewise_constant", lr_step_rules="1:10,0.1:20,0.01"), 30)
+    steps = optim.lr_schedule(config(lr_scheduler="piecewise_constant", lr_step_rules="1:10,0.1:20,0.01"), 30)
     assert [steps(t) for t in (0, 9, 10, 19, 20, 29)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
-    constant = optim.learning_rate(config(lr_warmup_steps=10), 30)
+    constant = optim.lr_schedule(config(lr_warmup_steps=10), 30)
     assert {constant(t) for t in range(30)} == {1}  # plain `constant` has no warm-up
 
 
 def test_the_rate_is_a_function_of_the_step():
-    rate = optim.learning_rate(config(lr_scheduler="cosine", lr_warmup_steps=3), 20)
+    rate = optim.lr_schedule(config(lr_scheduler="cosine", lr_warmup_steps=3), 20)
     forwards = [rate(t) for t in range(20)]
     assert [rate(t) for t in reversed(range(20))] == forwards[::-1]
 
 
 def test_piecewise_constant_wants_its_rules():
     with pytest.raises(UserError, match="--lr-scheduler piecewise_constant: wants --lr-step-rules"):
-        optim.learning_rate(config(lr_scheduler="piecewise_constant"), 10)
+        optim.lr_schedule(config(lr_scheduler="piecewise_constant"), 10)
 
 
 # ---- which optimizer -------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from sdtune.config import parsing
 from sdtune.config.methods import LoraConfig
 from sdtune.config.sections import UserError
 from sdtune.models import families
-from sdtune.models.quantize import Coded, held, quantize, sizes
+from sdtune.models.quantize import QuantizedLinear, held, quantize, sizes
 from sdtune.recipes.lora import Lora
 from sdtune.training import memory_estimate
 from tests.conftest import command, status
@@ -31,7 +31,7 @@ def test_codes_give_the_numbers_and_the_gradient_of_what_they_stand_for(kind):
     layer, x = nn.Linear(128, 96), torch.randn(5, 7, 128, requires_grad=True)
     exact = layer.weight.detach().clone()
     quantize(nn.Sequential(layer), kind)
-    assert isinstance(layer, Coded)
+    assert isinstance(layer, QuantizedLinear)
     decoded = layer.decode()
     assert (decoded - exact).norm() / exact.norm() < {"int8": 0.01, "nf4": 0.12}[kind]
     seen = []
@@ -65,7 +65,7 @@ def test_codes_come_on_top_of_a_base_that_is_its_file(kind, sd, pictures, tmp_pa
     bits = {"int8": 8, "nf4": 4}[kind]
     for precision, device, plain in (("no", "cpu", 0), ("bf16", "cpu", 2), ("no", "cuda", 4)):
         cfg = parsing.resolve(LoraConfig, None, given | {"mixed_precision": precision}, [])
-        recipe, _ = memory_estimate.outline(Lora, cfg, 2, lambda line: None)
+        recipe, _ = memory_estimate.meta_recipe(Lora, cfg, 2, lambda line: None)
         added, decoded = memory_estimate.quantised(recipe, torch.device(device))
         assert added == pytest.approx(weights * (bits / 8 - plain), abs=0.1 * weights)
         assert decoded == max(layer.weight.numel() for layer in layers) * {"no": 4, "bf16": 2}[precision]

@@ -97,7 +97,7 @@ def text_key(tokens: Tensor) -> str:
 
 
 def text_to_image(
-    cfg: Any, family: Any, stream: Stream, say: Callable[[str], None], trains_text: bool = False
+    cfg: Any, family: Any, stream: Stream, log: Callable[[str], None], trains_text: bool = False
 ) -> TextToImage:
     """The dataset of a text-to-image recipe, with everything cached that is the same at each visit.
 
@@ -109,15 +109,15 @@ def text_to_image(
             raise UserError(f"--{option.replace('_', '-')} {pixels}: this base wants a multiple of {family.downscale}")
     if cfg.resolution > 2 * family.resolution:
         native = f"this base was made for {family.resolution} pixels"
-        say(f"{native}; --resolution {cfg.resolution} is far from that")
+        log(f"{native}; --resolution {cfg.resolution} is far from that")
     tokens = Tokens(family.tokenizer)
     if isinstance(stream, Streamed):
-        return streamed(cfg, family, stream, tokens, say)
+        return streamed(cfg, family, stream, tokens, log)
     for line in report(stream, tokens.count, tokens.window):
-        say(line)
+        log(line)
     moments = texts = None
     if cfg.cache and (reason := stream.pixels_cacheable):
-        say(f"VAE moments are not cached: {reason}")
+        log(f"VAE moments are not cached: {reason}")
     elif cfg.cache:
         variants = {stream.pixel_key(s): s for s in stream.pixel_variants()}
 
@@ -128,7 +128,7 @@ def text_to_image(
         moments = cache.keep("moments", family.vae, variants, encode, "Encoding images")
     reason = "the text encoder is trained" if trains_text else stream.text_cacheable
     if cfg.cache and reason:
-        say(f"text embeddings are not cached: {reason}")
+        log(f"text embeddings are not cached: {reason}")
     elif cfg.cache:
         captions = {text_key(ids): ids for ids in map(tokens, stream.texts())}
 
@@ -138,18 +138,18 @@ def text_to_image(
 
         texts = cache.keep("texts", family.text_encoder, captions, embed, "Encoding captions")
     if cfg.cache:
-        family.release()
+        family.unload_frozen()
     return TextToImage(cfg, stream, tokens, (family.latent_channels, family.downscale), moments, texts)
 
 
-def streamed(cfg: Any, family: Any, stream: Streamed, tokens: Tokens, say: Callable[[str], None]) -> TextToImage:
+def streamed(cfg: Any, family: Any, stream: Streamed, tokens: Tokens, log: Callable[[str], None]) -> TextToImage:
     """The dataset over shards. Captions are encoded as they are shown; moments are kept with ``--shard-cache``."""
     for line in stream.told():
-        say(line)
+        log(line)
     latent = family.latent_channels, family.downscale
     if cfg.shard_cache is None:
         if cfg.cache:
-            say("nothing is cached of a streamed dataset; --shard-cache FOLDER keeps its VAE moments")
+            log("nothing is cached of a streamed dataset; --shard-cache FOLDER keeps its VAE moments")
         return TextToImage(cfg, stream, tokens, latent)
     if not cfg.center_crop:
         raise UserError("--shard-cache: random crops differ each time; --center-crop makes them alike, or leave it out")
@@ -159,5 +159,5 @@ def streamed(cfg: Any, family: Any, stream: Streamed, tokens: Tokens, say: Calla
         return family.moments(pixels)
 
     kept = encode_shards(cfg.shard_cache, stream, cache.weights_digest(family.vae), encode, family.vae.dtype)
-    family.release()
+    family.unload_frozen()
     return TextToImage(cfg, Streamed(cfg, kept, stream.group), tokens, latent, kept)

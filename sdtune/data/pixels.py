@@ -53,19 +53,19 @@ class Pixels(Noised):
 def pixels(
     cfg: Any,
     stream: Stream,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     classes: Sequence[str] = (),
     class_dropout: float = 0.0,
 ) -> Pixels:
     """The dataset of a recipe without captions; what a person should know of it is said."""
     for line in stream.told() if isinstance(stream, Streamed) else report(stream):
-        say(line)
+        log(line)
     for loss, deed in (("colour", "turned grey"), ("transparency", "laid on white")):
         if count := sum(loss in lost(row, stream.mode) for row in stream.images.rows):
-            say(f"images {deed} for --channels {cfg.channels}: {count}")
+            log(f"images {deed} for --channels {cfg.channels}: {count}")
     if classes:
         counts = [sum(stream.images.rows[i].label == name for i in stream.indices) for name in classes]
-        say(f"classes: {len(classes)}, of {min(counts)} to {max(counts)} images")
+        log(f"classes: {len(classes)}, of {min(counts)} to {max(counts)} images")
     return Pixels(cfg, stream, classes, class_dropout)
 
 

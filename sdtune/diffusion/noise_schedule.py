@@ -50,7 +50,7 @@ def noise_scheduler(cfg: Any, base: Mapping[str, Any] | None = None) -> DDPMSche
     return DDPMScheduler.from_config(chosen)
 
 
-def told(scheduler: DDPMScheduler) -> list[str]:
+def describe(scheduler: DDPMScheduler) -> list[str]:
     """What a person should know of a schedule before training, one line each."""
     left = scheduler.alphas_cumprod[-1].item()
     if left < 0.01:

@@ -108,7 +108,7 @@ def halve(cfg: Any, count: int) -> None:
             )
 
 
-def told(unet: UNet2DModel) -> str:
+def describe(unet: UNet2DModel) -> str:
     """The network in a line."""
     sides = [unet.config.sample_size >> level for level in range(len(unet.config.block_out_channels))]
     attends = [str(side) for side, kind in zip(sides, unet.config.down_block_types, strict=True) if "Attn" in kind]

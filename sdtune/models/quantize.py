@@ -18,7 +18,7 @@ SIDE = 512
 """Side of the layer that shows what a larger one takes."""
 
 
-class Coded(nn.Linear):
+class QuantizedLinear(nn.Linear):
     """A frozen linear layer whose ``weight`` is codes, and ``decode()`` the numbers that they stand for.
 
     The libraries' own layers are not used: torchao's keeps each decoded weight for the backward pass, and that of
@@ -30,10 +30,10 @@ class Coded(nn.Linear):
     decode: Callable[[], Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
-        return Decoded.apply(x, self.decode, self.bias)
+        return DequantizedMatmul.apply(x, self.decode, self.bias)
 
 
-class Decoded(torch.autograd.Function):
+class DequantizedMatmul(torch.autograd.Function):
     """``x W^T + b`` and its gradient for ``x``, with ``W`` decoded anew for each of the two."""
 
     @staticmethod
@@ -65,7 +65,7 @@ def quantize(model: nn.Module, kind: str) -> None:
         if type(layer) is nn.Linear:
             layer.codes, layer.decode = encode(layer.weight.detach())
             layer.weight = nn.Parameter(layer.codes[0], requires_grad=False)
-            layer.__class__ = Coded
+            layer.__class__ = QuantizedLinear
 
 
 def int8(weight: Tensor) -> tuple[list[Tensor], Callable[[], Tensor]]:
@@ -101,5 +101,5 @@ def sizes(model: nn.Module, kind: str) -> tuple[int, int, int]:
 
 def held(model: nn.Module) -> int:
     """Bytes of the weights of ``model``, codes and their scales where it has those."""
-    coded = [t for m in model.modules() if isinstance(m, Coded) for t in m.codes[1:]]
+    coded = [t for m in model.modules() if isinstance(m, QuantizedLinear) for t in m.codes[1:]]
     return sum(t.nbytes for t in (*model.parameters(), *coded))

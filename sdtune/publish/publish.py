@@ -160,7 +160,7 @@ class Publisher:
         Called by every process, since each may hold a slice of the weights.
         """
         if self.each_checkpoint:
-            with state.complete() as recipe:
+            with state.export_weights() as recipe:
                 if self.api:
                     self._checkpoint(recipe, state.step)
 

@@ -111,7 +111,7 @@ def make(cfg: DreamBoothConfig, family: Any, folder: Path, count: int) -> None:
         for k, prompt, image in zip(range(batch.start, min(batch.stop, count)), prompts, images, strict=False):
             write(place(folder, k), image, settings(cfg), prompt if len(cfg.class_prompt) > 1 else None)
     if mine:
-        family.release()
+        family.unload_frozen()
     meet()
 
 

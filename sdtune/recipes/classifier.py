@@ -34,8 +34,8 @@ class Classifier(Recipe):
         self.classes = classes_of(cfg, self.images)
         self.classifier = pixel_models.classifier(cfg, len(self.mode), len(self.classes))
 
-    def dataset(self, group, say):
-        return pixels(self.cfg, Stream(self.cfg, self.images, group, self.mode), say, self.classes)
+    def dataset(self, group, log):
+        return pixels(self.cfg, Stream(self.cfg, self.images, group, self.mode), log, self.classes)
 
     def forward(self, batch):
         t, y = self.process.timesteps(batch["u"]), batch["label"]

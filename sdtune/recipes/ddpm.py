@@ -32,11 +32,11 @@ class Ddpm(Recipe):
         self.classes = classes_of(cfg, self.images, model.classes)
         self.unet = pixel_models.build(cfg, model, len(self.mode), self.classes)
 
-    def dataset(self, group, say):
-        for line in (pixel_models.told(self.unet), *noise_schedule.told(self.scheduler)):
-            say(line)
+    def dataset(self, group, log):
+        for line in (pixel_models.describe(self.unet), *noise_schedule.describe(self.scheduler)):
+            log(line)
         stream = open_stream(self.cfg, self.images, group, self.mode)
-        return pixels(self.cfg, stream, say, self.classes, self.cfg.class_dropout)
+        return pixels(self.cfg, stream, log, self.classes, self.cfg.class_dropout)
 
     def forward(self, batch):
         c = batch.get("label")

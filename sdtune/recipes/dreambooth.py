@@ -25,9 +25,9 @@ class DreamBooth(FineTune):
 
     def __init__(self, cfg, device):
         super().__init__(cfg, device)
-        self.unet = self.trained["unet"] = self.family.keep("unet")
+        self.unet = self.trained["unet"] = self.family.retain("unet")
         if cfg.train_text_encoder or cfg.placeholder_token:
-            self.text_encoder = self.family.keep("text_encoder")
+            self.text_encoder = self.family.retain("text_encoder")
         if cfg.placeholder_token:  # what is wrong with the word is told before the base draws
             start = new_token.start_of(cfg, self.family.tokenizer, self.text_encoder)
         if cfg.prior_preservation:
@@ -63,16 +63,16 @@ class DreamBooth(FineTune):
     def parameter_groups(self):
         cfg, groups = self.cfg, super().parameter_groups()
         shares = {"unet": cfg.unet_frac, "text_encoder": cfg.text_encoder_frac}
-        groups = [group | {"until": shares[name]} for name, group in zip(self.trained, groups, strict=True)]
+        groups = [group | {"stop_fraction": shares[name]} for name, group in zip(self.trained, groups, strict=True)]
         if self.word:  # its rows are in the text encoder
             rows, rate = self.word.rows, cfg.placeholder_lr or cfg.learning_rate
             groups = [group | {"params": [p for p in group["params"] if p is not rows]} for group in groups]
-            groups.append({"params": [rows], "lr": rate, "until": cfg.placeholder_frac})
+            groups.append({"params": [rows], "lr": rate, "stop_fraction": cfg.placeholder_frac})
         return groups
 
     def export(self, out):
         if not self.cfg.lora:
-            return write_pipeline(out, self.family.in_full())
+            return write_pipeline(out, self.family.fp32_pipeline())
         files = [adapters.save_adapter(out, self.trained, self.provenance(), self.family.pipeline_class)]
         if self.word:
             files.append(embedding.save(out, self.cfg.placeholder_token, self.word.rows, self.provenance()))

@@ -43,9 +43,9 @@ class FineTune(Recipe):
     def load_images(self) -> Images | Mixture | Shards:
         return open_images(self.cfg)
 
-    def dataset(self, group, say):
+    def dataset(self, group, log):
         stream = open_stream(self.cfg, self.images, group)
-        return text_to_image(self.cfg, self.family, stream, say, trains_text=self.trains_text)
+        return text_to_image(self.cfg, self.family, stream, log, trains_text=self.trains_text)
 
     def forward(self, batch):
         x0, text = self.family.latents(batch), self.family.conditioning(batch)
@@ -74,7 +74,7 @@ class FineTune(Recipe):
                 width=cfg.resolution,
                 height=cfg.resolution,
             )
-        family.release()
+        family.unload_frozen()
         return images
 
     def provenance(self) -> dict[str, Any]:

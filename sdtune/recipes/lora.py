@@ -16,10 +16,10 @@ class Lora(FineTune):
 
     def __init__(self, cfg, device):
         super().__init__(cfg, device)
-        self.unet = self.trained["unet"] = self.family.keep("unet")
+        self.unet = self.trained["unet"] = self.family.retain("unet")
         adapters.add_adapter(self.unet, cfg, cfg.target_modules, "UNet")
         if cfg.train_text_encoder:
-            self.text_encoder = self.trained["text_encoder"] = self.family.keep("text_encoder")
+            self.text_encoder = self.trained["text_encoder"] = self.family.retain("text_encoder")
             adapters.add_adapter(self.text_encoder, cfg, adapters.TEXT_ENCODER_TARGETS, "text encoder")
         if cfg.init_adapter:
             adapters.load_adapter(cfg.init_adapter, self.trained)

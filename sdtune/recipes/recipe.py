@@ -25,7 +25,7 @@ class Recipe(nn.Module):
         super().__init__()
         self.cfg = cfg
 
-    def dataset(self, group: int, say: Callable[[str], None]) -> Dataset:
+    def dataset(self, group: int, log: Callable[[str], None]) -> Dataset:
         """Position in the run -> dict of tensors and a ``name``; ``group`` images make up an optimizer step.
 
         It has a ``stream`` (see ``data.Stream``), lists the keys of held-out samples as ``holdout``, and what
@@ -41,7 +41,7 @@ class Recipe(nn.Module):
         raise NotImplementedError
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What the optimizer trains, with learning rates; ``until`` is the share of the run in which a group moves."""
+        """What the optimizer trains, with learning rates; ``stop_fraction`` is the share of the run in which a group moves."""
         trained = [p for p in self.parameters() if p.requires_grad]
         return [{"params": trained, "lr": self.cfg.learning_rate}]
 
@@ -61,6 +61,6 @@ class Recipe(nn.Module):
         """Called after each optimizer step; target networks move here."""
 
 
-def told(out: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+def split_loss(out: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
     """What a recipe's forward pass gave: the loss, and its figures, if there are any."""
     return out if isinstance(out, tuple) else (out, {})

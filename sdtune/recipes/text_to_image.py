@@ -15,7 +15,7 @@ class TextToImage(FineTune):
 
     def __init__(self, cfg, device):
         super().__init__(cfg, device)
-        self.unet = self.trained["unet"] = unfreeze(self.family.keep("unet"))
+        self.unet = self.trained["unet"] = unfreeze(self.family.retain("unet"))
 
     def forward(self, batch):
         if not self.cfg.dream or not self.training:
@@ -30,4 +30,4 @@ class TextToImage(FineTune):
         return denoising_loss(family.objective, predict, x0, batch | {"noise": noise})
 
     def export(self, out):
-        return write_pipeline(out, self.family.in_full())
+        return write_pipeline(out, self.family.fp32_pipeline())

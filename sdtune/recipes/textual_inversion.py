@@ -19,7 +19,7 @@ class TextualInversion(FineTune):
 
     def __init__(self, cfg, device):
         super().__init__(cfg, device)
-        self.unet, self.text_encoder = self.family.keep("unet"), self.family.keep("text_encoder")
+        self.unet, self.text_encoder = self.family.retain("unet"), self.family.retain("text_encoder")
         start = new_token.start_of(cfg, self.family.tokenizer, self.text_encoder)
         self.word = new_token.add_word(self.family.tokenizer, self.text_encoder, cfg.placeholder_token, start)
 

@@ -137,7 +137,7 @@ def sweep(root: Path) -> None:
             shutil.rmtree(stale, ignore_errors=True)
 
 
-def latest(root: Path, say: Callable[[str], None]) -> Path | None:
+def latest(root: Path, log: Callable[[str], None]) -> Path | None:
     """The newest whole checkpoint; ``None`` when there is none at all.
 
     Raises:
@@ -148,7 +148,7 @@ def latest(root: Path, say: Callable[[str], None]) -> Path | None:
         reason = verify(folder)
         if reason is None:
             for line in reasons:
-                say(f"passed over {line}")
+                log(f"passed over {line}")
             return folder
         reasons.append(f"{folder}: {reason}")
     if reasons:

@@ -10,7 +10,7 @@ import torch
 from sdtune.config.methods import DreamBoothConfig, LoraConfig
 from sdtune.config.sections import RunFailed, UserError
 from sdtune.recipes.recipe import Recipe
-from sdtune.training.memory_estimate import Need, estimate, outline, rehearse
+from sdtune.training.memory_estimate import MemoryEstimate, estimate, meta_recipe, trial_step
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -23,7 +23,7 @@ def parsed(text: str) -> int:
     return size
 
 
-def told(size: float) -> str:
+def human_bytes(size: float) -> str:
     """Bytes as a person reads them."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
@@ -51,24 +51,24 @@ class Estimates:
     def __init__(self, kind: type[Recipe], cfg: Any, device: torch.device, world: int):
         self.kind, self.cfg, self.device, self.world = kind, cfg, device, world
         self.base: int | None = None
-        self.known: dict[str, Need] = {}
+        self.known: dict[str, MemoryEstimate] = {}
 
     @property
     def share(self) -> int:
         """Images of a step that each process sees."""
         return self.cfg.train_batch_size * self.cfg.gradient_accumulation_steps
 
-    def of(self, **changed: Any) -> Need:
+    def of(self, **changed: Any) -> MemoryEstimate:
         """The need under some changes. Raises: UserError, RuntimeError, as `memory.estimate` does."""
         key = repr(sorted(changed.items()))
         if key not in self.known:
             cfg = self.cfg.model_copy(update=changed)
-            recipe, dataset = outline(self.kind, cfg, self.share * self.world, lambda line: None)
+            recipe, dataset = meta_recipe(self.kind, cfg, self.share * self.world, lambda line: None)
             self.known[key] = estimate(recipe, dataset, self.device, self.base)
             self.base = self.known[key].base
         return self.known[key]
 
-    def attempt(self, changed: dict[str, Any]) -> Need | None:
+    def attempt(self, changed: dict[str, Any]) -> MemoryEstimate | None:
         """As `of`; ``None`` where an option needs what is not there."""
         try:
             return self.of(**changed)
@@ -101,7 +101,7 @@ def savings(cfg: Any) -> Iterator[dict[str, Any]]:
         yield {"use_ema": False}
 
 
-def ways(estimates: Estimates, limit: int) -> list[tuple[dict[str, Any], Need]]:
+def ways(estimates: Estimates, limit: int) -> list[tuple[dict[str, Any], MemoryEstimate]]:
     """The changes with each of which a run fits; where none is enough alone, as many together as are.
 
     The one returned does not fit where nothing does.
@@ -143,13 +143,13 @@ def largest_batch(kind: type[Recipe], cfg: Any, world: int, memory: str | None) 
                 size, times = cut.values()
                 print(
                     f"--find-batch-size: --train-batch-size {size} --gradient-accumulation-steps {times}, "
-                    f"{told(need.total)} of {told(limit)} (estimate)"
+                    f"{human_bytes(need.total)} of {human_bytes(limit)} (estimate)"
                 )
                 return chosen
     except RuntimeError as error:
         raise RunFailed(f"--find-batch-size: this recipe cannot be traced ({str(error).splitlines()[0]})") from error
     raise UserError(
-        f"--find-batch-size: a batch of one image needs {told(need.total)}, and {told(limit)} are there; "
+        f"--find-batch-size: a batch of one image needs {human_bytes(need.total)}, and {human_bytes(limit)} are there; "
         "`sdtune check`, with the same options, says what makes it fit"
     )
 
@@ -157,7 +157,7 @@ def largest_batch(kind: type[Recipe], cfg: Any, world: int, memory: str | None) 
 def really_fits(kind: type[Recipe], cfg: Any, device: torch.device, group: int, limit: int) -> bool:
     """Whether a real step on a GPU stays within ``limit`` bytes."""
     try:
-        fits = rehearse(kind, cfg, device, group) <= limit
+        fits = trial_step(kind, cfg, device, group) <= limit
     except torch.OutOfMemoryError:
         fits = False
     torch.cuda.empty_cache()  # once the error, and what it holds, is gone

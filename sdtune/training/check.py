@@ -16,8 +16,8 @@ from sdtune.run.metrics import check_trackers
 from sdtune.run.plan import plan, steps_of
 from sdtune.run.precision import precision_of
 from sdtune.training import optim
-from sdtune.training.batch_size import Estimates, device_of_run, largest_batch, limit_of, told, ways
-from sdtune.training.memory_estimate import Need, outline, size_of
+from sdtune.training.batch_size import Estimates, device_of_run, largest_batch, human_bytes, limit_of, ways
+from sdtune.training.memory_estimate import MemoryEstimate, meta_recipe, size_of
 
 
 def check(
@@ -37,11 +37,11 @@ def check(
     limit = problems.of(lambda: limit_of(memory, device))
     problems.of(lambda: check_trackers(cfg.report_to))
     problems.of(lambda: precision_of(cfg))
-    problems.of(lambda: optim.learning_rate(cfg, 1))
+    problems.of(lambda: optim.lr_schedule(cfg, 1))
     problems.of(lambda: optim.make_optimizer(cfg, [{"params": [torch.nn.Parameter(torch.zeros(1))]}]))
     problems.of(lambda: same_run(cfg))
     images = cfg.train_batch_size * cfg.gradient_accumulation_steps * world
-    made = problems.of(lambda: outline(kind, cfg, images, print))
+    made = problems.of(lambda: meta_recipe(kind, cfg, images, print))
     if made is None and isinstance(cfg, Model):  # the images are looked at first, so the base may not have been
         problems.of(lambda: families.load(cfg, torch.device("meta"), torch.float32))
     problems.tell()
@@ -76,25 +76,25 @@ def same_run(cfg: Run) -> None:
         )
 
 
-def disk_line(cfg: Run, need: Need, weights: int, problems: "Problems") -> str:
+def disk_line(cfg: Run, need: MemoryEstimate, weights: int, problems: "Problems") -> str:
     """What the checkpoints take; a disk too small for them is a problem."""
     one, most = weights + need.optimizer + need.average, cfg.checkpoints_total_limit + 1
     place = next(p for p in (cfg.output_dir.absolute(), *cfg.output_dir.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(place).free
     if one * most > free:
         problems.lines.append(
-            f"--output-dir {cfg.output_dir}: its checkpoints need {told(one * most)}, {told(free)} are free; make room "
+            f"--output-dir {cfg.output_dir}: its checkpoints need {human_bytes(one * most)}, {human_bytes(free)} are free; make room "
             "or name a folder on another disk"
         )
-    return f"disk: {told(one)} a checkpoint, up to {most} at a time, {told(one * most)}; {told(free)} free"
+    return f"disk: {human_bytes(one)} a checkpoint, up to {most} at a time, {human_bytes(one * most)}; {human_bytes(free)} free"
 
 
-def memory_lines(need: Need, device: torch.device) -> Iterator[str]:
+def memory_lines(need: MemoryEstimate, device: torch.device) -> Iterator[str]:
     """The estimate and what it is made of, the largest first."""
-    yield f"memory: {told(need.total)} at the worst moment of a step, on each process ({device.type}; an estimate)"
+    yield f"memory: {human_bytes(need.total)} at the worst moment of a step, on each process ({device.type}; an estimate)"
     for name, size in sorted(need._asdict().items(), key=lambda item: -item[1]):
         if size:
-            yield f"  {told(size):>10}  {MEANING[name]}"
+            yield f"  {human_bytes(size):>10}  {MEANING[name]}"
 
 
 MEANING = {
@@ -112,15 +112,13 @@ MEANING = {
 
 def too_much(cfg: Run, estimates: Estimates, limit: int, device: torch.device) -> str:
     """What is said of a run that does not fit: each way out, with what it then needs."""
-    there = f"{told(estimates.of().total)} are needed at once, and {told(limit)} are there"
+    there = f"{human_bytes(estimates.of().total)} are needed at once, and {human_bytes(limit)} are there"
     found = list(ways(estimates, limit))
-    fits = [f"{flags(changed)}: {told(need.total)}" for changed, need in found if need.total <= limit]
+    fits = [f"{flags(changed)}: {human_bytes(need.total)}" for changed, need in found if need.total <= limit]
     if fits:
         return "\n       ".join([f"--memory: {there}; it fits with", *fits])
     changed, need = found[-1]
-    return (
-        f"--memory: {there}; {flags(changed) or 'nothing'} would make it {told(need.total)}, and nothing makes it fit"
-    )
+    return f"--memory: {there}; {flags(changed) or 'nothing'} would make it {human_bytes(need.total)}, and nothing makes it fit"
 
 
 def flags(changed: dict[str, Any]) -> str:

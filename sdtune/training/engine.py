@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sdtune.config.sections import Run
-from sdtune.recipes.recipe import Recipe, told
+from sdtune.recipes.recipe import Recipe, split_loss
 from sdtune.run.precision import dtype_of
 from sdtune.training import optim
 
@@ -32,7 +32,7 @@ class Engine:
     ``model`` is called as the recipe is, and trains; inside it nothing is wrapped (see `recipe.Recipe`).
     """
 
-    told = ""
+    summary = ""
     """How the weights are held, to be told after the plan; nothing where there is nothing to tell."""
 
     def __init__(self, recipe: Recipe, cfg: Run, accelerator: Accelerator):
@@ -44,9 +44,9 @@ class Engine:
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and figures of a batch, in the precision of the run."""
         with self.autocast():
-            return told(self.model(batch))
+            return split_loss(self.model(batch))
 
-    def take(self, optimizer: Optimizer) -> None:
+    def attach_optimizer(self, optimizer: Optimizer) -> None:
         """The optimizer is made; training may begin."""
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -66,7 +66,7 @@ class Engine:
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         if self.scaler.is_enabled():
             self.scaler.unscale_(optimizer)
-        norm = whole(nn.utils.clip_grad_norm_(weights, max_norm))
+        norm = full_tensor(nn.utils.clip_grad_norm_(weights, max_norm))
         if self.scaler.is_enabled():
             self.scaler.step(optimizer)
             self.scaler.update()
@@ -80,7 +80,7 @@ class Engine:
         """Whether losses are scaled, so that now and then a step is skipped as a matter of course."""
         return self.dtype == torch.float16
 
-    def gathered(self) -> Recipe:
+    def gather_recipe(self) -> Recipe:
         """On the first process the recipe with all weights, whole, to be exported; every process has to ask for it."""
         return self.recipe
 
@@ -88,22 +88,22 @@ class Engine:
 
     def weight(self, parameter: Tensor) -> Tensor:
         """A trained weight, or its average, in float32."""
-        return whole(parameter.detach())
+        return full_tensor(parameter.detach())
 
     def set_weight(self, parameter: Tensor, value: Tensor) -> None:
-        parameter.copy_(like(value, parameter))
+        parameter.copy_(shard_like(value, parameter))
 
     def save_optimizer(
         self, optimizer: Optimizer, names: dict[Tensor, str]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """See `optim.save_state`."""
         tensors, numbers = optim.save_state(optimizer, names)
-        return {name: whole(tensor) for name, tensor in tensors.items()}, numbers
+        return {name: full_tensor(tensor) for name, tensor in tensors.items()}, numbers
 
     def load_optimizer(
         self, optimizer: Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor], numbers: dict[str, Any]
     ) -> None:
-        optim.load_state(optimizer, names, tensors, numbers, like)
+        optim.load_state(optimizer, names, tensors, numbers, shard_like)
 
     def save_scale(self) -> dict[str, Any]:
         """By what fp16 losses are multiplied, and since when; empty in another precision."""
@@ -146,9 +146,9 @@ class Sharded(Engine):
 
     def __init__(self, recipe: Recipe, cfg: Run, accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin):
         super().__init__(recipe, cfg, accelerator)
-        self.told = f"weights: each in {self.world} slices, one on a process (FSDP2)"
+        self.summary = f"weights: each in {self.world} slices, one on a process (FSDP2)"
         # FSDP changes the classes and hooks of a module, so what is exported is a copy that it has not seen
-        self.spare = copy.deepcopy(recipe).cpu() if accelerator.is_main_process else None
+        self.export_copy = copy.deepcopy(recipe).cpu() if accelerator.is_main_process else None
         mesh = init_device_mesh(self.device.type, (self.world,))
         half = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32)
         options: dict[str, Any] = {"mesh": mesh, "offload_policy": plugin.cpu_offload or OffloadPolicy()}
@@ -171,21 +171,21 @@ class Sharded(Engine):
             for root in self.roots:
                 root.set_requires_gradient_sync(True)
 
-    def gathered(self):
-        live = {name: whole(p.detach()) for name, p in self.recipe.named_parameters() if p.requires_grad}
-        if self.spare is not None:
-            for name, p in self.spare.named_parameters():
+    def gather_recipe(self):
+        live = {name: full_tensor(p.detach()) for name, p in self.recipe.named_parameters() if p.requires_grad}
+        if self.export_copy is not None:
+            for name, p in self.export_copy.named_parameters():
                 if p.requires_grad:
                     p.data.copy_(live[name])
-        return self.spare or self.recipe
+        return self.export_copy or self.recipe
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor of which each process may hold a slice, in full; then all processes have to ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(tensor: Tensor, place: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, place: Tensor) -> Tensor:
     """A whole tensor where ``place`` is, and cut as it is."""
     tensor = tensor.to(place.device)
     if isinstance(place, DTensor) and place.shape == tensor.shape:

@@ -26,7 +26,7 @@ from sdtune.run.processes import Together, again, meet
 from sdtune.run.report import write_report
 from sdtune.run.signals import Stopping
 from sdtune.training import optim, preview
-from sdtune.training.engines import spread
+from sdtune.training.engines import make_engine
 from sdtune.training.log_window import Window
 from sdtune.training.state import State
 
@@ -64,7 +64,7 @@ def fit(
     allow_change: bool,
 ) -> None:
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    say = print if main else lambda line: None
+    log = print if main else lambda line: None
     stopping, out = Stopping(world, cfg.ddp_timeout), cfg.output_dir
 
     # What trains, on what, and where the run stands
@@ -72,23 +72,23 @@ def fit(
     recipe = kind(cfg, accelerator.device).to(accelerator.device)
     batch_size, accumulation = cfg.train_batch_size, cfg.gradient_accumulation_steps
     group = batch_size * accumulation * world  # images per optimizer step
-    dataset = recipe.dataset(group, say)
+    dataset = recipe.dataset(group, log)
     stream = dataset.stream
     total = steps_of(cfg, stream)
     prepare_modules(recipe, cfg, accelerator.device)
-    engine = spread(recipe, cfg, accelerator)
+    engine = make_engine(recipe, cfg, accelerator)
     state = State(cfg, recipe, engine, accelerator, {"group": group, "data": stream.images.fingerprint})
     optimizer = state.optimizer
-    peaks, rate = [float(g["lr"]) for g in optimizer.param_groups], optim.learning_rate(cfg, total)
-    ends = [g.get("until", 1.0) * total for g in optimizer.param_groups]
+    peaks, lr_factor = [float(g["lr"]) for g in optimizer.param_groups], optim.lr_schedule(cfg, total)
+    group_end_steps = [g.get("stop_fraction", 1.0) * total for g in optimizer.param_groups]
     scale = group if cfg.scale_lr else 1
-    state.restore(allow_change, say)
+    state.restore(allow_change, log)
     if state.step >= total and folder.artefact(out, state.step) and (out / "report.html").exists():
-        say(f"{out}: trained for {state.step} steps already; --steps trains on, --overwrite starts anew")
+        log(f"{out}: trained for {state.step} steps already; --steps trains on, --overwrite starts anew")
         return
-    say(plan(cfg, stream, total, world, peaks, sum(p.numel() for p in state.weights.values())))
-    if engine.told:
-        say(engine.told)
+    log(plan(cfg, stream, total, world, peaks, sum(p.numel() for p in state.weights.values())))
+    if engine.summary:
+        log(engine.summary)
     metrics = Metrics(cfg, accelerator, state.step, total)
     sampler = positions(state.step, total - state.step, batch_size, accumulation, rank, world)
     pinned = accelerator.device.type == "cuda"
@@ -96,7 +96,7 @@ def fit(
     batches = iter(loader)
     window = Window(accelerator, state.skipped, cfg.max_bad_steps)
 
-    def look() -> None:
+    def validate() -> None:
         recipe.eval()
         with metrics.paused(), state.evaluating():
             if cfg.num_validation_images:
@@ -115,12 +115,12 @@ def fit(
     stopping.training = True
     recipe.train()
     if state.step == 0:
-        look()
+        validate()
     while state.step < total and not stopping.agreed():
         # fp16 overflows as a matter of course until its scale is found: such steps do not move the schedule
-        taken = state.step - (window.skipped_so_far() if engine.overflows else 0)
-        for parameters, peak, end in zip(optimizer.param_groups, peaks, ends, strict=True):
-            optim.set_rate(parameters, peak * scale * rate(taken) * (state.step < end))
+        effective_step = state.step - (window.skipped_so_far() if engine.overflows else 0)
+        for parameters, peak, end in zip(optimizer.param_groups, peaks, group_end_steps, strict=True):
+            optim.set_rate(parameters, peak * scale * lr_factor(effective_step) * (state.step < end))
         for micro in range(accumulation):
             with metrics.waiting():
                 batch = next(batches)
@@ -131,7 +131,7 @@ def fit(
                 engine.backward(loss.mean() * finite_or_nan(loss))
             window.add(loss, figures, samples)
         # A rate of 0 alone does not hold every optimizer, and a part that has ended has no say in the clipping
-        for parameters, end in zip(optimizer.param_groups, ends, strict=True):
+        for parameters, end in zip(optimizer.param_groups, group_end_steps, strict=True):
             if state.step >= end:
                 optim.drop_gradients(parameters)
         norm = engine.step(optimizer, cfg.max_grad_norm)
@@ -145,9 +145,12 @@ def fit(
         if saving or state.step % cfg.log_steps == 0:
             report()
         if cfg.export_steps and state.step % cfg.export_steps == 0:
-            with metrics.paused(), state.complete() as whole:  # before saving, so that none is missing after a kill
+            with (
+                metrics.paused(),
+                state.export_weights() as exported,
+            ):  # before saving, so that none is missing after a kill
                 if main:
-                    folder.export_copy(whole, out, state.step)
+                    folder.export_copy(exported, out, state.step)
             meet()
         if saving:
             with metrics.paused():
@@ -155,7 +158,7 @@ def fit(
                 publisher.checkpoint(state)
                 meet()
         if cfg.validation_steps and state.step % cfg.validation_steps == 0 and state.step < total:
-            look()
+            validate()
 
     # Make way, or finish
     del batches  # and its workers
@@ -164,14 +167,14 @@ def fit(
             report()
         state.save()
         metrics.close()
-        say(f"interrupted at step {state.step} of {total} and saved; continue with: {again(cfg, words)}")
+        log(f"interrupted at step {state.step} of {total} and saved; continue with: {again(cfg, words)}")
         sys.exit(128 + stopping.signal)
-    look()
+    validate()
     metrics.close()
-    with state.complete() as whole:
-        files = folder.export_last(whole, out, state.step) if main else []
+    with state.export_weights() as exported:
+        files = folder.export_last(exported, out, state.step) if main else []
     if main:
-        say(f"wrote {', '.join(str(out / name) for name in folder.entries(out, files))}\nreport: {write_report(out)}")
+        log(f"wrote {', '.join(str(out / name) for name in folder.entries(out, files))}\nreport: {write_report(out)}")
 
 
 def finite_or_nan(loss: Tensor) -> Tensor:

@@ -26,13 +26,13 @@ from torch.utils.data import default_collate
 from sdtune.config.sections import Adapter
 from sdtune.models.quantize import sizes
 from sdtune.recipes.finetune import FineTune
-from sdtune.recipes.recipe import Recipe, told
+from sdtune.recipes.recipe import Recipe, split_loss
 from sdtune.run.precision import dtype_of
 from sdtune.training import optim
 from sdtune.training.loop import prepare_modules
 
 
-class Need(NamedTuple):
+class MemoryEstimate(NamedTuple):
     """Bytes at the worst moment of a step, by what they hold."""
 
     base: int
@@ -53,7 +53,7 @@ class Need(NamedTuple):
         return sum(self)
 
 
-class Alive(TorchDispatchMode):
+class PeakMemoryMode(TorchDispatchMode):
     """Counts the bytes of storages that are alive, by kind; ``worst`` is the moment when there were most.
 
     Args:
@@ -102,7 +102,7 @@ class Alive(TorchDispatchMode):
         self.now["gradients"] += size
 
 
-def outline(kind: type[Recipe], cfg: Any, group: int, say: Callable[[str], None]) -> tuple[Recipe, Any]:
+def meta_recipe(kind: type[Recipe], cfg: Any, group: int, log: Callable[[str], None]) -> tuple[Recipe, Any]:
     """A recipe without its weights, on the meta device, and its dataset.
 
     Args:
@@ -112,14 +112,14 @@ def outline(kind: type[Recipe], cfg: Any, group: int, say: Callable[[str], None]
         UserError: the settings do not fit the data or the model.
     """
     recipe = kind(cfg, torch.device("meta")).to("meta")
-    return recipe, recipe.dataset(group, say)
+    return recipe, recipe.dataset(group, log)
 
 
-def estimate(recipe: Recipe, dataset: Any, device: torch.device, base: int | None = None) -> Need:
+def estimate(recipe: Recipe, dataset: Any, device: torch.device, base: int | None = None) -> MemoryEstimate:
     """What a step needs at its worst moment on ``device``, once the optimizer has a state.
 
     Args:
-        recipe: of `outline`; what becomes of it is of no further use.
+        recipe: of `meta_recipe`; what becomes of it is of no further use.
         base: that of an estimate made before in this process; ``None`` measures it, on a CPU.
 
     Raises:
@@ -140,7 +140,7 @@ def estimate(recipe: Recipe, dataset: Any, device: torch.device, base: int | Non
         held = on(recipe, device)
         batch = {name: torch.empty_like(x, device=device) for name, x in batch.items()}
         worst = traced(recipe, batch, held)
-    need = Need(
+    need = MemoryEstimate(
         base=base,
         weights=size_of(held) + codes,
         optimizer=state,
@@ -156,7 +156,7 @@ def estimate(recipe: Recipe, dataset: Any, device: torch.device, base: int | Non
 
 def traced(recipe: Recipe, batch: dict[str, Tensor], held: list[Tensor]) -> Counter[str]:
     """The worst moment of a step's forward and backward passes beside ``held`` and ``batch``, in bytes by kind."""
-    alive = Alive([*held, *batch.values()])
+    alive = PeakMemoryMode([*held, *batch.values()])
     for p in recipe.parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(alive.is_gradient)
@@ -172,13 +172,13 @@ def passes(recipe: Recipe, batch: dict[str, Tensor]) -> Iterator[str]:
     for _ in range(min(cfg.gradient_accumulation_steps, 2)):  # the second meets the gradients of the first
         yield "activations"
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss, figures = told(recipe(batch))
+            loss, figures = split_loss(recipe(batch))
         yield "temporary"
         loss.mean().backward()
         del loss, figures
 
 
-def rehearse(kind: type[Recipe], cfg: Any, device: torch.device, group: int) -> int:
+def trial_step(kind: type[Recipe], cfg: Any, device: torch.device, group: int) -> int:
     """Bytes at the worst moment of one real step on a GPU, by its allocator's own count; nothing is saved.
 
     Raises:
@@ -275,7 +275,7 @@ def state_size(cfg: Any, weights: Iterable[Tensor], device: torch.device) -> int
 
 
 def heaviest_batch(cfg: Any, dataset: Any) -> dict[str, Tensor]:
-    """A batch of the image of the first epoch that has the most pixels, on the CPU or, of an outline, on meta."""
+    """A batch of the image of the first epoch that has the most pixels, on the CPU or, of a meta recipe, on meta."""
     stream, position = dataset.stream, 0
     if cfg.buckets:
         area = [width * height for width, height in stream.shapes]

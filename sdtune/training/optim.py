@@ -56,7 +56,7 @@ def make_optimizer(cfg: Optim, groups: list[dict[str, Any]]) -> Optimizer:
     return optimizer
 
 
-def learning_rate(cfg: Optim, total: int) -> Callable[[int], float]:
+def lr_schedule(cfg: Optim, total: int) -> Callable[[int], float]:
     """The factor of the peak learning rate as a function of the step: there is no schedule to save or restore."""
     from diffusers.optimization import get_scheduler
 
@@ -195,9 +195,9 @@ def load_state(
     names: dict[Tensor, str],
     tensors: dict[str, Tensor],
     numbers: dict[str, Any],
-    like: Callable[[Tensor, Tensor], Tensor],
+    shard_like: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
-    """Put back what ``save_state`` gave; ``like`` puts a tensor where a parameter is."""
+    """Put back what ``save_state`` gave; ``shard_like`` puts a tensor where a parameter is."""
     if any(name and len(rest) == 2 for name, *rest in (key.split("|") for key in tensors)):
         begin_state(optimizer)  # it alone knows how to put codes and scales together
     by_name = {name: parameter for parameter, name in names.items()}
@@ -213,7 +213,7 @@ def load_state(
             getattr(optimizer.state[parameter][rest[0]], rest[1]).copy_(value)
             continue
         on_host = rest[0] == "step" and not optimizer.param_groups[0].get("fused")
-        optimizer.state[parameter][rest[0]] = value if on_host else like(value, parameter)
+        optimizer.state[parameter][rest[0]] = value if on_host else shard_like(value, parameter)
     for group, saved in zip(optimizer.param_groups, numbers["groups"], strict=True):
         group.update(saved)
 

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object, send_to_device
 from PIL.Image import Image
 from torch.utils.data import DataLoader
 
-from sdtune.recipes.recipe import Recipe, told
+from sdtune.recipes.recipe import Recipe, split_loss
 from sdtune.training.engine import Engine
 from sdtune.training.log_window import Figures
 
@@ -43,7 +43,7 @@ def holdout(engine: Engine, dataset: Any, accelerator: Accelerator) -> dict[str,
     for part, batch in zip(parts, DataLoader(dataset, batch_sampler=[p or keys[:1] for p in parts]), strict=True):
         batch.pop("name")
         with engine.autocast():
-            loss, more = told(engine.recipe(send_to_device(batch, accelerator.device)))
+            loss, more = split_loss(engine.recipe(send_to_device(batch, accelerator.device)))
         loss = loss.float().nan_to_num(torch.inf, posinf=torch.inf)  # a loss that is none is not left out
         if part:
             told_of = {"holdout_loss": loss.expand(len(part))} | {f"holdout_{name}": v for name, v in more.items()}

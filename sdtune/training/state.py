@@ -41,7 +41,7 @@ class State:
         self.names = {p: name for name, p in self.weights.items()}
         self.average = optim.Average(cfg, self.weights) if cfg.use_ema else None
         self.step, self.skipped = 0, 0
-        engine.take(self.optimizer)
+        engine.attach_optimizer(self.optimizer)
         if accelerator.is_main_process:
             copies = 4 if self.average else 3  # the weights, their two moments, their average
             size = copies * sum(w.numel() * w.element_size() for w in self.weights.values())
@@ -52,10 +52,10 @@ class State:
         return self.average.in_place() if self.average else optim.evaluation(self.optimizer)
 
     @contextmanager
-    def complete(self) -> Iterator[Recipe]:
+    def export_weights(self) -> Iterator[Recipe]:
         """Context in which the first process has a recipe with the weights to export, whole; all enter it together."""
         with self.evaluating():
-            yield self.engine.gathered()
+            yield self.engine.gather_recipe()
 
     def save(self) -> None:
         """Called by every process; the first one writes whole tensors, which any number of processes can read.
@@ -63,9 +63,9 @@ class State:
         It may take longer than the others would wait in a collective; see `peers.meet`.
         """
         moments, numbers = self.engine.save_optimizer(self.optimizer, self.names)
-        tensors = {"weights": self.gathered(self.weights), "optimizer": moments}
+        tensors = {"weights": self.gather_tensors(self.weights), "optimizer": moments}
         if self.average:
-            tensors["average"] = self.gathered(self.average.mean)
+            tensors["average"] = self.gather_tensors(self.average.mean)
         if self.accelerator.is_main_process:
             facts = self.identity | {
                 "step": self.step,
@@ -77,7 +77,7 @@ class State:
             checkpoints.save(self.root, self.step, tensors, facts, self.cfg.checkpoints_total_limit)
         meet()
 
-    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def gather_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors, whole; on the first process alone, where slices are put together in the main memory."""
         kept = {}
         for name, tensor in tensors.items():
@@ -87,13 +87,13 @@ class State:
         return kept
 
     @torch.no_grad()
-    def restore(self, allow_change: bool, say: Callable[[str], None]) -> None:
+    def restore(self, allow_change: bool, log: Callable[[str], None]) -> None:
         """Continue from the newest whole checkpoint, if there is one.
 
         Raises:
             UserError: the checkpoint belongs to another batch, other data or other weights.
         """
-        folder: Path | None = checkpoints.latest(self.root, say)
+        folder: Path | None = checkpoints.latest(self.root, log)
         if folder is None:
             return
         tensors, saved = checkpoints.load(folder)
@@ -115,4 +115,4 @@ class State:
         if self.engine.overflows and saved["scaler"]:
             self.engine.load_scale(saved["scaler"])
         self.step, self.skipped = saved["step"], saved["skipped"]
-        say(f"continuing at step {self.step}, from {folder}")
+        log(f"continuing at step {self.step}, from {folder}")

@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdtune.config.sections import UserError
 from sdtune.diffusion.objective import DDPM, bias_timesteps
-from sdtune.models.families.vaes import InFull
+from sdtune.models.families.vaes import Fp32Vae
 
 
 class Settings:
@@ -74,7 +74,7 @@ class StableDiffusion:
             kind: Any = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}[name]
             other, dtype = self.cfg.vae if name == "vae" else None, self.dtype
             if name == "vae" and dtype == torch.float16 and self.vae_config.get("force_upcast", True):
-                kind, dtype = InFull, torch.float32
+                kind, dtype = Fp32Vae, torch.float32
             if self.device.type == "meta":
                 module = self._outline(kind, name, other).to(dtype)
             else:
@@ -95,12 +95,12 @@ class StableDiffusion:
     def text_encoder(self) -> Any:
         return self.part("text_encoder")
 
-    def keep(self, part: str) -> nn.Module:
+    def retain(self, part: str) -> nn.Module:
         """The part, which from now on holds trained weights and is never released."""
         self.kept.add(part)
         return self.part(part)
 
-    def release(self) -> None:
+    def unload_frozen(self) -> None:
         """Drop the frozen parts that nothing trains; they are read again when next used."""
         self.parts = {name: module for name, module in self.parts.items() if name in self.kept}
         if self.device.type == "cuda":
@@ -201,12 +201,12 @@ class StableDiffusion:
             requires_safety_checker=False,
         )
 
-    def in_full(self) -> StableDiffusionPipeline:
+    def fp32_pipeline(self) -> StableDiffusionPipeline:
         """The pipeline to be saved: frozen parts are read again in fp32, since half precision is for training only."""
-        self.release()
+        self.unload_frozen()
         training, self.dtype = self.dtype, torch.float32
         try:
             return self.pipeline()
         finally:
-            self.release()
+            self.unload_frozen()
             self.dtype = training

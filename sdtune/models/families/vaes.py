@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 
-class InFull(AutoencoderKL):
+class Fp32Vae(AutoencoderKL):
     """A VAE that computes in fp32 whatever the precision around it.
 
     The activations of some, that of SDXL among them, exceed 65504, which is where fp16 ends.
