@@ -1,4 +1,4 @@
-"""What a method has to say for itself."""
+"""The interface that a training method implements."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,9 +14,10 @@ from sdtune.config.sections import Run
 class Recipe(nn.Module):
     """A training method: its forward pass is its loss.
 
-    The loop hands the recipe itself to accelerate, so inside a recipe nothing is ever wrapped. What is assigned as
-    a submodule and requires a gradient is trained, averaged and checkpointed; the frozen rest hangs off a plain
-    object. Random numbers come with the batch, since they are functions of a sample's position in the run.
+    The engine wraps the whole recipe where processes share the work (`training.engine`), so no part inside a recipe is
+    wrapped. A submodule of the recipe whose parameters require a gradient is trained, averaged and checkpointed; the
+    frozen parts belong to the family, which is a plain object. Random numbers come with the batch, because they are
+    functions of a sample's position in the run.
     """
 
     Config: ClassVar[type[Run]]
@@ -26,41 +27,49 @@ class Recipe(nn.Module):
         self.cfg = cfg
 
     def dataset(self, group: int, log: Callable[[str], None]) -> Dataset:
-        """Position in the run -> dict of tensors and a ``name``; ``group`` images make up an optimizer step.
+        """A dataset that gives for each position in the run a dict of tensors and a ``name``.
 
-        It has a ``stream`` (see ``data.Stream``), lists the keys of held-out samples as ``holdout``, and what
-        the sample grids show as ``prompts``.
+        It has the attributes ``stream`` (see ``data.Stream``), ``holdout`` (the keys of the held-out samples) and
+        ``prompts`` (those of the sample grids).
+
+        Args:
+            group: images per optimizer step, over all processes.
+            log: called with each line that the user should read.
         """
         raise NotImplementedError
 
     def forward(self, batch: dict[str, Any]) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each image ``[B]``, or one for all; where there is more to tell, figures ``[B]`` by name as well.
+        """The loss of each image ``[B]``, or one loss for all; with figures ``[B]`` by name, if the method has any.
 
-        Figures are averaged over the images for which they are not NaN, and logged beside the loss.
+        A figure is averaged over the images for which it is not NaN, and logged beside the loss.
         """
         raise NotImplementedError
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What the optimizer trains, with learning rates; ``stop_fraction`` is the share of the run in which a group moves."""
+        """What the optimizer trains, each group with its learning rate.
+
+        A group with ``stop_fraction`` trains in the first part of the run only, which is that share of its steps.
+        """
         trained = [p for p in self.parameters() if p.requires_grad]
         return [{"params": trained, "lr": self.cfg.learning_rate}]
 
     def sample(self, prompts: Sequence[str], seeds: Iterable[int]) -> list[Image]:
-        """An image of each prompt, to look at during training."""
+        """An image for each prompt and seed, for the sample grids of the run."""
         raise NotImplementedError
 
     def export(self, out: Path) -> list[Path]:
-        """Write what diffusers loads into folder ``out``, and return every file of it, those in folders below too.
+        """Write the artefact that diffusers loads into folder ``out``, and return the paths of all its files.
 
-        Called by the first process alone, with the average in place where one is kept. Each file gets its name when
-        it is whole (``pipelines.write_pipeline`` does that for a pipeline); equal weights give equal bytes.
+        Only the first process calls this; the model holds the average of the weights if the run keeps one. A file gets
+        its final name when it is complete (``pipeline_folder.write_pipeline`` does that for a pipeline). Equal weights
+        give equal bytes.
         """
         raise NotImplementedError
 
     def after_step(self) -> None:
-        """Called after each optimizer step; target networks move here."""
+        """Called after each optimizer step, for example to move a target network."""
 
 
 def split_loss(out: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-    """What a recipe's forward pass gave: the loss, and its figures, if there are any."""
+    """The loss and the figures that the forward pass of a recipe returned; without figures they are empty."""
     return out if isinstance(out, tuple) else (out, {})

@@ -16,7 +16,7 @@ from sdtune.run.metrics import check_trackers
 from sdtune.run.plan import plan, steps_of
 from sdtune.run.precision import precision_of
 from sdtune.training import optim
-from sdtune.training.batch_size import Estimates, device_of_run, largest_batch, human_bytes, limit_of, ways
+from sdtune.training.batch_size import Estimates, device_of_run, human_bytes, largest_batch, limit_of, ways
 from sdtune.training.memory_estimate import MemoryEstimate, meta_recipe, size_of
 
 
@@ -83,15 +83,19 @@ def disk_line(cfg: Run, need: MemoryEstimate, weights: int, problems: "Problems"
     free = shutil.disk_usage(place).free
     if one * most > free:
         problems.lines.append(
-            f"--output-dir {cfg.output_dir}: its checkpoints need {human_bytes(one * most)}, {human_bytes(free)} are free; make room "
-            "or name a folder on another disk"
+            f"--output-dir {cfg.output_dir}: its checkpoints need {human_bytes(one * most)}, "
+            f"{human_bytes(free)} are free; make room or name a folder on another disk"
         )
-    return f"disk: {human_bytes(one)} a checkpoint, up to {most} at a time, {human_bytes(one * most)}; {human_bytes(free)} free"
+    return (
+        f"disk: {human_bytes(one)} a checkpoint, up to {most} at a time, {human_bytes(one * most)}; "
+        f"{human_bytes(free)} free"
+    )
 
 
 def memory_lines(need: MemoryEstimate, device: torch.device) -> Iterator[str]:
     """The estimate and what it is made of, the largest first."""
-    yield f"memory: {human_bytes(need.total)} at the worst moment of a step, on each process ({device.type}; an estimate)"
+    total = human_bytes(need.total)
+    yield f"memory: {total} at the worst moment of a step, on each process ({device.type}; an estimate)"
     for name, size in sorted(need._asdict().items(), key=lambda item: -item[1]):
         if size:
             yield f"  {human_bytes(size):>10}  {MEANING[name]}"
@@ -118,7 +122,8 @@ def too_much(cfg: Run, estimates: Estimates, limit: int, device: torch.device) -
     if fits:
         return "\n       ".join([f"--memory: {there}; it fits with", *fits])
     changed, need = found[-1]
-    return f"--memory: {there}; {flags(changed) or 'nothing'} would make it {human_bytes(need.total)}, and nothing makes it fit"
+    all_of_it = human_bytes(need.total)
+    return f"--memory: {there}; {flags(changed) or 'nothing'} would make it {all_of_it}, and nothing makes it fit"
 
 
 def flags(changed: dict[str, Any]) -> str:
