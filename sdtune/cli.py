@@ -345,7 +345,7 @@ def env() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line: exit code 2 and a line per problem for the user's mistakes, 1 for a run that failed."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # that a process is gone, `peers` tells in a line
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # `run.processes` reports a dead process in one line
     words = list(sys.argv[1:] if argv is None else argv)
     by_name: dict[str, type[Section]] = {c.method: c for c in METHODS}
     by_name |= {c.method: c for c in VERBS}

@@ -217,7 +217,7 @@ def test_error_of_one_process_is_told_once_and_ends_the_others(places, tmp_path)
     words = ["run", str(file), *command(*places, tmp_path / "run", *LONG)[1:]]
     started = ranks.Ranks(3, words, tmp_path / "said")
     codes = started.codes()
-    assert codes == [processes.GONE, 1, processes.GONE]
+    assert codes == [processes.EXIT_PEER_DIED, 1, processes.EXIT_PEER_DIED]
     told = started.said("err")
     assert told.count("ZeroDivisionError: the seventh batch of process 1") == 1
     assert told.count("failed: process 1 of 3: ZeroDivisionError; the last checkpoint, step-000005, is whole; ") == 1

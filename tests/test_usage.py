@@ -141,7 +141,7 @@ def test_adapter_and_embedding(lora_run, sd, tmp_path):
     assert all(known["pipe"].text_encoder.get_parameter(name).abs().sum() > 0 for name in adapted)
     assert {"lora", "textual_inversion", "template:sd-lora"} <= set(data["tags"])
     assert "A LoRA adapter of rank 4 and the embedding of a new word" in text
-    assert usage.sample(usage.made(folder.by_path(run, folder.artefact(run))), "R", "p") == [
+    assert usage.sample(usage.artefact_kind(folder.by_path(run, folder.artefact(run))), "R", "p") == [
         *("sdtune", "sample", "--adapter", "R", "--prompt", "p")
     ]
 
@@ -190,7 +190,7 @@ def test_pixels(names, tmp_path):
     assert ran(text)["image"].size == (8, 8)
     labels = "Labels: 0 is `zero`, 1 is `größer `als``. Label 2 leaves the class open."
     assert (labels in text) == bool(names)
-    words = usage.sample(usage.made(folder.by_path(run, folder.artefact(run))), "R", "p")
+    words = usage.sample(usage.artefact_kind(folder.by_path(run, folder.artefact(run))), "R", "p")
     assert words == ["sdtune", "sample", "--model", "R"]
 
 
@@ -203,7 +203,9 @@ def test_label_that_is_given_is_the_one_that_is_drawn(tmp_path):
 
 
 def test_more_classes_than_can_be_listed(tmp_path):
-    what = usage.made(folder.by_path(tmp_path, folder.artefact(pixels(tmp_path, [str(k) for k in range(1000)]))))
+    what = usage.artefact_kind(
+        folder.by_path(tmp_path, folder.artefact(pixels(tmp_path, [str(k) for k in range(1000)])))
+    )
     told = usage.classes(what)
     assert told == (
         "The 1000 classes are listed in `classes.json`, in the order of their labels. Label 1000 leaves the class open."
@@ -224,7 +226,7 @@ def test_classifier(tmp_path):
     assert 'NoisyClassifier.from_pretrained("user/name")' in code(text)
     compile(code(text), "card", "exec")
     assert "Labels: 0 is `a`, 1 is `b`." in text
-    words = usage.sample(usage.made(folder.by_path(run, folder.artefact(run))), "R", "p")
+    words = usage.sample(usage.artefact_kind(folder.by_path(run, folder.artefact(run))), "R", "p")
     assert words == ["sdtune", "sample", "--model", "...", "--classifier", "R", "--class", "a"]
 
 

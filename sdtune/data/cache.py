@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sdtune.config.sections import UserError
 from sdtune.data import cache_root
-from sdtune.run.processes import meet
+from sdtune.run.processes import store_barrier
 
 CHUNK = 64
 """Tensors in a file: what a run that dies loses at most."""
@@ -114,7 +114,7 @@ def fill(folder: Path, keys: Iterable[str], compute: Callable[[str], Tensor], ti
     state = PartialState()
     folder.mkdir(parents=True, exist_ok=True)
     missing = sorted(set(keys) - Store(folder).index.keys())
-    meet()  # all have looked before one writes, so that the shares are of one list
+    store_barrier()  # all have looked before one writes, so that the shares are of one list
     mine = missing[state.process_index :: state.num_processes]
     chunks = [mine[i : i + CHUNK] for i in range(0, len(mine), CHUNK)]
     todo = ((chunk, key) for chunk in chunks for key in chunk)
@@ -125,5 +125,5 @@ def fill(folder: Path, keys: Iterable[str], compute: Callable[[str], Tensor], ti
         if len(done) == len(chunk):
             write(folder / f"{digest(*chunk)}.safetensors", done)
             done = {}
-    meet()
+    store_barrier()
     return Store(folder)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sdtune.config.sections import UserError
 from sdtune.data import Record, Shards, Streamed, cache
-from sdtune.run.processes import meet
+from sdtune.run.processes import store_barrier
 
 BATCH = 8
 """Images that are encoded together; another number would show in the last bits."""
@@ -107,7 +107,7 @@ def encode_shards(
     there = set(folder.iterdir())
     todo = [n for n, file in enumerate(files) if file not in there and shards.counts[n]]
     mine = todo[state.process_index :: state.num_processes]
-    meet()  # all have looked before the first writes
+    store_barrier()  # all have looked before the first writes
     batches = [
         [(shard, nth) for nth in range(first, min(first + BATCH, int(shards.counts[shard])))]
         for shard in mine
@@ -120,7 +120,7 @@ def encode_shards(
         if shard == mine[0]:
             _require_room(folder, tensors, int(shards.counts[todo].sum()) / int(shards.counts[shard]))
         cache.write(files[shard], tensors, "make room, or name another --shard-cache")
-    meet()
+    store_barrier()
     return Encoded(shards, files)
 
 

@@ -22,7 +22,7 @@ from sdtune.data.files import remote, stamp_of
 from sdtune.data.metadata import problem_list
 from sdtune.data.probes import cache_root
 from sdtune.data.sources import Row
-from sdtune.run.processes import meet
+from sdtune.run.processes import store_barrier
 
 _VERSION = 1
 READERS = 16
@@ -166,7 +166,7 @@ def look_up(urls: list[str], how: str, build: Callable[[str], tuple[np.ndarray, 
         quiet = not state.is_main_process or len(todo) < 64
         found = pool.map(make, todo)
         problems += [p for p in track(found, "Reading shards", total=len(todo), disable=quiet, transient=True) if p]
-        meet()
+        store_barrier()
         known = _kept(folder)
         again = [key for key in there if key not in known and key not in todo]
         problems += [problem for problem in pool.map(make, again) if problem]
@@ -211,7 +211,7 @@ def _stamps(urls: list[str]) -> tuple[list[str], list[str]]:
         if state.is_main_process:
             with ThreadPoolExecutor(READERS) as pool:
                 asked += pool.map(ask, far)
-        meet()
+        store_barrier()
         if state.num_processes > 1:
             (asked,) = broadcast_object_list([asked])
     return [when for when, _ in asked], [problem for _, problem in asked if problem]

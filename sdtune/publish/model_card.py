@@ -77,7 +77,7 @@ def model_card(
     lines = _lines(out / "metrics.jsonl")
     sheets = sorted((out / "samples").glob("step-*.png"))
     pictures, widget = _widgets(sheets)
-    what = usage.made(weights)
+    what = usage.artefact_kind(weights)
     task, base, token = _task(what), getattr(shown, "model", None), getattr(cfg, "placeholder_token", None)
     trigger = getattr(cfg, "instance_prompt", None) or token or getattr(cfg, "caption", None)
     holdout = [line["holdout_loss"] for line in lines if isinstance(line.get("holdout_loss"), float)]
@@ -126,14 +126,14 @@ def save(text: str, path: Path) -> None:
 # ---- the parts ---------------------------------------------------------------------------------------
 
 
-def _task(what: usage.Made) -> str:
+def _task(what: usage.ArtefactKind) -> str:
     """What the Hub files it under."""
     if what.classifier:
         return "image-classification"
     return "text-to-image" if what.takes_text else "unconditional-image-generation"
 
 
-def _tags(cfg: Any, what: usage.Made, task: str, origin: Origin) -> list[str]:
+def _tags(cfg: Any, what: usage.ArtefactKind, task: str, origin: Origin) -> list[str]:
     tags = [task, "diffusers", "diffusers-training"]
     if what.adapter:
         tags += ["dora" if getattr(cfg, "use_dora", False) else "lora", "template:sd-lora"]
@@ -161,7 +161,7 @@ def _pipeline_class(cfg: Any, origin: Origin) -> str:
         return ""
 
 
-def _article(cfg: Any, what: usage.Made) -> str:
+def _article(cfg: Any, what: usage.ArtefactKind) -> str:
     if what.pipeline or what.classifier:
         return f"A `{what.pipeline}`" if what.pipeline else "A classifier of noised images"
     kind = "DoRA" if getattr(cfg, "use_dora", False) else "LoRA"
@@ -172,7 +172,7 @@ def _article(cfg: Any, what: usage.Made) -> str:
     return adapter if hasattr(cfg, "rank") else "Weights"
 
 
-def _on(cfg: Any, base: str | None, what: usage.Made, origin: Origin) -> str:
+def _on(cfg: Any, base: str | None, what: usage.ArtefactKind, origin: Origin) -> str:
     """The base that it adapts, or began as."""
     if not base:
         return ""
@@ -218,7 +218,7 @@ def _results(shown: Any, task: str, data_on_hub: bool, loss: float) -> list[Eval
 def _usage(
     cfg: Any,
     base: str | None,
-    what: usage.Made,
+    what: usage.ArtefactKind,
     token: str | None,
     origin: Origin,
     repo: str,
@@ -241,7 +241,9 @@ def _before_after(sheets: list[Path]) -> str:
     return "## Samples\n\n" + "\n\n".join(figures)
 
 
-def _training(shown: Any, what: usage.Made, out: Path, lines: list[dict[str, Any]], holdout: list[float]) -> str:
+def _training(
+    shown: Any, what: usage.ArtefactKind, out: Path, lines: list[dict[str, Any]], holdout: list[float]
+) -> str:
     losses = [line["loss"] for line in lines if isinstance(line.get("loss"), float)]
     tail = losses[-max(1, len(losses) // 20) :]
     scaled = " times the images per step" if "scale_lr" in shown.model_fields_set and shown.scale_lr else ""

@@ -23,7 +23,7 @@ from sdtune.data.images import EXTENSIONS
 from sdtune.data.metadata import TABLES
 from sdtune.models import families
 from sdtune.run import rng
-from sdtune.run.processes import meet
+from sdtune.run.processes import store_barrier
 from sdtune.sampling.sample import generate
 
 FOLDER = "class-pictures"
@@ -44,7 +44,7 @@ def class_images(cfg: DreamBoothConfig, family: Any) -> Images:
     if lacking > 0:
         if PartialState().is_main_process:
             make_ready(cfg, folder, own, lacking)
-        meet()
+        store_barrier()
         make(cfg, family, folder, lacking)
     if not (cfg.class_prompt or captioned(folder)):
         raise UserError(
@@ -92,7 +92,7 @@ def make(cfg: DreamBoothConfig, family: Any, folder: Path, count: int) -> None:
     state, size = PartialState(), cfg.sample_batch_size
     batches = [range(k, k + size) for k in range(0, count, size)]  # whole ones, whatever the count
     missing = [batch for batch in batches if not all(place(folder, k).exists() for k in batch if k < count)]
-    meet()  # all have looked before one draws, so that the shares are of one list
+    store_barrier()  # all have looked before one draws, so that the shares are of one list
     mine = missing[state.process_index :: state.num_processes]
     bar: dict[str, Any] = {"console": Console(stderr=True), "transient": True}
     for batch in track(mine, f"Class pictures ({count} of them)", disable=not state.is_main_process, **bar):
@@ -112,7 +112,7 @@ def make(cfg: DreamBoothConfig, family: Any, folder: Path, count: int) -> None:
             write(place(folder, k), image, settings(cfg), prompt if len(cfg.class_prompt) > 1 else None)
     if mine:
         family.unload_frozen()
-    meet()
+    store_barrier()
 
 
 def settings(cfg: DreamBoothConfig) -> str:

@@ -182,7 +182,7 @@ def export(recipe: Any, out: Path) -> list[Path]:
 def export_last(recipe: Any, out: Path, step: int) -> list[Path]:
     """Write the artefact of a run that has ended, in place of an older one, and record which files it is."""
     before = recorded(out)[1] if (out / ARTEFACT).exists() else []
-    with telling_of_a_full_disk(out):
+    with failing_on_a_full_disk(out):
         record(out, None, before)
         files = export(recipe, out)
         remove(out, sorted(set(before) - set(files)))
@@ -194,7 +194,7 @@ def export_copy(recipe: Any, out: Path, step: int) -> None:
     """Write the artefact as it is now to ``exports/step-000500``, whole or not at all."""
     final = out / "exports" / f"step-{step:06d}"
     new = final.with_name(f".{final.name}")
-    with telling_of_a_full_disk(final):
+    with failing_on_a_full_disk(final):
         try:
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir(parents=True)
@@ -206,7 +206,7 @@ def export_copy(recipe: Any, out: Path, step: int) -> None:
 
 
 @contextmanager
-def telling_of_a_full_disk(place: Path) -> Iterator[None]:
+def failing_on_a_full_disk(place: Path) -> Iterator[None]:
     """Say what failed when a disk is full."""
     try:
         yield

@@ -24,11 +24,11 @@ from sdtune.config.parsing import same_command
 from sdtune.config.sections import Run, RunFailed, UserError
 from sdtune.run import checkpoints
 
-AGAIN = "SDTUNE_AGAIN"
+RESUME_COMMAND = "SDTUNE_RESUME_COMMAND"
 """Environment variable with the command that continues a run which `sdtune` has launched on many processes."""
-GONE = 75
+EXIT_PEER_DIED = 75
 """Exit code of a process that ends because another did."""
-LEFT = b"."
+BYE = b"."
 """What a process says that has nothing to do with the others any more."""
 GRACE = 2.0
 """Seconds for which an error may still turn out to be another's."""
@@ -36,11 +36,11 @@ POLL = 0.05
 """Seconds between two looks at whether all have come."""
 
 
-def meet() -> None:
+def store_barrier() -> None:
     """Wait until all processes are here, as long as one of them may be at work alone: it writes, encodes, draws.
 
     A collective would give up after `--ddp-timeout`, and the run with it. This asks the store instead. That a process
-    is gone is for the thread to notice which watches it (see `Together`).
+    is gone is for the thread to notice which watches it (see `ProcessGroupWatch`).
     """
     if not distributed.is_initialized():
         return
@@ -57,20 +57,20 @@ def wait_for(store: distributed.Store, key: str, count: int) -> None:
         time.sleep(POLL)
 
 
-def again(cfg: Run, words: list[str]) -> str:
+def resume_command(cfg: Run, words: list[str]) -> str:
     """The command line that continues a run."""
-    command = os.environ.get(AGAIN) or same_command(cfg, ["sdtune", *words])
-    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and AGAIN not in os.environ
+    command = os.environ.get(RESUME_COMMAND) or same_command(cfg, ["sdtune", *words])
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and RESUME_COMMAND not in os.environ
     return f"{command}, under the same launcher" if launched else command
 
 
-def kept(out: Path) -> str:
+def describe_checkpoint(out: Path) -> str:
     """What there is to continue a run from, in words."""
     found = checkpoints.found(out / "checkpoints")  # each gets its name when it is whole
     return f"the last checkpoint, {found[-1].name}, is whole" if found else "there is no checkpoint yet"
 
 
-class Together:
+class ProcessGroupWatch:
     """A stretch of the run at whose first error all its processes end.
 
     The error of the process that failed is told once. One that was killed cannot tell; then another names it. Between
@@ -87,7 +87,7 @@ class Together:
         self.rank, self.world, self.out, self.continuing, self.patience = rank, world, out, continuing, patience
         self.over, self.lost = False, threading.Event()
 
-    def __enter__(self) -> "Together":
+    def __enter__(self) -> "ProcessGroupWatch":
         if self.world > 1:
             self.store: Any = distributed.distributed_c10d._get_default_store()
             self.others = dict(self._answered() if self.rank == 0 else self._called())
@@ -107,9 +107,9 @@ class Together:
         if self.lost.is_set():
             time.sleep(2 * GRACE)  # the thread that noticed ends this process
         if not self._first("told"):
-            raise SystemExit(GONE) from None
+            raise SystemExit(EXIT_PEER_DIED) from None
         if isinstance(error, RuntimeError) and "timed out" in str(error).lower():  # a collective, of gloo or NCCL
-            raise RunFailed(self._silent()) from error
+            raise RunFailed(self._hung_ranks()) from error
         if not isinstance(error, UserError | RunFailed | KeyboardInterrupt):  # Python tells it below, in full
             self._tell(f"process {self.rank} of {self.world}: {type(error).__name__}")
 
@@ -120,7 +120,7 @@ class Together:
         self.over = True
         for connection in self.others.values():
             with suppress(OSError):  # it has left already
-                connection.sendall(LEFT)
+                connection.sendall(BYE)
 
     def _answered(self) -> Iterator[tuple[int, socket.socket]]:
         """The connections of the first process, by the number of the other."""
@@ -147,7 +147,7 @@ class Together:
     def _watch(self, other: int, connection: socket.socket) -> None:
         """Wait until the connection to another process breaks, or it says that it leaves."""
         try:
-            left = connection.recv(1) == LEFT
+            left = connection.recv(1) == BYE
         except OSError:
             left = False
         if not left and not self.over:
@@ -157,16 +157,22 @@ class Together:
     def _end(self, other: int) -> None:
         """Leave at once, wherever the main thread hangs; what is on the disk is whole at any moment."""
         here = os.environ.get("LOCAL_WORLD_SIZE") == str(self.world)
-        if self._first("told") and not (here and AGAIN in os.environ):  # `sdtune`, which launched them, knows more
+        if self._first("told") and not (
+            here and RESUME_COMMAND in os.environ
+        ):  # `sdtune`, which launched them, knows more
             self._tell(f"process {other} of {self.world} has ended without a word")
         time.sleep(GRACE / 4)  # so that the launcher sees first who was first
         for child in active_children():  # readers of images, which would hold the lock of the run's folder
             child.kill()
         sys.stdout.flush()
-        os._exit(GONE)
+        os._exit(EXIT_PEER_DIED)
 
     def _tell(self, what: str) -> None:
-        print(f"failed: {what}; {kept(self.out)}; continue with: {self.continuing}", file=sys.stderr, flush=True)
+        print(
+            f"failed: {what}; {describe_checkpoint(self.out)}; continue with: {self.continuing}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _first(self, what: str) -> bool:
         """Whether this process is the first that asks for ``what``; if nobody can say so any more, the lowest is."""
@@ -175,13 +181,13 @@ class Together:
         except RuntimeError:  # the store went with the first process
             return self.rank == 1
 
-    def _silent(self) -> str:
+    def _hung_ranks(self) -> str:
         """Which processes have not given up waiting, so that the others wait for them."""
         self.store.add(f"sdtune/waited/{self.rank}", 1)
         time.sleep(GRACE)
         silent = [r for r in range(self.world) if not self.store.check([f"sdtune/waited/{r}"])]
         who = f"process {', '.join(map(str, silent))}" if silent else "another process"
         return (
-            f"{who} of {self.world} did not answer for {self.patience} s (--ddp-timeout); {kept(self.out)}; "
+            f"{who} of {self.world} did not answer for {self.patience} s (--ddp-timeout); {describe_checkpoint(self.out)}; "
             f"continue with: {self.continuing}"
         )

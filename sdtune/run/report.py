@@ -216,7 +216,7 @@ def _figures_of(lines: list[dict[str, Any]]) -> list[str]:
 
 
 def _commands(folder: Path, config: dict[str, Any], method: type[Run] | None) -> str:
-    what = usage.made(by_path(folder, artefact(folder)))
+    what = usage.artefact_kind(by_path(folder, artefact(folder)))
     prompt = (config.get("validation_prompt") or ["..."])[0]
     shown = [
         ("Continue, or see that it is complete", _again(folder / "config.yaml", method)),

@@ -10,7 +10,7 @@ MANY = 30
 """Classes that are listed; of more, only the file with their names is told."""
 
 
-class Made(NamedTuple):
+class ArtefactKind(NamedTuple):
     """What an artefact is: an adapter, an embedding, or both; a pipeline; or a classifier of noised images."""
 
     adapter: str | None = None
@@ -28,28 +28,28 @@ class Made(NamedTuple):
     """The label of no class, where there is one."""
 
 
-def made(files: Mapping[str, Path]) -> Made:
+def artefact_kind(files: Mapping[str, Path]) -> ArtefactKind:
     """What the files of an artefact are, given by their path in its folder."""
 
-    def told(name: str) -> Any:
+    def read_json(name: str) -> Any:
         return json.loads(files[name].read_text(encoding="utf-8")) if name in files else None
 
-    classes = tuple(map(str, told("classes.json") or ()))
-    if index := told("model_index.json"):
-        labels = (told("unet/config.json") or {}).get("num_class_embeds") or 0
-        return Made(
+    classes = tuple(map(str, read_json("classes.json") or ()))
+    if index := read_json("model_index.json"):
+        labels = (read_json("unet/config.json") or {}).get("num_class_embeds") or 0
+        return ArtefactKind(
             pipeline=index["_class_name"],
             takes_text=any(part.startswith("text_encoder") for part in index),
             classes=classes if labels else (),
             open_label=labels - 1 if labels == len(classes) + 1 else None,
         )
-    if "diffusion_pytorch_model.safetensors" in files and (config := told("config.json")):
-        return Made(takes_text=False, classifier=config, classes=classes)
+    if "diffusion_pytorch_model.safetensors" in files and (config := read_json("config.json")):
+        return ArtefactKind(takes_text=False, classifier=config, classes=classes)
     others = [name for name in files if name.endswith(".safetensors") and name != EMBEDDING]
-    return Made(adapter=next(iter(others), None), embedding=EMBEDDING if EMBEDDING in files else None)
+    return ArtefactKind(adapter=next(iter(others), None), embedding=EMBEDDING if EMBEDDING in files else None)
 
 
-def sample(what: Made, folder: str, prompt: str) -> list[str]:
+def sample(what: ArtefactKind, folder: str, prompt: str) -> list[str]:
     """The words of ``sdtune sample`` that draw with the artefact of a run in ``folder``."""
     if what.classifier:
         return ["sdtune", "sample", "--model", "...", "--classifier", folder, "--class", what.classes[0]]
@@ -57,7 +57,9 @@ def sample(what: Made, folder: str, prompt: str) -> list[str]:
     return ["sdtune", "sample", kind, folder, *(["--prompt", prompt] if what.takes_text else [])]
 
 
-def lines(what: Made, repo: str, at: str | None, base: str, base_at: str | None, prompt: str, token: str | None) -> str:
+def lines(
+    what: ArtefactKind, repo: str, at: str | None, base: str, base_at: str | None, prompt: str, token: str | None
+) -> str:
     """The Python that loads an artefact and makes an image.
 
     Args:
@@ -82,7 +84,7 @@ def lines(what: Made, repo: str, at: str | None, base: str, base_at: str | None,
     return "\n".join([f"from diffusers import {reader.partition('.')[0]}", "", *loads])
 
 
-def _pipeline(what: Made, repo: str, at: str | None, prompt: str) -> str:
+def _pipeline(what: ArtefactKind, repo: str, at: str | None, prompt: str) -> str:
     load = f"pipe = DiffusionPipeline.from_pretrained({arguments(repo, revision=at)})"
     draw = f"image = pipe({text(prompt) if what.takes_text else ''}).images[0]"
     if not what.classes:
@@ -108,7 +110,7 @@ x_t, t = torch.randn(1, {config["in_channels"]}, {side}, {side}), torch.tensor([
 p = classifier(x_t, t).softmax(dim=1)"""
 
 
-def classes(what: Made) -> str:
+def classes(what: ArtefactKind) -> str:
     """Which label is which class, as a sentence; nothing of a model without classes."""
     if not what.classes:
         return ""

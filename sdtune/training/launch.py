@@ -229,7 +229,7 @@ def relaunch(
     print(shlex.join([*on_cpu, "accelerate", "launch", *line]), file=sys.stderr)
     asked = [word for name, value in given.items() if value for word in (parsing.flag(name), str(value))]
     again = f"{parsing.same_command(cfg, ['sdtune', *words])} {shlex.join(asked)}"
-    os.environ[processes.AGAIN] = again
+    os.environ[processes.RESUME_COMMAND] = again
     told: list[int] = []
     pass_on(told)
     args = launch_command_parser().parse_args(line)
@@ -246,7 +246,7 @@ def relaunch(
     finally:
         for child in children():
             child.kill()
-    followed = (processes.GONE, -signal.SIGTERM)  # of those that ended because another did
+    followed = (processes.EXIT_PEER_DIED, -signal.SIGTERM)  # of those that ended because another did
     rank = next((rank for rank, code in codes.items() if code not in followed), min(codes))
     if told and codes[rank] in (-told[0], 128 + told[0], -signal.SIGTERM):
         return 128 + told[0]
@@ -254,11 +254,11 @@ def relaunch(
         name = signal.Signals(-codes[rank]).name
         print(
             f"failed: process {rank} of {args.num_processes} was killed by {name}; "
-            f"{processes.kept(cfg.output_dir)}; continue with: {again}",
+            f"{processes.describe_checkpoint(cfg.output_dir)}; continue with: {again}",
             file=sys.stderr,
         )
         return 1
-    return 1 if codes[rank] == processes.GONE else codes[rank]
+    return 1 if codes[rank] == processes.EXIT_PEER_DIED else codes[rank]
 
 
 def children() -> list[Any]:

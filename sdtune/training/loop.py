@@ -22,7 +22,7 @@ from sdtune.run.environment import environment
 from sdtune.run.metrics import Metrics, check_trackers
 from sdtune.run.plan import plan, steps_of
 from sdtune.run.precision import precision_of
-from sdtune.run.processes import Together, again, meet
+from sdtune.run.processes import ProcessGroupWatch, resume_command, store_barrier
 from sdtune.run.report import write_report
 from sdtune.run.signals import Stopping
 from sdtune.training import optim, preview
@@ -45,12 +45,12 @@ def train(kind: type[Recipe], cfg: Any, words: list[str], overwrite: bool = Fals
     check_trackers(cfg.report_to)
     accelerator = start(cfg)
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    with Together(rank, world, cfg.output_dir, again(cfg, words), cfg.ddp_timeout) as together:
+    with ProcessGroupWatch(rank, world, cfg.output_dir, resume_command(cfg, words), cfg.ddp_timeout) as watch:
         publisher = Publisher(cfg, main)
         with open_folder(cfg, words, overwrite, allow_change) if main else nullcontext():
-            meet()
+            store_barrier()
             fit(kind, cfg, accelerator, publisher, words, allow_change)
-            together.leave()
+            watch.leave()
             accelerator.end_training()
             publisher.finish()  # the other processes are free by now: none waits for an upload
 
@@ -101,7 +101,7 @@ def fit(
         with metrics.paused(), state.evaluating():
             if cfg.num_validation_images:
                 metrics.images(state.step, *preview.sample_images(recipe, dataset, accelerator))
-                meet()
+                store_barrier()
             if dataset.holdout:
                 metrics.log(state.step, preview.holdout(engine, dataset, accelerator))
         recipe.train()
@@ -151,12 +151,12 @@ def fit(
             ):  # before saving, so that none is missing after a kill
                 if main:
                     folder.export_copy(exported, out, state.step)
-            meet()
+            store_barrier()
         if saving:
             with metrics.paused():
                 state.save()
                 publisher.checkpoint(state)
-                meet()
+                store_barrier()
         if cfg.validation_steps and state.step % cfg.validation_steps == 0 and state.step < total:
             validate()
 
@@ -167,7 +167,7 @@ def fit(
             report()
         state.save()
         metrics.close()
-        log(f"interrupted at step {state.step} of {total} and saved; continue with: {again(cfg, words)}")
+        log(f"interrupted at step {state.step} of {total} and saved; continue with: {resume_command(cfg, words)}")
         sys.exit(128 + stopping.signal)
     validate()
     metrics.close()

@@ -16,7 +16,7 @@ from sdtune.config.sections import UserError
 from sdtune.recipes.recipe import Recipe
 from sdtune.run import checkpoints
 from sdtune.run.environment import environment
-from sdtune.run.processes import meet
+from sdtune.run.processes import store_barrier
 from sdtune.training import optim
 from sdtune.training.engine import Engine
 
@@ -60,7 +60,7 @@ class State:
     def save(self) -> None:
         """Called by every process; the first one writes whole tensors, which any number of processes can read.
 
-        It may take longer than the others would wait in a collective; see `peers.meet`.
+        It may take longer than the others would wait in a collective; see `processes.store_barrier`.
         """
         moments, numbers = self.engine.save_optimizer(self.optimizer, self.names)
         tensors = {"weights": self.gather_tensors(self.weights), "optimizer": moments}
@@ -75,7 +75,7 @@ class State:
                 "versions": environment(),
             }
             checkpoints.save(self.root, self.step, tensors, facts, self.cfg.checkpoints_total_limit)
-        meet()
+        store_barrier()
 
     def gather_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors, whole; on the first process alone, where slices are put together in the main memory."""
