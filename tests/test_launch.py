@@ -222,7 +222,7 @@ def test_error_of_one_process_is_told_once_and_ends_the_others(places, tmp_path)
     assert told.count("ZeroDivisionError: the seventh batch of process 1") == 1
     assert told.count("failed: process 1 of 3: ZeroDivisionError; the last checkpoint, step-000005, is whole; ") == 1
     assert "closed by peer" not in told
-    assert "without a word" not in told
+    assert "without a message" not in told
     (saved,) = checkpoints.found(tmp_path / "run" / "checkpoints")
     assert saved.name == "step-000005" and checkpoints.verify(saved) is None
 
@@ -326,7 +326,7 @@ def test_two_machines_under_accelerate_lose_a_process_and_go_on_under_torchrun(u
     worker(machines[1], 1).send_signal(signal.SIGKILL)
     assert 0 not in [machine.code(60) for machine in machines]
     said = machines[0].said("err")
-    assert said.count("failed: process 1 of 2 has ended without a word") == 1
+    assert said.count("failed: process 1 of 2 died without a message") == 1
     assert said.count("under the same launcher") == 1
 
     line = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", free_port()]

@@ -20,6 +20,7 @@ from sdtune.config import parsing
 from sdtune.publish.redact import may_be_hub_id, settings
 from sdtune.run import usage
 from sdtune.run.contact_sheet import cells
+from sdtune.run.usage import ArtefactKind
 
 FAMILY_TAGS = {
     "StableDiffusionPipeline": ["stable-diffusion", "stable-diffusion-diffusers"],
@@ -126,14 +127,14 @@ def save(text: str, path: Path) -> None:
 # ---- the parts ---------------------------------------------------------------------------------------
 
 
-def _task(what: usage.ArtefactKind) -> str:
+def _task(what: ArtefactKind) -> str:
     """What the Hub files it under."""
     if what.classifier:
         return "image-classification"
     return "text-to-image" if what.takes_text else "unconditional-image-generation"
 
 
-def _tags(cfg: Any, what: usage.ArtefactKind, task: str, origin: Origin) -> list[str]:
+def _tags(cfg: Any, what: ArtefactKind, task: str, origin: Origin) -> list[str]:
     tags = [task, "diffusers", "diffusers-training"]
     if what.adapter:
         tags += ["dora" if getattr(cfg, "use_dora", False) else "lora", "template:sd-lora"]
@@ -161,7 +162,7 @@ def _pipeline_class(cfg: Any, origin: Origin) -> str:
         return ""
 
 
-def _article(cfg: Any, what: usage.ArtefactKind) -> str:
+def _article(cfg: Any, what: ArtefactKind) -> str:
     if what.pipeline or what.classifier:
         return f"A `{what.pipeline}`" if what.pipeline else "A classifier of noised images"
     kind = "DoRA" if getattr(cfg, "use_dora", False) else "LoRA"
@@ -172,7 +173,7 @@ def _article(cfg: Any, what: usage.ArtefactKind) -> str:
     return adapter if hasattr(cfg, "rank") else "Weights"
 
 
-def _on(cfg: Any, base: str | None, what: usage.ArtefactKind, origin: Origin) -> str:
+def _on(cfg: Any, base: str | None, what: ArtefactKind, origin: Origin) -> str:
     """The base that it adapts, or began as."""
     if not base:
         return ""
@@ -218,7 +219,7 @@ def _results(shown: Any, task: str, data_on_hub: bool, loss: float) -> list[Eval
 def _usage(
     cfg: Any,
     base: str | None,
-    what: usage.ArtefactKind,
+    what: ArtefactKind,
     token: str | None,
     origin: Origin,
     repo: str,
@@ -241,9 +242,7 @@ def _before_after(sheets: list[Path]) -> str:
     return "## Samples\n\n" + "\n\n".join(figures)
 
 
-def _training(
-    shown: Any, what: usage.ArtefactKind, out: Path, lines: list[dict[str, Any]], holdout: list[float]
-) -> str:
+def _training(shown: Any, what: ArtefactKind, out: Path, lines: list[dict[str, Any]], holdout: list[float]) -> str:
     losses = [line["loss"] for line in lines if isinstance(line.get("loss"), float)]
     tail = losses[-max(1, len(losses) // 20) :]
     scaled = " times the images per step" if "scale_lr" in shown.model_fields_set and shown.scale_lr else ""

@@ -1,7 +1,7 @@
-"""The processes of a run end together: when one is gone, the others know within a second, and say whose fault it was.
+"""The processes of a run end together: when one dies, the others end within a second and report which rank failed.
 
-A launcher tells the others by a signal, which a process that waits in a collective does not hear. So each keeps an
-open connection to the first process, and the first to each: it breaks when its other end is gone, for whatever reason.
+A launcher stops the others with a signal, and a process that waits in a collective does not handle signals. So each
+process keeps a connection open to the first one. It breaks when the process at its other end dies, whatever the cause.
 """
 
 import math
@@ -25,31 +25,32 @@ from sdtune.config.sections import Run, RunFailed, UserError
 from sdtune.run import checkpoints
 
 RESUME_COMMAND = "SDTUNE_RESUME_COMMAND"
-"""Environment variable with the command that continues a run which `sdtune` has launched on many processes."""
+"""Environment variable that holds the command which continues a run that `sdtune` launched on many processes."""
 EXIT_PEER_DIED = 75
-"""Exit code of a process that ends because another did."""
+"""Exit code of a process that ends because another process died."""
 BYE = b"."
-"""What a process says that has nothing to do with the others any more."""
+"""Sent by a process that has left the last collective, so that its end is no failure."""
 GRACE = 2.0
-"""Seconds for which an error may still turn out to be another's."""
+"""Seconds to wait before an error is reported: another process may have caused it."""
 POLL = 0.05
-"""Seconds between two looks at whether all have come."""
+"""Seconds between two reads of a counter in the store."""
 
 
 def store_barrier() -> None:
-    """Wait until all processes are here, as long as one of them may be at work alone: it writes, encodes, draws.
+    """Wait until all processes have called this, however long one of them works alone (writes, encodes, samples).
 
-    A collective would give up after `--ddp-timeout`, and the run with it. This asks the store instead. That a process
-    is gone is for the thread to notice which watches it (see `ProcessGroupWatch`).
+    A collective would fail after `--ddp-timeout`; this polls counters in the store. A process that dies meanwhile is
+    noticed by the thread that watches it (see `ProcessGroupWatch`).
     """
     if not distributed.is_initialized():
         return
     world, store = distributed.get_world_size(), distributed.distributed_c10d._get_default_store()
-    meeting = math.ceil(store.add("sdtune/met", 1) / world)  # none comes to the next before all were at this one
-    wait_for(store, "sdtune/met", meeting * world)
+    # No process enters the next barrier before all have entered this one, so the count gives the barrier's number
+    number = math.ceil(store.add("sdtune/entered", 1) / world)
+    wait_for(store, "sdtune/entered", number * world)
     store.add("sdtune/left", 1)
-    if distributed.get_rank() == 0:  # the store may be its own, and would end with it
-        wait_for(store, "sdtune/left", meeting * world)
+    if distributed.get_rank() == 0:  # it may host the store, which must outlive the others' reads
+        wait_for(store, "sdtune/left", number * world)
 
 
 def wait_for(store: distributed.Store, key: str, count: int) -> None:
@@ -65,129 +66,128 @@ def resume_command(cfg: Run, words: list[str]) -> str:
 
 
 def describe_checkpoint(out: Path) -> str:
-    """What there is to continue a run from, in words."""
-    found = checkpoints.found(out / "checkpoints")  # each gets its name when it is whole
+    """Which checkpoint a run continues from, as a clause of a message."""
+    found = checkpoints.found(out / "checkpoints")  # a checkpoint gets this name when it is complete
     return f"the last checkpoint, {found[-1].name}, is whole" if found else "there is no checkpoint yet"
 
 
 class ProcessGroupWatch:
-    """A stretch of the run at whose first error all its processes end.
+    """Context in which the first error of any process ends all processes of the run.
 
-    The error of the process that failed is told once. One that was killed cannot tell; then another names it. Between
-    them the processes see to it that what follows from the failure is not told as well.
+    The process that fails reports its error, once. A process that was killed cannot, so another one names it. Errors
+    that only follow from the first are not reported.
 
     Args:
-        rank, world: this process, and how many there are; the process group is there already.
+        rank, world: number of this process, and how many there are. The process group exists already.
         out: the run's folder.
-        continuing: the command that continues the run.
-        patience: seconds after which a collective gives up, to be told when it does.
+        resume: the command that continues the run.
+        patience: seconds after which a collective fails (`--ddp-timeout`), for the message.
     """
 
-    def __init__(self, rank: int, world: int, out: Path, continuing: str, patience: int):
-        self.rank, self.world, self.out, self.continuing, self.patience = rank, world, out, continuing, patience
-        self.over, self.lost = False, threading.Event()
+    def __init__(self, rank: int, world: int, out: Path, resume: str, patience: int):
+        self.rank, self.world, self.out, self.resume, self.patience = rank, world, out, resume, patience
+        self.left, self.peer_died = False, threading.Event()
 
     def __enter__(self) -> "ProcessGroupWatch":
         if self.world > 1:
             self.store: Any = distributed.distributed_c10d._get_default_store()
-            self.others = dict(self._answered() if self.rank == 0 else self._called())
+            self.others = dict(self._accept() if self.rank == 0 else self._connect())
             for other, connection in self.others.items():
-                os.register_at_fork(after_in_child=connection.close)  # readers of images may outlive their process
+                os.register_at_fork(after_in_child=connection.close)  # loader workers may outlive their process
                 threading.Thread(target=self._watch, args=(other, connection), daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self.world == 1 or self.over:
+        if self.world == 1 or self.left:
             return
-        if error is None or isinstance(error, SystemExit):  # all were told to stop
+        if error is None or isinstance(error, SystemExit):  # all processes agreed to stop
             self.leave()
             return
         if not isinstance(error, UserError | RunFailed | KeyboardInterrupt):
-            self.lost.wait(GRACE)  # it may be what another's end looks like
-        if self.lost.is_set():
-            time.sleep(2 * GRACE)  # the thread that noticed ends this process
-        if not self._first("told"):
+            self.peer_died.wait(GRACE)  # the death of another process may have caused it
+        if self.peer_died.is_set():
+            time.sleep(2 * GRACE)  # the watching thread ends this process
+        if not self._is_first("report"):
             raise SystemExit(EXIT_PEER_DIED) from None
         if isinstance(error, RuntimeError) and "timed out" in str(error).lower():  # a collective, of gloo or NCCL
             raise RunFailed(self._hung_ranks()) from error
-        if not isinstance(error, UserError | RunFailed | KeyboardInterrupt):  # Python tells it below, in full
-            self._tell(f"process {self.rank} of {self.world}: {type(error).__name__}")
+        if not isinstance(error, UserError | RunFailed | KeyboardInterrupt):  # the traceback follows
+            self._report(f"process {self.rank} of {self.world}: {type(error).__name__}")
 
     def leave(self) -> None:
-        """From here on each process ends when it has done; called after the last collective."""
-        if self.world == 1 or self.over:
+        """Called after the last collective: from here on each process may end on its own."""
+        if self.world == 1 or self.left:
             return
-        self.over = True
+        self.left = True
         for connection in self.others.values():
-            with suppress(OSError):  # it has left already
+            with suppress(OSError):  # its process has ended already
                 connection.sendall(BYE)
 
-    def _answered(self) -> Iterator[tuple[int, socket.socket]]:
-        """The connections of the first process, by the number of the other."""
-        word, family = secrets.token_hex(8), {"family": socket.AF_INET6, "dualstack_ipv6": True}
+    def _accept(self) -> Iterator[tuple[int, socket.socket]]:
+        """The first process: accept a connection from each other rank."""
+        secret, family = secrets.token_hex(8), {"family": socket.AF_INET6, "dualstack_ipv6": True}
         with socket.create_server(("", 0), **(family if socket.has_dualstack_ipv6() else {})) as server:
-            self.store.set("sdtune/watch", f"{server.getsockname()[1]} {word}")
+            self.store.set("sdtune/watch", f"{server.getsockname()[1]} {secret}")
             waiting = self.world - 1
             while waiting:
                 connection, _ = server.accept()
-                connection.settimeout(GRACE)  # for a stranger that says nothing
+                connection.settimeout(GRACE)  # a stranger may connect and send nothing
                 with suppress(OSError):
-                    told, _, number = connection.makefile("rb").readline().decode(errors="replace").partition(" ")
-                    if told == word:
+                    word, _, number = connection.makefile("rb").readline().decode(errors="replace").partition(" ")
+                    if word == secret:
                         waiting -= 1
                         connection.settimeout(None)
                         yield int(number), connection
 
-    def _called(self) -> Iterator[tuple[int, socket.socket]]:
-        port, _, word = self.store.get("sdtune/watch").decode().partition(" ")
+    def _connect(self) -> Iterator[tuple[int, socket.socket]]:
+        port, _, secret = self.store.get("sdtune/watch").decode().partition(" ")
         connection = socket.create_connection((os.environ["MASTER_ADDR"], int(port)))
-        connection.sendall(f"{word} {self.rank}\n".encode())
+        connection.sendall(f"{secret} {self.rank}\n".encode())
         yield 0, connection
 
     def _watch(self, other: int, connection: socket.socket) -> None:
-        """Wait until the connection to another process breaks, or it says that it leaves."""
+        """Wait until the connection to another process breaks, or until that process says BYE."""
         try:
-            left = connection.recv(1) == BYE
+            said_bye = connection.recv(1) == BYE
         except OSError:
-            left = False
-        if not left and not self.over:
-            self.lost.set()
-            self._end(other)
+            said_bye = False
+        if not said_bye and not self.left:
+            self.peer_died.set()
+            self._exit_after(other)
 
-    def _end(self, other: int) -> None:
-        """Leave at once, wherever the main thread hangs; what is on the disk is whole at any moment."""
-        here = os.environ.get("LOCAL_WORLD_SIZE") == str(self.world)
-        if self._first("told") and not (
-            here and RESUME_COMMAND in os.environ
-        ):  # `sdtune`, which launched them, knows more
-            self._tell(f"process {other} of {self.world} has ended without a word")
-        time.sleep(GRACE / 4)  # so that the launcher sees first who was first
-        for child in active_children():  # readers of images, which would hold the lock of the run's folder
+    def _exit_after(self, other: int) -> None:
+        """End this process at once, wherever its main thread is; files on the disk are complete at any moment."""
+        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(self.world)
+        launcher_reports = one_machine and RESUME_COMMAND in os.environ  # `sdtune` launched them, and knows the signal
+        if self._is_first("report") and not launcher_reports:
+            self._report(f"process {other} of {self.world} died without a message")
+        time.sleep(GRACE / 4)  # the launcher should see the first failure first
+        for child in active_children():  # loader workers, which would keep the run's folder locked
             child.kill()
         sys.stdout.flush()
         os._exit(EXIT_PEER_DIED)
 
-    def _tell(self, what: str) -> None:
+    def _report(self, what: str) -> None:
         print(
-            f"failed: {what}; {describe_checkpoint(self.out)}; continue with: {self.continuing}",
+            f"failed: {what}; {describe_checkpoint(self.out)}; continue with: {self.resume}",
             file=sys.stderr,
             flush=True,
         )
 
-    def _first(self, what: str) -> bool:
-        """Whether this process is the first that asks for ``what``; if nobody can say so any more, the lowest is."""
+    def _is_first(self, what: str) -> bool:
+        """Whether this process is the first that asks for ``what``; without the store, whether it is rank 1."""
         try:
             return int(self.store.add(f"sdtune/{what}", 1)) == 1
-        except RuntimeError:  # the store went with the first process
+        except RuntimeError:  # the store ended with rank 0
             return self.rank == 1
 
     def _hung_ranks(self) -> str:
-        """Which processes have not given up waiting, so that the others wait for them."""
+        """The message of a collective that timed out: it names the ranks that are not waiting in it."""
         self.store.add(f"sdtune/waited/{self.rank}", 1)
         time.sleep(GRACE)
-        silent = [r for r in range(self.world) if not self.store.check([f"sdtune/waited/{r}"])]
-        who = f"process {', '.join(map(str, silent))}" if silent else "another process"
+        hung = [r for r in range(self.world) if not self.store.check([f"sdtune/waited/{r}"])]
+        who = f"process {', '.join(map(str, hung))}" if hung else "another process"
         return (
-            f"{who} of {self.world} did not answer for {self.patience} s (--ddp-timeout); {describe_checkpoint(self.out)}; "
-            f"continue with: {self.continuing}"
+            f"{who} of {self.world} did not answer for {self.patience} s (--ddp-timeout); "
+            f"{describe_checkpoint(self.out)}; continue with: {self.resume}"
         )
