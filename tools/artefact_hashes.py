@@ -12,7 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-SHORT = "--steps 6 --train-batch-size 2 --dataloader-num-workers 0 --num-validation-images 0 --learning-rate 1e-3"
+SHORT = "--steps 6 --train-batch-size 2 --dataloader-num-workers 0 --learning-rate 1e-3"
+NO_SAMPLES = "--num-validation-images 0"
+"""For every method but the classifier, which draws nothing."""
 PIXELS = "--resolution 16 --block-out-channels 8 16 --attention-resolutions 8 --layers-per-block 1 --norm-num-groups 4"
 RUNS = {
     "lora": "lora --config lora/tiny-hearts --use-ema",
@@ -30,11 +32,14 @@ RUNS = {
 
 
 def main() -> None:
+    """Train the methods named on the command line, or all."""
+    names = sys.argv[1:] or RUNS
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "SDTUNE_CACHE": f"{folder}/cache", "HF_HUB_OFFLINE": "1"}
-        for name, words in RUNS.items():
-            out = Path(folder, name)
-            command = [sys.executable, "-m", "sdtune", *words.split(), *SHORT.split(), "--output-dir", str(out)]
+        for name in names:
+            words, out = RUNS[name], Path(folder, name)
+            words += f" {SHORT}" if name == "classifier" else f" {SHORT} {NO_SAMPLES}"
+            command = [sys.executable, "-m", "sdtune", *words.split(), "--output-dir", str(out)]
             subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, cwd=folder)
             for file in sorted(json.loads((out / "artefact.json").read_text())["files"]):
                 digest = hashlib.sha256((out / file).read_bytes()).hexdigest()
