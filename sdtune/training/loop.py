@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from sdtune.config.sections import Run, UserError
 from sdtune.data import positions
 from sdtune.models.float8 import compute_in_float8
+from sdtune.models.memory_options import checkpoint_gradients, compile_blocks
 from sdtune.publish.publish import Publisher
 from sdtune.recipes.recipe import Recipe
 from sdtune.run import checkpoints, folder, rng
@@ -204,13 +205,13 @@ def open_folder(cfg: Run, words: list[str], overwrite: bool, allow_change: bool)
 
 
 def prepare_modules(recipe: Recipe, cfg: Run, device: torch.device) -> None:
-    """Trade memory for time, or compile, as the config asks."""
+    """Have the parts of a recipe compute in 8 bits, checkpoint their gradients, or compile, as the config asks."""
     if cfg.compile and device.type == "cpu":
         raise UserError("--compile: on a CPU torch.compile returns wrong gradients beside a right loss; leave it out")
-    for module in recipe.children():
-        if precision_of(cfg) == "fp8":
+    if precision_of(cfg) == "fp8":
+        for module in recipe.children():
             compute_in_float8(module, device)
-        if cfg.gradient_checkpointing:
-            getattr(module, "enable_gradient_checkpointing", getattr(module, "gradient_checkpointing_enable", None))()
-        if cfg.compile and hasattr(module, "compile_repeated_blocks"):
-            module.compile_repeated_blocks()
+    if cfg.gradient_checkpointing:
+        checkpoint_gradients(recipe.children())
+    if cfg.compile:
+        compile_blocks(recipe.children())

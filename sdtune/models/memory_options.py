@@ -1,0 +1,47 @@
+"""Gradient checkpointing and compilation of the parts of a recipe, with a branch for each library that makes parts.
+
+Checkpointing computes the activations of a block again in the backward pass in place of keeping them (Chen et al. 2016).
+"""
+
+from collections.abc import Iterable
+
+from diffusers import ModelMixin
+from torch import nn
+from transformers import PreTrainedModel
+
+from sdtune.config.sections import UserError
+
+
+def checkpoint_gradients(modules: Iterable[nn.Module]) -> None:
+    """Have every module that has blocks keep only their inputs. One that has none (a new token's vectors) stays as it is.
+
+    Raises:
+        UserError: none of the modules can do it.
+    """
+    able = [module for module in modules if _can_checkpoint(module)]
+    if not able:
+        raise UserError("--gradient-checkpointing: no part of this method can do it; leave it out")
+    for module in able:
+        if isinstance(module, ModelMixin):
+            module.enable_gradient_checkpointing()
+        elif isinstance(module, PreTrainedModel):
+            module.gradient_checkpointing_enable()
+
+
+def _can_checkpoint(module: nn.Module) -> bool:
+    if isinstance(module, ModelMixin):
+        return bool(module._supports_gradient_checkpointing)
+    return isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing
+
+
+def compile_blocks(modules: Iterable[nn.Module]) -> None:
+    """Compile the models of diffusers: block by block where a model names its repeated blocks, else as a whole.
+
+    Modules of other libraries stay as they are: a text encoder takes a small part of a step.
+    """
+    for module in modules:
+        if isinstance(module, ModelMixin):
+            if module._repeated_blocks:
+                module.compile_repeated_blocks()
+            else:
+                module.compile()
