@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sdtune.config.sections import UserError
@@ -28,6 +27,7 @@ from sdtune.evaluation.features import features_of, load_network, progress
 from sdtune.evaluation.inputs import Plan, Samples, apart, enough, known, plan_of, read, samples_of
 from sdtune.evaluation.judges import Classifier, Clip
 from sdtune.evaluation.plots import Shown, picture
+from sdtune.models.vision import device
 from sdtune.publish import hub
 from sdtune.sampling.sample import sample
 
@@ -153,10 +153,9 @@ def called(kind: str, label: str) -> str:
 
 
 def with_intervals(cfg: EvaluateConfig, title: str, measure: Any, *sets: Tensor) -> dict[str, Estimate]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     with progress() as bar:
         task = bar.add_task(title, total=cfg.resamples)
-        on_device = [s.double().to(device) for s in sets]
+        on_device = [s.double().to(device()) for s in sets]
         found = estimates(measure, on_device, cfg.resamples, cfg.seed, lambda: bar.advance(task))
     return {kind: within(e, *RANGES[kind]) for kind, e in found.items()}
 

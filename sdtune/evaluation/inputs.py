@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 
 from sdtune.config.sections import Captions, Data, UserError
 from sdtune.config.verbs import EvaluateConfig, SampleConfig
@@ -16,7 +14,7 @@ from sdtune.data import Images, load_images
 from sdtune.evaluation.features import BATCH
 from sdtune.models import families
 from sdtune.models.adapters import FILE
-from sdtune.models.pixel_models import CLASSES
+from sdtune.models.pixel_models import read_classes
 from sdtune.run.rng import generator
 from sdtune.sampling.sample_pixels import of_pixels
 
@@ -130,11 +128,7 @@ def classes_of_pixels(model: str) -> list[str] | None:
         raise UserError(
             f"SAMPLES {model}: {why if why.startswith('no such') else f'no such folder, and as a Hub id: {why}'}"
         ) from error
-    try:
-        file = Path(source) / CLASSES if Path(source).is_dir() else Path(hf_hub_download(source, CLASSES))
-        return list(json.loads(file.read_text(encoding="utf-8")))
-    except (FileNotFoundError, EntryNotFoundError):
-        return []
+    return read_classes(source, f"SAMPLES {model}") or []
 
 
 def captions(cfg: EvaluateConfig) -> list[str]:

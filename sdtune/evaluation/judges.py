@@ -1,6 +1,5 @@
 """Does a picture show what was asked for: its prompt, by CLIP; its class, by a classifier."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,8 @@ from torch.nn import functional
 from sdtune.config.sections import UserError
 from sdtune.data import Images
 from sdtune.evaluation.features import BATCH, features_of
+from sdtune.models.noisy_classifier import NoisyClassifier
+from sdtune.models.pixel_models import read_classes
 from sdtune.models.vision import device, load_clip, load_pretrained, ready
 
 WEIGHT = 2.5
@@ -78,14 +79,12 @@ class Noiseless(nn.Module):
 def load_classifier(name: str) -> tuple[nn.Module, list[str]]:
     """A network from images to logits, and the names of its classes."""
     folder = Path(name).expanduser()
-    if not (folder / "classes.json").is_file():
+    names = read_classes(str(folder), f"--classifier {name}") if folder.is_dir() else None
+    if names is None:
         network = ready(load_pretrained(name, "--classifier", "AutoModelForImageClassification"))
         classes = network.model.config.id2label
         return network, [classes[k] for k in sorted(classes)]
-    from sdtune.models.noisy_classifier import NoisyClassifier
-
     try:
-        names = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
         return ready(Noiseless(NoisyClassifier.from_pretrained(folder))), names
     except (OSError, ValueError) as error:
         raise UserError(f"--classifier {name}: {str(error).splitlines()[0]}") from error

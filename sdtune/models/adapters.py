@@ -78,11 +78,10 @@ def adapter_state(part: str, model: nn.Module, adapter: str = "default") -> dict
     state = {}
     for name, tensor in peft_state(model, adapter).items():
         if part.startswith("text_encoder"):
-            name = (
-                f"text_model.{name.removeprefix('text_model.')}"  # transformers 5.6 dropped the level, others want it
-            )
+            # transformers 5.6 dropped the level `text_model.`, which other readers want
+            name = f"text_model.{name.removeprefix('text_model.')}"
             if name.endswith("lora_magnitude_vector"):
-                name += ".weight"  # transformers leaves a DoRA magnitude out when it is not spelt as a parameter
+                name += ".weight"  # transformers passes over a DoRA magnitude without it
         name = name.replace("lora_A", down).replace("lora_B", up)
         state[f"{part}.{name}"] = tensor.detach().cpu().contiguous()
     return state

@@ -1,7 +1,6 @@
 """From names to a pipeline: the base model, and adapters on it with their weights."""
 
 import difflib
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +17,10 @@ from sdtune.config.verbs import SampleConfig
 from sdtune.models import families
 from sdtune.models.adapters import FILE
 from sdtune.models.noisy_classifier import NoisyClassifier
+from sdtune.models.pixel_models import read_classes
+from sdtune.run.device import best_device
 from sdtune.run.precision import DTYPES
-
-EMBEDDING = "learned_embeds.safetensors"
+from sdtune.run.usage import CLASSES, EMBEDDING
 
 
 def load_pipeline(cfg: SampleConfig) -> DiffusionPipeline:
@@ -31,7 +31,7 @@ def load_pipeline(cfg: SampleConfig) -> DiffusionPipeline:
     families.hush()
     dtype = DTYPES[cfg.mixed_precision]
     device = best_device()
-    if cfg.mixed_precision == "fp16" and device == "cpu":
+    if cfg.mixed_precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed-precision fp16: needs a GPU; bf16 works on a CPU")
     source = families.resolve_model(cfg.model)
     hub = {"revision": cfg.revision, "cache_dir": cfg.cache_dir}
@@ -81,13 +81,6 @@ def split_weight(text: str) -> tuple[str, float]:
     if not math.isfinite(weight):
         raise UserError(f"--adapter {text}: {number} is no weight")
     return where, weight
-
-
-def best_device() -> str:
-    """``cuda``, ``mps`` or ``cpu``, the first there is."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _load_adapter(pipe: DiffusionPipeline, where: str, name: str) -> None:
@@ -157,26 +150,6 @@ def published_file(where: str, name: str, option: str) -> Path:
         raise UserError(f"{option} {where}: no such file or folder, and not on the Hub: {why}") from error
 
 
-def load_classes(cfg: SampleConfig, unet: UNet2DModel) -> list[str]:
-    """The classes of a model of pixels, in the order of its labels, from ``classes.json`` beside its parts."""
-    source = Path(families.resolve_model(cfg.model))
-    try:
-        if not source.is_dir():
-            file = huggingface_hub.hf_hub_download(
-                cfg.model, "classes.json", revision=cfg.revision, cache_dir=cfg.cache_dir
-            )
-            source = Path(file).parent
-        classes = _classes(source, f"--model {cfg.model}")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {cfg.model}: has classes, but no classes.json that names them") from error
-    if len(classes) + 1 != unet.config.num_class_embeds:
-        raise UserError(
-            f"--model {cfg.model}: classes.json names {len(classes)} classes, and the network has "
-            f"{unet.config.num_class_embeds}, the last for none"
-        )
-    return classes
-
-
 def class_labels(names: Sequence[str], classes: Sequence[str], where: str) -> Tensor:
     """The labels of ``names``: int64 ``[N]``; `UserError` for one that ``where`` does not know."""
     for name in names:
@@ -193,9 +166,11 @@ def load_classifier(folder: Path, unet: UNet2DModel, scheduler: SchedulerMixin) 
     try:
         classifier = NoisyClassifier.from_pretrained(folder)
         own = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
-        classes = _classes(folder, where)
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: not a classifier of noised images: {str(error).splitlines()[0]}") from error
+    classes = read_classes(str(folder), where)
+    if classes is None:
+        raise UserError(f"{where}: not a classifier of noised images: no {CLASSES} in it")
     for what, name in {"channels": "in_channels", "pixels a side": "sample_size"}.items():
         if classifier.config[name] != unet.config[name]:
             raise UserError(f"{where}: made for {classifier.config[name]} {what}, the model for {unet.config[name]}")
@@ -206,10 +181,3 @@ def load_classifier(folder: Path, unet: UNet2DModel, scheduler: SchedulerMixin) 
         ends = [f"{betas[0]:.3g} to {betas[-1]:.3g}" for betas in (own.betas, scheduler.betas)]
         raise UserError(f"{where}: trained with betas from {ends[0]}, the model with {ends[1]}")
     return classifier.requires_grad_(False).eval().to(unet.device), classes
-
-
-def _classes(folder: Path, where: str) -> list[str]:
-    classes = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise UserError(f"{where}: classes.json is no list of names")
-    return classes

@@ -1,6 +1,7 @@
-"""Gradient checkpointing and compilation of the parts of a recipe, with a branch for each library that makes parts.
+"""Gradient checkpointing and compilation of the parts of a recipe, with a branch for each library.
 
-Checkpointing computes the activations of a block again in the backward pass in place of keeping them (Chen et al. 2016).
+Gradient checkpointing computes the activations of a block again in the backward pass, so that they need not be kept
+(Chen et al. 2016).
 """
 
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ from sdtune.config.sections import UserError
 
 
 def checkpoint_gradients(modules: Iterable[nn.Module]) -> None:
-    """Have every module that has blocks keep only their inputs. One that has none (a new token's vectors) stays as it is.
+    """Turn on gradient checkpointing in each module that can do it; others (a new token's vectors) have no need.
 
     Raises:
         UserError: none of the modules can do it.

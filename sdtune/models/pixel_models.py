@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 from sdtune.config.sections import Network, UserError
 from sdtune.models import families
 from sdtune.models.noisy_classifier import NoisyClassifier
 from sdtune.models.pipeline_folder import verify_module, write_folder, write_pipeline
-
-CLASSES = "classes.json"
+from sdtune.run.usage import CLASSES
 
 
 class PixelModel(NamedTuple):
@@ -161,27 +162,56 @@ def _saved(cfg: Any) -> PixelModel:
         raise UserError(f"--model {cfg.model}: its {scheduler.get('_class_name')} knows no betas, so it is no DDPM")
     network = _checked(dict(unet.config), f"--model {cfg.model}")
     embedded = network.pop("num_class_embeds", None)
-    classes = _classes(cfg, source) if embedded else []
-    if embedded and embedded != len(classes) + 1:
-        raise UserError(
-            f"--model {cfg.model}: {CLASSES} names {len(classes)} classes, but the network has {embedded - 1} "
-            "and the null class"
-        )
+    classes = named_classes(cfg, source, embedded)
     public = {k: v for k, v in scheduler.items() if not k.startswith("_")}
     return PixelModel(network, public, classes, unet.state_dict())
 
 
-def _classes(cfg: Any, source: str) -> list[str]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+def named_classes(cfg: Any, source: str, embedded: int | None) -> list[str]:
+    """The classes of a model of pixels in the order of their labels, empty for one without.
 
+    Args:
+        embedded: rows of the network's class embedding, the last of which is the null class.
+
+    Raises:
+        UserError: nothing names them, or not as many as there are.
+    """
+    if not embedded:
+        return []
+    classes = read_classes(source, f"--model {cfg.model}", cfg.revision, cfg.cache_dir)
+    if classes is None:
+        raise UserError(f"--model {cfg.model}: has classes, but no {CLASSES} that names them")
+    if embedded != len(classes) + 1:
+        raise UserError(
+            f"--model {cfg.model}: {CLASSES} names {len(classes)} classes, but the network has {embedded - 1} "
+            "and the null class"
+        )
+    return classes
+
+
+def read_classes(
+    source: str, where: str, revision: str | None = None, cache_dir: Path | None = None
+) -> list[str] | None:
+    """What ``classes.json`` names in a folder or Hub repository; ``None`` where there is no such file.
+
+    Args:
+        where: the option and its value, with which an error begins.
+
+    Raises:
+        UserError: it cannot be read, or is no list of names.
+    """
     try:
         file = Path(source) / CLASSES
         if not Path(source).is_dir():
-            file = Path(hf_hub_download(source, CLASSES, revision=cfg.revision, cache_dir=cfg.cache_dir))
-        return list(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, EntryNotFoundError):
-        raise UserError(f"--model {cfg.model}: has classes, but no {CLASSES} that names them") from None
+            file = Path(hf_hub_download(source, CLASSES, revision=revision, cache_dir=cache_dir))
+        classes = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, EntryNotFoundError):
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: {CLASSES}: {str(error).splitlines()[0]}") from None
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{where}: {CLASSES} is no list of names")
+    return classes
 
 
 def _described(file: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sdtune.config.sections import UserError
 from sdtune.models import families
+from sdtune.run.device import best_device
 
 
 class Pretrained(nn.Module):
@@ -32,9 +33,9 @@ def ready(network: nn.Module) -> nn.Module:
     return network.eval().requires_grad_(False).to(device())
 
 
-def device() -> str:
-    """MPS has no 64-bit numbers, and a CPU beside it is fast enough for figures."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def device() -> torch.device:
+    """Where figures are computed; a CPU beside Apple's GPU is fast enough for them, and has 64-bit numbers."""
+    return best_device(mps=False)
 
 
 def load_pretrained(name: str, option: str, auto: str = "AutoModel") -> Pretrained:

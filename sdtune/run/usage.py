@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 EMBEDDING = "learned_embeds.safetensors"
+CLASSES = "classes.json"
+"""Names of classes in the order of their labels, beside a model that knows classes."""
 MANY = 30
 """Classes that are listed; of more, only the file with their names is told."""
 
@@ -34,7 +36,7 @@ def artefact_kind(files: Mapping[str, Path]) -> ArtefactKind:
     def read_json(name: str) -> Any:
         return json.loads(files[name].read_text(encoding="utf-8")) if name in files else None
 
-    classes = tuple(map(str, read_json("classes.json") or ()))
+    classes = tuple(map(str, read_json(CLASSES) or ()))
     if index := read_json("model_index.json"):
         labels = (read_json("unet/config.json") or {}).get("num_class_embeds") or 0
         return ArtefactKind(

@@ -16,7 +16,9 @@ from sdtune.config.verbs import SampleConfig
 from sdtune.diffusion.guides import ByClassifier, ByClip, Guide, embedded
 from sdtune.diffusion.pixel_sampler import draw, to_images
 from sdtune.diffusion.schedulers import make_scheduler
-from sdtune.models.loading import class_labels, load_classes, load_classifier, load_pipeline
+from sdtune.models.families import resolve_model
+from sdtune.models.loading import class_labels, load_classifier, load_pipeline
+from sdtune.models.pixel_models import named_classes
 from sdtune.models.vision import load_clip
 from sdtune.run.contact_sheet import grid
 
@@ -70,7 +72,7 @@ class PixelJob:
 
         self.labels = None
         if self.unet.config.num_class_embeds is not None:
-            classes = load_classes(cfg, self.unet)
+            classes = named_classes(cfg, resolve_model(cfg.model), self.unet.config.num_class_embeds)
             self.labels = class_labels(names, classes, f"--model {cfg.model}") if cfg.classes else None
         elif cfg.classes and not cfg.classifier:
             raise UserError(f"--class: {cfg.model} knows no classes; a --classifier can steer it towards one")

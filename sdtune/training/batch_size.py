@@ -10,6 +10,7 @@ import torch
 from sdtune.config.methods import DreamBoothConfig, LoraConfig
 from sdtune.config.sections import RunFailed, UserError
 from sdtune.recipes.recipe import Recipe
+from sdtune.run.device import best_device
 from sdtune.training.memory_estimate import MemoryEstimate, estimate, meta_recipe, trial_step
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -26,10 +27,6 @@ def parsed(text: str) -> int:
 def human_bytes(size: float) -> str:
     """Bytes as a person reads them."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-
-
-def device_of_run() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def limit_of(text: str | None, device: torch.device) -> int:
@@ -130,7 +127,7 @@ def largest_batch(kind: type[Recipe], cfg: Any, world: int, memory: str | None) 
     Raises:
         UserError: not even a batch of one image fits.
     """
-    device = device_of_run()
+    device = best_device(mps=False)
     limit = limit_of(memory, device)
     estimates = Estimates(kind, cfg, device, world)
     try:

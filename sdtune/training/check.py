@@ -12,11 +12,12 @@ from sdtune.config.sections import Model, Run, UserError
 from sdtune.models import families
 from sdtune.recipes.recipe import Recipe
 from sdtune.run import folder
+from sdtune.run.device import best_device
 from sdtune.run.metrics import check_trackers
 from sdtune.run.plan import plan, steps_of
 from sdtune.run.precision import precision_of
 from sdtune.training import optim
-from sdtune.training.batch_size import Estimates, device_of_run, human_bytes, largest_batch, limit_of, ways
+from sdtune.training.batch_size import Estimates, human_bytes, largest_batch, limit_of, ways
 from sdtune.training.memory_estimate import MemoryEstimate, meta_recipe, size_of
 
 
@@ -32,7 +33,7 @@ def check(
     Raises:
         UserError: all that is wrong with it, a line each.
     """
-    device, world = device_of_run(), num_processes or 1
+    device, world = best_device(mps=False), num_processes or 1
     problems = Problems()
     limit = problems.of(lambda: limit_of(memory, device))
     problems.of(lambda: check_trackers(cfg.report_to))

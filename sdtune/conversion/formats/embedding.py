@@ -16,10 +16,10 @@ from torch import Tensor
 from sdtune.config.sections import UserError
 from sdtune.conversion.formats import files, metadata
 from sdtune.models.adapters import reproducible
+from sdtune.run.usage import EMBEDDING
 
 ENCODERS = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2"}
 WIDTH_OF_CLIP_H = 1024
-FILE = "learned_embeds.safetensors"
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ def read(path: Path, token: str | None = None) -> Embedding | None:
     Args:
         token: the word it stands for, where the file does not say; else the file's name.
     """
-    if path.is_dir() and not (path / FILE).is_file():
+    if path.is_dir() and not (path / EMBEDDING).is_file():
         return None
-    path = path / FILE if path.is_dir() else path
+    path = path / EMBEDDING if path.is_dir() else path
     tensors, about = files.load(files.file_of(path))
     if not is_embedding(tensors):
         return None
@@ -82,7 +82,7 @@ def write(path: Path, embedding: Embedding, to: str) -> None:
 
 def save(folder: Path, token: str, rows: Tensor, provenance: Mapping[str, Any]) -> Path:
     """Write ``learned_embeds.safetensors`` as diffusers reads it, whole or not at all; equal rows give equal bytes."""
-    path, new = folder / FILE, folder / f".{FILE}"
+    path, new = folder / EMBEDDING, folder / f".{EMBEDDING}"
     about = {"sdtune": json.dumps(provenance, sort_keys=True)}
     write(new, Embedding(token, {"text_encoder": rows.detach().cpu()}, about, "diffusers"), "diffusers")
     new.replace(path)

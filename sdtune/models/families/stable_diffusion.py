@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdtune.config.sections import UserError
-from sdtune.diffusion.objective import DDPM, bias_timesteps
+from sdtune.diffusion.objective import DDPM
 from sdtune.models.families.vaes import Fp32Vae
 
 
@@ -145,17 +145,7 @@ class StableDiffusion:
         scheduler = DDPMScheduler.from_config(self._read(DDPMScheduler, "scheduler").config, **changed)
         if cfg.rescale_betas_zero_snr and scheduler.config.prediction_type == "epsilon":
             raise UserError("--rescale-betas-zero-snr: this base predicts epsilon; add --prediction-type v_prediction")
-        steps = len(scheduler.alphas_cumprod)
-        odds = bias_timesteps(
-            steps,
-            cfg.timestep_bias_strategy,
-            cfg.timestep_bias_multiplier,
-            cfg.timestep_bias_begin,
-            cfg.timestep_bias_end,
-            cfg.timestep_bias_portion,
-        )
-        huber_c = cfg.huber_c if cfg.loss_type == "huber" else None
-        return DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type, cfg.snr_gamma, odds, huber_c)
+        return DDPM.of(cfg, scheduler)
 
     def moments(self, pixels: Tensor) -> Tensor:
         """Mean and log-variance of the VAE's posterior, ``[B, 2C, h, w]`` in fp32, of pixels in [-1, 1]."""
