@@ -387,7 +387,7 @@ def test_a_row_between_two_images(sampled, folders):
         ("--class one", "knows no classes; a --classifier can steer"),
         ("--model FOLDERS/classes --class thre", "knows one, two, three; did you mean three?"),
         ("--model FOLDERS/unnamed --class one", "no classes.json that names them"),
-        ("--model FOLDERS/miscounted --class one", "names 2 classes, and the network has 4"),
+        ("--model FOLDERS/miscounted --class one", "names 2 classes, but the network has 3 and the null class"),
         ("--model tiny --prompt x --class one", "--classes: not for a text-to-image model"),
         ("--classifier FOLDERS/classifier", "classifier needs a class to steer towards"),
         ("--classifier-scale 2", "classifier_scale needs a classifier"),
