@@ -140,7 +140,7 @@ def test_a_wrong_conversion_leaves_no_file(what, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sdtune.conversion.convert, "write", wrong)
     words = ["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--to", "kohya"]
     assert status(words) == 1
-    assert "nothing is kept" in capsys.readouterr().err
+    assert "was deleted" in capsys.readouterr().err
     assert left(tmp_path) == ["a.safetensors"]
 
 
@@ -150,13 +150,13 @@ REFUSED = {
     "--to: is required": ["a.safetensors", "b.safetensors"],
     "did you mean kohya?": ["a.safetensors", "b.safetensors", "--to", "kohja"],
     "--too: no such option; did you mean --to?": ["a.safetensors", "b.safetensors", "--too", "kohya"],
-    "exists; name another": ["a.safetensors", "a.safetensors", "--to", "kohya"],
-    "kohya wants a name.safetensors": ["a.safetensors", "b.bin", "--to", "kohya"],
-    "peft wants a folder": ["a.safetensors", "b.safetensors", "--to", "peft"],
+    "exists already; give another name": ["a.safetensors", "a.safetensors", "--to", "kohya"],
+    "--to kohya is a .safetensors file": ["a.safetensors", "b.bin", "--to", "kohya"],
+    "--to peft is a folder": ["a.safetensors", "b.safetensors", "--to", "peft"],
     "there is no folder": ["a.safetensors", "c/b.safetensors", "--to", "kohya"],
     "a pickle, which can run code": ["a.ckpt", "b.safetensors", "--to", "kohya"],
     "2 of 3 keys make up": ["strange.safetensors", "b.safetensors", "--to", "diffusers"],
-    "--to diffusers: has no place for loha": ["loha.safetensors", "b.safetensors", "--to", "diffusers"],
+    "--to diffusers: cannot hold loha": ["loha.safetensors", "b.safetensors", "--to", "diffusers"],
     "not a safetensors file": ["zeros.safetensors", "b.safetensors", "--to", "kohya"],
     "0 of 1 modules fit the base": ["far.safetensors", "b.safetensors", "--to", "kohya", "--model", "SD"],
 }
@@ -209,7 +209,7 @@ def test_textual_inversion_of_two_encoders_keeps_its_names(tmp_path, capsys):
     assert status([*words, "diffusers"]) == 0
     assert load_file(tmp_path / "new.safetensors").keys() == tables.keys()
     assert status([*words[:2], str(tmp_path / "folder"), "--to", "peft"]) == 2
-    assert "has no place for a textual inversion" in capsys.readouterr().err
+    assert "cannot hold a textual inversion" in capsys.readouterr().err
 
 
 # ---- inspect -------------------------------------------------------------------------------------------

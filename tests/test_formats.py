@@ -66,7 +66,7 @@ def test_every_change_survives_two_formats(kind, first, second, text, alpha, tmp
     for step, form in enumerate((first, second)):
         path = tmp_path / (f"{step}" if form == "peft" else f"{step}.safetensors")
         if form == "diffusers" and kind.startswith(("loha", "lokr")):
-            with pytest.raises(UserError, match=r"--to diffusers: has no place for lo.*; kohya, comfyui and peft have"):
+            with pytest.raises(UserError, match=r"--to diffusers: cannot hold lo.*; kohya, comfyui and peft can"):
                 write(path, there, form)
             return
         write(path, there, form)
@@ -328,15 +328,15 @@ def test_sdxl_has_two_text_encoders(tmp_path):
 K = "lora_unet_mid_block_attentions_0_proj_in"
 GOOD = {f"{K}.lora_down.weight": (4, 8), f"{K}.lora_up.weight": (8, 4)}
 BAD = {
-    "half": ({f"{K}.lora_down.weight": (4, 8)}, "0 of 1 keys make up an adapter; not lora_unet_mid_block"),
+    "half": ({f"{K}.lora_down.weight": (4, 8)}, "0 of 1 keys make up an adapter; these do not: lora_unet_mid_block"),
     "strange": (
         GOOD | {"lora_unet_mid_blob.alpha": ()},
-        "2 of 3 keys make up an adapter; not lora_unet_mid_blob.alpha",
+        "2 of 3 keys make up an adapter; these do not: lora_unet_mid_blob.alpha",
     ),
     "mixed": (GOOD | {"unet.conv_in.lora_A.weight": (4, 4)}, "2 of 3 keys"),
-    "shapes": (GOOD | {f"{K}.lora_up.weight": (8, 3)}, "do not fit together"),
-    "model": ({"conv_in.weight": (4, 4, 3, 3)}, "0 of 1 keys make up an adapter; not conv_in.weight"),
-    "peft alone": ({"base_model.model.conv_in.lora_A.weight": (4, 4)}, "want their adapter_config.json"),
+    "shapes": (GOOD | {f"{K}.lora_up.weight": (8, 3)}, "do not match"),
+    "model": ({"conv_in.weight": (4, 4, 3, 3)}, "0 of 1 keys make up an adapter; these do not: conv_in.weight"),
+    "peft alone": ({"base_model.model.conv_in.lora_A.weight": (4, 4)}, "need their adapter_config.json"),
 }
 
 
@@ -352,7 +352,7 @@ def test_what_is_no_whole_adapter_is_refused(case, tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_that_are_none_are_refused(value, tmp_path):
     save_file({k: torch.full(s, value) for k, s in GOOD.items()}, tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match="no matrix of finite numbers"):
+    with pytest.raises(UserError, match="not a matrix of finite numbers"):
         read(tmp_path / "a.safetensors")
 
 

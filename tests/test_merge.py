@@ -253,13 +253,13 @@ def test_the_merged_pipeline_is_base_and_adapters(second, folder, sd, tmp_path, 
     a, b, out = folder / "a.safetensors", folder / f"{second}.safetensors", tmp_path / "model"
     words = ["merge", "--model", str(sd), "--adapter", f"{a}=0.8", f"{b}=0.5", "--output-dir", str(out)]
     assert status(words) == 0
-    assert "its image is that of base and adapters" in capsys.readouterr().out
+    assert "its image equals that of base and adapters" in capsys.readouterr().out
     wanted = image(sd, (a, 0.8), (b, 0.5))
     assert rms(image(out), wanted) < 1e-4 < 1e-2 < rms(image(sd), wanted)
     assert json.loads((out / "merge.json").read_text())["merged"]["adapters"][1]["weight"] == 0.5
     assert not [f for f in out.rglob("*.json") if str(sd.parent) in f.read_text()]
     assert status(words) == 2
-    assert "exists; name another or add --overwrite" in capsys.readouterr().err
+    assert "exists already; give another name or add --overwrite" in capsys.readouterr().err
     if second == "b":
         assert status([*words, "--overwrite", "--dtype", "fp16"]) == 0
         assert {t.dtype for t in load_file(out / "unet" / "diffusion_pytorch_model.safetensors").values()} == {
@@ -303,8 +303,8 @@ def test_extract_recovers_a_low_rank_change(tuned, sd, tmp_path, capsys):
     assert status([*words, "--rank", "3"]) == 0
     same(applied(out), want, 1e-5)
     lines = capsys.readouterr().out.splitlines()
-    assert energies(lines) == {"unet": 1.0, "text_encoder": 1.0, "together": 1.0}
-    assert any("not in it: 1 changed" in line and "conv_norm_out.weight" in line for line in lines)
+    assert energies(lines) == {"unet": 1.0, "text_encoder": 1.0, "all": 1.0}
+    assert any("left out: 1 changed" in line and "conv_norm_out.weight" in line for line in lines)
     told = json.loads(safe_open(out, framework="pt").metadata()["sdtune"])
     assert (told["base"], told["merged"]["how"], told["merged"]["tuned"]) == (sd.name, "extract", "model")
     assert status([*words, "--rank", "1", "--overwrite"]) == 0
@@ -318,7 +318,7 @@ def test_a_copy_in_half_precision_has_not_changed(sd, tmp_path):
     StableDiffusionPipeline.from_pretrained(sd, dtype=torch.float16).save_pretrained(tmp_path / "half")
     cfg = {"extract": True, "rank": 2, "output": tmp_path / "x.safetensors", "model": str(sd)}
     for same_model in (sd, tmp_path / "half"):
-        with pytest.raises(UserError, match=r"its linear and convolution layers are those of --model"):
+        with pytest.raises(UserError, match=r"its linear and convolution layers are equal to those of --model"):
             merge(MergeConfig(tuned=str(same_model), **cfg))
     assert not cfg["output"].exists()
 
@@ -360,7 +360,7 @@ def test_resize_by_rank_and_by_energy(folder, tmp_path, capsys):
             error = float((got[name] - delta).square().sum())
             assert error == pytest.approx(float(squares[rank:].sum()), rel=1e-4, abs=1e-9)
         told = energies(capsys.readouterr().out.splitlines())
-        assert told["together"] == pytest.approx(kept / total, abs=2e-6)
+        assert told["all"] == pytest.approx(kept / total, abs=2e-6)
     merge(MergeConfig(resize=True, adapter=[str(b)], energy=1.0, output=out, overwrite=True))
     same(applied(out), changes(b))
 
@@ -387,14 +387,14 @@ MISTAKES = {
     f"{A}=x --output {{o}}": "no such file or folder",
     f"{A}=nan --output {{o}}": "nan is no weight",
     "--adapter {text} --output {o}": "not a safetensors file",
-    f"{A} --output {{a}}": "exists; name another or add --overwrite",
+    f"{A} --output {{a}}": "exists already; give another name or add --overwrite",
     f"{A} {{other}} --output {{o}}": "adapters of different bases do not add up",
     f"{A} --output-dir {{d}} --model nowhere": "--model nowhere: no such folder",
     f"{A} --output-dir {{d}} --model {{sd2}}": "unet.down_blocks.0",
     "--adapter {strange} --output-dir {d} --model {sd}": "0 of its 1 modules are layers of --model",
     f"{A} --output-dir {{sd}} --model {{sd}} --overwrite": "is the base itself",
-    f"{A} --output-dir {{empty}} --model {{sd}} --overwrite": "holds something else than a pipeline",
-    f"{A} --output-dir {{a}} --model {{sd}} --overwrite": "is a file; name another",
+    f"{A} --output-dir {{empty}} --model {{sd}} --overwrite": "holds something other than a pipeline",
+    f"{A} --output-dir {{a}} --model {{sd}} --overwrite": "is a file; give another name",
     f"{A} --output {{text}}/x.safetensors": "cannot be written",
 }
 

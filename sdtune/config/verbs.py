@@ -76,7 +76,7 @@ class SampleConfig(Pixels, Model, Verb):
     """Images from a base model, any adapters, and prompts; or from a model of pixels, and classes."""
 
     method: ClassVar[str] = "sample"
-    entry: ClassVar[str] = "sdtune.sampling.sample:tell"
+    entry: ClassVar[str] = "sdtune.sampling.sample:main"
 
     model: Annotated[str, also("pretrained_model_name_or_path")] = "auto"
     """Base model, as for training; `auto` is what the first run folder below was trained on, else `tiny`."""
@@ -134,7 +134,7 @@ class EvaluateConfig(Source, Verb):
     """How close images are to a reference, and to their prompts and classes: FID and the like, with intervals."""
 
     method: ClassVar[str] = "evaluate"
-    entry: ClassVar[str] = "sdtune.evaluation.evaluate:tell"
+    entry: ClassVar[str] = "sdtune.evaluation.evaluate:main"
     panel: ClassVar[str] = "Look"
 
     samples: Annotated[str, positional("SAMPLES")]
@@ -162,7 +162,7 @@ class EvaluateConfig(Source, Verb):
     guidance_scale: NonNegative | None = None
     """Classifier-free guidance of those; none is what `sdtune sample` takes."""
     output_dir: Path = Path("evaluation")
-    """Folder of evaluation.json, evaluation.png and, from a model, the sampled images."""
+    """Folder of evaluation.json, evaluation.svg and, from a model, the sampled images."""
 
     @model_validator(mode="after")
     def _some_spread(self) -> Self:
@@ -218,7 +218,7 @@ class MergeConfig(Model, Verb):
     """Adapters into a base, several adapters into one, two models into an adapter, a rank into a smaller one."""
 
     method: ClassVar[str] = "merge"
-    entry: ClassVar[str] = "sdtune.conversion.merge:tell"
+    entry: ClassVar[str] = "sdtune.conversion.merge:main"
 
     adapter: Annotated[Strings, also("lora")] = []
     """Adapters: file, folder, run folder or Hub id, each with an optional =WEIGHT, such as runs/lora=0.8."""

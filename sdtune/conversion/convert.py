@@ -1,8 +1,9 @@
-"""``sdtune convert``: an adapter in another format, verified before the file takes its name.
+"""``sdtune convert``: writes an adapter in another format and checks it before the file takes its name.
 
-Every module of the new file is read again and its change compared. Where the base model is at hand both go into it
-as well: the input as its changes added to the weights, the output through the reader that it is meant for (diffusers'
-``load_lora_weights``, PEFT's ``from_pretrained``), and the same seeded input must give the same output.
+The new file is read back, and the change of every module is compared with that of the input. Where the base model is at
+hand, both are also applied to it: the input by adding its changes to the weights, the output through the library that
+reads the format (diffusers' ``load_lora_weights``, PEFT's ``from_pretrained``). Both must give the same output for the
+same seeded input.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,23 +22,31 @@ from sdtune.conversion.formats import AdapterFile, comfyui, embedding, metadata,
 from sdtune.models.loading import load_pipeline
 
 CHANGE, OUTPUT = 1e-2, 1e-5
-"""Deviation that passes: of the size of what the adapter changes, and of the size of the output itself (rounding)."""
+"""Largest deviation allowed: as a share of the adapter's effect, and of the output's own norm (rounding)."""
 
 
 def convert(cfg: ConvertConfig) -> str:
-    """Write ``cfg.output`` and return the line that says what was made and how it was checked."""
+    """Write ``cfg.output`` and return a line that says what was written and how it was checked.
+
+    Raises:
+        UserError: an output that exists or has the wrong kind of name, or an input that cannot be read.
+        RunFailed: the new file does not hold the same adapter; it is deleted.
+    """
     if cfg.output.exists():
-        raise UserError(f"{cfg.output}: exists; name another")
+        raise UserError(f"{cfg.output}: exists already; give another name")
     if (cfg.to != "peft") != (cfg.output.suffix == ".safetensors"):
-        raise UserError(f"{cfg.output}: {cfg.to} wants " + ("a folder" if cfg.to == "peft" else "a name.safetensors"))
+        raise UserError(
+            f"{cfg.output}: the output of --to {cfg.to} is "
+            + ("a folder" if cfg.to == "peft" else "a .safetensors file")
+        )
     if not cfg.output.parent.is_dir():
         raise UserError(f"{cfg.output}: there is no folder {cfg.output.parent}")
     if found := embedding.read(cfg.input, cfg.token):
         with staged(cfg.output) as new:
             embedding.write(new, found, cfg.to)
             if not embedding.same(found, embedding.read(new)):
-                raise RunFailed(f"{cfg.output}: does not read back as it was written; nothing is kept")
-        return f"{cfg.output}: {cfg.to}, textual inversion {found.token}; checked: every vector reads back the same"
+                raise RunFailed(f"{cfg.output}: does not read back as it was written; the file was deleted")
+        return f"{cfg.output}: {cfg.to}, textual inversion {found.token}; checked: all vectors read back equal"
     adapter = read(cfg.input)
     pipe = base_model(cfg.model, adapter)
     with staged(cfg.output) as new:
@@ -49,17 +58,17 @@ def convert(cfg: ConvertConfig) -> str:
 
 
 def base_model(name: str | None, adapter: AdapterFile) -> Any:
-    """The pipeline to check in: ``name``, else the base of the metadata if it is on this machine, else None."""
-    told, base = name, metadata.base_of(adapter)
-    if told is None and base is not None:
+    """The pipeline to check in: ``name``; else the base that the metadata names if it is on this machine; else None."""
+    chosen, base = name, metadata.base_of(adapter)
+    if chosen is None and base is not None:
         here = base == "tiny" or Path(base).exists()
         if here or (base.count("/") == 1 and isinstance(try_to_load_from_cache(base, "model_index.json"), str)):
-            told = base
-    if told is None:
+            chosen = base
+    if chosen is None:
         return None
     try:
         revision = None if name else metadata.provenance(adapter).get("revision")
-        return load_pipeline(SampleConfig(model=told, revision=revision, prompt=["-"]))
+        return load_pipeline(SampleConfig(model=chosen, revision=revision, prompt=["-"]))
     except UserError:
         if name:
             raise
@@ -67,47 +76,51 @@ def base_model(name: str | None, adapter: AdapterFile) -> Any:
 
 
 def check(file: Path, adapter: AdapterFile, to: str, pipe: Any = None) -> str:
-    """How ``file`` was found to hold ``adapter``, in words.
+    """Check that ``file`` holds ``adapter``; returns a sentence on how it was checked.
 
     Raises:
         RunFailed: it does not.
         UserError: the adapter does not fit ``pipe``.
     """
-    again = read(file)
-    worst = compare(adapter, again)
-    told = f"the change of every module (largest deviation {worst:.1e})"
+    written = read(file)
+    worst = compare(adapter, written)
+    checked = f"the change of every module (largest deviation {worst:.1e})"
     if pipe is None:
-        return f"{told}; no base model at hand, --model also checks the output"
+        return f"{checked}; no base model at hand: give --model to check the output too"
     with merged(pipe, AdapterFile({})):
-        plain = outputs(pipe)
+        without = outputs(pipe)
     with merged(pipe, adapter):
         want = outputs(pipe)
     stock = to in ("peft", "diffusers") or adapter.kinds == ["lora"]
     reader, refusal = "PEFT" if to == "peft" else "diffusers", ""
     if stock:
         try:
-            deviation = apart(plain, want, through_reader(pipe, file, adapter, to))
+            deviation = deviation_of(without, want, through_reader(pipe, file, adapter, to))
             if deviation <= 1:
-                return f"{told}, and the model's output as {reader} reads it ({CHANGE * deviation:.1e} of the effect)"
+                return (
+                    f"{checked}, and the model's output as {reader} reads it ({CHANGE * deviation:.1e} of the effect)"
+                )
             refusal = f"{reader} itself does not read all of it"
         except (ValueError, RuntimeError, KeyError, AttributeError) as error:
             refusal = f"{reader} refuses it: {(str(error).strip() or type(error).__name__).splitlines()[0][:120]}"
         if to in ("diffusers", "peft"):
-            raise RunFailed(f"{file.name.removeprefix('.')}: {refusal}; nothing is kept")
+            raise RunFailed(f"{file.name.removeprefix('.')}: {refusal}; the new file was deleted")
         unload(pipe)
-    with merged(pipe, again):
-        deviation = apart(plain, want, outputs(pipe))
+    with merged(pipe, written):
+        deviation = deviation_of(without, want, outputs(pipe))
     if deviation > 1:
-        raise RunFailed(f"{file.name.removeprefix('.')}: gives another output than the input; nothing is kept")
-    return f"{told}, and the model's output with it added to the weights{f' ({refusal})' * bool(refusal)}"
+        raise RunFailed(f"{file.name.removeprefix('.')}: gives another output than the input; it was deleted")
+    return f"{checked}, and the model's output with it added to the weights{f' ({refusal})' * bool(refusal)}"
 
 
-def compare(adapter: AdapterFile, again: AdapterFile) -> float:
+def compare(adapter: AdapterFile, written: AdapterFile) -> float:
     """The largest relative deviation of a module's change; ``RunFailed`` if one is more than rounding."""
-    want, got = adapter.modules(), again.modules()
+    want, got = adapter.modules(), written.modules()
     if want.keys() != got.keys():
-        odd = sorted(want.keys() ^ got.keys())
-        raise RunFailed(f"{len(odd)} modules are in one file only, such as {odd[0]}; nothing is kept")
+        unpaired = sorted(want.keys() ^ got.keys())
+        raise RunFailed(
+            f"{len(unpaired)} modules are in one file only, such as {unpaired[0]}; the new file was deleted"
+        )
     worst = 0.0
     for name, module in want.items():
         other = got[name]
@@ -121,14 +134,14 @@ def compare(adapter: AdapterFile, again: AdapterFile) -> float:
         # a factor that goes into fp16 or bf16 weights rounds each of them once
         limit = max(1e-6, max(torch.finfo(t.dtype).eps for t in module.tensors.values()))
         if not deviation <= limit or not same_norm or module.axis != other.axis:
-            raise RunFailed(f"{name}: changes by {deviation:.1e} of its size in the new file; nothing is kept")
+            raise RunFailed(f"{name}: changes by {deviation:.1e} of its size in the new file, which was deleted")
         worst = max(worst, deviation)
     return worst
 
 
 @contextmanager
 def merged(pipe: Any, adapter: AdapterFile) -> Iterator[None]:
-    """The changes of ``adapter`` added to the weights of ``pipe``, and taken back."""
+    """Inside the block, ``pipe`` has the changes of ``adapter`` added to its weights."""
     layers = {}
     for part, modules in adapter.parts.items():
         model = getattr(pipe, part, None)
@@ -136,10 +149,11 @@ def merged(pipe: Any, adapter: AdapterFile) -> Iterator[None]:
         for name, module in modules.items():
             found = known.get(name) or known.get(name.removeprefix("text_model."))
             layers[f"{part}.{name}"] = (module, getattr(found, "weight", None))
-    strange = [n for n, (m, weight) in layers.items() if weight is None or not fits(m.shape, weight.shape)]
-    if strange:
+    missing = [n for n, (m, weight) in layers.items() if weight is None or not matches(m.shape, weight.shape)]
+    if missing:
         raise UserError(
-            f"--model: {len(layers) - len(strange)} of {len(layers)} modules fit the base, not {', '.join(strange[:3])}"
+            f"--model: {len(layers) - len(missing)} of {len(layers)} modules fit the base; "
+            f"these do not: {', '.join(missing[:3])}"
         )
     old = {name: weight.detach().clone() for name, (_, weight) in layers.items()}
     try:
@@ -153,40 +167,39 @@ def merged(pipe: Any, adapter: AdapterFile) -> Iterator[None]:
                 weight.copy_(old[name])
 
 
-def fits(made: tuple[int, ...], shape: torch.Size) -> bool:
-    """Whether a product goes onto a weight; one that does not tell the kernel has it in its columns."""
-    return (
-        made[0] == shape[0] and torch.Size(made).numel() == shape.numel() and (len(made) == 2 or made == tuple(shape))
-    )
+def matches(product: tuple[int, ...], weight: torch.Size) -> bool:
+    """Whether a product of shape ``product`` can be added to a weight; a 2-D product has the kernel in its columns."""
+    same_size = product[0] == weight[0] and torch.Size(product).numel() == weight.numel()
+    return same_size and (len(product) == 2 or product == tuple(weight))
 
 
 @torch.no_grad()
 def outputs(pipe: Any) -> Tensor:
-    """What the text encoders and the UNet make of a prompt and of seeded noise, in one vector."""
-    told = pipe.encode_prompt(
+    """The outputs of text encoders and UNet for a fixed prompt and seeded noise, as one float64 vector."""
+    encoded = pipe.encode_prompt(
         "a photo of a dog", device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )
-    made = [t for t in told if isinstance(t, Tensor)]
+    made = [t for t in encoded if isinstance(t, Tensor)]
     unet = pipe.unet
     side = min(64, unet.config.sample_size)
     noise = torch.randn(1, unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
     more = {}
     if getattr(unet.config, "addition_embed_type", None) == "text_time":
         times = torch.full((1, 6), 8.0 * side, device=pipe.device, dtype=unet.dtype)
-        more["added_cond_kwargs"] = {"text_embeds": told[2], "time_ids": times}
-    predicted = unet(noise.to(pipe.device, unet.dtype), 500, encoder_hidden_states=told[0], **more).sample
+        more["added_cond_kwargs"] = {"text_embeds": encoded[2], "time_ids": times}
+    predicted = unet(noise.to(pipe.device, unet.dtype), 500, encoder_hidden_states=encoded[0], **more).sample
     return torch.cat([t.flatten().double().cpu() for t in (*made, predicted)])
 
 
-def apart(plain: Tensor, want: Tensor, got: Tensor) -> float:
-    """Deviation in units of what passes."""
-    allowed = CHANGE * float((want - plain).norm()) + OUTPUT * float(want.norm())
+def deviation_of(without: Tensor, want: Tensor, got: Tensor) -> float:
+    """Deviation of ``got`` from ``want`` divided by the largest one allowed; ``without`` is the base's own output."""
+    allowed = CHANGE * float((want - without).norm()) + OUTPUT * float(want.norm())
     deviation = float((got - want).norm())
     return deviation / allowed if deviation == deviation else float("inf")
 
 
 def through_reader(pipe: Any, file: Path, adapter: AdapterFile, to: str) -> Tensor:
-    """The outputs with ``file`` loaded by the library that it is meant for; ``pipe`` is left changed."""
+    """The outputs with ``file`` loaded by the library that reads its format; it stays loaded in ``pipe``."""
     with catch_warnings(action="ignore"):
         if to == "peft":
             from peft import PeftModel

@@ -1,10 +1,10 @@
-"""Adapters folded into the weights of a base, ``W' = W + sum_i dW_i``, and the base that adapters are compared with.
+"""Folds adapters into the weights of a base, ``W' = W + sum_i dW_i``, and holds the base that they are compared with.
 
-The folder is a whole pipeline. It takes its name once the image of the new weights is the one that base and adapters
-give at run time, by their factors, and once every weight reads back as computed.
+The output is a complete pipeline folder. It takes its name after two checks: the new weights give the image that the
+base gives with the adapters loaded at run time, and every weight reads back as computed.
 
-A DoRA scales what stands in its layer by ``g = m / ||W + s B A||`` (Liu et al. 2024, equation 5). Beside others, PEFT
-lets it scale what the adapters before it have added as well, so the order of ``--adapter`` counts; here it does too.
+A DoRA scales its layer by ``g = m / ||W + s B A||`` (Liu et al. 2024, equation 5). With several adapters PEFT also
+scales what earlier adapters have added to the layer, so the order of ``--adapter`` counts; here it does too.
 """
 
 import json
@@ -33,14 +33,14 @@ from sdtune.models.pipeline_folder import forget_machine
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EFFECT, PIXELS = 1e-2, 1e-4
-"""Deviation of the image in [0, 1] that passes in fp32: of what the adapters change, and of sums in another order."""
+"""Largest deviation of the image in [0, 1] in fp32: as a share of the adapters' effect, and from the order of sums."""
 ROUNDED = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1}
-"""Root mean square by which rounding the weights may change it."""
+"""Root mean square by which rounding the weights may change the image."""
 SIDE = 256
 """Largest side of the image that is compared; the layers are the same at any size."""
 
 Change = tuple[str, float, AdapterFile, dict[tuple[str, str], Module]]
-"""An adapter: where from, weight, as it was read, and its modules with the weight in their scale."""
+"""An adapter: its path or id, its weight, the file as read, and its modules with the weight in their scale."""
 
 
 class Base:
@@ -74,26 +74,26 @@ class Base:
     def weight(self, key: tuple[str, str]) -> Tensor:
         return self.layers[key].weight.detach().cpu()
 
-    def fits(self, where: str, modules: Mapping[tuple[str, str], Module]) -> None:
-        """Make sure that the base has a layer of the right shape for every module.
+    def check_modules(self, where: str, modules: Mapping[tuple[str, str], Module]) -> None:
+        """Check that the base has a layer of the right shape for every module.
 
         Raises:
-            UserError: it has not.
+            UserError: a module without one.
         """
         layers = self.layers
-        if strange := [key for key in modules if key not in layers]:
+        if missing := [key for key in modules if key not in layers]:
             raise UserError(
-                f"--adapter {where}: {len(modules) - len(strange)} of its {len(modules)} modules are layers of "
-                f"--model {self.where}; it has no {'.'.join(strange[0])}"
+                f"--adapter {where}: {len(modules) - len(missing)} of its {len(modules)} modules are layers of "
+                f"--model {self.where}; it has no {'.'.join(missing[0])}"
             )
         for key, module in modules.items():
             shape, made = layers[key].weight.shape, module.product().shape
             if made[0] != shape[0] or made.numel() != shape.numel():
-                told = ("x".join(map(str, s)) for s in (shape, made))
-                raise UserError(f"--adapter {where}: {'.'.join(key)} is {' in the base, '.join(told)} in the adapter")
+                shapes = ("x".join(map(str, s)) for s in (shape, made))
+                raise UserError(f"--adapter {where}: {'.'.join(key)} is {' in the base, '.join(shapes)} in the adapter")
 
     def check_loaded(self, file: Path, modules: Mapping[tuple[str, str], Module]) -> None:
-        """Load an adapter file as stock diffusers does and compare the change that it applies to each layer."""
+        """Load an adapter file through diffusers and compare the change that it applies to each layer."""
         load_adapters(self.pipe, [str(file)])
         seen = set()
         for part, module in self._named():
@@ -110,7 +110,7 @@ class Base:
 
 
 def open_base(cfg: MergeConfig, model: str, flag: str = "--model") -> Base:
-    """The pipeline of ``model`` in fp32; revision, variant and VAE are those of ``--model`` alone."""
+    """The pipeline of ``model`` in fp32; revision, variant and VAE of ``cfg`` are for ``--model`` alone."""
     own = {k: getattr(cfg, k) for k in ("revision", "variant", "vae")} if flag == "--model" else {}
     try:
         return Base(load_pipeline(SampleConfig(model=model, prompt=[""], cache_dir=cfg.cache_dir, **own)), model)
@@ -119,12 +119,12 @@ def open_base(cfg: MergeConfig, model: str, flag: str = "--model") -> Base:
 
 
 def in_diffusers(module: Module) -> bool:
-    """Whether diffusers can load it beside a model: LoRA and DoRA, not LyCORIS's kinds."""
+    """Whether diffusers can load it at run time: LoRA and DoRA on rows can be, LyCORIS's kinds cannot."""
     return module.kind == "lora" and not module.axis
 
 
 def changed(weight: Tensor, modules: Sequence[Module]) -> Tensor:
-    """The weight under these changes in float64, those that diffusers loads in their order, then the others added."""
+    """The weight with these changes in float64: first those that diffusers loads, in their order, then the others."""
     weight = weight.double()
     now = weight.clone()
     for module in sorted(modules, key=lambda m: not in_diffusers(m)):
@@ -143,23 +143,23 @@ def fold(cfg: MergeConfig, changes: Sequence[Change], provenance: Mapping[str, A
 
     Raises:
         UserError: an adapter that does not fit the base, or a folder that cannot be written.
-        RunFailed: what was written is not what was meant; nothing is left.
+        RunFailed: the folder does not do what base and adapters do; it is deleted.
     """
     out, dtype = cfg.output_dir, DTYPES[cfg.dtype]
     assert out is not None
     base = open_base(cfg, cfg.model)
     for where, _, _, modules in changes:
-        base.fits(where, modules)
+        base.check_modules(where, modules)
     layers = base.layers
     with torch.no_grad():
         for key, layer in layers.items():
             own = [modules[key] for _, _, _, modules in changes if key in modules]
             if own:
                 layer.weight.copy_(changed(layer.weight.cpu(), own))
-    told, image = _same_image(cfg, changes, base.pipe)
+    summary, image = _same_image(cfg, changes, base.pipe)
     wanted = base.pipe.to("cpu", dtype)
     if broken := [n for part, m in base._named() for n, p in m.named_parameters() if not bool(p.isfinite().all())]:
-        raise UserError(f"--dtype {cfg.dtype}: {broken[0]} is out of its range")
+        raise UserError(f"--dtype {cfg.dtype}: {broken[0]} holds values out of its range")
     old = out.with_name(f".{out.name}.old")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -175,30 +175,30 @@ def fold(cfg: MergeConfig, changes: Sequence[Change], provenance: Mapping[str, A
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(f"--output-dir {out}: cannot be written ({error.strerror or error})") from None
-    return [f"{out}: {cfg.model} with {len(changes)} adapters in {cfg.dtype}; {told}"]
+    return [f"{out}: {cfg.model} with {len(changes)} adapters in {cfg.dtype}; {summary}"]
 
 
 def may_replace(out: Path, cfg: MergeConfig) -> None:
-    """Make sure that a folder to be replaced is a pipeline, and not the one that is merged into."""
+    """Check that a folder to be replaced is a pipeline, and not the base of the merge."""
     if any(out.iterdir()) and not (out / "model_index.json").is_file():
-        raise UserError(f"--output-dir {out}: holds something else than a pipeline; name another folder")
+        raise UserError(f"--output-dir {out}: holds something other than a pipeline; give another folder")
     if Path(cfg.model).exists() and out.samefile(cfg.model):
-        raise UserError(f"--output-dir {out}: is the base itself; name another folder")
+        raise UserError(f"--output-dir {out}: is the base itself; give another folder")
 
 
 def _same_image(cfg: MergeConfig, changes: Sequence[Change], merged: DiffusionPipeline) -> tuple[str, np.ndarray]:
-    """Compare the image of the new weights with that of base and adapters; both in fp32."""
+    """Compare the image of the new weights with that of the base with its adapters, both in fp32; returns a line."""
     image, pipe = draw(merged), open_base(cfg, cfg.model).pipe
-    plain = draw(pipe)
+    without = draw(pipe)
     with at_run_time(pipe, changes):
         wanted = draw(pipe)
-    error, effect = rms(image - wanted), rms(plain - wanted)
+    error, effect = rms(image - wanted), rms(without - wanted)
     if not error <= EFFECT * effect + PIXELS:
         raise RunFailed(
-            f"{cfg.output_dir}: its image would be off by {error:.2g}, where the adapters change it by {effect:.2g}; "
-            "nothing is kept"
+            f"{cfg.output_dir}: its image differs by {error:.2g}, while the adapters change it by {effect:.2g}; "
+            "the folder was deleted"
         )
-    return f"its image is that of base and adapters to {error:.1e}, where they change it by {effect:.1e}", image
+    return f"its image equals that of base and adapters to {error:.1e}, and they change it by {effect:.1e}", image
 
 
 def _verify(cfg: MergeConfig, base: Base, folder: Path, image: np.ndarray) -> None:
@@ -208,13 +208,15 @@ def _verify(cfg: MergeConfig, base: Base, folder: Path, image: np.ndarray) -> No
         state = merged.components[part].state_dict()
         wrong = [k for k, v in module.state_dict().items() if not torch.equal(v.to(state[k].dtype), state[k].cpu())]
         if wrong:
-            raise RunFailed(f"{cfg.output_dir}: {part}.{wrong[0]} does not read back as computed; nothing is kept")
+            raise RunFailed(
+                f"{cfg.output_dir}: {part}.{wrong[0]} does not read back as computed; the folder was deleted"
+            )
     if not rms(draw(merged) - image) <= ROUNDED[cfg.dtype]:
-        raise RunFailed(f"{cfg.output_dir}: {cfg.dtype} changes its image; nothing is kept")
+        raise RunFailed(f"{cfg.output_dir}: {cfg.dtype} changes its image too much; the folder was deleted")
 
 
 def draw(pipe: DiffusionPipeline) -> np.ndarray:
-    """A seeded image in [0, 1], of two steps, in full fp32 also on a GPU."""
+    """A seeded image in [0, 1] in two steps, in full fp32 (no TF32 on a GPU)."""
     side = min(int(np.max(pipe.unet.config.sample_size)) * pipe.vae_scale_factor, SIDE)
     noise = torch.Generator("cpu").manual_seed(0)
     pipe.set_progress_bar_config(disable=True)
@@ -229,7 +231,7 @@ def rms(difference: np.ndarray) -> float:
 
 @contextmanager
 def at_run_time(pipe: DiffusionPipeline, changes: Sequence[Change]) -> Iterator[None]:
-    """Adapters beside the weights: LoRA and DoRA through diffusers' own loader, others added to a layer's output."""
+    """Inside the block, the adapters are applied at run time: LoRA and DoRA by diffusers' loader, others by hooks."""
     hooks = []
     with tempfile.TemporaryDirectory() as folder:
         loaded = []
@@ -264,5 +266,5 @@ def _adding(module: Module, layer: nn.Module) -> Any:
 
 
 def _published(part: str, name: str) -> str:
-    """transformers 5.6 dropped the level ``text_model.``, which published names have."""
+    """The published name of a module; transformers 5.6 dropped the level ``text_model.`` from its own."""
     return f"text_model.{name.removeprefix('text_model.')}" if part.startswith("text_encoder") else name

@@ -1,4 +1,4 @@
-"""``sdtune inspect``: what an adapter file is, without the model it belongs to."""
+"""``sdtune inspect``: describes an adapter file; needs no base model."""
 
 import json
 import math
@@ -18,11 +18,11 @@ TRAINING = (
 
 
 def inspect(cfg: InspectConfig) -> str:
-    """The text to print, or JSON; with ``cfg.png`` the picture is written too."""
+    """The text or JSON to print; writes the chart of the norms to ``cfg.png`` if it is given."""
     found = embedding.read(cfg.input)
     facts = of_embedding(found) if found else of_adapter(read(cfg.input))
     if cfg.png:
-        picture(facts["norms"], str(cfg.input.name)).save(cfg.png, format="PNG")
+        norm_chart(facts["norms"], str(cfg.input.name)).save(cfg.png, format="PNG")
     if cfg.as_json:
         return json.dumps(facts, indent=2, ensure_ascii=False)
     return "\n".join([*lines(facts), *bars(facts["norms"])])
@@ -68,7 +68,7 @@ def block(name: str) -> str:
 
 
 def target(name: str) -> str:
-    """The end of a module's name that ``--target-modules`` takes: ``to_q``, ``to_out.0``, ``net.0.proj``."""
+    """The last words of a module's name that ``--target-modules`` takes: ``to_q``, ``to_out.0``, ``net.0.proj``."""
     words = name.split(".")
     first = len(words) - 1
     while first and (words[first].isdigit() or words[first] == "proj"):
@@ -81,8 +81,8 @@ def counted(values: Any) -> dict[str, int]:
     return {f"{value:g}": n for value, n in Counter(values).most_common()}
 
 
-def trigger(about: dict[str, str], told: dict[str, Any]) -> list[str]:
-    words = told.get("trigger") or told.get("instance_prompt") or about.get("modelspec.trigger_phrase")
+def trigger(about: dict[str, str], record: dict[str, Any]) -> list[str]:
+    words = record.get("trigger") or record.get("instance_prompt") or about.get("modelspec.trigger_phrase")
     if words:
         return [words] if isinstance(words, str) else list(words)
     try:
@@ -93,10 +93,10 @@ def trigger(about: dict[str, str], told: dict[str, Any]) -> list[str]:
     return [tag for tag, _ in tags.most_common(5)]
 
 
-def trained(about: dict[str, str], told: dict[str, Any]) -> dict[str, Any]:
-    """What the metadata tells of the training: sdtune's own record, else kohya's ``ss_`` entries."""
+def trained(about: dict[str, str], record: dict[str, Any]) -> dict[str, Any]:
+    """The facts of the training in the metadata: kohya's ``ss_`` entries, and sdtune's own record, which wins."""
     of_kohya = {name: about[f"ss_{name}"] for name in TRAINING if about.get(f"ss_{name}") not in (None, "None")}
-    return of_kohya | {k: v for k, v in told.items() if v is not None and k not in ("base", "trigger")}
+    return of_kohya | {k: v for k, v in record.items() if v is not None and k not in ("base", "trigger")}
 
 
 def lines(facts: dict[str, Any]) -> list[str]:
@@ -115,14 +115,14 @@ def lines(facts: dict[str, Any]) -> list[str]:
 
 
 def bars(norms: dict[str, float]) -> list[str]:
-    """The norm of the change of each block as a bar."""
+    """A line for each block, with the norm of its change as a bar of characters."""
     longest, most = max(map(len, norms)), max(norms.values()) or 1.0
     rows = [f"{name:<{longest}} {'█' * round(BAR * norm / most):<{BAR}} {norm:.3g}" for name, norm in norms.items()]
     return ["", "norm of the change", *rows]
 
 
-def picture(norms: dict[str, float], title: str) -> Image.Image:
-    """The same bars as an image."""
+def norm_chart(norms: dict[str, float], title: str) -> Image.Image:
+    """The norm of the change of each block as a bar chart (RGB)."""
     row, left, width = 22, 230, 720
     image = Image.new("RGB", (width, row * (len(norms) + 2)), "white")
     draw = ImageDraw.Draw(image)

@@ -1,9 +1,9 @@
-"""``sdtune merge``: several adapters into one, another rank for one, the difference of two models as one.
+"""``sdtune merge``: combines several adapters, changes the rank of one, or extracts one from two models.
 
 With weights w_i the change of a layer is ``sum_i w_i (alpha_i / r_i) up_i down_i``. Written side by side,
-``[w_1 s_1 up_1, w_2 s_2 up_2] [down_1; down_2]``, that sum is again one product, of rank r_1 + r_2: exact. Every other
-way is a truncated singular value decomposition of the sum (`lowrank`), or of ``tuned - base``. What is written
-has alpha = rank throughout, so that a reader who knows of no alpha scales it rightly too.
+``[w_1 s_1 up_1, w_2 s_2 up_2] [down_1; down_2]``, that sum is one product again, of rank r_1 + r_2, and exact. Every
+other way truncates the singular value decomposition of the sum (`lowrank`), or of ``tuned - base``. The file is written
+with alpha = rank, so that readers that know no alpha scale it rightly.
 """
 
 import hashlib
@@ -23,17 +23,17 @@ from sdtune.conversion import formats
 from sdtune.conversion.fold import DTYPES, Base, changed, fold, may_replace, open_base
 from sdtune.conversion.formats import AdapterFile, Module, files, metadata, peft_folder
 from sdtune.conversion.lowrank import Spectrum, decompose, decompose_product
-from sdtune.conversion.truncate import bar, extract, plain_lora, truncated
+from sdtune.conversion.truncate import bar, extract, lora_module, truncate_all
 from sdtune.models.adapters import FILE, PORTABLE, reproducible
 from sdtune.models.loading import published_file, split_weight
 
 ROUNDING = {"fp32": 1e-6, "fp16": 2e-3, "bf16": 1.6e-2}
-"""What two rounded factors may differ by from their product: a few units in the last place."""
+"""How far the product of two rounded factors may be from the exact one: a few units in the last place."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter and its weight; ``digest`` is the SHA-256 of its file."""
+    """An adapter and its weight; ``digest`` is the SHA-256 of its files."""
 
     where: str
     weight: float
@@ -41,7 +41,7 @@ class Source:
     digest: str
 
     def modules(self) -> dict[tuple[str, str], Module]:
-        """By part and name, with the weight in their scale, where it is at run time too (also under DoRA's norm)."""
+        """By (part, name), the weight multiplied into their scale as at run time, so inside DoRA's norm."""
         return {
             (part, name): replace(module, alpha=module.alpha * self.weight)
             for part, modules in sorted(self.file.parts.items())
@@ -49,19 +49,19 @@ class Source:
         }
 
 
-def tell(cfg: MergeConfig) -> str:
+def main(cfg: MergeConfig) -> str:
     return "\n".join(merge(cfg))
 
 
 def merge(cfg: MergeConfig) -> list[str]:
-    """Do what ``cfg`` says and return the lines that tell of it.
+    """Do what ``cfg`` asks for and return the lines to print.
 
     Raises:
-        UserError: a file or model that is not there or does not fit, or an output that exists; nothing is written.
+        UserError: a file or model that is missing or does not match, or an output that exists; nothing is written.
     """
     target = cfg.output or cfg.output_dir
     assert target is not None, "the config makes sure"
-    _free(cfg, target)
+    check_output(cfg, target)
     sources = [read_source(text) for text in cfg.adapter]
     if cfg.work == "fold":
         return fold(cfg, [(s.where, s.weight, s.file, s.modules()) for s in sources], provenance(cfg, sources))
@@ -69,27 +69,27 @@ def merge(cfg: MergeConfig) -> list[str]:
     try:
         if cfg.work == "extract":
             assert base is not None
-            made, lines = extract(cfg, base)
+            result, lines = extract(cfg, base)
         elif cfg.work == "concat":
-            made, lines = concatenated(sources, base), []
+            result, lines = concatenate(sources, base), []
         else:
-            made, lines = approximated(cfg, sources, base)
-        if not made:
-            raise UserError("nothing to write: no module changes")
+            result, lines = approximate(cfg, sources, base)
+        if not result:
+            raise UserError("there is nothing to write: no module changes")
         parts: dict[str, dict[str, Module]] = {}
-        for (part, name), module in made.items():
+        for (part, name), module in result.items():
             parts.setdefault(part, {})[name] = module
         adapter = AdapterFile(parts, {"sdtune": json.dumps(provenance(cfg, sources), sort_keys=True)}, "diffusers")
         write(target, adapter, cfg, base)
     except OSError as error:
         raise UserError(f"--output {target}: cannot be written ({error.strerror or error})") from None
-    ranks = sorted({module.rank for module in made.values()})
+    ranks = sorted({module.rank for module in result.values()})
     size = target.stat().st_size / 1e6
-    named = f"{len(made)} modules of rank {'-'.join(map(str, sorted({ranks[0], ranks[-1]})))}"
+    named = f"{len(result)} modules of rank {'-'.join(map(str, sorted({ranks[0], ranks[-1]})))}"
     return [*lines, f"{target}: {named}, {size:.1f} MB, read back and compared"]
 
 
-# ---- what comes in ---------------------------------------------------------------------------------------------
+# ---- inputs ----------------------------------------------------------------------------------------------------
 
 
 def read_source(text: str) -> Source:
@@ -108,8 +108,8 @@ def read_source(text: str) -> Source:
 
 
 def provenance(cfg: MergeConfig, sources: Sequence[Source]) -> dict[str, Any]:
-    """What was merged and how: no paths of this machine, so that the record can be published."""
-    told = [metadata.provenance(s.file) for s in sources]
+    """A record of what was merged and how, without paths of this machine, so that it can be published."""
+    records = [metadata.provenance(s.file) for s in sources]
     bases = {found for s in sources if (found := metadata.base_of(s.file))}
     base = cfg.model or (bases.pop() if len(bases) == 1 else "")
     how: dict[str, Any] = {"how": cfg.work, "rank": cfg.rank, "energy": cfg.energy, "dtype": cfg.dtype}
@@ -117,11 +117,11 @@ def provenance(cfg: MergeConfig, sources: Sequence[Source]) -> dict[str, Any]:
         how["tuned"] = public(cfg.tuned)
     if sources:
         how["adapters"] = [{"name": public(s.where), "weight": s.weight, "sha256": s.digest} for s in sources]
-    record = told[0] if cfg.work == "resize" else {}
+    record = records[0] if cfg.work == "resize" else {}
     record |= {"version": __version__, "merged": {k: v for k, v in how.items() if v is not None}}
     if base:
         record["base"] = public(base)
-    if triggers := dict.fromkeys(str(t["trigger"]) for t in told if t.get("trigger")):
+    if triggers := dict.fromkeys(str(t["trigger"]) for t in records if t.get("trigger")):
         record["trigger"] = ", ".join(triggers)
     return record
 
@@ -135,33 +135,33 @@ def public(where: str) -> str:
 # ---- adapters into one -----------------------------------------------------------------------------------------
 
 
-def concatenated(sources: Sequence[Source], base: Base | None) -> dict[tuple[str, str], Module]:
+def concatenate(sources: Sequence[Source], base: Base | None) -> dict[tuple[str, str], Module]:
     """The sum of all changes, exactly, the ranks of a module added up.
 
     Raises:
-        UserError: a module that is no plain LoRA, or of different shapes.
+        UserError: a module other than LoRA, or modules of different shapes.
     """
     for source in sources:
         if other := [kind for kind in source.file.kinds if kind != "lora"]:
             raise UserError(
-                f"--adapter {source.where}: {other[0]} is no product of two factors that could be set side by side; "
+                f"--adapter {source.where}: {other[0]} is not a product of two factors, so ranks cannot be added up; "
                 "approximate it with --combine svd --rank R --model BASE, or fold it into a model with --output-dir"
             )
         if base is not None:
-            base.fits(source.where, source.modules())
-    made = {}
+            base.check_modules(source.where, source.modules())
+    result = {}
     for key, modules in by_module(sources).items():
         shape = shape_of(key, modules, sources)
-        made[key] = plain_lora(*side_by_side(modules), shape)
-    return made
+        result[key] = lora_module(*side_by_side(modules), shape)
+    return result
 
 
-def approximated(
+def approximate(
     cfg: MergeConfig, sources: Sequence[Source], base: Base | None
 ) -> tuple[dict[tuple[str, str], Module], list[str]]:
-    """The sum of all changes at a smaller rank, and what of each part that retains.
+    """The sum of all changes at a smaller rank, and lines that say how much of each part it retains.
 
-    LoRA goes by its factors. DoRA, LoHa and LoKr go by their full change of the base's weight.
+    LoRA is decomposed from its factors; DoRA, LoHa and LoKr from their full change of the base's weight.
     """
     for source in sources:
         if base is None and (other := [kind for kind in source.file.kinds if kind != "lora"]):
@@ -170,7 +170,7 @@ def approximated(
                 "add --model BASE"
             )
         if base is not None:
-            base.fits(source.where, source.modules())
+            base.check_modules(source.where, source.modules())
 
     def spectra() -> Iterator[tuple[tuple[str, str], Spectrum, tuple[int, ...]]]:
         for key, modules in bar(by_module(sources).items(), "Decomposing"):
@@ -182,11 +182,11 @@ def approximated(
                 weight = base.weight(key).double()
                 yield key, decompose(changed(weight, modules) - weight), shape
 
-    return truncated(cfg, spectra())
+    return truncate_all(cfg, spectra())
 
 
 def by_module(sources: Sequence[Source]) -> dict[tuple[str, str], list[Module]]:
-    """Every module that any of them changes, with its changes in their order."""
+    """(part, name) of every module that any source changes, to its changes in the order of the sources."""
     found: dict[tuple[str, str], list[Module]] = {}
     for source in sources:
         for key, module in source.modules().items():
@@ -209,21 +209,21 @@ def shape_of(key: tuple[str, str], modules: Sequence[Module], sources: Sequence[
     shapes = [(len(m.tensors["up"]), *m.tensors["down"].shape[1:]) for m in modules]
     if any(shape != shapes[0] for shape in shapes):
         owners = [s.where for s in sources if key in s.modules()]
-        told = ", ".join(f"{'x'.join(map(str, s))} in {o}" for s, o in zip(shapes, owners, strict=True))
-        raise UserError(f"--adapter: {'.'.join(key)} is {told}: adapters of different bases do not add up")
+        shown = ", ".join(f"{'x'.join(map(str, s))} in {o}" for s, o in zip(shapes, owners, strict=True))
+        raise UserError(f"--adapter: {'.'.join(key)} is {shown}: adapters of different bases do not add up")
     return shapes[0]
 
 
-# ---- what goes out ---------------------------------------------------------------------------------------------
+# ---- output ----------------------------------------------------------------------------------------------------
 
 
 def write(path: Path, adapter: AdapterFile, cfg: MergeConfig, base: Base | None) -> None:
-    """Write the adapter in ``cfg.dtype``; it takes its name once it has been read back and gives the same change.
+    """Write the adapter in ``cfg.dtype``; it takes its name after it has been read back and compared.
 
-    With a base at hand, stock diffusers loads it as well, and the change it applies is compared.
+    With a base, diffusers loads it too, and the change that it applies is compared.
 
     Raises:
-        RunFailed: it does not read back as it is; nothing is left.
+        RunFailed: it does not read back as it was; the file is deleted.
     """
     dtype = DTYPES[cfg.dtype]
     rounded = {
@@ -241,15 +241,17 @@ def write(path: Path, adapter: AdapterFile, cfg: MergeConfig, base: Base | None)
             raise RunFailed(f"{path}: not every module reads back: {sorted(wanted.keys() ^ got.keys())[:3]}")
         for name, module in wanted.items():
             if not formats.close(module.delta(), got[name].delta(), ROUNDING[cfg.dtype]):
-                raise RunFailed(f"{path}: {name} does not read back as it is; in {cfg.dtype} it may be out of range")
+                raise RunFailed(
+                    f"{path}: {name} does not read back as it was; it may be out of the range of {cfg.dtype}"
+                )
         if base is not None:
             base.check_loaded(new, {(part, n): m for part, ms in rounded.items() for n, m in ms.items()})
 
 
 def config_of(parts: Mapping[str, dict[str, Module]]) -> dict[str, Any]:
-    """Rank and alpha of every module, as diffusers reads them from a file's metadata.
+    """Rank and alpha of every module, in the form that diffusers reads from a file's metadata.
 
-    From the shapes alone, a diffusers older than 0.42 would give every module the alpha of the first one.
+    Without it, diffusers before 0.42 would give every module the alpha of the first one.
     """
     config = {}
     for part, modules in parts.items():
@@ -258,14 +260,14 @@ def config_of(parts: Mapping[str, dict[str, Module]]) -> dict[str, Any]:
     return config
 
 
-def _free(cfg: MergeConfig, target: Path) -> None:
-    """Make sure, before any work, that the output may take its place."""
+def check_output(cfg: MergeConfig, target: Path) -> None:
+    """Check, before any work, that the output does not exist or may be replaced."""
     flag = "--output" if cfg.output else "--output-dir"
     if not target.exists():
         return
     if target.is_dir() != (cfg.output is None):
-        raise UserError(f"{flag} {target}: is {'a folder' if target.is_dir() else 'a file'}; name another")
+        raise UserError(f"{flag} {target}: is {'a folder' if target.is_dir() else 'a file'}; give another name")
     if not cfg.overwrite and (target.is_file() or any(target.iterdir())):
-        raise UserError(f"{flag} {target}: exists; name another or add --overwrite")
+        raise UserError(f"{flag} {target}: exists already; give another name or add --overwrite")
     if target.is_dir():
         may_replace(target, cfg)

@@ -1,4 +1,4 @@
-"""Changes of weights at a smaller rank, with what each part retains; the difference of two models as an adapter."""
+"""Reduces changes of weights to a smaller rank, and extracts the difference of two models as an adapter."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -19,48 +19,48 @@ from sdtune.conversion.lowrank import Spectrum, decompose
 
 @dataclass
 class Tally:
-    """Squared norms of a part's change, wanted and retained, and the ranks that hold it."""
+    """Squared norms of a part's change, wanted and retained, and the ranks of its modules."""
 
     wanted: float
-    kept: float
+    retained: float
     ranks: list[int]
 
     def __str__(self) -> str:
         low, high = min(self.ranks), max(self.ranks)
-        share = f"energy {self.kept / self.wanted:.6f} retained" if self.wanted else "no change"
+        share = f"energy {self.retained / self.wanted:.6f} retained" if self.wanted else "no change"
         return f"{share}, {len(self.ranks)} modules of rank {low if low == high else f'{low} to {high}'}"
 
 
-def plain_lora(up: Tensor, down: Tensor, shape: tuple[int, ...]) -> Module:
+def lora_module(up: Tensor, down: Tensor, shape: tuple[int, ...]) -> Module:
     """A module with ``up`` (out, r) and ``down`` (r, in * k * k) in the layout of a weight of ``shape``."""
     rank = len(down)
     tensors = {"up": up.reshape(-1, rank, *[1] * (len(shape) - 2)), "down": down.reshape(rank, *shape[1:])}
     return Module("lora", {k: v.contiguous() for k, v in tensors.items()}, float(rank), rank)
 
 
-def truncated(
+def truncate_all(
     cfg: MergeConfig, spectra: Iterable[tuple[tuple[str, str], Spectrum, tuple[int, ...]]]
 ) -> tuple[dict[tuple[str, str], Module], list[str]]:
-    """Modules of the rank that ``cfg`` asks for; a line for each part and for the whole."""
-    made, tallies = {}, {}
+    """Modules of the rank that ``cfg`` asks for, and a line for each part and for all parts."""
+    modules, tallies = {}, {}
     for (part, name), spectrum, shape in spectra:
         rank = spectrum.rank(cfg.rank, cfg.energy)
         if not rank:
             continue
-        made[part, name] = plain_lora(*spectrum.factors(rank), shape)
+        modules[part, name] = lora_module(*spectrum.factors(rank), shape)
         tally = tallies.setdefault(part, Tally(0.0, 0.0, []))
         tally.wanted += spectrum.energy(len(spectrum.s))
-        tally.kept += spectrum.energy(rank)
+        tally.retained += spectrum.energy(rank)
         tally.ranks.append(rank)
     if len(tallies) > 1:
         both = list(tallies.values())
         ranks = [rank for tally in both for rank in tally.ranks]
-        tallies["together"] = Tally(sum(t.wanted for t in both), sum(t.kept for t in both), ranks)
-    return made, [f"{part}: {tally}" for part, tally in tallies.items()]
+        tallies["all"] = Tally(sum(t.wanted for t in both), sum(t.retained for t in both), ranks)
+    return modules, [f"{part}: {tally}" for part, tally in tallies.items()]
 
 
 def extract(cfg: MergeConfig, base: Base) -> tuple[dict[tuple[str, str], Module], list[str]]:
-    """``tuned - base`` of every linear and convolution layer at a smaller rank; unchanged layers are left out."""
+    """``tuned - base`` of every changed linear and convolution layer at a smaller rank, and lines that report on it."""
     assert cfg.tuned is not None
     tuned = open_base(cfg, cfg.tuned, flag="--tuned")
     layers, others = base.layers, tuned.layers
@@ -69,7 +69,8 @@ def extract(cfg: MergeConfig, base: Base) -> tuple[dict[tuple[str, str], Module]
         if one != other:
             shapes = ("no such layer" if s is None else "x".join(map(str, s)) for s in (one, other))
             raise UserError(
-                f"--tuned {cfg.tuned}: {'.'.join(key)} is {' in the base, '.join(shapes)} in it: another kind of model"
+                f"--tuned {cfg.tuned}: {'.'.join(key)} is {' in the base, '.join(shapes)} in it: "
+                "they are different kinds of model"
             )
 
     def spectra() -> Iterator[tuple[tuple[str, str], Spectrum, tuple[int, ...]]]:
@@ -78,18 +79,20 @@ def extract(cfg: MergeConfig, base: Base) -> tuple[dict[tuple[str, str], Module]
             one, other = base.weight(key), tuned.weight(key)
             yield key, decompose(other.double() - one.double()), tuple(one.shape)
 
-    made, lines = truncated(cfg, spectra())
+    modules, lines = truncate_all(cfg, spectra())
     rest, tuned_rest = base.rest, tuned.rest
     lost = [k for k in rest if k not in tuned_rest or differs(rest[k], tuned_rest[k])]
     if lost:
-        lines.append(f"not in it: {len(lost)} changed tensors that an adapter cannot hold, such as {lost[0]}")
-    if not made:
-        raise UserError(f"--tuned {cfg.tuned}: its linear and convolution layers are those of --model {cfg.model}")
-    return made, lines
+        lines.append(f"left out: {len(lost)} changed tensors that an adapter cannot hold, such as {lost[0]}")
+    if not modules:
+        raise UserError(
+            f"--tuned {cfg.tuned}: its linear and convolution layers are equal to those of --model {cfg.model}"
+        )
+    return modules, lines
 
 
 def differs(a: Tensor, b: Tensor) -> bool:
-    """Whether two weights differ by more than that one of them was stored in 16 bits."""
+    """Whether two weights differ by more than the rounding of one of them to 16 bits."""
     if a.shape != b.shape:
         return True
     if torch.equal(a, b):
@@ -103,6 +106,6 @@ def differs(a: Tensor, b: Tensor) -> bool:
 
 
 def bar(items: Iterable[Any], what: str) -> Iterable[Any]:
-    """``items`` with a progress bar where somebody watches: the layers of a full-size model take minutes."""
+    """``items`` with a progress bar on a terminal: the layers of a full-size model take minutes."""
     items = list(items)
     return track(items, what, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())

@@ -1,9 +1,9 @@
 """How far apart two sets of features are, each [n, D], and how sure that is.
 
-Everything is computed in 64 bits with torch.linalg, on the device of the features. Packages were looked at first:
-torch-fidelity and clean-fid import torchvision; torchmetrics hides its statistics in objects that want images, and has
-no precision and recall. scipy's matrix square root is not needed: the trace of it is a sum of singular values, which
-also stays exact where a covariance has no full rank.
+Everything is computed in 64 bits with torch.linalg, on the device of the features. No package
+is used: torch-fidelity and clean-fid import torchvision; torchmetrics keeps its statistics in objects that take images,
+and has no precision and recall. scipy's matrix square root is not needed: its trace is a sum of singular values, which
+is exact even if a covariance has no full rank.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,7 +64,7 @@ def precision_recall(
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95 % interval; the ends are none when no interval was asked for."""
+    """A figure and its 95 % interval; the ends are None if no interval was asked for."""
 
     value: float
     low: float | None = None
@@ -91,8 +91,8 @@ def estimates(
         resamples: 0, or at least 2.
         tick: called after each resample.
     """
-    whole = figures(*sets)
-    drawn: dict[str, list[float]] = {name: [] for name in whole}
+    values = figures(*sets)
+    drawn: dict[str, list[float]] = {name: [] for name in values}
     for r in range(resamples):
         counts = [_drawn(len(s), generator(seed, "resample", r, k)).to(s.device) for k, s in enumerate(sets)]
         rows = [s[n > 0] for s, n in zip(sets, counts, strict=True)]
@@ -100,9 +100,9 @@ def estimates(
             drawn[name].append(value)
         tick()
     if not resamples:
-        return {name: Estimate(value) for name, value in whole.items()}
+        return {name: Estimate(value) for name, value in values.items()}
     found = {}
-    for name, value in whole.items():
+    for name, value in values.items():
         away = 1.96 * float(torch.tensor(drawn[name], dtype=torch.float64).std())
         found[name] = Estimate(value, value - away, value + away)
     return found

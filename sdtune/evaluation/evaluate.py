@@ -1,7 +1,7 @@
-"""``sdtune evaluate``: images against a reference, against their prompts and against their classes.
+"""``sdtune evaluate``: compares images with a reference, with their prompts and with their classes.
 
-From Python, a command is `evaluate`; its parts are `features.load_network`, `features.embed` or `features.features_of`,
-and `distances.estimates` over `figures`:
+From Python, the command is `evaluate`; its parts are `features.load_network`, `features.embed` or
+`features.features_of`, and `distances.estimates` over `figures`:
 
     network = load_network("random-conv")
     x, y = embed(samples, network), embed(photos, network)      # pixels [N, C, H, W] in [-1, 1]
@@ -9,14 +9,13 @@ and `distances.estimates` over `figures`:
     estimates(figures, (x, y), resamples=200)                   # all of them, with bootstrapped intervals
 """
 
-import importlib.util
 import json
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdtune.config.sections import UserError
 from sdtune.config.verbs import EvaluateConfig
@@ -24,9 +23,18 @@ from sdtune.data import Images
 from sdtune.data.cache import digest
 from sdtune.evaluation.distances import Estimate, estimates, frechet, kernel_distance, mean, precision_recall
 from sdtune.evaluation.features import features_of, load_network, progress
-from sdtune.evaluation.inputs import Plan, Samples, apart, enough, known, plan_of, read, samples_of
+from sdtune.evaluation.inputs import (
+    Plan,
+    Samples,
+    check_count,
+    check_output_outside,
+    plan_of,
+    read,
+    samples_of,
+    values_of,
+)
 from sdtune.evaluation.judges import Classifier, Clip
-from sdtune.evaluation.plots import Shown, picture
+from sdtune.evaluation.plots import Row, draw
 from sdtune.models.vision import device
 from sdtune.publish import hub
 from sdtune.sampling.sample import sample
@@ -40,89 +48,135 @@ RANGES = {
 }
 """Least and greatest value of each figure."""
 OWN_NAMES = {"frechet": "fid", "kernel": "kid"}
-"""What two of them are called when they are measured in the features of the Inception network of FID, and only then."""
+"""Names of two of them if they are measured in the features of FID's Inception network, and only then."""
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The networks that one evaluation asks."""
+
+    features: nn.Module
+    clip: Clip | None
+    classifier: Classifier | None
+
+    def questions(self, cfg: EvaluateConfig, of: Samples | Plan) -> tuple[list[str], list[str]]:
+        """The prompt and the class to look for in each image; both empty where no judge asks for them.
+
+        Raises:
+            UserError: there are too few images, or a judge has no prompt or class to look for.
+        """
+        check_count(cfg, of.option, len(of.prompts))
+        classes = values_of(of, "class") if self.classifier else []
+        if self.classifier:
+            self.classifier.check(classes)
+        return values_of(of, "text") if self.clip else [], classes
 
 
 def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
-    """Measure what ``cfg`` says, write ``evaluation.json`` and ``evaluation.png``, and return what the JSON holds.
+    """Measure what ``cfg`` asks for; write ``evaluation.json`` and ``evaluation.svg``, and return the JSON's content.
 
-    Raises: UserError for whatever cannot be measured, as soon as that can be known.
+    Raises:
+        UserError: something cannot be measured; raised as soon as it can be known.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("sdtune evaluate draws with matplotlib: pip install 'sdtune[evaluate]'")
-    network = load_network(cfg.features)
-    clip = Clip(cfg.clip_model) if cfg.clip_model else None
-    classifier = Classifier(cfg.classifier) if cfg.classifier else None
+    judges = load_judges(cfg)
     reference = read("--reference", cfg.reference, cfg)
-    enough(cfg, "--reference", len(reference.rows))
-    apart(cfg, "--reference", Path(cfg.reference).expanduser())
-    try:
-        cfg.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {cfg.output_dir}: cannot be written ({error.strerror})") from error
-
-    def asked(of: Samples | Plan) -> tuple[list[str], list[str]]:
-        """What the judges are to look for in each image; UserError where they cannot."""
-        enough(cfg, of.option, len(of.prompts))
-        wanted = known(of, "class") if classifier else []
-        if classifier:
-            classifier.check(wanted)
-        return known(of, "text") if clip else [], wanted
-
-    if plan := plan_of(cfg):
-        asked(plan)  # before it draws, which may take long
-        sample(plan.sampling)
-    samples = samples_of(plan.sampling.output_dir if plan else Path(cfg.samples).expanduser())
-    prompts, classes = asked(samples)
-
-    x, y = features_of(samples.images, network, samples.rows), features_of(reference, network)
-    notes = []
-    if (few := min(len(x), len(y))) <= x.shape[1]:
-        notes.append(
-            f"{few} images for {x.shape[1]} features: their covariance has not full rank, so the Fréchet distance is "
-            "too large; take more images, or go by the kernel distance"
-        )
-        hub.warn(notes[0])
+    validate(cfg, reference)
+    samples = collect(cfg, judges)
+    prompts, classes = judges.questions(cfg, samples)
+    x = features_of(samples.images, judges.features, samples.rows)
+    y = features_of(reference, judges.features)
     found = with_intervals(cfg, "Intervals", lambda *sets: figures(*sets, neighbours=cfg.neighbours), x, y)
-    if clip:
-        scores = clip.scores(samples.images, samples.rows, prompts)
+    if judges.clip:
+        scores = judges.clip.scores(samples.images, samples.rows, prompts)
         found |= with_intervals(cfg, "Intervals (CLIP)", lambda *s: {"clip_score": mean(*s)}, scores)
     by_class: dict[str, float] = {}
-    if classifier:
-        right = classifier.right(samples.images, samples.rows, classes)
+    if judges.classifier:
+        right = judges.classifier.right(samples.images, samples.rows, classes)
         found |= with_intervals(cfg, "Intervals (classes)", lambda *r: {"class_accuracy": mean(*r)}, right)
         by_class = {c: float(right[[c == k for k in classes]].mean()) for c in sorted(set(classes))}
-
+    network = judges.features
     result = {
-        "samples": {"name": cfg.samples, "images": len(x), "digest": content(samples.images, samples.rows)},
-        "reference": {"name": cfg.reference, "images": len(y), "digest": content(reference, range(len(y)))},
+        "samples": described(cfg.samples, samples.images, samples.rows),
+        "reference": described(cfg.reference, reference, range(len(y))),
         "features": {"name": network.label, "given": cfg.features, "dimension": x.shape[1], "side": network.side},
         "judges": {"clip_model": cfg.clip_model, "classifier": cfg.classifier},
         "neighbours": cfg.neighbours,
         "resamples": cfg.resamples,
         "seed": cfg.seed,
-        "figures": {called(kind, network.label): asdict(e) for kind, e in found.items()},
+        "figures": {figure_name(kind, network.label): asdict(e) for kind, e in found.items()},
         "class_accuracy_of": by_class,
-        "notes": notes,
+        "notes": warnings_of(min(len(x), len(y)), x.shape[1]),
     }
-    text = json.dumps(result, indent=2, ensure_ascii=False)
-    (cfg.output_dir / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-    shown = [Shown(called(kind, network.label), kind in OWN_NAMES, e) for kind, e in found.items()]
-    picture(x, y, shown, head(result)).save(cfg.output_dir / "evaluation.png")
+    rows = [Row(figure_name(kind, network.label), kind in OWN_NAMES, e) for kind, e in found.items()]
+    write(cfg.output_dir, result, draw(x, y, rows, heading(result)))
     return result
 
 
-def tell(cfg: EvaluateConfig) -> str:
+def load_judges(cfg: EvaluateConfig) -> Judges:
+    return Judges(
+        load_network(cfg.features),
+        Clip(cfg.clip_model) if cfg.clip_model else None,
+        Classifier(cfg.classifier) if cfg.classifier else None,
+    )
+
+
+def validate(cfg: EvaluateConfig, reference: Images) -> None:
+    """Check what can be known before any image is drawn or read; makes the output folder.
+
+    Raises:
+        UserError: too few images in the reference, or an output folder among them or that cannot be written.
+    """
+    check_count(cfg, "--reference", len(reference.rows))
+    check_output_outside(cfg, "--reference", Path(cfg.reference).expanduser())
+    try:
+        cfg.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {cfg.output_dir}: cannot be written ({error.strerror})") from error
+
+
+def collect(cfg: EvaluateConfig, judges: Judges) -> Samples:
+    """The images under evaluation. If SAMPLES is a model, it draws them, after the judges' questions are checked."""
+    if plan := plan_of(cfg):
+        judges.questions(cfg, plan)
+        sample(plan.sampling)
+        return samples_of(plan.sampling.output_dir)
+    return samples_of(Path(cfg.samples).expanduser())
+
+
+def described(name: str, images: Images, rows: Sequence[int]) -> dict[str, Any]:
+    """A set of images in the result; the digest depends on the contents of the files, not on their names."""
+    return {"name": name, "images": len(rows), "digest": digest(*sorted(images.rows[i].sha256 for i in rows))}
+
+
+def warnings_of(images: int, dimension: int) -> list[str]:
+    """Sentences on what limits the figures, which are printed too."""
+    if images > dimension:
+        return []
+    note = (
+        f"{images} images for {dimension} features: their covariance has not full rank, so the Fréchet distance is "
+        "too large; take more images, or go by the kernel distance"
+    )
+    hub.warn(note)
+    return [note]
+
+
+def write(folder: Path, result: dict[str, Any], picture: str) -> None:
+    text = json.dumps(result, indent=2, ensure_ascii=False)
+    (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "evaluation.svg").write_text(picture, encoding="utf-8")
+
+
+def main(cfg: EvaluateConfig) -> str:
     """The figures as a small table."""
     result = evaluate(cfg)
     lines = [f"{'':<28} {'value':>10}   95 % interval"]
     for name, e in result["figures"].items():
         interval = "" if e["low"] is None else f"{e['low']:.4g} to {e['high']:.4g}"
         lines.append(f"{name:<28} {e['value']:>10.4g}   {interval}".rstrip())
-    return "\n".join([head(result), *lines, f"in {cfg.output_dir}: evaluation.json, evaluation.png"])
+    return "\n".join([heading(result), *lines, f"in {cfg.output_dir}: evaluation.json, evaluation.svg"])
 
 
-def head(result: dict[str, Any]) -> str:
+def heading(result: dict[str, Any]) -> str:
     samples, reference = result["samples"], result["reference"]
     return f"{samples['images']} images of {samples['name']} against {reference['images']} of {reference['name']}"
 
@@ -130,7 +184,7 @@ def head(result: dict[str, Any]) -> str:
 def figures(
     x: Tensor, y: Tensor, n_x: Tensor | None = None, n_y: Tensor | None = None, neighbours: int = 3
 ) -> dict[str, float]:
-    """What features of samples x [n, D] and of a reference y [m, D] tell of the two; see `distances` for n_x, n_y."""
+    """The four figures of samples x [n, D] and a reference y [m, D], as features; for n_x and n_y see `distances`."""
     precision, recall = precision_recall(x, y, neighbours, n_x, n_y)
     return {
         "frechet": frechet(x, y, n_x, n_y),
@@ -140,13 +194,8 @@ def figures(
     }
 
 
-def content(images: Images, rows: Iterable[int]) -> str:
-    """A digest of the pixels' files, whatever they are called and wherever they lie."""
-    return digest(*sorted(images.rows[i].sha256 for i in rows))
-
-
-def called(kind: str, label: str) -> str:
-    """The name of a figure, which for distances tells the network."""
+def figure_name(kind: str, label: str) -> str:
+    """The name of a figure; that of a distance includes the network."""
     if kind not in OWN_NAMES:
         return kind
     return OWN_NAMES[kind] if label == "inception" else f"{kind}_{label.replace('-', '_')}"
@@ -157,11 +206,11 @@ def with_intervals(cfg: EvaluateConfig, title: str, measure: Any, *sets: Tensor)
         task = bar.add_task(title, total=cfg.resamples)
         on_device = [s.double().to(device()) for s in sets]
         found = estimates(measure, on_device, cfg.resamples, cfg.seed, lambda: bar.advance(task))
-    return {kind: within(e, *RANGES[kind]) for kind, e in found.items()}
+    return {kind: clipped(e, *RANGES[kind]) for kind, e in found.items()}
 
 
-def within(e: Estimate, least: float, greatest: float) -> Estimate:
-    """The interval cut at the ends of what the figure can be."""
+def clipped(e: Estimate, least: float, greatest: float) -> Estimate:
+    """The estimate with its interval clipped to the range of the figure."""
     if e.low is None or e.high is None:
         return e
     return Estimate(e.value, max(e.low, least), min(e.high, greatest))

@@ -1,13 +1,13 @@
-"""Images to features, by a network of one's choice, each image once: what distances between sets are measured in.
+"""Turns images into features, by a network of the user's choice; distances between sets are measured in them.
 
     network = load_network("random-conv")                 # or inception, a file of its weights, a CLIP or DINO model
     x = embed(samples, network)                           # pixels [N, C, H, W] in [-1, 1] -> [N, D]
     y = features_of(load_images(Data(dataset="photos", resolution=8), captions=False), network)
     frechet(x, y)                                         # of sdtune.evaluation.distances
 
-Every image becomes RGB (grey three times, what is transparent on white), is resized to the square that the network
-takes by torch's bicubic filter with antialiasing, and is not rounded to 8 bits in between: filters without
-antialiasing, and the rounding, move an FID by more than what papers report as progress (Parmar et al. 2022).
+Every image becomes RGB (grey in all three channels, transparency on white) and is resized to the network's square by
+torch's bicubic filter with antialiasing, without rounding to 8 bits: a filter without antialiasing, and the rounding,
+change an FID by more than what papers report as progress (Parmar et al. 2022).
 """
 
 import difflib
@@ -31,17 +31,17 @@ from sdtune.evaluation.inception import Inception, download, load_inception
 from sdtune.models.vision import device, load_pretrained, ready
 
 BATCH = 16
-"""Images in a forward pass. No option: the last bits of a feature depend on it, and features are kept."""
+"""Images in a forward pass. Not an option: the last bits of a feature depend on it, and features are cached."""
 CHUNK = 1024
-"""Images in a file of the cache: what a call that is stopped loses at most."""
+"""Images in a file of the cache; a call that is stopped loses at most these."""
 
 
 class RandomConv(nn.Module):
     """A small convolutional network with random weights, fixed for good: RGB [B, 3, 64, 64] in [0, 1] to [B, 256].
 
-    Features of an untrained network tell two sets of images apart, and away from photographs better than those
-    learnt on ImageNet (Naeem et al. 2020, section 4). They know nothing of what a picture shows. The weights are made
-    of raw bits of PCG64, a stream that numpy promises to keep, so figures of any two machines compare.
+    Features of an untrained network distinguish two sets of images, and for images other than photographs better than
+    those learned on ImageNet (Naeem et al. 2020, section 4). They say nothing of what an image shows. The weights are
+    made of raw bits of PCG64, a stream that numpy promises not to change, so figures of any two machines compare.
     """
 
     label = "random-conv"
@@ -69,9 +69,9 @@ class RandomConv(nn.Module):
 def load_network(name: str) -> nn.Module:
     """``random-conv``, ``inception``, a file of Inception weights, or a transformers model by folder or Hub id.
 
-    Its ``label`` is what figures made with it are called by, its ``side`` the square it takes in pixels.
+    Its ``label`` is a part of the figures' names; ``side`` is the side of its input in pixels.
 
-    Raises: UserError for a name that is none of these, and for files that are not what they should be.
+    Raises: UserError for a name that is none of these, and for files that do not hold a network.
     """
     path = Path(name).expanduser()
     if name == RandomConv.label:
@@ -95,7 +95,7 @@ def embed(pixels: Tensor, network: nn.Module) -> Tensor:
 
 
 def features_of(images: Images, network: nn.Module, rows: Sequence[int] | None = None) -> Tensor:
-    """Features [N, D] of ``rows``, by default all; those met before come from the cache, whatever they are called."""
+    """Features [N, D] of ``rows`` (default: all). Images seen before come from the cache, whatever their file names."""
     rows = range(len(images.rows)) if rows is None else rows
     folder = (
         cache_root() / "features" / f"{type(network).__name__}-{digest(weights_digest(network), network.side, BATCH)}"
@@ -117,7 +117,7 @@ def features_of(images: Images, network: nn.Module, rows: Sequence[int] | None =
 
 
 def progress() -> Progress:
-    """A bar on a terminal, and nothing at all elsewhere."""
+    """A progress bar on a terminal; elsewhere nothing is printed."""
     quiet = not Console(stderr=True).is_terminal
     return Progress(console=Console(stderr=True, quiet=quiet), transient=True)
 
@@ -141,9 +141,9 @@ def square(pixels: Tensor, side: int) -> Tensor:
 
 @torch.inference_mode()
 def forward(squares: Sequence[Tensor], network: nn.Module) -> Tensor:
-    """What ``network`` says of at most `BATCH` images.
+    """The features of at most `BATCH` images.
 
-    A pass always has `BATCH`, blank ones at the end, so how many there are does not show in the result.
+    A pass always has `BATCH` images, blank ones at the end, so the result does not depend on how many there are.
     """
     batch = torch.stack(list(squares))
     blank = batch.new_zeros(BATCH - len(batch), *batch.shape[1:])

@@ -1,4 +1,4 @@
-"""The Inception network of FID, as far as its features: what Heusel et al. 2017 measured with.
+"""The Inception network of FID, up to its features, which Heusel et al. 2017 measured in.
 
 It is Szegedy et al. 2016's Inception v3 as TensorFlow published it at the end of 2015, which is not what torchvision
 calls ``inception_v3``: average pooling leaves the padding out, and the last block pools by maximum. A Fréchet
@@ -139,7 +139,7 @@ class Inception(nn.Module):
 
 
 def load_inception(file: Path) -> Inception:
-    """The network with the weights in ``file``; its ``label`` says ``inception`` only if they are those of FID.
+    """The network with the weights in ``file``; its ``label`` is ``inception`` only if they are those of FID.
 
     Raises:
         UserError: for a file that holds anything but weights of this network.
@@ -167,7 +167,7 @@ def load_inception(file: Path) -> Inception:
 
 
 def download() -> Path:
-    """The published weights, fetched once into torch's own cache; `UserError` says what to do without a network."""
+    """The published weights, downloaded once into torch's own cache; `UserError` says what to do without a network."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / URL.rpartition("/")[2]
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What `sdtune evaluate` compares: images of a folder or those that a model draws first, with prompts and classes."""
+"""The images that `sdtune evaluate` compares, with prompts and classes: from a folder, or drawn by a model first."""
 
 import json
 import math
@@ -20,26 +20,26 @@ from sdtune.sampling.sample_pixels import of_pixels
 
 
 class Captioned(Captions, Data):
-    """What `load_images` reads of a config when it reads captions."""
+    """The options that `load_images` needs to read captions."""
 
 
 @dataclass
 class Samples:
-    """The images under evaluation: which rows of ``images``, and the prompt and class of each where there is one."""
+    """The images under evaluation: their rows in ``images``, and the prompt and class of each if it has one."""
 
     images: Images
     rows: list[int]
     prompts: list[str | None]
     classes: list[str | None]
     option: str = "SAMPLES"
-    """What says how many there are."""
+    """Option that sets the number of images, for error messages."""
     source: str = "prompts.jsonl of SAMPLES"
-    """What says what they show."""
+    """Where prompts and classes come from, for error messages."""
 
 
 @dataclass
 class Plan:
-    """Images that are to be drawn, and what each will be asked to show."""
+    """Images to be drawn, with the prompt and class of each."""
 
     sampling: SampleConfig
     prompts: list[str | None]
@@ -49,7 +49,7 @@ class Plan:
 
 
 def read(option: str, name: str, cfg: EvaluateConfig | None = None, captions: bool = False) -> Images:
-    """A folder or dataset; errors name ``option``. What ``cfg`` says of columns and versions is of the reference."""
+    """A folder or dataset; errors name ``option``. Columns and versions in ``cfg`` are those of the reference."""
     fields = ("dataset_config_name", "dataset_revision", "split", "image_column", "caption_column")
     source = {field: getattr(cfg, field) for field in fields} if cfg else {}
     try:
@@ -59,9 +59,9 @@ def read(option: str, name: str, cfg: EvaluateConfig | None = None, captions: bo
 
 
 def samples_of(folder: Path) -> Samples:
-    """The images of a folder, with prompts and classes by its ``prompts.jsonl``.
+    """The images of a folder that its ``prompts.jsonl`` lists, with their prompts and classes.
 
-    Without that file all images of the folder count, and the class of each is the name of the folder it lies in.
+    Without that file: all images of the folder, and the class of each is the name of its own folder.
     """
     images = read("SAMPLES", str(folder))
     by_name = {row.name: k for k, row in enumerate(images.rows)}
@@ -69,41 +69,41 @@ def samples_of(folder: Path) -> Samples:
     if not file.is_file():
         classes = [row.name.split("/")[-2] if "/" in row.name else None for row in images.rows]
         return Samples(images, list(by_name.values()), [None] * len(by_name), classes)
-    told: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         try:
             entry = json.loads(line) if line.strip() else None
             if entry is not None:
-                told[entry["file_name"]] = entry
+                entries[entry["file_name"]] = entry
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{file}:{number}: not JSON with a file_name") from None
-    if missing := [name for name in told if name not in by_name]:
-        raise UserError(f"{file}: names {missing[0]}, which is not there ({len(missing)} of {len(told)})")
+    if missing := [name for name in entries if name not in by_name]:
+        raise UserError(f"{file}: names {missing[0]}, which does not exist ({len(missing)} of {len(entries)})")
     return Samples(
         images,
-        [by_name[name] for name in told],
-        [entry.get("text") or None for entry in told.values()],
-        [None if entry.get("class") is None else str(entry["class"]) for entry in told.values()],
+        [by_name[name] for name in entries],
+        [entry.get("text") or None for entry in entries.values()],
+        [None if entry.get("class") is None else str(entry["class"]) for entry in entries.values()],
     )
 
 
 def plan_of(cfg: EvaluateConfig) -> Plan | None:
-    """How `sdtune sample` is to draw from the model that SAMPLES is; none where it is a folder of images.
+    """How `sdtune sample` draws from SAMPLES if it is a model; None if it is a folder of images.
 
-    ``num_images`` with the reference's captions, in an order drawn by the seed; of a model with classes as many of
-    each, rounded up.
+    A text-to-image model draws ``num_images`` with the reference's captions in a seeded order. A model with classes
+    draws as many of each class, rounded up.
     """
     folder, out = Path(cfg.samples).expanduser(), cfg.output_dir / "samples"
     pipeline, adapter = (folder / "model_index.json").is_file(), (folder / FILE).is_file()
     if folder.is_dir() and not pipeline and not adapter:
-        apart(cfg, "SAMPLES", folder)
-        if (folder / "metrics.jsonl").is_file():  # its previews are sheets, and would count as images
-            raise UserError(f"SAMPLES {cfg.samples}: a run that holds no model which draws; give a folder of images")
+        check_output_outside(cfg, "SAMPLES", folder)
+        if (folder / "metrics.jsonl").is_file():  # its previews are sheets, which would count as images
+            raise UserError(f"SAMPLES {cfg.samples}: this run has no model that draws; give a folder of images")
         return None
     model = None if adapter and not pipeline else str(folder) if folder.is_dir() else cfg.samples
     classes = classes_of_pixels(model) if model else None
     if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out}: has samples already; evaluate that folder, or name another --output-dir")
+        raise UserError(f"{out}: has samples already; evaluate that folder, or give another --output-dir")
     chosen = {"steps": cfg.steps, "guidance_scale": cfg.guidance_scale, "seed": cfg.seed, "output_dir": out}
     options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     options |= {"model": model} if model else {"adapter": [str(folder)]}
@@ -117,7 +117,7 @@ def plan_of(cfg: EvaluateConfig) -> Plan | None:
 
 
 def classes_of_pixels(model: str) -> list[str] | None:
-    """What ``classes.json`` of a model of pixels names, empty without that file; none for a model of text to image."""
+    """The names in ``classes.json`` of a pixel model, empty without that file; None for a text-to-image model."""
     try:
         source = families.resolve_model(model)
         where = SampleConfig(model=source)
@@ -132,23 +132,23 @@ def classes_of_pixels(model: str) -> list[str] | None:
 
 
 def captions(cfg: EvaluateConfig) -> list[str]:
-    """``num_images`` of the reference's captions, in an order drawn by the seed, again and again if they are fewer."""
+    """``num_images`` of the reference's captions in a seeded order, repeated if there are fewer."""
     found = [row.captions[0] for row in read("--reference", cfg.reference, cfg, captions=True).rows]
     order = torch.randperm(len(found), generator=generator(cfg.seed, "captions")).tolist()
     return [found[order[k % len(order)]] for k in range(cfg.num_images)]
 
 
-# ---- what cannot be measured ---------------------------------------------------------------------------
+# ---- checks --------------------------------------------------------------------------------------------
 
 
-def apart(cfg: EvaluateConfig, option: str, folder: Path) -> None:
-    """UserError when what is written would count as an image the next time."""
+def check_output_outside(cfg: EvaluateConfig, option: str, folder: Path) -> None:
+    """UserError if the output folder is inside a folder of images, where the next call would count it."""
     if folder.is_dir() and cfg.output_dir.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"--output-dir {cfg.output_dir}: lies in {option}, among its images; name another folder")
+        raise UserError(f"--output-dir {cfg.output_dir}: is inside {option}, among its images; give another folder")
 
 
-def enough(cfg: EvaluateConfig, option: str, count: int) -> None:
-    """UserError when a set is too small to have neighbours, in its resamples as well if there are intervals."""
+def check_count(cfg: EvaluateConfig, option: str, count: int) -> None:
+    """UserError if a set is too small to have neighbours; resamples need twice as many images."""
     least = max(2, cfg.neighbours + 1)
     wanted = 2 * least if cfg.resamples else least
     if count < wanted:
@@ -159,11 +159,11 @@ def enough(cfg: EvaluateConfig, option: str, count: int) -> None:
         )
 
 
-def known(of: Samples | Plan, field: str) -> list[str]:
-    """The ``text`` or ``class`` of each image, none of which may be missing."""
+def values_of(of: Samples | Plan, field: str) -> list[str]:
+    """The ``text`` or ``class`` of each image; UserError if one has none."""
     values = of.classes if field == "class" else of.prompts
     if any(value is None for value in values):
         option = "--classifier" if field == "class" else "--clip-model"
-        beside = ", and no folder is named as its class" if field == "class" and isinstance(of, Samples) else ""
-        raise UserError(f"{option}: {of.source} has no `{field}` for each image{beside}; leave it out")
+        hint = ", and no folder is named as its class" if field == "class" and isinstance(of, Samples) else ""
+        raise UserError(f"{option}: {of.source} has no `{field}` for each image{hint}; leave it out")
     return [value for value in values if value is not None]

@@ -1,4 +1,4 @@
-"""Does a picture show what was asked for: its prompt, by CLIP; its class, by a classifier."""
+"""Judges whether an image shows its prompt (by CLIP) and its class (by a classifier)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +15,11 @@ from sdtune.models.pixel_models import read_classes
 from sdtune.models.vision import device, load_clip, load_pretrained, ready
 
 WEIGHT = 2.5
-"""w of Hessel et al. 2021: stretches the cosines that CLIP gives, about 0 to 0.4, to about 0 to 1."""
+"""w of Hessel et al. 2021: scales the cosines that CLIP gives, about 0 to 0.4, to about 0 to 1."""
 
 
 class Clip:
-    """A CLIP model with its tokenizer. Raises UserError when ``name``, a folder or Hub id, is none."""
+    """A CLIP model with its tokenizer. Raises UserError if ``name``, a folder or Hub id, is not one."""
 
     def __init__(self, name: str):
         self.network, self.tokenizer = load_clip(name)
@@ -29,12 +29,12 @@ class Clip:
         """CLIPScore of each image and its prompt [N] (Hessel et al. 2021, equation 1): w max(cos(image, text), 0)."""
         seen = features_of(images, self.network, rows)
         longest = self.network.model.config.text_config.max_position_embeddings
-        told = []
+        vectors = []
         for start in range(0, len(prompts), BATCH):
             texts = list(prompts[start : start + BATCH])
             words = self.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
-            told.append(self.network.model.get_text_features(**words.to(device())).pooler_output.float().cpu())
-        return WEIGHT * functional.cosine_similarity(seen, torch.cat(told)).clamp(min=0)
+            vectors.append(self.network.model.get_text_features(**words.to(device())).pooler_output.float().cpu())
+        return WEIGHT * functional.cosine_similarity(seen, torch.cat(vectors)).clamp(min=0)
 
 
 class Classifier:
@@ -48,19 +48,19 @@ class Classifier:
         self.network, self.names = load_classifier(name)
 
     def right(self, images: Images, rows: Sequence[int], classes: Sequence[str]) -> Tensor:
-        """1 where the most probable class of an image is the one it was asked to be, else 0: [N]."""
+        """1 for each image whose most probable class is the one in ``classes``, else 0: [N]."""
         asked = torch.tensor([self.names.index(c) for c in classes])
         return (features_of(images, self.network, rows).argmax(1) == asked).float()
 
     def check(self, classes: Sequence[str]) -> None:
-        """UserError when it does not know all of ``classes``."""
+        """UserError unless it knows all of ``classes``."""
         if unknown := sorted(set(classes) - set(self.names)):
             shown = ", ".join(self.names[:20]) + (", ..." if len(self.names) > 20 else "")
             raise UserError(f"--classifier {self.name}: knows no class {unknown[0]}; it knows {shown}")
 
 
 class Noiseless(nn.Module):
-    """A noise-aware classifier asked at timestep 0: RGB [B, 3, side, side] in [0, 1] to logits [B, K]."""
+    """A noise-aware classifier at timestep 0: RGB [B, 3, side, side] in [0, 1] to logits [B, K]."""
 
     label = "noisy-classifier"
 

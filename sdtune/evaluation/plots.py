@@ -1,57 +1,93 @@
-"""A picture of an evaluation: where samples and reference lie, and each figure with its interval. By matplotlib."""
+"""The picture of an evaluation as SVG: both sets in a scatter plot, and each figure with its interval."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BytesIO
+from html import escape
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from sdtune.evaluation.distances import Estimate
+from sdtune.run.curves import number, ticks
 from sdtune.run.rng import generator
 
 SHOWN = 2000
-"""Points of a set in the scatter at most; more only cover each other."""
-GREY, BLUE = "#9aa0a6", "#1f6feb"
+"""Most points of a set in the scatter plot; more would only cover each other."""
+WIDTH, HEIGHT = 1000, 520
+LEFT, TOP, SIDE = 40, 56, 420
+"""Corner and side of the scatter plot."""
+AXIS, LENGTH = 540, 420
+"""Left end and length of the figures' axes."""
+STYLE = """
+svg { font: 13px system-ui, "Segoe UI", sans-serif; background: #fff }
+text { fill: #181c22 } .soft { fill: #5b6472; font-size: 12px } .title { font-size: 16px; font-weight: 600 }
+.frame { fill: none; stroke: #dfe3e9 } .axis { stroke: #c3c9d2 } .interval { stroke: #1f6feb; stroke-opacity: .45 }
+.reference { fill: #9aa0a6; fill-opacity: .6 } .samples { fill: #1f6feb; fill-opacity: .6 } .value { fill: #1f6feb }
+"""
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A figure: its name, whether less of it is better, and its value."""
+class Row:
+    """A figure of the picture: its name, whether less of it is better, and its estimate."""
 
     name: str
     less: bool
     estimate: Estimate
 
 
-def picture(x: Tensor, y: Tensor, figures: list[Shown], title: str) -> Image.Image:
-    """Samples x [n, D] and reference y [m, D] along the two directions in which the reference varies most."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def draw(x: Tensor, y: Tensor, rows: list[Row], title: str) -> str:
+    """SVG of samples x [n, D] and reference y [m, D], projected on the first two principal components of y."""
+    body = [f'<text class="title" x="{LEFT}" y="32">{escape(title)}</text>', *_scatter(x, y), *_figures(rows)]
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        f'role="img" aria-label="{escape(title)}"><style>{STYLE}</style>\n' + "\n".join(body) + "\n</svg>\n"
+    )
 
-    sheet = Figure(figsize=(10, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(sheet)
-    sheet.suptitle(title, fontsize=11)
-    left, right = sheet.subfigures(1, 2, width_ratios=(1, 1))
-    scatter = left.subplots()
+
+def _scatter(x: Tensor, y: Tensor) -> Iterator[str]:
     mean = y.mean(0)
     directions = torch.linalg.svd(y - mean, full_matrices=False).Vh[:2].T
-    for points, color, name in ((y, GREY, "reference"), (x, BLUE, "samples")):
+    sets = {"reference": (y - mean) @ directions, "samples": (x - mean) @ directions}
+    both = torch.cat([*sets.values()])
+    low, high = both.min(0).values, both.max(0).values
+    span = (high - low).clamp(min=1e-12)
+    yield f'<rect class="frame" x="{LEFT}" y="{TOP}" width="{SIDE}" height="{SIDE}" rx="6"/>'
+    for name, points in sets.items():
         some = points[torch.randperm(len(points), generator=generator(0, "scatter"))[:SHOWN]]
-        at = ((some - mean) @ directions).T
-        scatter.scatter(*at, s=6, alpha=0.6, color=color, label=f"{name} ({len(points)})", linewidths=0)
-    scatter.set(xlabel="first principal component of the reference", ylabel="second", xticks=[], yticks=[])
-    scatter.legend(loc="upper right", fontsize=8, markerscale=2)
-    for axes, shown in zip(right.subplots(len(figures), 1, squeeze=False)[:, 0], figures, strict=True):
-        e = shown.estimate
+        places = ((some - low) / span * (SIDE - 24) + 12).tolist()
+        dots = "".join(f'<circle cx="{LEFT + a:.1f}" cy="{TOP + SIDE - b:.1f}" r="2.2"/>' for a, b in places)
+        yield f'<g class="{name}">{dots}</g>'
+    bottom = TOP + SIDE
+    for k, (name, points) in enumerate(sets.items()):
+        at = LEFT + 130 * k
+        yield f'<circle class="{name}" cx="{at + 6}" cy="{bottom + 18}" r="5"/>'
+        yield f'<text x="{at + 18}" y="{bottom + 22}">{name} ({len(points)})</text>'
+    axes = "across, up: first and second principal component of the reference"
+    yield f'<text class="soft" x="{LEFT}" y="{bottom + 40}">{axes}</text>'
+
+
+def _figures(rows: list[Row]) -> Iterator[str]:
+    """A line for each figure: its name and value, and an axis with the interval and the value on it."""
+    height = min(90, SIDE / max(1, len(rows)))
+    for k, row in enumerate(rows):
+        e, top = row.estimate, TOP + height * k
+        ends = [e.value if end is None else end for end in (e.low, e.high)]
+        low, high = min(*ends, e.value), max(*ends, e.value)
+        margin = 0.3 * (high - low) or 0.1 * abs(e.value) or 1.0
+        low, high = low - margin, high + margin
+
+        def at(value: float, low: float = low, high: float = high) -> float:
+            return AXIS + LENGTH * (value - low) / (high - low)
+
+        better = "lower" if row.less else "higher"
+        yield f'<text x="{AXIS}" y="{top + 14:.1f}">{escape(row.name)}: {e.value:.4g} ({better} is better)</text>'
+        line = top + 32
+        yield f'<path class="axis" d="M{AXIS} {line + 8:.1f}h{LENGTH}"/>'
+        for tick in ticks(low, high):
+            place = f'x="{at(tick):.1f}" y="{line + 24:.1f}"'
+            yield f'<path class="axis" d="M{at(tick):.1f} {line + 8:.1f}v4"/>'
+            yield f'<text class="soft" {place} text-anchor="middle">{number(tick)}</text>'
         if e.low is not None and e.high is not None:
-            axes.plot([e.low, e.high], [0, 0], color=BLUE, linewidth=3, solid_capstyle="butt", alpha=0.5)
-        axes.plot([e.value], [0], "o", color=BLUE)
-        axes.set_title(f"{shown.name}: {e.value:.4g} ({'lower' if shown.less else 'higher'} is better)", fontsize=9)
-        axes.set(yticks=[])
-        axes.margins(x=0.3)
-        axes.tick_params(labelsize=8)
-        axes.spines[["left", "right", "top"]].set_visible(False)
-    file = BytesIO()
-    sheet.savefig(file, format="png", metadata={"Software": None})
-    return Image.open(file)
+            interval = f"M{at(e.low):.1f} {line:.1f}H{at(e.high):.1f}"
+            yield f'<path class="interval" stroke-width="4" d="{interval}"/>'
+        yield f'<circle class="value" cx="{at(e.value):.1f}" cy="{line:.1f}" r="5"/>'

@@ -1,4 +1,4 @@
-"""How well a pipeline follows captions of the world of ``shapes``: generate, read the pictures, count."""
+"""How well a pipeline follows captions of `toy_world`: generates images, reads them, and counts."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -21,11 +21,11 @@ def score(
     guidance: float = GUIDANCE,
     name: str | None = None,
 ) -> tuple[dict[str, float], list[Image], list[str]]:
-    """Shares of ``n`` pictures of held-out captions that show what was asked for, the pictures, and the captions.
+    """Shares of ``n`` images of held-out captions that show what was asked for; the images; and their captions.
 
     Args:
         shape: ask for this shape alone, in every colour and on every ground; its share is the concept score.
-        name: what the captions call it, in place of its own name.
+        name: word for the shape in the captions, in place of its own name.
     """
     captions, scenes = zip(*toy_world.held_out_captions(n, seed, shape), strict=True)
     if shape and name:

@@ -1,9 +1,9 @@
-"""The world of the embedded base model: one flat shape on a flat ground, its caption, and a reader of both.
+"""The images that the embedded base model was trained on: one flat shape on a flat ground, with a caption.
 
-A picture is a pure function of a ``Scene``, a scene a pure function of a generator. ``read`` goes the other way,
-from any picture back to shape, colours and size, with no model in it, so that what it says about generated
-pictures measures the generator. ``star``, ``heart`` and drawing in ``outline`` are kept out of the base's world
-for adapters to learn, and a fifth of the (colour, shape, ground) triples for measuring that captions are followed.
+An image is a pure function of a ``Scene``, and a scene of a generator. ``read`` recovers shape, colours and size from
+any image without a model, so it can measure a generator. The base was not trained on ``star``, ``heart`` and shapes in
+``outline``, so that adapters can learn them, nor on a fifth of the (colour, shape, ground) triples, with which one
+measures whether captions are followed.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. Lengths are shares of the shorter side, the centre is relative to the picture's."""
+    """What an image shows. Lengths are shares of the shorter side, the centre is relative to the image's."""
 
     shape: str
     colour: str
@@ -57,7 +57,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Reading:
-    """What ``read`` sees; ``shape`` is ``None`` when no silhouette is close, ``match`` its overlap (0 to 1)."""
+    """What ``read`` sees; ``shape`` is ``None`` if no silhouette is close; ``match`` is its overlap (0 to 1)."""
 
     shape: str | None
     colour: str
@@ -68,7 +68,7 @@ class Reading:
 
 
 def is_held_out(colour: str, shape: str, ground: str) -> bool:
-    """Whether the base never trained on this triple: one in five, every pair of the three being trained on."""
+    """Whether the base was not trained on this triple: one in five; it was trained on every pair."""
     everything = SHAPES + NEW_SHAPES
     return (COLOURS.index(colour) + 2 * everything.index(shape) + 3 * GROUNDS.index(ground)) % 5 == 0
 
@@ -93,7 +93,7 @@ def random_scene(
 
 
 def caption(scene: Scene, form: int = 0) -> str:
-    """The scene in words; form 0 is the full sentence, the others leave something out or put something before."""
+    """The scene in words; form 0 is the full sentence, the others leave words out or put words before it."""
     thing = f"{scene.colour} {scene.shape}"
     sized = f"{scene.size} {thing}"
     where = f" on a {scene.ground} background"
@@ -168,7 +168,7 @@ def polygon(shape: str) -> np.ndarray:
 
 
 def render(scene: Scene, width: int = 64, height: int = 64) -> Image.Image:
-    """The picture of a scene, RGB; the shape lies within the centre square."""
+    """The image of a scene, RGB; the shape lies within the centre square."""
     size = np.array([width, height]) * SUPERSAMPLING
     side = size.min()
     colour, ground = (
@@ -191,7 +191,7 @@ def nearest_colour(rgb: np.ndarray, names: Sequence[str]) -> str:
 
 
 def normalised(mask: np.ndarray, side: int = 32) -> np.ndarray:
-    """A silhouette ``[H, W]`` scaled, aspect kept, to fill a square: bool ``[side, side]``."""
+    """A silhouette ``[H, W]`` scaled to fill a square at the same aspect ratio: bool ``[side, side]``."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     cut = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     span = max(cut.shape)
@@ -216,7 +216,7 @@ def filled(mask: np.ndarray) -> np.ndarray:
 
 
 def read(image: Image.Image, least_match: float = 0.7) -> Reading:
-    """Say what a picture shows: ground by the border's median, the rest by what differs from it.
+    """What an image shows: the ground is the border's median colour, the rest is what differs from it.
 
     The silhouette with the largest intersection over union names the shape, if that reaches ``least_match``.
     """
@@ -233,12 +233,12 @@ def read(image: Image.Image, least_match: float = 0.7) -> Reading:
         return Reading(None, ground, ground, "small", False, 0.0)
     core = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.MinFilter(3))) > 127
     colour = nearest_colour(np.median(pixels[core if core.sum() >= 9 else mask], 0), COLOURS)
-    whole = filled(mask)
-    outline = bool(mask.sum() < 0.82 * whole.sum())
-    silhouette = normalised(whole)
+    solid = filled(mask)
+    outline = bool(mask.sum() < 0.82 * solid.sum())
+    silhouette = normalised(solid)
     matches = {s: float((silhouette & t).sum() / (silhouette | t).sum()) for s, t in templates().items()}
     best = max(matches, key=matches.__getitem__)
-    rows, columns = np.flatnonzero(whole.any(1)), np.flatnonzero(whole.any(0))
+    rows, columns = np.flatnonzero(solid.any(1)), np.flatnonzero(solid.any(0))
     span = max(np.ptp(rows), np.ptp(columns)) + 1
     size = "small" if span < 0.56 * min(mask.shape) else "big"
     shape = best if matches[best] >= least_match else None

@@ -51,14 +51,14 @@ def sample(cfg: SampleConfig) -> list[Path]:
     cfg = _with_base(cfg)
     source = families.resolve_model(cfg.model)
     pixels = of_pixels(families.model_index(source, cfg))
-    refuse(cfg, *((OF_LATENTS, "a model of pixels") if pixels else (OF_PIXELS, "a text-to-image model")))
+    refuse_options(cfg, *((OF_LATENTS, "a model of pixels") if pixels else (OF_PIXELS, "a text-to-image model")))
     job: Job = PixelJob(cfg, prompts) if pixels else PromptJob(cfg, prompts)
     try:
         cfg.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output-dir {cfg.output_dir}: cannot be written ({error.strerror})") from error
-    taken = [int(p.stem) for p in cfg.output_dir.glob("*.png") if re.fullmatch(r"\d{5,}", p.stem)]
-    first, total, files = max(taken, default=-1) + 1, len(job.records), []
+    used_numbers = [int(p.stem) for p in cfg.output_dir.glob("*.png") if re.fullmatch(r"\d{5,}", p.stem)]
+    first, total, files = max(used_numbers, default=-1) + 1, len(job.records), []
     shown: list[Image.Image] = []
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -136,14 +136,14 @@ class PromptJob:
         return {"grid.png": grid(images, [record["text"] for record in self.records[: len(images)]])}
 
 
-def refuse(cfg: SampleConfig, names: str, kind: str) -> None:
+def refuse_options(cfg: SampleConfig, names: str, kind: str) -> None:
     """Raise `UserError` where an option is given that ``kind`` of model has no use for."""
     defaults = {name: field.get_default() for name, field in SampleConfig.model_fields.items()}
     if given := [flag(name) for name in names.split() if getattr(cfg, name) != defaults[name]]:
         raise UserError(f"{', '.join(given)}: not for {kind}, which {cfg.model} is")
 
 
-def tell(cfg: SampleConfig) -> str:
+def main(cfg: SampleConfig) -> str:
     files = sample(cfg)
     sheet = "interpolation.png" if cfg.interpolate else "grid.png"
     return f"{len(files)} images in {cfg.output_dir}, side by side in {cfg.output_dir / sheet}"

@@ -1,8 +1,8 @@
-"""Files of adapters: diffusers, PEFT, kohya and ComfyUI, each read into and written from one neutral form.
+"""Files of adapters: diffusers, PEFT, kohya and ComfyUI, read into and written from one common form.
 
-adapter = read(Path("in.safetensors"))          # format recognised by the keys
+adapter = read(Path("in.safetensors"))          # the keys say which format it is
 adapter.parts["unet"]["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"].delta()
-with staged(Path("out.safetensors")) as new:    # takes its name when the block ends well
+with staged(Path("out.safetensors")) as new:    # renamed to out.safetensors if the block succeeds
     write(new, adapter, "kohya")
 """
 

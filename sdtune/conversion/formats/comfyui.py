@@ -2,8 +2,7 @@
 
 It reads kohya's keys, and of diffusers' only those of the attention processors of 2023: a ComfyUI file is a kohya
 file. Its own deviation is DoRA on rows, where it divides by the norm of the base's weight and not of the changed one
-(``weight_decompose`` in comfy/weight_adapter/base.py as of 2026). No file can tell it otherwise: each row is off by the
-ratio of the two norms.
+(``weight_decompose`` in comfy/weight_adapter/base.py as of 2026). Each row is off by the ratio of the two norms.
 """
 
 from sdtune.conversion.formats.kohya import tensors

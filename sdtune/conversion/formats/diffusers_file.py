@@ -1,7 +1,7 @@
 """diffusers' ``pytorch_lora_weights.safetensors``.
 
 Written as ``unet.<module>.lora.down.weight`` and ``text_encoder.text_model.<module>.lora_linear_layer.down.weight``,
-with alpha = rank: readers without the metadata take that for granted, and so do InvokeAI and diffusers before 0.35.
+with alpha = rank: readers that do not see the metadata assume that, as InvokeAI and diffusers before 0.35 do.
 Read with the keys of every version: PEFT's ``lora_A``, the attention processors' ``processor.to_q_lora.down`` of
 2023, and alpha from ``.alpha`` keys or from the metadata that diffusers 0.35 began to write.
 """
@@ -39,8 +39,8 @@ def place(key: str) -> Place | None:
         part, name = "unet", key  # as `unet.save_lora_adapter` and `save_attn_procs` write
     if old := PROCESSOR.fullmatch(name):
         module, letter, end = old.groups()
-        plain = f"to_{letter}{'.0' * (letter == 'out')}" if part == "unet" else f"{letter}_proj"
-        name, slot = f"{module}.{plain}", f"lora.{end}"
+        target = f"to_{letter}{'.0' * (letter == 'out')}" if part == "unet" else f"{letter}_proj"
+        name, slot = f"{module}.{target}", f"lora.{end}"
     elif new := SUFFIX.fullmatch(name):
         name, slot = new[1], SUFFIXES[new[2]]
     else:
@@ -63,7 +63,7 @@ def read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Ad
 
 
 def scale(config: dict[str, Any], name: str, rank: int) -> tuple[float, int]:
-    """(alpha, rank) that a PEFT config, as a dict, gives a module, with rsLoRA's root folded into alpha."""
+    """(alpha, rank) that a PEFT config, as a dict, gives a module, with rsLoRA's root multiplied into alpha."""
     name = name.removeprefix("text_model.")
 
     def pick(patterns: dict[str, Any], default: Any) -> Any:
@@ -75,17 +75,17 @@ def scale(config: dict[str, Any], name: str, rank: int) -> tuple[float, int]:
     return float(alpha) * (r**0.5 if config.get("use_rslora") else 1), int(r)
 
 
-def hold(adapter: AdapterFile, to: str, kinds: tuple[str, ...]) -> None:
+def require_kinds(adapter: AdapterFile, to: str, kinds: tuple[str, ...]) -> None:
     """``UserError`` unless every module is of one of ``kinds``, with a magnitude for rows if any."""
     for name, module in adapter.modules().items():
         if module.kind not in kinds:
-            raise UserError(f"--to {to}: has no place for {module.kind} ({name}); kohya, comfyui and peft have")
+            raise UserError(f"--to {to}: cannot hold {module.kind} ({name}); kohya, comfyui and peft can")
         if module.magnitude is not None and (module.axis or module.kind != "lora"):
             what = "norms of columns" if module.axis else f"the magnitudes of a {module.kind}"
-            raise UserError(f"--to {to}: has no place for {what} ({name}); kohya and comfyui have")
+            raise UserError(f"--to {to}: cannot hold {what} ({name}); kohya and comfyui can")
 
 
-def shaped(module: Module) -> Tensor | None:
+def peft_magnitude(module: Module) -> Tensor | None:
     """The magnitude in PEFT's shape: (out), and (1, out, 1, 1) for a convolution."""
     if module.magnitude is None:
         return None
@@ -94,13 +94,15 @@ def shaped(module: Module) -> Tensor | None:
 
 
 def tensors(adapter: AdapterFile) -> dict[str, Tensor]:
-    hold(adapter, "diffusers", ("lora",))
+    require_kinds(adapter, "diffusers", ("lora",))
     out: dict[str, Tensor] = {}
     for part, modules in adapter.parts.items():
         infix = "lora" if part == "unet" else "lora_linear_layer"
         for name, module in modules.items():
             module = with_alpha(module, module.rank)
             out |= {f"{part}.{name}.{infix}.{end}.weight": t for end, t in module.tensors.items()}
-            if (magnitude := shaped(module)) is not None:  # transformers leaves it out unless spelt as a parameter
+            if (
+                magnitude := peft_magnitude(module)
+            ) is not None:  # transformers leaves it out unless it is written as a parameter
                 out[f"{part}.{name}.lora_magnitude_vector{'' if part == 'unet' else '.weight'}"] = magnitude
     return out

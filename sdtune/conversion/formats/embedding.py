@@ -1,4 +1,4 @@
-"""Textual-inversion files: the learnt vectors of one token (Gal et al. 2022).
+"""Textual-inversion files: the learned vectors of one token (Gal et al. 2022).
 
 diffusers has ``{"<token>": [n, dim]}``, A1111 ``emb_params`` and the token in the file's name, SDXL and ComfyUI
 ``clip_l`` and ``clip_g``, a table for each text encoder.
@@ -26,13 +26,13 @@ WIDTH_OF_CLIP_H = 1024
 class Embedding:
     token: str
     parts: dict[str, Tensor]
-    """Text encoder to its vectors, (n, dim)."""
+    """Text encoder to its vectors (n, dim)."""
     metadata: dict[str, str]
     format: str
 
 
 def is_embedding(tensors: Mapping[str, Tensor]) -> bool:
-    """Told by the keys: names of text encoders, ``emb_params``, or one table under a name without a module's dots."""
+    """Whether the keys are names of text encoders, ``emb_params``, or one table under a name without dots."""
     names = set(tensors)
     alone = len(names) == 1 and all("." not in n and t.ndim <= 2 for n, t in tensors.items())
     return names == {"emb_params"} or names <= ENCODERS.keys() or alone
@@ -51,14 +51,14 @@ def read(path: Path, token: str | None = None) -> Embedding | None:
     if not is_embedding(tensors):
         return None
     tables = {name: t.reshape(-1, t.shape[-1]) for name, t in tensors.items() if t.ndim in (1, 2)}
-    if strange := [n for n in tensors if n not in tables or not tensors[n].isfinite().all()]:
-        raise UserError(f"{path}: {strange[0]} is no table of finite vectors")
+    if bad := [n for n in tensors if n not in tables or not tensors[n].isfinite().all()]:
+        raise UserError(f"{path}: {bad[0]} is not a table of finite vectors")
     if set(tables) <= ENCODERS.keys():
         parts = {ENCODERS[name]: table for name, table in tables.items()}
         return Embedding(token or about.get("token", path.stem), parts, about, "comfyui")
     (name, table), form = next(iter(tables.items())), "kohya" if "emb_params" in tables else "diffusers"
-    said = about.get("token", path.stem) if form == "kohya" else name
-    return Embedding(token or said, {"text_encoder": table}, about, form)
+    own_name = about.get("token", path.stem) if form == "kohya" else name
+    return Embedding(token or own_name, {"text_encoder": table}, about, form)
 
 
 def write(path: Path, embedding: Embedding, to: str) -> None:
@@ -68,7 +68,7 @@ def write(path: Path, embedding: Embedding, to: str) -> None:
         UserError: for PEFT, which has no textual inversion.
     """
     if to == "peft":
-        raise UserError("--to peft: has no place for a textual inversion; diffusers, kohya and comfyui have")
+        raise UserError("--to peft: cannot hold a textual inversion; diffusers, kohya and comfyui can")
     tensors = {}
     for part, table in embedding.parts.items():
         by_encoder = (
@@ -81,7 +81,7 @@ def write(path: Path, embedding: Embedding, to: str) -> None:
 
 
 def save(folder: Path, token: str, rows: Tensor, provenance: Mapping[str, Any]) -> Path:
-    """Write ``learned_embeds.safetensors`` as diffusers reads it, whole or not at all; equal rows give equal bytes."""
+    """Write ``learned_embeds.safetensors`` as diffusers reads it, atomically; equal rows give equal bytes."""
     path, new = folder / EMBEDDING, folder / f".{EMBEDDING}"
     about = {"sdtune": json.dumps(provenance, sort_keys=True)}
     write(new, Embedding(token, {"text_encoder": rows.detach().cpu()}, about, "diffusers"), "diffusers")

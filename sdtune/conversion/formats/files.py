@@ -1,4 +1,4 @@
-"""Reading and writing by format."""
+"""Reads and writes adapter files of every format."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def read(path: Path) -> AdapterFile:
     """An adapter file or folder of any known format.
 
     Raises:
-        UserError: a pickle, no safetensors file, a format that its keys do not tell, or a half of one.
+        UserError: a pickle, a file that is not safetensors, unknown keys, or missing tensors.
     """
     if path.is_dir() and (folders := peft_folders(path)):
         return read_peft(path, folders)
@@ -39,7 +39,7 @@ def read(path: Path) -> AdapterFile:
     if any(place(key) for place in (kohya.place,) for key in tensors):
         return kohya.read(path, tensors, about)
     if any(key.startswith(peft_folder.PREFIX) for key in tensors):
-        raise UserError(f"{path}: PEFT's tensors want their {peft_folder.CONFIG} beside them, for alpha")
+        raise UserError(f"{path}: PEFT's tensors need their {peft_folder.CONFIG} in the same folder, for alpha")
     return diffusers_file.read(path, tensors, about)
 
 
@@ -113,22 +113,22 @@ def write(path: Path, adapter: AdapterFile, to: str) -> None:
             config, fitted = peft_folder.config(part, modules, metadata.base_of(adapter))
             folder = path / part
             folder.mkdir(parents=True, exist_ok=True)
-            content = reproducible(alone(peft_folder.tensors(part, fitted)), about)
+            content = reproducible(copies(peft_folder.tensors(part, fitted)), about)
             (folder / peft_folder.WEIGHTS).write_bytes(content)
             text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
             (folder / peft_folder.CONFIG).write_text(f"{text}\n", encoding="utf-8")
         return
-    path.write_bytes(reproducible(alone(WRITERS[to](adapter)), about))
+    path.write_bytes(reproducible(copies(WRITERS[to](adapter)), about))
 
 
-def alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each in memory of its own, as safetensors wants it; a factor may serve two modules."""
+def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies without shared memory, which safetensors refuses; two modules may share a factor."""
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """A hidden name beside ``path`` to write to, which becomes ``path`` when the block ends well, and nothing else."""
+    """A hidden name to write to, in the folder of ``path``: renamed to ``path`` if the block succeeds, else deleted."""
     new = path.with_name(f".{path.name}")
     try:
         yield new

@@ -1,4 +1,4 @@
-"""From the keys of a file to modules, and back: what all formats share."""
+"""Builds modules from the keys and tensors of a file; shared by all formats."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +16,7 @@ KRONECKER = {f"lokr_{name}": f"lokr.{name}" for name in "w1 w1_a w1_b w2 w2_a w2
 LYCORIS = HADAMARD | KRONECKER
 """The end of a key to the kind and tensor that it holds; PEFT took these names over from LyCORIS."""
 
-WHOLE = [
+COMPLETE = [
     {"lora.down", "lora.up"},
     {"lora.down", "lora.mid", "lora.up"},
     {"loha.w1_a", "loha.w1_b", "loha.w2_a", "loha.w2_b"},
@@ -30,8 +30,8 @@ WHOLE = [
 """The sets of tensors that make up a module."""
 
 Place = tuple[str, str, str]
-"""(part, module, slot); a slot is one of ``WHOLE``, ``alpha``, or DoRA's ``magnitude`` or ``dora_scale``."""
-BESIDE = {"alpha", "magnitude", "dora_scale"}
+"""(part, module, slot); a slot is one of ``COMPLETE``, ``alpha``, or DoRA's ``magnitude`` or ``dora_scale``."""
+EXTRA = {"alpha", "magnitude", "dora_scale"}
 Scale = Callable[[str, str, int], tuple[float, int]]
 """(part, module, rank of the tensors) to (alpha, rank); a key ``alpha`` wins over it."""
 
@@ -42,58 +42,59 @@ def assemble(
     place: Callable[[str], Place | None],
     scale: Scale = lambda part, name, rank: (rank or 1, rank or 1),
 ) -> dict[str, dict[str, Module]]:
-    """The modules of a file, in which ``place`` tells what each key holds.
+    """The modules of a file; ``place`` says what each key holds.
 
     Raises:
-        UserError: keys that ``place`` does not know, and modules of which a half is missing; never a part of a file.
+        UserError: a key that ``place`` does not know, or a module with a tensor missing: a file is read completely
+            or refused.
     """
     modules: dict[tuple[str, str], dict[str, Tensor]] = {}
     origin: dict[tuple[str, str], list[str]] = {}
-    strangers: list[str] = []
+    unknown: list[str] = []
     for key in sorted(tensors):
         if (where := place(key)) is None:
-            strangers.append(key)
+            unknown.append(key)
             continue
         part, name, slot = where
         own = modules.setdefault((part, name), {})
         if slot in own:
-            raise UserError(f"{path}: {key} names a tensor that another key names as well")
+            raise UserError(f"{path}: {key} and another key name the same tensor")
         own[slot] = tensors[key]
         origin.setdefault((part, name), []).append(key)
     for at, own in modules.items():
-        if not any(own.keys() - BESIDE == whole for whole in WHOLE):
-            strangers += origin[at]
-    refuse(path, tensors, strangers)
+        if not any(own.keys() - EXTRA == complete for complete in COMPLETE):
+            unknown += origin[at]
+    refuse_unknown(path, tensors, unknown)
     parts: dict[str, dict[str, Module]] = {}
     for (part, name), own in modules.items():
         try:
             parts.setdefault(part, {})[name] = module_of(own, lambda r, p=part, n=name: scale(p, n, r))
         except (ValueError, RuntimeError, IndexError) as error:
-            raise UserError(f"{path}: the tensors of {part} {name} do not fit together ({error})") from None
+            raise UserError(f"{path}: the tensors of {part} {name} do not match ({error})") from None
     return parts
 
 
-def refuse(path: Path, tensors: Iterable[str], strangers: list[str]) -> None:
-    """``UserError`` with n of m keys and the first strangers, if there are any."""
+def refuse_unknown(path: Path, tensors: Iterable[str], unknown: list[str]) -> None:
+    """``UserError`` that counts the known keys and names the first unknown ones, if there are any."""
     total = len(list(tensors))
-    if strangers:
+    if unknown:
         raise UserError(
-            f"{path}: {total - len(strangers)} of {total} keys make up an adapter; not "
-            f"{', '.join(strangers[:3])}{', ...' if len(strangers) > 3 else ''}"
+            f"{path}: {total - len(unknown)} of {total} keys make up an adapter; these do not: "
+            f"{', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}"
         )
 
 
 def module_of(own: dict[str, Tensor], scale: Callable[[int], tuple[float, int]]) -> Module:
-    """A module from its slots.
+    """A module from its tensors by slot.
 
     Raises:
-        ValueError: shapes that do not go together, an alpha of zero, what is not finite.
+        ValueError: shapes that do not match, an alpha of zero, numbers that are not finite.
     """
-    beside = {slot: own[slot].float() for slot in own.keys() & BESIDE}
-    kind = next(iter(own.keys() - BESIDE)).partition(".")[0]
-    t = {slot.partition(".")[2]: tensor for slot, tensor in own.items() if slot not in BESIDE}
-    if strange := [name for name, v in t.items() if v.ndim < 2 or not v.is_floating_point() or not v.isfinite().all()]:
-        raise ValueError(f"{strange[0]} is no matrix of finite numbers")
+    extra = {slot: own[slot].float() for slot in own.keys() & EXTRA}
+    kind = next(iter(own.keys() - EXTRA)).partition(".")[0]
+    t = {slot.partition(".")[2]: tensor for slot, tensor in own.items() if slot not in EXTRA}
+    if bad := [name for name, v in t.items() if v.ndim < 2 or not v.is_floating_point() or not v.isfinite().all()]:
+        raise ValueError(f"{bad[0]} is not a matrix of finite numbers")
     if kind == "lora":
         t = without_core(t)
         rank = t["down"].shape[0]
@@ -103,14 +104,14 @@ def module_of(own: dict[str, Tensor], scale: Callable[[int], tuple[float, int]])
         rank = next((t[n].shape[0] for n in ("w2_b", "w1_b") if n in t), 0)
     alpha, own_rank = scale(rank)
     if rank:
-        alpha = float(beside["alpha"]) if "alpha" in beside else alpha * rank / own_rank
+        alpha = float(extra["alpha"]) if "alpha" in extra else alpha * rank / own_rank
     else:  # a LoKr of two full matrices has no rank: LyCORIS scales it by 1 whatever its alpha, PEFT by its config's
-        rank = max(1, round(float(beside["alpha"]))) if "alpha" in beside else own_rank
-        alpha = float(rank) if "alpha" in beside else alpha
+        rank = max(1, round(float(extra["alpha"]))) if "alpha" in extra else own_rank
+        alpha = float(rank) if "alpha" in extra else alpha
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha {alpha:g}")
-    norm = beside.get("dora_scale", beside.get("magnitude"))
-    axis = int("dora_scale" in beside and norm is not None and norm.ndim > 1 and norm.shape[0] < norm.shape[1])
+    norm = extra.get("dora_scale", extra.get("magnitude"))
+    axis = int("dora_scale" in extra and norm is not None and norm.ndim > 1 and norm.shape[0] < norm.shape[1])
     module = Module(kind, t, alpha, rank, None if norm is None else norm.flatten(), axis)  # type: ignore[arg-type]
     rows = module.shape[axis]
     if norm is not None and (norm.numel() != rows and (axis == 0 or module.shape[1] % norm.numel())):
@@ -127,11 +128,11 @@ def without_core(t: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 FOLDS = {"lora": ("up",), "loha": ("w1_a",), "lokr": ("w1", "w1_a")}
-"""Where a factor of the whole change goes, by kind."""
+"""Kind to the tensors of which one takes a factor of the full change."""
 
 
 def with_alpha(module: Module, alpha: float) -> Module:
-    """The same change under another alpha; the tensor that takes the factor keeps its dtype."""
+    """The same change with another alpha; the tensor that takes the factor keeps its dtype."""
     if alpha == module.alpha:
         return module
     name = next(n for n in FOLDS[module.kind] if n in module.tensors)

@@ -50,7 +50,7 @@ def tensors(adapter: AdapterFile) -> dict[str, Tensor]:
     prefixes = {"unet": "lora_unet_", "text_encoder": te, "text_encoder_2": "lora_te2_"}
     out: dict[str, Tensor] = {}
     for part, modules in adapter.parts.items():
-        for name, module in one_alpha(modules).items():
+        for name, module in common_alpha(modules).items():
             stem = f"{prefixes[part]}{underscored(name)}"
             out |= {f"{stem}.{ENDS[f'{module.kind}.{n}']}": t for n, t in module.tensors.items()}
             out[f"{stem}.alpha"] = torch.tensor(float(module.alpha))
@@ -60,16 +60,16 @@ def tensors(adapter: AdapterFile) -> dict[str, Tensor]:
     return out
 
 
-def one_alpha(modules: dict[str, Module]) -> dict[str, Module]:
-    """Each module under an alpha that readers scale rightly.
+def common_alpha(modules: dict[str, Module]) -> dict[str, Module]:
+    """Each module with an alpha that readers scale rightly.
 
-    diffusers 0.42 gives the LoRA modules of a part the most frequent alpha, whatever their own: they get one, the
-    rest goes into their weights. A LoKr of two full matrices is scaled by 1.
+    diffusers 0.42 gives all LoRA modules of a part the most frequent alpha: here they get one alpha, and the rest is
+    multiplied into their weights. A LoKr of two full matrices is scaled by 1.
     """
     alphas = [m.alpha for m in modules.values() if m.kind == "lora"]
     common = max(sorted(set(alphas)), key=alphas.count, default=1.0)
-    made = {}
+    scaled = {}
     for name, module in modules.items():
         full = module.kind == "lokr" and {"w1", "w2"} <= module.tensors.keys()
-        made[name] = with_alpha(module, common if module.kind == "lora" else module.rank if full else module.alpha)
-    return made
+        scaled[name] = with_alpha(module, common if module.kind == "lora" else module.rank if full else module.alpha)
+    return scaled

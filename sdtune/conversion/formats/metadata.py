@@ -1,4 +1,4 @@
-"""What a file says about itself: the ``ss_*`` and ``modelspec.*`` entries that kohya's tools and UIs show."""
+"""The metadata of a file: the ``ss_*`` and ``modelspec.*`` entries that kohya's tools and UIs show."""
 
 import json
 from collections import Counter
@@ -7,21 +7,21 @@ from typing import Any
 from sdtune.conversion.formats.neutral import AdapterFile
 
 STALE = ("lora_adapter_metadata", "format", "sshs_", "modelspec.hash", "modelspec.thumbnail")
-"""Starts of entries that describe the tensors of one file and no other."""
+"""Prefixes of entries that describe the tensors of one file, so they are not copied to another."""
 
 
-def kept(adapter: AdapterFile) -> dict[str, str]:
-    """The entries that stay true in another format."""
+def lasting(adapter: AdapterFile) -> dict[str, str]:
+    """The entries that are still true in another format."""
     return {k: v for k, v in adapter.metadata.items() if not k.startswith(STALE)}
 
 
 def provenance(adapter: AdapterFile) -> dict[str, Any]:
-    """How sdtune says that the adapter was trained; empty if it does not."""
+    """sdtune's record of how the adapter was trained; empty if there is none."""
     try:
-        told = json.loads(adapter.metadata.get("sdtune", "{}"))
+        record = json.loads(adapter.metadata.get("sdtune", "{}"))
     except ValueError:
         return {}
-    return told if isinstance(told, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
 def base_of(adapter: AdapterFile) -> str | None:
@@ -29,7 +29,7 @@ def base_of(adapter: AdapterFile) -> str | None:
 
 
 def is_sdxl(adapter: AdapterFile) -> bool:
-    """Whether the base is an SDXL: two text encoders, or more than one transformer block in a row."""
+    """Whether the base is an SDXL: it has two text encoders, or more than one transformer block in a row."""
     version = adapter.metadata.get("ss_base_model_version", "") or adapter.metadata.get("modelspec.architecture", "")
     return (
         "text_encoder_2" in adapter.parts
@@ -40,39 +40,41 @@ def is_sdxl(adapter: AdapterFile) -> bool:
 
 
 def kohya(adapter: AdapterFile) -> dict[str, str]:
-    """The minimum that sd-scripts writes, with the run's facts as far as they are known."""
+    """The entries that sd-scripts always writes, and the run's facts where they are known."""
     modules = list(adapter.modules().values())
-    told, kinds = provenance(adapter), adapter.kinds
+    record, kinds = provenance(adapter), adapter.kinds
     rank = Counter(m.rank for m in modules).most_common(1)[0][0]
     alpha = Counter(m.alpha for m in modules).most_common(1)[0][0]
-    plain = {m.kind for m in modules} == {"lora"} and "dora" not in kinds
-    args = {} if plain else {"algo": next(iter({"dora": "lora"}.get(k, k) for k in kinds)), "dora_wd": "dora" in kinds}
+    lora_only = {m.kind for m in modules} == {"lora"} and "dora" not in kinds
+    args = (
+        {} if lora_only else {"algo": next(iter({"dora": "lora"}.get(k, k) for k in kinds)), "dora_wd": "dora" in kinds}
+    )
     architecture = "stable-diffusion-xl-v1-base" if is_sdxl(adapter) else "stable-diffusion-v1"
-    made = {
+    own = {
         "ss_v2": "False",
         "ss_base_model_version": "sdxl_base_v1-0" if is_sdxl(adapter) else "sd_v1",
-        "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
+        "ss_network_module": "networks.lora" if lora_only else "lycoris.kohya",
         "ss_network_dim": str(rank),
         "ss_network_alpha": f"{alpha:g}",
         "ss_network_args": json.dumps(args, sort_keys=True),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{architecture}/{'lora' if plain else 'lycoris'}",
+        "modelspec.architecture": f"{architecture}/{'lora' if lora_only else 'lycoris'}",
         "modelspec.implementation": "diffusers",
     }
     facts = {
-        "ss_sd_model_name": told.get("base"),
-        "ss_seed": told.get("seed"),
-        "ss_steps": told.get("steps"),
-        "ss_learning_rate": told.get("learning_rate"),
-        "ss_output_name": told.get("name"),
-        "modelspec.title": told.get("name"),
-        "modelspec.trigger_phrase": told.get("trigger"),
-        "modelspec.resolution": f"{told['resolution']}x{told['resolution']}" if "resolution" in told else None,
+        "ss_sd_model_name": record.get("base"),
+        "ss_seed": record.get("seed"),
+        "ss_steps": record.get("steps"),
+        "ss_learning_rate": record.get("learning_rate"),
+        "ss_output_name": record.get("name"),
+        "modelspec.title": record.get("name"),
+        "modelspec.trigger_phrase": record.get("trigger"),
+        "modelspec.resolution": f"{record['resolution']}x{record['resolution']}" if "resolution" in record else None,
     }
-    return {k: str(v) for k, v in facts.items() if v is not None} | kept_first(kept(adapter), made)
+    return {k: str(v) for k, v in facts.items() if v is not None} | merged_entries(lasting(adapter), own)
 
 
-def kept_first(kept: dict[str, str], made: dict[str, str]) -> dict[str, str]:
-    """What the file said itself wins, but for what conversion may have changed."""
+def merged_entries(lasting: dict[str, str], own: dict[str, str]) -> dict[str, str]:
+    """The file's entries win over ``own``, except those that a conversion may have changed."""
     changed = {"ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args"}
-    return made | kept | {k: v for k, v in made.items() if k in changed}
+    return own | lasting | {k: v for k, v in own.items() if k in changed}

@@ -1,9 +1,9 @@
-"""Module names: dotted as diffusers and transformers publish them, underscored as kohya writes them."""
+"""Module names: with dots as diffusers and transformers publish them, with underscores as kohya writes them."""
 
 import re
 
 # Every word between the dots of a UNet's or CLIP text encoder's module names; the second group is sgm's (SDXL's
-# original code). kohya turns dots into underscores, so only a list of words tells which underscores were dots.
+# original code). kohya turns dots into underscores, so a list of words is needed to find which underscores were dots.
 WORDS = """
     down_blocks mid_block up_blocks resnets attentions downsamplers upsamplers conv transformer_blocks attn1 attn2
     to_q to_k to_v to_out add_q_proj add_k_proj add_v_proj to_add_out ff net proj proj_in proj_out conv1 conv2
@@ -47,9 +47,9 @@ def underscored(name: str) -> str:
 
 def from_sgm(words: list[str]) -> str | None:
     """``input_blocks 4 1 proj_in`` is ``down_blocks.1.attentions.0.proj_in``; diffusers' names stay as they are."""
-    plain = ".".join(words)
-    if plain in SGM_ALONE:
-        return SGM_ALONE[plain]
+    joined = ".".join(words)
+    if joined in SGM_ALONE:
+        return SGM_ALONE[joined]
     match words:
         case ["input_blocks", i, j, *rest] if i.isdigit() and i != "0":
             block, layer = divmod(int(i) - 1, BLOCKS)
@@ -66,7 +66,7 @@ def from_sgm(words: list[str]) -> str | None:
         case ["input_blocks" | "output_blocks" | "middle_block" | "time_embed" | "label_emb" | "out", *_]:
             return None
         case _:
-            return plain
+            return joined
     if j not in ("0", "1") or not rest:
         return None
     inner = ".".join(rest)

@@ -1,4 +1,4 @@
-"""The neutral form of an adapter: what every file format is read into and written from.
+"""The common form of an adapter, which every file format is read into and written from.
 
 A part is ``unet``, ``text_encoder`` or ``text_encoder_2``. Modules go by the dotted names of the published
 diffusers and transformers checkpoints, those of text encoders with their ``text_model.``.
@@ -42,10 +42,10 @@ class Module:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the product: (out, in, *k), or (out, in * k * k) where the factors do not tell the kernel.
+        """Of the product: (out, in, *k), or (out, in * k * k) where the factors do not show the kernel's shape.
 
         Raises:
-            ValueError, RuntimeError, IndexError: the factors do not fit together.
+            ValueError, RuntimeError, IndexError: the factors do not match.
         """
         empty = {name: tensor.to("meta") for name, tensor in self.tensors.items()}
         return tuple(_product(self.kind, empty).shape)
@@ -53,13 +53,13 @@ class Module:
     def product(self, shape: tuple[int, ...] | torch.Size | None = None) -> Tensor:
         """``alpha / rank`` times the product of the factors in float64, without DoRA's magnitude.
 
-        Of shape (out, in, *k); where the factors do not tell the kernel, (out, in * k * k) unless ``shape`` is given.
+        Of shape (out, in, *k); where the factors do not show the kernel, (out, in * k * k) unless ``shape`` is given.
         """
-        made = _product(self.kind, {name: tensor.double() for name, tensor in self.tensors.items()}) * self.scale
-        return made if shape is None else made.reshape(shape)
+        product = _product(self.kind, {name: tensor.double() for name, tensor in self.tensors.items()}) * self.scale
+        return product if shape is None else product.reshape(shape)
 
     def delta(self, shape: tuple[int, ...] | torch.Size | None = None, base: Tensor | None = None) -> Tensor:
-        """The full change of the weight in float64; a DoRA module wants the weight it changes as ``base``.
+        """The full change of the weight in float64; a DoRA module needs the weight that it changes, ``base``.
 
         Raises:
             ValueError: DoRA without ``base``, or factors that do not make up ``shape``.
@@ -76,7 +76,7 @@ class Module:
         return changed * (self.magnitude.double().reshape(sizes) / norm) - base.double()
 
     def norm(self) -> float:
-        """Frobenius norm of the product, without making a LoRA's."""
+        """Frobenius norm of the product; a LoRA's is computed from its factors."""
         if self.kind != "lora":
             return float(self.product().norm())
         up, down = (self.tensors[name].flatten(1).double() for name in ("up", "down"))
@@ -108,11 +108,11 @@ def _pair(t: dict[str, Tensor], side: str) -> Tensor:
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A whole adapter."""
+    """An adapter as read from a file, or to be written to one."""
 
     parts: dict[str, dict[str, Module]]
     metadata: dict[str, str] = field(default_factory=dict)
-    """Of the file it came from, as text; ``sdtune`` holds a run's provenance as JSON."""
+    """Metadata of its file; the entry ``sdtune`` holds a run's record as JSON."""
     format: str = ""
     """Format it was read from."""
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sdtune.config.sections import UserError
-from sdtune.conversion.formats.diffusers_file import SUFFIX, SUFFIXES, hold, scale, shaped
+from sdtune.conversion.formats.diffusers_file import SUFFIX, SUFFIXES, peft_magnitude, require_kinds, scale
 from sdtune.conversion.formats.keys import LYCORIS, Place, assemble
 from sdtune.conversion.formats.names import text_encoder_name
 from sdtune.conversion.formats.neutral import AdapterFile, Module
@@ -37,11 +37,11 @@ def place(key: str, part: str | None) -> Place | None:
 def read(
     path: Path, part: str | None, tensors: dict[str, Tensor], config: dict[str, Any]
 ) -> dict[str, dict[str, Module]]:
-    """The modules of one folder's file; ``part`` None is told by the names."""
+    """The modules of one folder's file; with ``part`` None the names say which part."""
     if config.get("peft_type") not in ("LORA", "LOHA", "LOKR"):
-        raise UserError(f"{path}: PEFT's {config.get('peft_type')}; known are LORA, LOHA and LOKR")
+        raise UserError(f"{path}: PEFT's {config.get('peft_type')}; sdtune reads LORA, LOHA and LOKR")
     if config.get("bias", "none") != "none" or config.get("lora_bias") or config.get("modules_to_save"):
-        raise UserError(f"{path}: trained biases or whole modules, for which no other format has a place")
+        raise UserError(f"{path}: it trained biases or complete modules, which no other format can hold")
     return assemble(path, tensors, lambda key: place(key, part), lambda _, name, rank: scale(config, name, rank))
 
 
@@ -52,28 +52,30 @@ def tensors(part: str, modules: dict[str, Module]) -> dict[str, Tensor]:
     for name, module in modules.items():
         stem = f"{PREFIX}{name.removeprefix('text_model.') if flat else name}"
         out |= {f"{stem}.{ENDS[f'{module.kind}.{n}']}": t for n, t in module.tensors.items()}
-        if (magnitude := shaped(module)) is not None:
+        if (magnitude := peft_magnitude(module)) is not None:
             out[f"{stem}.lora_magnitude_vector"] = magnitude
     return out
 
 
 def config(part: str, modules: dict[str, Module], base: str | None) -> tuple[dict[str, Any], dict[str, Module]]:
     """The ``adapter_config.json`` of one part, and its modules with the ranks that the config gives them."""
-    hold(AdapterFile({part: modules}), "peft", ("lora", "loha", "lokr"))
+    require_kinds(AdapterFile({part: modules}), "peft", ("lora", "loha", "lokr"))
     kinds = {m.kind for m in modules.values()}
     if len(kinds) > 1:
-        raise UserError(f"--to peft: one kind a part, not {' and '.join(sorted(kinds))} in {part}; kohya holds both")
+        raise UserError(
+            f"--to peft: it holds one kind in a part, not {' and '.join(sorted(kinds))} in {part}; kohya holds both"
+        )
     kind = kinds.pop()
     own: dict[str, Any] = {}
     if kind == "lora":
         dora = {m.magnitude is not None for m in modules.values()}
         if len(dora) > 1:
-            raise UserError(f"--to peft: DoRA in all modules of {part} or in none; kohya holds both")
+            raise UserError(f"--to peft: it holds DoRA in all modules of {part} or in none; kohya holds both")
         own = {"use_dora": dora.pop(), "use_rslora": False, "bias": "none", "lora_dropout": 0.0}
     else:
         own["use_effective_conv2d"] = any({"t1", "t2"} & m.tensors.keys() for m in modules.values())
     if kind == "lokr":
-        modules, factors = fit_factors(part, modules)
+        modules, factors = peft_factors(part, modules)
         own |= factors
     names = {name: name.removeprefix("text_model.") for name in modules}  # the ends match with the level and without
     rank = Counter(m.rank for m in modules.values()).most_common(1)[0][0]
@@ -96,42 +98,42 @@ def number(value: float) -> float | int:
     return int(value) if value == int(value) else value
 
 
-def fit_factors(part: str, modules: dict[str, Module]) -> tuple[dict[str, Module], dict[str, Any]]:
-    """Ranks and the two options from which PEFT derives the shapes of a LoKr's factors, as they are in the file.
+def peft_factors(part: str, modules: dict[str, Module]) -> tuple[dict[str, Module], dict[str, Any]]:
+    """The modules with the ranks, and the two options, from which PEFT derives the shapes of their factors.
 
     Raises:
         UserError: PEFT factors these sizes in another way.
     """
     both = any("w1_a" in m.tensors for m in modules.values())
-    tried = sorted({-1, *(side for m in modules.values() for side in left(m))})
+    tried = sorted({-1, *(side for m in modules.values() for side in first_factor(m))})
     for factor in tried:
-        made = {name: fitted(m, factor, both) for name, m in modules.items()}
-        if None not in made.values():
-            return {n: m for n, m in made.items() if m}, {"decompose_factor": factor, "decompose_both": both}
-    raise UserError(f"--to peft: it would factor the LoKr of {part} into other shapes; kohya and comfyui hold these")
+        tried_modules = {name: refactored(m, factor, both) for name, m in modules.items()}
+        if None not in tried_modules.values():
+            return {n: m for n, m in tried_modules.items() if m}, {"decompose_factor": factor, "decompose_both": both}
+    raise UserError(f"--to peft: PEFT factors the LoKr of {part} into other shapes; kohya and comfyui hold these")
 
 
-def left(module: Module) -> tuple[int, int]:
+def first_factor(module: Module) -> tuple[int, int]:
     """Rows and columns of the first factor."""
     t = module.tensors
     return tuple(t["w1"].shape) if "w1" in t else (t["w1_a"].shape[0], t["w1_b"].shape[1])  # type: ignore[return-value]
 
 
-def fitted(module: Module, factor: int, both: bool) -> Module | None:
-    """``module`` with a rank under which PEFT makes the same shapes of it; None if there is none."""
+def refactored(module: Module, factor: int, both: bool) -> Module | None:
+    """``module`` with a rank for which PEFT factors it into the same shapes; None if there is no such rank."""
     from peft.tuners.lokr.layer import factorization
 
-    t, (a, b) = module.tensors, left(module)
+    t, (a, b) = module.tensors, first_factor(module)
     c = t["w2"].shape[0] if "w2" in t else t["w2_a"].shape[1 if "t2" in t else 0]
     width = t["w2"].shape[1] if "w2" in t else t["w2_b"].shape[1]
     kernels = (1,) if "w2" in t or "t2" in t else (1, 9)  # the kernel of a 3x3 convolution does not show otherwise
     for d in (width // k for k in kernels if width % k == 0):
         if factorization(a * c, factor) != (a, c) or factorization(b * d, factor) != (b, d):
             continue
-        whole, half = -(-max(c, d) // 2), -(-max(a, b) // 2)
+        second_half, first_half = -(-max(c, d) // 2), -(-max(a, b) // 2)
         free = not {"w1_a", "w2_a"} & t.keys()
         rank = (
-            max(module.rank, whole, half if both else 1)
+            max(module.rank, second_half, first_half if both else 1)
             if free
             else module.tensors["w2_b" if "w2_b" in t else "w1_b"].shape[0]
         )
@@ -143,7 +145,7 @@ def fitted(module: Module, factor: int, both: bool) -> Module | None:
 def flat_text_encoder() -> bool:
     """Whether the installed transformers has dropped the level ``text_model`` of ``CLIPTextModel`` (5.6 did).
 
-    PEFT asks for the names as they are in the model, so its files go with the transformers that they are read by.
+    PEFT needs the names of the model in memory, so a file is written for the installed transformers.
     """
     from transformers import CLIPTextConfig, CLIPTextModel
 
