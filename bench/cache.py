@@ -1,9 +1,9 @@
-"""What the cache of VAE moments and text embeddings is worth: the same steps with and without, side by side.
+"""Compares training with and without the cache of VAE moments and text embeddings, in CPU seconds a step.
 
     python bench/cache.py --rounds 3 [--model DIR --dataset DIR --resolution 256 --steps 10]
 
-Rounds alternate, so that a busy machine slows both alike; seconds are CPU seconds of this process after the first
-step, and only their ratio within one run means something.
+Rounds alternate, so that a busy machine slows both equally. Seconds are CPU seconds of this process after the first
+step; only their ratio within one call is meaningful.
 """
 
 import argparse

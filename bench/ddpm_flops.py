@@ -1,4 +1,4 @@
-"""What training and sampling a model of pixels costs, counted from its network: no data, no weights, no clock.
+"""Counts what training and sampling a pixel model costs, from its network: no data, no weights, no clock.
 
 python bench/ddpm_flops.py --config ddpm/cifar10
 """
@@ -28,7 +28,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--config", default="ddpm/cifar10")
     parser.add_argument("--channels", type=int, default=3)
-    parser.add_argument("--tflops", type=float, default=100.0, help="TFLOP/s that the device really does")
+    parser.add_argument("--tflops", type=float, default=100.0, help="TFLOP/s that the device reaches in practice")
     args = parser.parse_args()
     cfg = parsing.resolve(DdpmConfig, args.config, {}, [])
     with torch.device("meta"):

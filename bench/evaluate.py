@@ -1,4 +1,4 @@
-"""What the figures of `sdtune evaluate` say of handwritten digits that were changed, and how often intervals cover.
+"""Measures the figures of `sdtune evaluate` on changed handwritten digits, and how often the intervals cover.
 
     python bench/evaluate.py
 
@@ -33,23 +33,23 @@ def changes(x: Tensor, digit: Tensor, noise: Tensor) -> dict[str, Tensor]:
 
 
 def coverage(scale: float, shift: float, pairs: int = 200, resamples: int = 100) -> dict[str, str]:
-    """How intervals for 80 against 120 Gaussian points in three dimensions do, over many pairs of such sets.
+    """The coverage of intervals for 80 and 120 Gaussian points in three dimensions, over many pairs of such sets.
 
-    Per figure: the share of intervals that hold its mean over all pairs, and the mean width of an interval over the
-    width that holds 95 % of the pairs.
+    For each figure: the share of intervals that contain its mean over all pairs, and the mean width of an interval
+    divided by the width that contains 95 % of the pairs.
     """
     draw = torch.Generator().manual_seed(0)
     found = []
     for _ in range(pairs):
         x, y = torch.randn(80, 3, generator=draw), scale * torch.randn(120, 3, generator=draw) + shift
         found.append(estimates(figures, (x.double(), y.double()), resamples))
-    told = {}
+    shown = {}
     for name in found[0]:
         values = torch.tensor([f[name].value for f in found], dtype=torch.float64)
         low, high = (torch.tensor([getattr(f[name], end) for f in found]) for end in ("low", "high"))
         covered = ((low <= values.mean()) & (values.mean() <= high)).double().mean()
-        told[name] = f"{covered:.0%}, {(high - low).mean() / (2 * 1.96 * values.std()):.2f} times as wide"
-    return told
+        shown[name] = f"{covered:.0%}, {(high - low).mean() / (2 * 1.96 * values.std()):.2f} times as wide"
+    return shown
 
 
 if __name__ == "__main__":
@@ -70,6 +70,6 @@ if __name__ == "__main__":
     began = time.monotonic()
     estimates(figures, (x, reference), 200)
     print(f"intervals by 200 resamples of 897 and 900 in {time.monotonic() - began:.0f} s")
-    print("intervals that cover, sets apart:", coverage(1.5, 1))
-    print("intervals that cover, sets alike:", coverage(1, 0))
+    print("coverage of intervals, different sets:", coverage(1.5, 1))
+    print("coverage of intervals, equal sets:", coverage(1, 0))
     assert frechet(reference, reference) < 1e-9

@@ -1,4 +1,4 @@
-"""How long a run of two processes goes on after one of them was killed, or hangs, and what it says then.
+"""Measures how long a run of two processes goes on after one is killed or hangs, and prints its message.
 
 python bench/lost_process.py [--launcher sdtune|torchrun|accelerate] [--signal KILL|STOP] [--process 0|1] [-- OPTIONS]
 """
@@ -41,10 +41,12 @@ def measure(launcher: str, number: signal.Signals, process: int, options: list[s
     workers = psutil.Process(run.pid).children()
     next(p for p in workers if p.environ().get("RANK") == str(process)).send_signal(number)
     since = time.monotonic()
-    _, said = run.communicate()
+    _, stderr = run.communicate()
     seconds = time.monotonic() - since
-    told = [line.partition("; continue")[0] for line in said.splitlines() if line.startswith("failed:")]
-    print(f"{launcher}, {number.name} to process {process}: exit code {run.returncode} after {seconds:.1f} s; {told}")
+    messages = [line.partition("; continue")[0] for line in stderr.splitlines() if line.startswith("failed:")]
+    print(
+        f"{launcher}, {number.name} to process {process}: exit code {run.returncode} after {seconds:.1f} s; {messages}"
+    )
     shutil.rmtree(out)
 
 

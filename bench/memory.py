@@ -1,10 +1,10 @@
-"""What `sdtune check` says of memory beside what a run takes: the same options, in fresh processes.
+"""Compares the memory estimate of `sdtune check` with what a run uses: the same options, in fresh processes.
 
     python bench/memory.py --work runs/memory
     python bench/memory.py --work runs/memory --only '^middle, LoRA'
 
-Measured is the peak resident set of the process that trains, of its two steps, as metrics.jsonl has it: the model is
-loaded and the cache was filled by a run before. malloc gives memory back at once (MALLOC_MMAP_THRESHOLD_=131072,
+The measurement is the peak resident set of the training process over two steps, from metrics.jsonl, with the model
+loaded and the cache filled by an earlier run. malloc returns memory at once (MALLOC_MMAP_THRESHOLD_=131072,
 MALLOC_ARENA_MAX=2), so that what is counted is what is in use. The shapes are `tiny`; `tiny` with a UNet of a hundred
 million random parameters; and the UNet of `ddpm/cifar10`.
 """
@@ -68,9 +68,9 @@ def build_middle(folder: Path) -> None:
 
 
 def estimated(words: list[str]) -> dict[str, int]:
-    """What a fresh process says that a command will need, in bytes by kind."""
-    told = python([__file__, "--estimate", *words, *STEPS])
-    return json.loads(told.splitlines()[-1])
+    """The memory that `sdtune check` estimates for a command in a fresh process, in bytes by kind."""
+    printed = python([__file__, "--estimate", *words, *STEPS])
+    return json.loads(printed.splitlines()[-1])
 
 
 def estimate(words: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Score a model of the shapes world on seeded held-out captions.
+"""Scores a model of the toy world on seeded held-out captions.
 
 python bench/score_tiny.py                                # the base, on shapes it knows
 python bench/score_tiny.py --lora runs/tiny-hearts --shape heart
@@ -22,7 +22,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--guidance-scale", type=float, default=GUIDANCE)
-    parser.add_argument("--sheet", type=Path, help="write the first pictures side by side to this PNG")
+    parser.add_argument("--sheet", type=Path, help="write the first images as a sheet to this PNG")
     given = parser.parse_args()
     pipeline = load_pipeline(SampleConfig(model=given.model, prompt=["unused"]))
     load_adapters(pipeline, given.lora)

@@ -1,8 +1,8 @@
-"""`sdtune lora` on a pipeline of Stable Diffusion 1.5's full size, with random weights: real steps, no download.
+"""Runs `sdtune lora` on a pipeline of Stable Diffusion 1.5's full size with random weights: real steps, no download.
 
     python bench/sd15_step.py --work runs/sd15-random --resolution 256 --steps 2
 
-Builds the folder once (4.2 GB in fp32), draws eight captioned pictures, and runs the command line. Peak memory and
+Builds the folder once (4.2 GB in fp32), draws eight captioned images, and runs the command line. Peak memory and
 images per second are in the run's metrics.jsonl.
 """
 
@@ -21,7 +21,7 @@ from sdtune.models import families
 
 
 def build(folder: Path) -> None:
-    """The configuration of stable-diffusion-v1-5, with tiny's tokenizer in the place of CLIP's 49,408 words."""
+    """The configuration of stable-diffusion-v1-5, with tiny's tokenizer in place of CLIP's of 49,408 words."""
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(families.resolve_model("tiny"), subfolder="tokenizer")
     text = CLIPTextConfig(
@@ -78,12 +78,12 @@ if __name__ == "__main__":
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--steps", type=int, default=2)
     given, more = parser.parse_known_args()
-    model, pictures = given.work / "model", given.work / f"pictures-{given.resolution}"
+    model, images = given.work / "model", given.work / f"images-{given.resolution}"
     if not (model / "model_index.json").exists():
         build(model)
-    if not pictures.exists():
-        draw(pictures, given.resolution)
-    words = ["lora", "--model", str(model), "--dataset", str(pictures), "--output-dir", str(given.work / "run")]
+    if not images.exists():
+        draw(images, given.resolution)
+    words = ["lora", "--model", str(model), "--dataset", str(images), "--output-dir", str(given.work / "run")]
     words += ["--resolution", str(given.resolution), "--steps", str(given.steps), "--train-batch-size", "1"]
     words += ["--num-validation-images", "0", "--log-steps", "1", "--dataloader-num-workers", "0", "--overwrite"]
     main([*words, *more])

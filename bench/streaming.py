@@ -1,11 +1,11 @@
-"""Images a CPU second from tar shards and from a folder of the same files: no model, only what a loader's worker does.
+"""Compares tar shards with a folder of the same files, in images a CPU second: only a loader worker's work, no model.
 
     python bench/streaming.py --rounds 3 [--images 1000 --side 512 --shards 8]
 
-Rounds alternate, so that a busy machine slows both alike; seconds are CPU seconds of this process, and only their ratio
-within one run means something. Both arms read, decode, crop and convert the same images, each in its own seeded order,
-from files that the system has in memory. Before that each looks up what a run has to know: a folder's images are
-decoded once, a tar's headers are read.
+Rounds alternate, so that a busy machine slows both equally. Seconds are CPU seconds of this process; only their ratio
+within one call is meaningful. Both sides read, decode, crop and convert the same images, each in its own seeded order,
+from files in the system's page cache. The start is measured separately: a folder's images are decoded once, a tar's
+headers are read.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""What each way of teaching `tiny` one subject from five pictures reaches, and what it costs the rest.
+"""Compares the ways of teaching `tiny` one subject from five images, and what the base loses by each.
 
 python bench/subject.py --work runs/subject [-n 100] [--only adapters full]
 
-Each row is a ready-made recipe, trained unless its run is complete, and asked for pictures that `toy_world.read` reads.
-``subject``: share that show it; ``class``: share of those asked for "a ... shape" that show a shape the base knows and
-not the subject, in the colour and on the ground asked for; ``others``: share of right pictures of the shapes that the
-base knows by name.
+Each row is a shipped recipe, trained unless its run is complete; `toy_world.read` reads the images that it draws.
+``subject``: share that shows the subject; ``class``: share of "a ... shape" that shows a shape the base knows, not the
+subject, in the right colour on the right ground; ``others``: share of right images of shapes that the base knows by
+name.
 """
 
 import argparse
@@ -32,7 +32,7 @@ WAYS = {
     "word": (WORD, [*WORD_ALONE, "--dataset", "tiny-subject", "--steps", "1000"]),  # as many as the row above
     "word for a known shape": (("arrow", "<thing>"), WORD_ALONE),
 }
-"""Name of a row to what the subject is, what its captions call it, and the command that trains it."""
+"""Name of a row to the subject's shape, its word in captions, and the command that trains it."""
 
 
 def train(words: list[str], out: Path) -> None:
@@ -44,7 +44,7 @@ def train(words: list[str], out: Path) -> None:
 
 
 def measure(out: Path | None, shape: str, name: str, n: int) -> dict[str, float]:
-    """The scores of a run; its pictures of the subject as ``subject.png`` beside it."""
+    """The scores of a run; writes its images of the subject to ``subject.png`` in its folder."""
     full = out is not None and (out / "model_index.json").is_file()
     pipeline = load_pipeline(SampleConfig(model=str(out) if full else "tiny", prompt=["unused"]))
     if out is not None and not full:
@@ -86,7 +86,7 @@ def main() -> None:
             train(words, out)
         scores = measure(out, shape, name, args.n)
         print(f"{way:<24}" + ", ".join(f"{title} {value:.0%}" for title, value in scores.items()), flush=True)
-    print(f"the base's weights before {before}, after {weights_of('tiny')}")
+    print(f"hash of the base's weights before: {before}, after: {weights_of('tiny')}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Teach the base `tiny` a shape that it has never seen, and measure what it knew before and after.
+"""Teaches the base `tiny` a shape that it has never seen, and measures what it can draw before and after.
 
 python examples/demo.py [--overwrite]
 """
@@ -12,14 +12,14 @@ from sdtune.evaluation.toy_score import score
 from sdtune.models.loading import load_adapters, load_pipeline
 
 RUN = "runs/tiny-hearts"
-PICTURES = 100
+IMAGES = 100
 
 
 def measure(adapters: list[str]) -> tuple[float, float]:
-    """Share of pictures read as hearts when hearts are asked for, and of right shapes among those it knows."""
+    """Share of images that show a heart when one is asked for, and share of right shapes among those the base knows."""
     pipeline = load_pipeline(SampleConfig(model="tiny", prompt=["unused"]))
     load_adapters(pipeline, adapters)
-    concept, known = (score(pipeline, PICTURES, shape)[0]["shape"] for shape in ("heart", None))
+    concept, known = (score(pipeline, IMAGES, shape)[0]["shape"] for shape in ("heart", None))
     return concept, known
 
 
@@ -32,7 +32,7 @@ if __name__ == "__main__":
         if ended.code:
             raise
     after = measure([RUN])
-    print(f"\n{PICTURES} pictures each      before   after")
-    print(f"asked for hearts         {before[0]:6.0%}  {after[0]:6.0%}   are read as hearts")
+    print(f"\n{IMAGES} images each        before   after")
+    print(f"asked for hearts         {before[0]:6.0%}  {after[0]:6.0%}   show a heart")
     print(f"asked for known shapes   {before[1]:6.0%}  {after[1]:6.0%}   show the shape asked for")
-    print(f"{time.monotonic() - began:.0f} seconds. What it looked like: {RUN}/report.html")
+    print(f"{time.monotonic() - began:.0f} seconds. Samples and curves: {RUN}/report.html")

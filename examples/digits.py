@@ -1,10 +1,10 @@
-"""Handwritten digits from noise: trains models of pixels on two cores, draws from them, and has the drawings judged.
+"""Handwritten digits from noise: trains pixel models on two cores, draws from them, and has a classifier judge them.
 
 python examples/digits.py [--overwrite]            a model without classes
 python examples/digits.py guided [--overwrite]     then one with classes, and a classifier that guides the first
 
-The judge is a support vector machine fitted to the digits that the models were trained on. It has never seen the ones
-held out, on which its accuracy is told, nor any noise.
+The judge is a support vector machine fitted to the digits that the models were trained on. Its accuracy is measured on
+held-out digits; it has never seen noise.
 """
 
 import sys
@@ -33,13 +33,13 @@ from sdtune.models.families import hush
 from sdtune.models.noisy_classifier import NoisyClassifier
 from sdtune.run.contact_sheet import grid
 
-PLAIN, CLASSES, CLASSIFIER = "runs/ddpm-digits", "runs/ddpm-digits-classes", "runs/classifier-digits"
-PICTURES, PROCESSES, CONFIDENT = 500, 2, 0.8
+UNCONDITIONAL, CLASSES, CLASSIFIER = "runs/ddpm-digits", "runs/ddpm-digits-classes", "runs/classifier-digits"
+IMAGES, PROCESSES, CONFIDENT = 500, 2, 0.8
 
 
 @dataclass
 class Call:
-    """Pictures that one process draws; ``labels`` are for the model's classes, or for the classifier if it has none."""
+    """Images that one process draws; ``labels`` are for the model's classes, or for the classifier if it has none."""
 
     model: str
     seeds: Sequence[int]
@@ -63,23 +63,23 @@ class Call:
 
 
 def drawn(model: str, sampler: str, steps: int, labels: Sequence[int] | None = None, scale: float = 1.0) -> Tensor:
-    """``PICTURES`` of a model ``[N, 1, 8, 8]``, seed by seed, by as many processes as there are cores to use."""
+    """``IMAGES`` of a model ``[N, 1, 8, 8]``, one for each seed, by ``PROCESSES`` processes."""
     shares = [slice(rank, None, PROCESSES) for rank in range(PROCESSES)]
-    calls = [Call(model, range(PICTURES)[s], sampler, steps, labels and labels[s], scale) for s in shares]
-    pictures = torch.empty(PICTURES, 1, 8, 8)
+    calls = [Call(model, range(IMAGES)[s], sampler, steps, labels and labels[s], scale) for s in shares]
+    images = torch.empty(IMAGES, 1, 8, 8)
     with get_context("spawn").Pool(PROCESSES) as pool:
         for share, part in zip(shares, pool.map(Call.__call__, calls), strict=True):
-            pictures[share] = part
-    return pictures
+            images[share] = part
+    return images
 
 
 class Judge:
-    """Reads digits, and knows what it was fitted to."""
+    """Reads digits; ``real`` are those that it was fitted to."""
 
     def __init__(self) -> None:
         cfg = parsing.resolve(DdpmConfig, "ddpm/digits", {}, [])
-        images = load_images(cfg, captions=False, class_column="folder")
-        stream = Stream(cfg, images, 1, "L")
+        photos = load_images(cfg, captions=False, class_column="folder")
+        stream = Stream(cfg, photos, 1, "L")
         self.real, digits = self.read(stream, [stream._plain(index) for index in stream.indices])
         self.machine = CalibratedClassifierCV(SVC(C=10), ensemble=False).fit(self.real.flatten(1).numpy(), digits)
         held, truth = self.read(stream, stream.holdout)
@@ -90,12 +90,12 @@ class Judge:
         digits = [int(stream.images.rows[sample.index].label) for sample in samples]
         return torch.stack([stream.pixels(sample) for sample in samples]), np.array(digits)
 
-    def probabilities(self, pictures: Tensor) -> np.ndarray:
-        return self.machine.predict_proba(pictures.flatten(1).numpy())
+    def probabilities(self, images: Tensor) -> np.ndarray:
+        return self.machine.predict_proba(images.flatten(1).numpy())
 
 
 def train(*words: str) -> None:
-    """A shipped recipe on ``PROCESSES`` cores, its step cut among them."""
+    """Train a shipped recipe on ``PROCESSES`` cores that share its step."""
     cut = ["--num-processes", str(PROCESSES), "--train-batch-size", str(64 // PROCESSES), "--dataloader-num-workers=0"]
     try:
         main([*words, *cut])
@@ -104,63 +104,63 @@ def train(*words: str) -> None:
             raise
 
 
-def told(rows: list[tuple[str, float, str, bool]]) -> bool:
-    """Print a table of what was measured, in percent unless it is a distance, beside what is wanted."""
+def print_table(rows: list[tuple[str, float, str, bool]]) -> bool:
+    """Print what was measured and what is wanted; whether all of it is met."""
     for what, value, wanted, met in rows:
         print(f"{what:<58} {value:8.3f}   {wanted:<12} {'' if met else 'MISSED'}")
     return all(met for *_, met in rows)
 
 
-def plain(judge: Judge) -> bool:
+def unconditional(judge: Judge) -> bool:
     network = load_network("random-conv")
     real = embed(judge.real, network)
     rows = [("accuracy of the judge on digits held out", judge.accuracy, ">= 0.95", judge.accuracy >= 0.95)]
     distances = {}
     for name, sampler, steps in (("DDPM, 1000 steps", "ddpm", 1000), ("DDIM, 25 steps", "ddim", 25)):
-        pictures = drawn(PLAIN, sampler, steps)
-        odds = judge.probabilities(pictures)
+        images = drawn(UNCONDITIONAL, sampler, steps)
+        odds = judge.probabilities(images)
         sure, digits = float((odds.max(1) >= CONFIDENT).mean()), len(set(odds.argmax(1)))
-        distances[name] = frechet(embed(pictures, network), real)
+        distances[name] = frechet(embed(images, network), real)
         rows += [
-            (f"{name}: share of {PICTURES} that the judge is sure of", sure, ">= 0.8", sure >= 0.8),
+            (f"{name}: share of {IMAGES} of which the judge is sure", sure, ">= 0.8", sure >= 0.8),
             (f"{name}: digits among them", digits, "10", digits == 10),
         ]
         labels = [str(digit) for digit in odds[:40].argmax(1)]
-        grid(to_images(pictures[:40]), labels, 10).save(f"{PLAIN}/{sampler}-{steps}.png")
+        grid(to_images(images[:40]), labels, 10).save(f"{UNCONDITIONAL}/{sampler}-{steps}.png")
     many, few = distances.values()
     rows += [(f"Frechet distance, random-conv: {name}", distance, "", True) for name, distance in distances.items()]
     rows.append(("25 steps over 1000", few / many, "<= 1.15", few <= 1.15 * many))
-    return told(rows)
+    return print_table(rows)
 
 
 def guided(judge: Judge) -> bool:
-    asked = [k % 10 for k in range(PICTURES)]
+    asked = [k % 10 for k in range(IMAGES)]
 
-    def right(pictures: Tensor) -> float:
-        return float((judge.probabilities(pictures).argmax(1) == asked).mean())
+    def right(images: Tensor) -> float:
+        return float((judge.probabilities(images).argmax(1) == asked).mean())
 
     rows = []
     free = {scale: right(drawn(CLASSES, "ddim", 25, asked, scale)) for scale in (1.0, 2.0, 4.0)}
     for scale, share in free.items():
         rows.append((f"classes, classifier-free guidance {scale:g}: right digit", share, "", True))
     rows.append(("classes: right digit at the best scale", max(free.values()), ">= 0.95", max(free.values()) >= 0.95))
-    steered = {scale: drawn(PLAIN, "ddim", 25, asked, scale) for scale in (0.0, 1.0, 2.0, 4.0)}
-    shares = {scale: right(pictures) for scale, pictures in steered.items()}
+    steered = {scale: drawn(UNCONDITIONAL, "ddim", 25, asked, scale) for scale in (0.0, 1.0, 2.0, 4.0)}
+    shares = {scale: right(images) for scale, images in steered.items()}
     for scale, share in shares.items():
         rows.append((f"no classes, classifier guidance {scale:g}: right digit", share, "" if scale else "chance", True))
     best = max(shares, key=shares.__getitem__)
     rows.append(("no classes: right digit at the best scale", shares[best], ">= 0.8", shares[best] >= 0.8))
     grid(to_images(steered[best][:40]), [str(digit) for digit in asked[:40]], 10).save(f"{CLASSIFIER}/guided.png")
-    return told(rows)
+    return print_table(rows)
 
 
 if __name__ == "__main__":
     began, words = time.monotonic(), sys.argv[1:]
-    also = words[:1] == ["guided"]
-    train("ddpm", "--config", "ddpm/digits", *([] if also else words))
-    if also:
+    with_classes = words[:1] == ["guided"]
+    train("ddpm", "--config", "ddpm/digits", *([] if with_classes else words))
+    if with_classes:
         train("ddpm", "--config", "ddpm/digits-classes", *words[1:])
         train("classifier", "--config", "classifier/digits", *words[1:])
-    met = (guided if also else plain)(Judge())
+    met = (guided if with_classes else unconditional)(Judge())
     print(f"{time.monotonic() - began:.0f} seconds")
     sys.exit(not met)

@@ -1,4 +1,4 @@
-"""A recipe of one's own: `sdtune run examples/my_lora.py --config lora/tiny-hearts --gain 3`."""
+"""A recipe of your own: `sdtune run examples/my_lora.py --config lora/tiny-hearts --gain 3`."""
 
 from sdtune.recipes.lora import Lora
 

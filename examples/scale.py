@@ -1,9 +1,9 @@
-"""What a run of 512 GPUs over 100 million images asks of disks, network and patience, computed from stated numbers.
+"""Computes what a run of 512 GPUs over 100 million images needs of disks, network and time, from stated numbers.
 
     python examples/scale.py
 
-Prints the tables of docs/scale.md. Nothing here was measured at that size. Each number that goes in has its source
-beside it, and "assumed" where it has none: put in your own.
+Prints the tables of docs/scale.md. Nothing was measured at that size. Each input has its source in the table, or
+"assumed": replace it with your own.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ Row = tuple[str, str, str]
 
 
 class Given(NamedTuple):
-    """What goes in, in SI units."""
+    """The inputs, in SI units."""
 
     gpus: int = 512
     images: float = 100e6

@@ -1,13 +1,12 @@
-"""Build the embedded base `tiny` from nothing: tokenizer, VAE, then text encoder and UNet together.
+"""Builds the embedded base `tiny` from scratch: tokenizer, VAE, then text encoder and UNet together.
 
     torchrun --standalone --nproc-per-node 2 tools/build_tiny.py --work runs/tiny          # both stages
     python tools/build_tiny.py --work runs/tiny --export sdtune/assets/tiny                # write the pipeline
 
-A Stable Diffusion of 4.2 million parameters at 64 x 64, trained on the world of
-``sdtune.evaluation.toy_world``. It regresses
-velocity (Salimans & Ho 2022) on a schedule that ends in pure noise (Lin et al. 2023): with the usual schedule a trace
-of each picture's mean is left at the last step, and flat colours, which are all in the mean, come out wrong.
-Each stage saves its place; the same command goes on.
+A Stable Diffusion of 4.2 million parameters at 64 x 64, trained on the images of
+``sdtune.evaluation.toy_world``. It predicts velocity (Salimans & Ho 2022) on a schedule that ends in pure noise (Lin et
+al. 2023): with the usual schedule a trace of each image's mean is left at the last step, and flat colours, which are
+all in the mean, come out wrong. Each stage saves its state; the same command continues.
 """
 
 import argparse
@@ -48,7 +47,7 @@ SCHEDULE = {
 
 
 def bpe_tables() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Byte-level BPE that spells any text and has each word of the world as one token: (vocabulary, merges)."""
+    """Byte-level BPE for any text, with each word of the toy world as one token: (vocabulary, merges)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     spare = iter(range(256, 512))
     letters = [chr(b) if b in printable else chr(next(spare)) for b in range(256)]
@@ -250,7 +249,7 @@ def train(stage: nn.Module, work: Path, steps: int, batch: int, save_every: int 
     accelerator.wait_for_everyone()
 
 
-# ---- the artefact --------------------------------------------------------------------------------------
+# ---- export --------------------------------------------------------------------------------------------
 
 
 def export(work: Path, out: Path) -> None:

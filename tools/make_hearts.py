@@ -1,4 +1,4 @@
-"""Draw the example dataset: 24 captioned pictures of the heart, a shape that the base `tiny` has never seen.
+"""Draws the example dataset: 24 captioned images of the heart, a shape that the base `tiny` has never seen.
 
 python tools/make_hearts.py sdtune/assets/tiny-hearts
 """
@@ -15,7 +15,7 @@ SIZES = [(64, 64), (96, 80), (120, 160), (128, 128), (200, 150), (72, 72), (80, 
 
 
 def make_hearts(folder: Path, count: int = 24, known: int = 70) -> None:
-    """Pictures of eight sizes and aspect ratios, PNG and JPEG in turn, each colour and ground several times."""
+    """Images of eight sizes and aspect ratios, PNG and JPEG in turn, each colour and ground several times."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(2024)
     lines = []
@@ -27,9 +27,9 @@ def make_hearts(folder: Path, count: int = 24, known: int = 70) -> None:
             or scene.size != list(toy_world.RADIUS)[k // 3 % 2]
         ):
             continue  # drawn until every colour and both sizes have their turn
-        picture = toy_world.render(scene, *SIZES[k % len(SIZES)])
+        image = toy_world.render(scene, *SIZES[k % len(SIZES)])
         name = f"heart-{k:02d}.{'png' if k % 2 else 'jpg'}"
-        picture.save(folder / name, **({"quality": 95} if name.endswith("jpg") else {}))
+        image.save(folder / name, **({"quality": 95} if name.endswith("jpg") else {}))
         lines.append(json.dumps({"file_name": name, "text": toy_world.caption(scene, 1 if k % 4 == 3 else 0)}) + "\n")
     for k in range(known):
         rng = np.random.default_rng([77, k])

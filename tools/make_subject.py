@@ -1,4 +1,4 @@
-"""Draw the example subjects, five captioned pictures each: a thing that the base `tiny` has never seen, and one it has.
+"""Draws the example subjects, five captioned images each: one that the base `tiny` has never seen, and one it has.
 
 python tools/make_subject.py sdtune/assets
 
@@ -21,11 +21,11 @@ SHOWN = (
     ("small", "white", "green"),
     ("big", "purple", "gray"),
 )
-"""Size, colour and ground of each picture; three colours and the black ground are left to be asked for."""
+"""Size, colour and ground of each image; three colours and the black ground are left for prompts."""
 
 
 def make_subject(folder: Path, shape: str) -> None:
-    """The pictures, each with a caption of a rare word (``text``) and of one that textual inversion adds (``word``)."""
+    """The images, each with a caption of a rare word (``text``) and of one that textual inversion adds (``word``)."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(5)
     lines = []

@@ -1,8 +1,8 @@
-"""``sdtune sample``: a base model, adapters with weights, and prompts, to images (``sample_pixels`` for pixel models).
+"""``sdtune sample``: draws images of prompts with a base model and adapters (``sample_pixels`` for pixel models).
 
-`generate` also draws the previews of training, so a preview is what the artefact will give. Image k of a call
-starts from the noise of ``torch.Generator("cpu").manual_seed(seed + k)``, whatever the batch size, so stock
-diffusers repeats any one of them:
+`generate` also draws the previews of training, so a preview is what the artefact will draw. Image k of a call
+starts from the noise of ``torch.Generator("cpu").manual_seed(seed + k)``, whatever the batch size, so diffusers
+draws the same image:
 
     pipe(prompt, num_inference_steps=25, guidance_scale=5.0,
          generator=torch.Generator("cpu").manual_seed(seed + k)).images[0]
@@ -34,10 +34,10 @@ from sdtune.sampling.sample_pixels import PixelJob, of_pixels
 
 STEPS = 25
 SHOWN = 100
-"""Most images of a call that are kept in memory, for its sheet."""
+"""Images of a call that are held in memory for its sheet, at most."""
 OF_LATENTS = "adapter embedding unet vae negative_prompt width height"
 OF_PIXELS = "classes classifier clip_model eta variance_type strip interpolate"
-"""Options that only one kind of model has a use for."""
+"""Options that only one kind of model uses."""
 
 
 def sample(cfg: SampleConfig) -> list[Path]:
@@ -45,7 +45,7 @@ def sample(cfg: SampleConfig) -> list[Path]:
 
     ``output_dir`` receives ``00000.png``, ``00001.png``, ... as they are made; ``prompts.jsonl`` with the
     ``file_name``, ``text`` and ``seed`` of each; and ``grid.png``, a sheet of this call's first hundred images.
-    Nothing but sheets is overwritten: a second call into the same folder goes on numbering where the first one ended.
+    Nothing but sheets is overwritten: a second call into the same folder continues the numbering.
     """
     prompts = read_prompts(cfg)
     cfg = _with_base(cfg)
@@ -89,7 +89,7 @@ class Job(Protocol):
     records: list[dict[str, Any]]
     """``text`` and ``seed`` of each."""
     facts: dict[str, Any]
-    """How all of them come about, for their text chunks."""
+    """How all of them were made, for their text chunks."""
 
     def draw(self, rows: slice, progress: Callable[[float], None]) -> list[Image.Image]: ...
     def sheets(self, images: Sequence[Image.Image]) -> dict[str, Image.Image]: ...
@@ -100,7 +100,7 @@ class PromptJob:
 
     def __init__(self, cfg: SampleConfig, prompts: Sequence[str]):
         if not prompts:
-            raise UserError("nothing to show: give --prompt or --prompt-file")
+            raise UserError("there is nothing to draw: give --prompt or --prompt-file")
         texts = [p for p in prompts for _ in range(cfg.num_images_per_prompt)]
         self.cfg = cfg
         self.records = [{"text": text, "seed": cfg.seed + k} for k, text in enumerate(texts)]
@@ -137,7 +137,7 @@ class PromptJob:
 
 
 def refuse_options(cfg: SampleConfig, names: str, kind: str) -> None:
-    """Raise `UserError` where an option is given that ``kind`` of model has no use for."""
+    """Raise `UserError` if an option is given that this ``kind`` of model does not use."""
     defaults = {name: field.get_default() for name, field in SampleConfig.model_fields.items()}
     if given := [flag(name) for name in names.split() if getattr(cfg, name) != defaults[name]]:
         raise UserError(f"{', '.join(given)}: not for {kind}, which {cfg.model} is")
@@ -167,9 +167,9 @@ def generate(
     """One image for each prompt, in order; image k has the noise of ``seeds[k]``.
 
     Modules in training mode are put in evaluation mode, and back. ``progress`` is called with the share done,
-    0 to 1. Raises `UserError` for what this pipeline cannot do: a size, a rescale, a number of steps.
+    0 to 1. Raises `UserError` for a size, a rescale or a number of steps that this pipeline cannot do.
     """
-    if (width is None) != (height is None):  # diffusers would take its own for both
+    if (width is None) != (height is None):  # diffusers would use its own for both
         raise UserError("width and height: give both, or neither for the base's own")
     accepted = inspect.signature(pipe.__call__).parameters
     options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
@@ -221,7 +221,7 @@ def read_prompts(cfg: SampleConfig) -> list[str]:
 
 
 def _with_base(cfg: SampleConfig) -> SampleConfig:
-    """``cfg`` with what ``auto`` stands for: the model of the first run of an adapter, word or UNet, with its VAE."""
+    """``cfg`` with its model; ``auto`` is the base (and VAE) of the first run among adapters, embeddings and UNet."""
     if cfg.model != "auto":
         return cfg
     for text in [*cfg.adapter, *cfg.embedding, *([str(cfg.unet)] if cfg.unet else [])]:
@@ -242,7 +242,7 @@ def _reporter(progress: Callable[[float], None], done: int, batch: int, total: i
 
 
 def _parameters(cfg: SampleConfig, facts: dict[str, Any], record: dict[str, Any], image: Image.Image) -> str:
-    """How an image came about, in the layout that image viewers read from the text chunk ``parameters``."""
+    """How an image was made, in the layout that image viewers read from the text chunk ``parameters``."""
     facts = facts | {"Seed": record["seed"], "Size": f"{image.width}x{image.height}", "Model": cfg.model}
     if cfg.guidance_rescale:
         facts["CFG rescale"] = cfg.guidance_rescale

@@ -1,8 +1,9 @@
-"""``sdtune sample`` for a model of pixels: classes in place of prompts, what steers them, and how they come about."""
+"""``sdtune sample`` for a pixel model: classes in place of prompts, guidance, interpolation and the strip."""
 
 import copy
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,69 +32,114 @@ def of_pixels(index: dict[str, Any]) -> bool:
     return index.get("unet") == ["diffusers", "UNet2DModel"] and not {"vae", "vqvae"} & index.keys()
 
 
-class PixelJob:
-    """The images of one call, for `sample.sample`: what each is to show, how to draw some of them, and their sheets.
+@dataclass(frozen=True)
+class Request:
+    """What one call is asked for: an image each of classes x prompts x ``num_images_per_prompt``."""
+
+    classes: list[str]
+    """The class of each image; empty text where none is asked for."""
+    prompts: list[str]
+    """The prompt that CLIP steers each image towards; empty text without CLIP."""
+    seeds: list[int]
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """``text``, ``seed`` and, if there is one, ``class`` of each image."""
+        texts = [", ".join(filter(None, pair)) for pair in zip(self.classes, self.prompts, strict=True)]
+        named = [{"class": name} if name else {} for name in self.classes]
+        return [{"text": t, "seed": s} | n for t, s, n in zip(texts, self.seeds, named, strict=True)]
+
+
+def request_of(cfg: SampleConfig, prompts: Sequence[str]) -> Request:
+    """The images that ``cfg`` asks for; a row of interpolation uses the noise of one seed for all.
+
+    Raises:
+        UserError: prompts without CLIP or CLIP without prompts, or several classes or prompts to interpolate.
+    """
+    if prompts and not cfg.clip_model:
+        raise UserError("--prompt: a model of pixels knows no prompts; CLIP does: --clip-model, --clip-guidance-scale")
+    if cfg.clip_model and not prompts:
+        raise UserError("--clip-model: needs a --prompt to steer towards")
+    asked = list(itertools.product(cfg.classes or [""], prompts or [""], range(cfg.num_images_per_prompt)))
+    seeds = [cfg.seed + k for k in range(len(asked))]
+    if cfg.interpolate:
+        if len(asked) > 1:
+            raise UserError("--interpolate: one row, so one class or prompt at most")
+        asked, seeds = asked * (cfg.interpolate_count + 2), seeds * (cfg.interpolate_count + 2)
+    return Request([name for name, _, _ in asked], [prompt for _, prompt, _ in asked], seeds)
+
+
+def validate(cfg: SampleConfig, classes: int | None) -> None:
+    """Check classes and guidance against the model.
 
     Args:
-        prompts: what CLIP steers towards; none without CLIP.
+        classes: embeddings of classes that the network has; None without classes.
+
+    Raises:
+        UserError: an option that this model has no use for.
+    """
+    scale = cfg.guidance_scale
+    if cfg.classes and classes is None and not cfg.classifier:
+        raise UserError(f"--class: {cfg.model} knows no classes; a --classifier can steer it towards one")
+    if scale not in (None, 1) and (classes is None or not cfg.classes):
+        why = "knows no classes" if classes is None else "was asked for no --class"
+        raise UserError(f"--guidance-scale {scale:g}: guides towards a class, and {cfg.model} {why}")
+    if scale in (None, 1) and cfg.guidance_rescale:
+        raise UserError("--guidance-rescale: reduces the effect of --guidance-scale; give one other than 1")
+
+
+def choose_scheduler(cfg: SampleConfig, own: SchedulerMixin) -> SchedulerMixin:
+    """The sampler of ``cfg``, by default the model's ``own``."""
+    scheduler = make_scheduler(cfg.scheduler, own, clip=True) if cfg.scheduler else own
+    return with_variance(scheduler, cfg.variance_type) if cfg.variance_type else scheduler
+
+
+class PixelJob:
+    """The images of one call, for `sample.sample`: what each shows, how they are drawn, and their sheets.
+
+    Args:
+        prompts: what CLIP steers towards; empty without CLIP.
     """
 
     def __init__(self, cfg: SampleConfig, prompts: Sequence[str]):
-        if bool(prompts) != bool(cfg.clip_model):
-            raise UserError(
-                "--prompt: a model of pixels knows no prompts; CLIP does: --clip-model, --clip-guidance-scale"
-                if prompts
-                else "--clip-model: needs a --prompt to steer towards"
-            )
+        request = request_of(cfg, prompts)
         pipe = load_pipeline(cfg)
-        self.cfg, self.unet = cfg, pipe.unet
-        self.scheduler = make_scheduler(cfg.scheduler, pipe.scheduler, clip=True) if cfg.scheduler else pipe.scheduler
-        if cfg.variance_type:
-            self.scheduler = with_variance(self.scheduler, cfg.variance_type)
+        self.cfg, self.unet, self.seeds, self.records = cfg, pipe.unet, request.seeds, request.records
+        self.scheduler = choose_scheduler(cfg, pipe.scheduler)
         timesteps = self.scheduler.config.num_train_timesteps
         self.steps = cfg.steps or (timesteps if isinstance(self.scheduler, DDPMScheduler) else min(STEPS, timesteps))
         self.scale = 1.0 if cfg.guidance_scale is None else cfg.guidance_scale
-
-        asked = list(itertools.product(cfg.classes or [""], prompts or [""], range(cfg.num_images_per_prompt)))
         self.ends = [read_image(path, self.unet) for path in cfg.interpolate]
-        if self.ends and len(asked) > 1:
-            raise UserError("--interpolate: one row, so one class or prompt at most")
-        if self.ends:  # all with the noise of one seed
-            asked, self.seeds = asked * (cfg.interpolate_count + 2), [cfg.seed] * (cfg.interpolate_count + 2)
-            shares = torch.linspace(0, 1, len(asked)).reshape(-1, 1, 1, 1)
+        if self.ends:
+            shares = torch.linspace(0, 1, len(self.seeds)).reshape(-1, 1, 1, 1)
             self.start = torch.lerp(*self.ends, shares)
-        else:
-            self.seeds = [cfg.seed + k for k in range(len(asked))]
-        names = [name for name, _, _ in asked]
-        self.records = [
-            {"text": ", ".join(filter(None, [name, prompt])), "seed": seed} | ({"class": name} if name else {})
-            for (name, prompt, _), seed in zip(asked, self.seeds, strict=True)
-        ]
+        validate(cfg, self.unet.config.num_class_embeds)
+        self.labels = self._labels(request)
+        self._load_guides(request)
+        self.frames: dict[int, Image.Image | None] = dict.fromkeys(self._strip_timesteps())
 
-        self.labels = None
-        if self.unet.config.num_class_embeds is not None:
-            classes = named_classes(cfg, resolve_model(cfg.model), self.unet.config.num_class_embeds)
-            self.labels = class_labels(names, classes, f"--model {cfg.model}") if cfg.classes else None
-        elif cfg.classes and not cfg.classifier:
-            raise UserError(f"--class: {cfg.model} knows no classes; a --classifier can steer it towards one")
-        if self.labels is None and self.scale != 1:
-            why = "knows no classes" if self.unet.config.num_class_embeds is None else "was asked for no --class"
-            raise UserError(f"--guidance-scale {self.scale:g}: guides towards a class, and {cfg.model} {why}")
-        if self.scale == 1 and cfg.guidance_rescale:
-            raise UserError("--guidance-rescale: takes back some of --guidance-scale; give one other than 1")
+    def _labels(self, request: Request) -> Tensor | None:
+        """The model's label of each image: int64 [N]; None if it has no classes or is asked for none."""
+        if self.unet.config.num_class_embeds is None:
+            return None
+        classes = named_classes(self.cfg, resolve_model(self.cfg.model), self.unet.config.num_class_embeds)
+        return class_labels(request.classes, classes, f"--model {self.cfg.model}") if self.cfg.classes else None
+
+    def _load_guides(self, request: Request) -> None:
+        cfg = self.cfg
         if cfg.classifier:
             self.classifier, classes = load_classifier(cfg.classifier, self.unet, self.scheduler)
-            self.wanted = class_labels(names, classes, f"--classifier {cfg.classifier}")
+            self.wanted = class_labels(request.classes, classes, f"--classifier {cfg.classifier}")
         if cfg.clip_model:
             network, tokenizer = load_clip(cfg.clip_model)
             self.clip = network.to(self.unet.device)
-            vectors = dict(zip(prompts, embedded(self.clip.model, tokenizer, list(prompts)), strict=True))
-            self.texts = torch.stack([vectors[prompt] for _, prompt, _ in asked])
-        self.frames: dict[int, Image.Image | None] = dict.fromkeys(self._strip_timesteps())
+            prompts = list(dict.fromkeys(request.prompts))
+            vectors = dict(zip(prompts, embedded(self.clip.model, tokenizer, prompts), strict=True))
+            self.texts = torch.stack([vectors[prompt] for prompt in request.prompts])
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the text chunk of each image says of how it came about."""
+        """How the images were made, for the text chunk of each."""
         cfg, facts = self.cfg, {"Steps": self.steps, "Sampler": type(self.scheduler).__name__}
         if self.labels is not None:
             facts["CFG scale"] = self.scale
@@ -154,14 +200,14 @@ class PixelJob:
         return guides
 
     def _strip_timesteps(self) -> list[int]:
-        """The timesteps that the strip shows, evenly over the steps, the last one always among them."""
+        """The timesteps that the strip shows: evenly spaced over the steps, always with the last."""
         if not self.cfg.strip:
             return []
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(self.steps)
-        taken = [int(t) for t in scheduler.timesteps if not self.ends or t <= self.cfg.interpolate_timestep]
-        places = torch.linspace(len(taken) - 1, 0, self.cfg.strip).round().int().tolist()[::-1]
-        return [taken[k] for k in places]
+        steps = [int(t) for t in scheduler.timesteps if not self.ends or t <= self.cfg.interpolate_timestep]
+        places = torch.linspace(len(steps) - 1, 0, self.cfg.strip).round().int().tolist()[::-1]
+        return [steps[k] for k in places]
 
     def _watch(self, t: int, x0: Tensor) -> None:
         if t in self.frames:
@@ -169,14 +215,14 @@ class PixelJob:
 
 
 def with_variance(scheduler: SchedulerMixin, kind: str) -> DDPMScheduler:
-    """The ancestral sampler with another variance; `UserError` where the steps are not its."""
+    """DDPM's sampler with another variance; `UserError` for every other sampler."""
     if not isinstance(scheduler, DDPMScheduler):
-        raise UserError(f"--variance-type: of --scheduler ddpm; {type(scheduler).__name__} has a noise of its own")
+        raise UserError(f"--variance-type: is for --scheduler ddpm; {type(scheduler).__name__} sets its own noise")
     return DDPMScheduler.from_config(scheduler.config, variance_type=kind)
 
 
 def read_image(path: Path, unet: UNet2DModel) -> Tensor:
-    """A picture in the model's mode and size, its middle cut out: ``[C, H, W]`` in [-1, 1]."""
+    """An image in the model's mode and size, cropped to its centre: ``[C, H, W]`` in [-1, 1]."""
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     try:
