@@ -123,7 +123,7 @@ def test_without_a_base_the_changes_are_compared(tmp_path, capsys):
     )
     words = ["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--to", "diffusers"]
     assert status(words) == 0
-    assert "no base model at hand, --model also checks the output" in capsys.readouterr().out
+    assert "no base model at hand: give --model" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["scale", "module"])
@@ -192,7 +192,7 @@ def test_textual_inversion_goes_round(sd, tmp_path, capsys):
             status(["convert", str(at), str(new), "--to", to, *(["--token", "<dog>"] if at.stem == "sks-dog" else [])])
             == 0
         )
-        assert "textual inversion <dog>; checked: every vector" in capsys.readouterr().out
+        assert "textual inversion <dog>; checked: all vectors" in capsys.readouterr().out
         tensors = load_file(new)
         assert list(tensors) == [key] and torch.equal(tensors[key], table)
         at = new
