@@ -187,8 +187,8 @@ def environment(file: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     Raises:
         UserError: accelerate does not take the file.
     """
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser  # type: ignore[import-untyped]
-    from accelerate.utils import launch  # type: ignore[import-untyped]
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import launch
 
     variables: dict[str, str]
     args = launch_command_parser().parse_args([*line(file, settings), "-m", "sdtune"])
