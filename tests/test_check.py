@@ -92,13 +92,13 @@ def config_of(words):
 
 @pytest.mark.parametrize(("text", "size"), [("8GB", 8e9), ("7.5gib", 7.5 * 2**30), ("512 MB", 512e6), ("1000", 1000)])
 def test_sizes_are_read_as_they_are_written(text, size):
-    assert batch_size.parsed(text) == size
+    assert batch_size.parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "0", "-1GB", "8XB", "8 GB of it"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(UserError, match="--memory"):
-        batch_size.parsed(text)
+        batch_size.parse_size(text)
 
 
 def test_a_recipe_of_ones_own_is_checked_too(sd, pictures, tmp_path, capsys):

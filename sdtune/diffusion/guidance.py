@@ -44,7 +44,8 @@ def shifted(
         limit: what the scheduler clips x0 to, which then holds for the noise as well. ``None`` is no clipping, and
             pixels of x0 that lie outside [-1, 1] already may stay where they are.
     """
-    a, s = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+    a: float = alpha_bar**0.5
+    s: float = (1 - alpha_bar) ** 0.5
     if a == 0:
         return pred
     wanted = x0 + s * s / a * gradient

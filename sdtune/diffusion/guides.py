@@ -41,9 +41,18 @@ class ByClassifier:
 
     def __call__(self, x_t: Tensor, t: Tensor, x0: Tensor | None, rows: slice) -> Tensor:
         dtype = next(self.classifier.parameters()).dtype
-        logits = self.classifier(x_t.to(dtype), t.expand(len(x_t)).to(x_t.device))
+        logits: Tensor = self.classifier(x_t.to(dtype), t.expand(len(x_t)).to(x_t.device))
         labels = self.labels[rows, None].to(x_t.device)
         return self.scale * logits.log_softmax(1).gather(1, labels)[:, 0]
+
+
+class ClipNetwork(Protocol):
+    """What is used here of a `models.vision.Pretrained` whose model is CLIP."""
+
+    model: Any
+    side: int
+
+    def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class ByClip:
@@ -54,24 +63,26 @@ class ByClip:
     taken to be log p(text | x0) at that estimate, as Chung et al. 2022 do for inverse problems.
 
     Args:
-        network: a `models.vision.Pretrained` whose model is CLIP.
+        network: embeds images.
         texts: unit embedding of each image's text ``[N, D]``.
     """
 
     sees_x0 = True
 
-    def __init__(self, network: nn.Module, texts: Tensor, scale: float):
+    def __init__(self, network: ClipNetwork, texts: Tensor, scale: float):
         self.network, self.texts, self.scale = network, texts, scale
 
     def __call__(self, x_t: Tensor, t: Tensor, x0: Tensor | None, rows: slice) -> Tensor:
+        assert x0 is not None
         full = torch.promote_types(x0.dtype, torch.float32)
         seen = opaque_squares(x0.to(full), self.network.side).to(self.network.model.dtype)
         cosine = (normalize(self.network(seen).to(full), dim=1) * self.texts[rows]).sum(1)
-        return self.scale * self.network.model.logit_scale.exp() * cosine
+        scaled: Tensor = self.scale * self.network.model.logit_scale.exp() * cosine
+        return scaled
 
 
 @torch.no_grad()
-def embedded(clip: nn.Module, tokenizer: Any, texts: list[str]) -> Tensor:
+def embedded(clip: Any, tokenizer: Any, texts: list[str]) -> Tensor:
     """Unit embeddings of texts, cut to the model's window: ``[N, D]``."""
     window = clip.config.text_config.max_position_embeddings
     tokens = tokenizer(texts, padding=True, truncation=True, max_length=window, return_tensors="pt").to(clip.device)

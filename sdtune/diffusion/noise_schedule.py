@@ -5,9 +5,11 @@ from typing import Any
 
 from diffusers import DDPMScheduler
 
-from sdtune.config.sections import UserError
+from sdtune.config.methods import ClassifierConfig, DdpmConfig
+from sdtune.config.sections import Schedule, UserError
+from sdtune.diffusion.schedulers import Scheduler
 
-FROM_SCRATCH = {
+FROM_SCRATCH: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_schedule": "linear",
     "beta_start": 1e-4,
@@ -23,35 +25,49 @@ Samples of fewer steps than timesteps begin at the last timestep (Lin et al. 202
 """
 
 
-def noise_scheduler(cfg: Any, base: Mapping[str, Any] | None = None) -> DDPMScheduler:
-    """The forward process that ``cfg`` asks for, where it says nothing that of ``base``, else of the paper.
+def noise_scheduler(cfg: DdpmConfig, base: Mapping[str, Any] | None = None) -> Scheduler:
+    """The forward process of a model of pixels: what ``cfg`` asks for, else that of ``base``, else the paper's.
 
     Args:
-        cfg: a config with the section Schedule and ``rescale_betas_zero_snr``, perhaps ``prediction_type``,
-            ``variance_type`` and ``out_of_range``.
         base: ``scheduler_config.json`` of the model that is continued.
 
     Raises:
         UserError: betas that do not grow; a zero terminal SNR with a network that regresses the noise.
     """
-    asked = {name: value for name in FROM_SCRATCH if (value := getattr(cfg, name, None)) is not None}
-    if out_of_range := getattr(cfg, "out_of_range", None):
-        asked["clip_sample"] = out_of_range == "clip"
-    if cfg.rescale_betas_zero_snr:
-        asked |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    chosen = FROM_SCRATCH | dict(base or {}) | asked
-    if chosen["beta_start"] >= chosen["beta_end"]:
-        raise UserError(f"--beta-start {chosen['beta_start']:g} is not below --beta-end {chosen['beta_end']:g}")
-    regresses_noise = hasattr(cfg, "prediction_type") and chosen["prediction_type"] == "epsilon"
-    if chosen.get("rescale_betas_zero_snr") and regresses_noise:
+    asked: dict[str, Any] = {"prediction_type": cfg.prediction_type, "variance_type": cfg.variance_type}
+    if cfg.out_of_range:
+        asked["clip_sample"] = cfg.out_of_range == "clip"
+    scheduler = _scheduler(cfg, cfg.rescale_betas_zero_snr, base, asked)
+    if scheduler.config.rescale_betas_zero_snr and scheduler.config.prediction_type == "epsilon":
         raise UserError(
             "--rescale-betas-zero-snr: pure noise says nothing of the image; add --prediction-type v_prediction"
         )
-    return DDPMScheduler.from_config(chosen)
+    return scheduler
 
 
-def describe(scheduler: DDPMScheduler) -> list[str]:
-    """What a person should know of a schedule before training, one line each."""
+def classifier_scheduler(cfg: ClassifierConfig) -> Scheduler:
+    """The forward process of a classifier, which regresses nothing. Raises: UserError for betas that do not grow."""
+    return _scheduler(cfg, cfg.rescale_betas_zero_snr, None, {})
+
+
+def _scheduler(cfg: Schedule, zero_snr: bool, base: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> Scheduler:
+    asked = dict(asked) | {
+        "num_train_timesteps": cfg.num_train_timesteps,
+        "beta_schedule": cfg.beta_schedule,
+        "beta_start": cfg.beta_start,
+        "beta_end": cfg.beta_end,
+    }
+    chosen = FROM_SCRATCH | dict(base or {}) | {name: value for name, value in asked.items() if value is not None}
+    if zero_snr:
+        chosen |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if chosen["beta_start"] >= chosen["beta_end"]:
+        raise UserError(f"--beta-start {chosen['beta_start']:g} is not below --beta-end {chosen['beta_end']:g}")
+    scheduler: Scheduler = DDPMScheduler.from_config(chosen)  # type: ignore[no-untyped-call]
+    return scheduler
+
+
+def describe(scheduler: Scheduler) -> list[str]:
+    """Lines that warn of a schedule whose last timestep is not noise alone; none for the others."""
     left = scheduler.alphas_cumprod[-1].item()
     if left < 0.01:
         return []

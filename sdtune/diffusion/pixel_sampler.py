@@ -9,10 +9,10 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin, UNet2DModel
+from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor, nn
@@ -21,13 +21,24 @@ from sdtune.config.sections import UserError
 from sdtune.diffusion.guidance import classifier_free, rescaled, reverse_variance, shifted, shifted_mean
 from sdtune.diffusion.guides import Guide
 from sdtune.diffusion.objective import DDPM
-from sdtune.diffusion.schedulers import alpha_bars
+from sdtune.diffusion.schedulers import Scheduler, alpha_bars
+
+
+class PixelNetwork(Protocol):
+    """What is used here of a ``UNet2DModel``."""
+
+    config: Any
+    device: torch.device
+    dtype: torch.dtype
+
+    def __call__(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Any: ...
+    def modules(self) -> Iterator[nn.Module]: ...
 
 
 @torch.no_grad()
 def draw(
-    unet: UNet2DModel,
-    scheduler: SchedulerMixin,
+    unet: PixelNetwork,
+    scheduler: Scheduler,
     seeds: Sequence[int],
     *,
     steps: int,
@@ -108,7 +119,7 @@ def to_images(x: Tensor) -> list[Image.Image]:
 
 
 def _predictor(
-    unet: UNet2DModel, count: int, labels: Tensor | None, rows: slice, scale: float, share: float
+    unet: PixelNetwork, count: int, labels: Tensor | None, rows: slice, scale: float, share: float
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """``(x_t, t)`` to the prediction of the network for some images, guided by their classes."""
     if unet.config.num_class_embeds is None:
@@ -129,13 +140,14 @@ def _predictor(
     return predict
 
 
-def _noise(unet: UNet2DModel, generators: list[torch.Generator]) -> Tensor:
+def _noise(unet: PixelNetwork, generators: list[torch.Generator]) -> Tensor:
     size = unet.config.sample_size
     shape = (len(generators), unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
-    return randn_tensor(shape, generator=generators, device=unet.device, dtype=unet.dtype)
+    noise: Tensor = randn_tensor(shape, generator=generators, device=unet.device, dtype=unet.dtype)
+    return noise
 
 
-def _accepted(scheduler: SchedulerMixin, **options: Any) -> dict[str, Any]:
+def _accepted(scheduler: Scheduler, **options: Any) -> dict[str, Any]:
     """Those of ``options`` that a step of the scheduler takes: the deterministic ones take no generator."""
     known = inspect.signature(scheduler.step).parameters
     return {name: value for name, value in options.items() if name in known}
@@ -144,17 +156,17 @@ def _accepted(scheduler: SchedulerMixin, **options: Any) -> dict[str, Any]:
 def _gradient(guides: Sequence[Guide], x_t: Tensor, t: Tensor, x0: Tensor, rows: slice) -> Tensor:
     """Gradient by ``x_t`` of what all guides say together."""
     with torch.enable_grad():
-        said = sum(guide(x_t, t, x0, rows).sum() for guide in guides)
+        said = torch.stack([guide(x_t, t, x0, rows).sum() for guide in guides]).sum()
     return torch.autograd.grad(said, x_t)[0].to(x_t)
 
 
-def _variance(scheduler: SchedulerMixin, bars: Tensor, k: int) -> float:
+def _variance(scheduler: Scheduler, bars: Tensor, k: int) -> float:
     """What the ``k``-th step of a DDPM scheduler adds noise of."""
     previous = float(bars[k + 1]) if k + 1 < len(bars) else 1.0
     return reverse_variance(float(bars[k]), previous, large="large" in scheduler.config.variance_type)
 
 
-def _first_step(scheduler: SchedulerMixin, timestep: int) -> int:
+def _first_step(scheduler: Scheduler, timestep: int) -> int:
     """The first step that is no earlier in the noise than ``timestep``."""
     if not isinstance(scheduler, DDPMScheduler | DDIMScheduler):
         raise UserError(f"--interpolate: {type(scheduler).__name__} starts from noise only; --scheduler ddim does not")
@@ -167,7 +179,7 @@ def _first_step(scheduler: SchedulerMixin, timestep: int) -> int:
     return later[0]
 
 
-def _check(unet: UNet2DModel, scheduler: SchedulerMixin, steps: int, labels: Tensor | None, eta: float) -> None:
+def _check(unet: PixelNetwork, scheduler: Scheduler, steps: int, labels: Tensor | None, eta: float) -> None:
     """Raise `UserError` for what cannot be drawn, and set the timesteps."""
     if labels is not None and unet.config.num_class_embeds is None:
         raise UserError("this model has no classes to choose from")
@@ -186,7 +198,7 @@ def _check(unet: UNet2DModel, scheduler: SchedulerMixin, steps: int, labels: Ten
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
+def evaluating(*models: PixelNetwork) -> Iterator[None]:
     """Modules in training mode are put in evaluation mode, and back."""
     training = [m for model in models for m in model.modules() if m.training]
     try:

@@ -2,16 +2,33 @@
 
 import inspect
 from importlib.util import find_spec
+from typing import Any, Protocol
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 
 from sdtune.config.sections import UserError
 
-SCHEDULERS = {
+
+class Scheduler(Protocol):
+    """What is used here of a scheduler of diffusers, whose own base class declares none of it."""
+
+    config: Any
+    alphas_cumprod: Tensor
+    """The paper's alpha-bar at each timestep of training."""
+    timesteps: Tensor
+    """Those of sampling, once `set_timesteps` has chosen them."""
+    init_noise_sigma: float
+
+    def set_timesteps(self, num_inference_steps: int) -> None: ...
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor: ...
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **options: Any) -> Any: ...
+
+
+SCHEDULERS: dict[str, Any] = {
     "ddim": diffusers.DDIMScheduler,
     "ddpm": diffusers.DDPMScheduler,
     "dpm++": diffusers.DPMSolverMultistepScheduler,
@@ -34,7 +51,7 @@ PROCESS = (
 """What defines the forward process that the model was trained on."""
 
 
-def make_scheduler(name: str, base: SchedulerMixin, clip: bool = False) -> SchedulerMixin:
+def make_scheduler(name: str, base: Scheduler, clip: bool = False) -> Scheduler:
     """The sampler ``name`` for a model that ``base`` samples; raises `UserError` where it cannot.
 
     As ``from_config``, which however puts the new class's defaults in place of those of the base's class:
@@ -59,7 +76,7 @@ def make_scheduler(name: str, base: SchedulerMixin, clip: bool = False) -> Sched
     if name == "heun" and process["beta_schedule"] == "squaredcos_cap_v2":
         # Its last timestep has a thousand times the noise of the next: no straight line corrects such a step.
         given |= {"timestep_spacing": "leading"}
-    scheduler = chosen.from_config({**usual, **given, **process})
+    scheduler: Scheduler = chosen.from_config({**usual, **given, **process})
     try:  # what a class can predict from, only its step tells
         probe = torch.zeros(1, 1, 1, 1)
         trial = chosen.from_config(scheduler.config)
@@ -71,13 +88,16 @@ def make_scheduler(name: str, base: SchedulerMixin, clip: bool = False) -> Sched
     return scheduler
 
 
-def alpha_bars(scheduler: SchedulerMixin) -> Tensor:
+def alpha_bars(scheduler: Scheduler) -> Tensor:
     """The paper's alpha-bar (Ho et al. 2020) at each of the scheduler's timesteps: float64 ``[steps]``.
 
     Where Euler, Heun and LMS are set between two timesteps, the noise over the signal is interpolated, as they do it.
     """
-    known, t = scheduler.alphas_cumprod.double().cpu(), scheduler.timesteps.double().cpu()
+    known: Tensor = scheduler.alphas_cumprod.double().cpu()
+    t: Tensor = scheduler.timesteps.double().cpu()
     if torch.equal(t, t.round()):
         return known[t.long()]
     sigmas = ((1 - known) / known).sqrt().numpy()
-    return 1 / (1 + torch.from_numpy(np.interp(t.numpy(), np.arange(len(sigmas)), sigmas)).square())
+    between = torch.from_numpy(np.interp(t.numpy(), np.arange(len(sigmas)), sigmas))
+    bars: Tensor = 1 / (1 + between.square())
+    return bars

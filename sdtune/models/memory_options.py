@@ -5,6 +5,7 @@ Gradient checkpointing computes the activations of a block again in the backward
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 from diffusers import ModelMixin
 from torch import nn
@@ -23,10 +24,11 @@ def checkpoint_gradients(modules: Iterable[nn.Module]) -> None:
     if not able:
         raise UserError("--gradient-checkpointing: no part of this method can do it; leave it out")
     for module in able:
+        part: Any = module
         if isinstance(module, ModelMixin):
-            module.enable_gradient_checkpointing()
+            part.enable_gradient_checkpointing()
         elif isinstance(module, PreTrainedModel):
-            module.gradient_checkpointing_enable()
+            part.gradient_checkpointing_enable()
 
 
 def _can_checkpoint(module: nn.Module) -> bool:
@@ -41,8 +43,9 @@ def compile_blocks(modules: Iterable[nn.Module]) -> None:
     Modules of other libraries stay as they are: a text encoder takes a small part of a step.
     """
     for module in modules:
+        part: Any = module
         if isinstance(module, ModelMixin):
-            if module._repeated_blocks:
-                module.compile_repeated_blocks()
+            if part._repeated_blocks:
+                part.compile_repeated_blocks()
             else:
-                module.compile()
+                part.compile()

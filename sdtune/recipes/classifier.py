@@ -27,7 +27,7 @@ class Classifier(Recipe):
 
     def __init__(self, cfg, device):
         super().__init__(cfg, device)
-        self.scheduler = noise_schedule.noise_scheduler(cfg)
+        self.scheduler = noise_schedule.classifier_scheduler(cfg)
         self.process = DDPM(self.scheduler.alphas_cumprod)
         self.images = load_images(cfg, captions=False, class_column=cfg.class_column)
         self.mode = mode_for(cfg, self.images, None)

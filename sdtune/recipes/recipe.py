@@ -1,14 +1,33 @@
 """The interface that a training method implements."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from PIL.Image import Image
 from torch import Tensor, device, nn
-from torch.utils.data import Dataset
 
-from sdtune.config.sections import Run
+from sdtune.config.sections import Data, Hub, Optim, Preview, Run
+
+
+class TrainingConfig(Data, Optim, Preview, Hub, Run):
+    """The sections that the training loop reads, for the type checker.
+
+    The config of a method does not derive from it: it lists its sections itself, in the order of its help.
+    """
+
+
+class RecipeDataset(Protocol):
+    """Position in the run to a dict of tensors and a ``name``, as the loop uses it."""
+
+    stream: Any
+    """See ``data.Stream``."""
+    holdout: list[int]
+    """Keys of the held-out samples."""
+    prompts: list[str]
+    """What the sample grids show."""
+
+    def __getitem__(self, position: int) -> dict[str, Any]: ...
 
 
 class Recipe(nn.Module):
@@ -26,7 +45,7 @@ class Recipe(nn.Module):
         super().__init__()
         self.cfg = cfg
 
-    def dataset(self, group: int, log: Callable[[str], None]) -> Dataset:
+    def dataset(self, group: int, log: Callable[[str], None]) -> RecipeDataset:
         """A dataset that gives for each position in the run a dict of tensors and a ``name``.
 
         It has the attributes ``stream`` (see ``data.Stream``), ``holdout`` (the keys of the held-out samples) and
@@ -53,7 +72,7 @@ class Recipe(nn.Module):
         trained = [p for p in self.parameters() if p.requires_grad]
         return [{"params": trained, "lr": self.cfg.learning_rate}]
 
-    def sample(self, prompts: Sequence[str], seeds: Iterable[int]) -> list[Image]:
+    def sample(self, prompts: list[str], seeds: Iterable[int]) -> list[Image]:
         """An image for each prompt and seed, for the sample grids of the run."""
         raise NotImplementedError
 

@@ -9,14 +9,14 @@ import torch
 
 from sdtune.config.methods import DreamBoothConfig, LoraConfig
 from sdtune.config.sections import RunFailed, UserError
-from sdtune.recipes.recipe import Recipe
+from sdtune.recipes.recipe import Recipe, TrainingConfig
 from sdtune.run.device import best_device
 from sdtune.training.memory_estimate import MemoryEstimate, estimate, meta_recipe, trial_step
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
-def parsed(text: str) -> int:
+def parse_size(text: str) -> int:
     """Bytes of ``8GB``, ``8GiB`` or ``8e9``. Raises: UserError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
     if not found or found[2] not in UNITS or not (size := int(float(found[1]) * UNITS[found[2]])):
@@ -25,27 +25,27 @@ def parsed(text: str) -> int:
 
 
 def human_bytes(size: float) -> str:
-    """Bytes as a person reads them."""
+    """Bytes in GB or MB, as text."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def limit_of(text: str | None, device: torch.device) -> int:
     """Bytes that a process may use: as asked, or all that its device has free."""
     if text is not None:
-        return parsed(text)
+        return parse_size(text)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class Estimates:
-    """Estimates of a run under changes of its options, each made once.
+    """Estimates of a run under changes of its options; each is computed once.
 
     Args:
         world: processes of the run.
     """
 
-    def __init__(self, kind: type[Recipe], cfg: Any, device: torch.device, world: int):
+    def __init__(self, kind: type[Recipe], cfg: TrainingConfig, device: torch.device, world: int):
         self.kind, self.cfg, self.device, self.world = kind, cfg, device, world
         self.base: int | None = None
         self.known: dict[str, MemoryEstimate] = {}
@@ -66,7 +66,7 @@ class Estimates:
         return self.known[key]
 
     def attempt(self, changed: dict[str, Any]) -> MemoryEstimate | None:
-        """As `of`; ``None`` where an option needs what is not there."""
+        """As `of`; ``None`` where an option needs a library or a device that is not here."""
         try:
             return self.of(**changed)
         except UserError:
@@ -84,7 +84,7 @@ class Estimates:
         return next((cut for cut in smaller if self.of(**cut).total <= limit), None)
 
 
-def savings(cfg: Any) -> Iterator[dict[str, Any]]:
+def savings(cfg: TrainingConfig) -> Iterator[dict[str, Any]]:
     """Changes of options that save memory, those first that change least of what is learnt."""
     if not cfg.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
@@ -98,10 +98,10 @@ def savings(cfg: Any) -> Iterator[dict[str, Any]]:
         yield {"use_ema": False}
 
 
-def ways(estimates: Estimates, limit: int) -> list[tuple[dict[str, Any], MemoryEstimate]]:
-    """The changes with each of which a run fits; where none is enough alone, as many together as are.
+def fitting_changes(estimates: Estimates, limit: int) -> list[tuple[dict[str, Any], MemoryEstimate]]:
+    """The changes each of which makes a run fit; where none is enough alone, as many together as are needed.
 
-    The one returned does not fit where nothing does.
+    Where nothing makes it fit, the one change that is returned does not either.
     """
     cfg, smaller = estimates.cfg, estimates.fitting_batch(limit)
     alone = [*([smaller] if smaller else []), *savings(cfg)]
@@ -119,7 +119,7 @@ def ways(estimates: Estimates, limit: int) -> list[tuple[dict[str, Any], MemoryE
     return [(together, best)]
 
 
-def largest_batch(kind: type[Recipe], cfg: Any, world: int, memory: str | None) -> Any:
+def largest_batch(kind: type[Recipe], cfg: TrainingConfig, world: int, memory: str | None) -> TrainingConfig:
     """The config with the images of a step cut into the largest batches that fit; what is learnt stays the same.
 
     On a GPU a batch that should fit is tried, and the next smaller one if it does not.
@@ -151,7 +151,7 @@ def largest_batch(kind: type[Recipe], cfg: Any, world: int, memory: str | None) 
     )
 
 
-def really_fits(kind: type[Recipe], cfg: Any, device: torch.device, group: int, limit: int) -> bool:
+def really_fits(kind: type[Recipe], cfg: TrainingConfig, device: torch.device, group: int, limit: int) -> bool:
     """Whether a real step on a GPU stays within ``limit`` bytes."""
     try:
         fits = trial_step(kind, cfg, device, group) <= limit

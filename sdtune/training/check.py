@@ -10,20 +10,20 @@ import torch
 from sdtune.config import parsing
 from sdtune.config.sections import Model, Run, UserError
 from sdtune.models import families
-from sdtune.recipes.recipe import Recipe
+from sdtune.recipes.recipe import Recipe, TrainingConfig
 from sdtune.run import folder
 from sdtune.run.device import best_device
 from sdtune.run.metrics import check_trackers
 from sdtune.run.plan import plan, steps_of
 from sdtune.run.precision import precision_of
 from sdtune.training import optim
-from sdtune.training.batch_size import Estimates, human_bytes, largest_batch, limit_of, ways
+from sdtune.training.batch_size import Estimates, fitting_changes, human_bytes, largest_batch, limit_of
 from sdtune.training.memory_estimate import MemoryEstimate, meta_recipe, size_of
 
 
 def check(
     kind: type[Recipe],
-    cfg: Any,
+    cfg: TrainingConfig,
     num_processes: int | None = None,
     memory: str | None = None,
     find_batch_size: bool = False,
@@ -35,17 +35,17 @@ def check(
     """
     device, world = best_device(mps=False), num_processes or 1
     problems = Problems()
-    limit = problems.of(lambda: limit_of(memory, device))
-    problems.of(lambda: check_trackers(cfg.report_to))
-    problems.of(lambda: precision_of(cfg))
-    problems.of(lambda: optim.lr_schedule(cfg, 1))
-    problems.of(lambda: optim.make_optimizer(cfg, [{"params": [torch.nn.Parameter(torch.zeros(1))]}]))
-    problems.of(lambda: same_run(cfg))
+    limit = problems.collect(lambda: limit_of(memory, device))
+    problems.collect(lambda: check_trackers(cfg.report_to))
+    problems.collect(lambda: precision_of(cfg))
+    problems.collect(lambda: optim.lr_schedule(cfg, 1))
+    problems.collect(lambda: optim.make_optimizer(cfg, [{"params": [torch.nn.Parameter(torch.zeros(1))]}]))
+    problems.collect(lambda: same_run(cfg))
     images = cfg.train_batch_size * cfg.gradient_accumulation_steps * world
-    made = problems.of(lambda: meta_recipe(kind, cfg, images, print))
+    made = problems.collect(lambda: meta_recipe(kind, cfg, images, print))
     if made is None and isinstance(cfg, Model):  # the images are looked at first, so the base may not have been
-        problems.of(lambda: families.load(cfg, torch.device("meta"), torch.float32))
-    problems.tell()
+        problems.collect(lambda: families.load(cfg, torch.device("meta"), torch.float32))
+    problems.report()
     recipe, dataset = made
     trained = [p for p in recipe.parameters() if p.requires_grad]
     peaks = [group["lr"] for group in recipe.parameter_groups()]
@@ -53,18 +53,18 @@ def check(
     print(plan(cfg, dataset.stream, total, world, peaks, sum(p.numel() for p in trained)))
     estimates = Estimates(kind, cfg, device, world)
     try:
-        need = problems.of(estimates.of)
-        problems.tell()
+        need = problems.collect(estimates.of)
+        problems.report()
         print(disk_line(cfg, need, size_of(trained), problems))
         for line in memory_lines(need, device):
             print(line)
         if find_batch_size:
-            problems.of(lambda: largest_batch(kind, cfg, world, memory))
+            problems.collect(lambda: largest_batch(kind, cfg, world, memory))
         elif need.total > limit:
             problems.lines.append(too_much(cfg, estimates, limit, device))
     except RuntimeError as error:
         print(f"memory: this recipe cannot be traced ({str(error).splitlines()[0]}), so no figure")
-    problems.tell()
+    problems.report()
 
 
 def same_run(cfg: Run) -> None:
@@ -112,13 +112,13 @@ MEANING = {
     "temporary": "temporary, in the backward pass",
     "reading": "more than a step takes, while the base is read in 32 bits",
 }
-"""Parts of a need in words."""
+"""Fields of a MemoryEstimate in words."""
 
 
 def too_much(cfg: Run, estimates: Estimates, limit: int, device: torch.device) -> str:
-    """What is said of a run that does not fit: each way out, with what it then needs."""
+    """The message for a run that does not fit: each change that makes it fit, with the memory that it then needs."""
     there = f"{human_bytes(estimates.of().total)} are needed at once, and {human_bytes(limit)} are there"
-    found = list(ways(estimates, limit))
+    found = list(fitting_changes(estimates, limit))
     fits = [f"{flags(changed)}: {human_bytes(need.total)}" for changed, need in found if need.total <= limit]
     if fits:
         return "\n       ".join([f"--memory: {there}; it fits with", *fits])
@@ -133,13 +133,13 @@ def flags(changed: dict[str, Any]) -> str:
 
 
 class Problems:
-    """What is wrong, each thing once."""
+    """Collects what is wrong with a run, each thing once."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def of(self, work: Callable[[], Any]) -> Any:
-        """What ``work`` returns; ``None``, its error kept, where it is the user's to mend."""
+    def collect(self, work: Callable[[], Any]) -> Any:
+        """What ``work`` returns, or ``None`` after a `UserError`, which is remembered."""
         try:
             return work()
         except UserError as error:
@@ -147,7 +147,7 @@ class Problems:
                 self.lines.append(str(error))
             return None
 
-    def tell(self) -> None:
-        """Raises: UserError with all that was kept, if anything was."""
+    def report(self) -> None:
+        """Raises: UserError with all remembered lines, if there are any."""
         if self.lines:
             raise UserError("\n       ".join(self.lines))

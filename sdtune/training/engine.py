@@ -5,6 +5,7 @@ fp16 losses are scaled, so that small gradients do not round to nothing; a step 
 """
 
 import copy
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -27,13 +28,13 @@ INIT_SCALE = 2.0**16
 
 
 class Engine:
-    """One process; and what all have in common.
+    """The engine of one process, and the base of the others.
 
     ``model`` is called as the recipe is, and trains; inside it nothing is wrapped (see `recipe.Recipe`).
     """
 
     summary = ""
-    """How the weights are held, to be told after the plan; nothing where there is nothing to tell."""
+    """A line about how the processes hold the weights, printed after the plan; empty where each holds all."""
 
     def __init__(self, recipe: Recipe, cfg: Run, accelerator: Accelerator):
         self.recipe, self.device, self.world = recipe, accelerator.device, accelerator.num_processes
@@ -46,9 +47,6 @@ class Engine:
         with self.autocast():
             return split_loss(self.model(batch))
 
-    def attach_optimizer(self, optimizer: Optimizer) -> None:
-        """The optimizer is made; training may begin."""
-
     def autocast(self) -> AbstractContextManager[Any]:
         """Context in which the recipe runs in the precision of the run."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -59,7 +57,7 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one of the micro-batches of a step."""
-        self.scaler.scale(loss / self.accumulation).backward()
+        self.scaler.scale(loss / self.accumulation).backward()  # type: ignore[no-untyped-call]
 
     def step(self, optimizer: Optimizer, max_norm: float) -> Tensor:
         """Clip, take the step unless the gradient is not finite, and clear it; the gradient's norm before clipping."""
@@ -81,10 +79,10 @@ class Engine:
         return self.dtype == torch.float16
 
     def gather_recipe(self) -> Recipe:
-        """On the first process the recipe with all weights, whole, to be exported; every process has to ask for it."""
+        """The recipe with all weights on the first process, for export. Every process must call this."""
         return self.recipe
 
-    # ---- checkpoints: whole tensors, to be asked for by every process ------------------------------------
+    # ---- checkpoints: full tensors; every process must call these ------------------------------------------
 
     def weight(self, parameter: Tensor) -> Tensor:
         """A trained weight, or its average, in float32."""
@@ -106,7 +104,7 @@ class Engine:
         optim.load_state(optimizer, names, tensors, numbers, shard_like)
 
     def save_scale(self) -> dict[str, Any]:
-        """By what fp16 losses are multiplied, and since when; empty in another precision."""
+        """The scale of fp16 losses and the steps since it changed; empty in another precision."""
         return self.scaler.state_dict()
 
     def load_scale(self, saved: dict[str, Any]) -> None:
@@ -120,10 +118,11 @@ class Replicated(Engine):
     def __init__(self, recipe: Recipe, cfg: Run, accelerator: Accelerator):
         super().__init__(recipe, cfg, accelerator)
         device = [self.device] if self.device.type == "cuda" else None
-        self.model = DistributedDataParallel(recipe, device, gradient_as_bucket_view=True, **FROZEN_BUFFERS)
+        self.replica = DistributedDataParallel(recipe, device, gradient_as_bucket_view=True, **FROZEN_BUFFERS)
+        self.model = self.replica
 
-    def local(self):
-        return self.model.no_sync()
+    def local(self) -> AbstractContextManager[Any]:
+        return self.replica.no_sync()
 
 
 # Buffers are never trained. torch 2.13 has renamed the option.
@@ -162,7 +161,7 @@ class Sharded(Engine):
             self.roots.append(fully_shard(part, reshard_after_forward=plugin.reshard_after_forward, **options))
 
     @contextmanager
-    def local(self):
+    def local(self) -> Iterator[None]:
         for root in self.roots:
             root.set_requires_gradient_sync(False)
         try:
@@ -171,7 +170,7 @@ class Sharded(Engine):
             for root in self.roots:
                 root.set_requires_gradient_sync(True)
 
-    def gather_recipe(self):
+    def gather_recipe(self) -> Recipe:
         live = {name: full_tensor(p.detach()) for name, p in self.recipe.named_parameters() if p.requires_grad}
         if self.export_copy is not None:
             for name, p in self.export_copy.named_parameters():
@@ -181,12 +180,12 @@ class Sharded(Engine):
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor of which each process may hold a slice, in full; then all processes have to ask for it."""
+    """All of a tensor, of which each process may hold a slice; then every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, place: Tensor) -> Tensor:
-    """A whole tensor where ``place`` is, and cut as it is."""
+    """A full tensor, moved to the device of ``place`` and cut into the same slices."""
     tensor = tensor.to(place.device)
     if isinstance(place, DTensor) and place.shape == tensor.shape:
         return distribute_tensor(tensor, place.device_mesh, place.placements, src_data_rank=None)

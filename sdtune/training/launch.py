@@ -263,7 +263,7 @@ def relaunch(
 
 def children() -> list[Any]:
     """The processes that the launcher has started in this one."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     return [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
 

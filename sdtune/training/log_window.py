@@ -1,4 +1,4 @@
-"""What happened since the last line of metrics, kept on the device until that line is written.
+"""Losses and skipped steps since the last line of metrics, held on the device until that line is written.
 
 Reading a number off a GPU makes the host wait for it. So losses stay tensors, and whether a step was skipped is
 counted by the device; ``line`` is the one place that waits.
@@ -16,7 +16,7 @@ from sdtune.config.sections import RunFailed
 
 
 class Figures:
-    """Means of what is told of each image, kept on the device; an image counts where its figure is not NaN."""
+    """Means of figures over images, computed on the device; an image counts where its figure is not NaN."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -103,5 +103,5 @@ class Window:
 
     def _name_culprits(self, step: int, skipped: int) -> None:
         names = sorted({n for loss, samples in self.losses if not loss.isfinite().all() for n in samples})
-        told = f"; no finite loss in batches with {', '.join(names[:8])}" if names else ""
-        print(f"step {step}: {skipped} of the last {self.steps} steps had no finite gradient and were skipped{told}")
+        named = f"; no finite loss in batches with {', '.join(names[:8])}" if names else ""
+        print(f"step {step}: {skipped} of the last {self.steps} steps had no finite gradient and were skipped{named}")

@@ -1,23 +1,23 @@
-"""The training loop. There is one."""
+"""The training loop, the same for every method."""
 
 import json
 import sys
 from contextlib import nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, send_to_device
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from sdtune.config.sections import Run, UserError
 from sdtune.data import positions
 from sdtune.models.float8 import compute_in_float8
 from sdtune.models.memory_options import checkpoint_gradients, compile_blocks
 from sdtune.publish.publish import Publisher
-from sdtune.recipes.recipe import Recipe
+from sdtune.recipes.recipe import Recipe, TrainingConfig
 from sdtune.run import checkpoints, folder, rng
 from sdtune.run.environment import environment
 from sdtune.run.metrics import Metrics, check_trackers
@@ -32,7 +32,9 @@ from sdtune.training.log_window import Window
 from sdtune.training.state import State
 
 
-def train(kind: type[Recipe], cfg: Any, words: list[str], overwrite: bool = False, allow_change: bool = False) -> None:
+def train(
+    kind: type[Recipe], cfg: TrainingConfig, words: list[str], overwrite: bool = False, allow_change: bool = False
+) -> None:
     """Train a recipe and write its artefact to ``cfg.output_dir``; continue the run that is already there.
 
     Args:
@@ -58,7 +60,7 @@ def train(kind: type[Recipe], cfg: Any, words: list[str], overwrite: bool = Fals
 
 def fit(
     kind: type[Recipe],
-    cfg: Any,
+    cfg: TrainingConfig,
     accelerator: Accelerator,
     publisher: Publisher,
     words: list[str],
@@ -93,7 +95,9 @@ def fit(
     metrics = Metrics(cfg, accelerator, state.step, total)
     sampler = positions(state.step, total - state.step, batch_size, accumulation, rank, world)
     pinned = accelerator.device.type == "cuda"
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=cfg.dataloader_num_workers, pin_memory=pinned)
+    loader = DataLoader(
+        cast(Dataset[Any], dataset), batch_sampler=sampler, num_workers=cfg.dataloader_num_workers, pin_memory=pinned
+    )
     batches = iter(loader)
     window = Window(accelerator, state.skipped, cfg.max_bad_steps)
 
@@ -131,7 +135,7 @@ def fit(
                 loss, figures = engine(send_to_device(batch, accelerator.device, non_blocking=True))
                 engine.backward(loss.mean() * finite_or_nan(loss))
             window.add(loss, figures, samples)
-        # A rate of 0 alone does not hold every optimizer, and a part that has ended has no say in the clipping
+        # A rate of 0 alone does not hold every optimizer, and a part that has ended does not count in the clipping
         for parameters, end in zip(optimizer.param_groups, group_end_steps, strict=True):
             if state.step >= end:
                 optim.drop_gradients(parameters)
@@ -179,12 +183,12 @@ def fit(
 
 
 def finite_or_nan(loss: Tensor) -> Tensor:
-    """1, or NaN where a loss is not finite, so that the gradient tells every process, whatever its own loss is."""
+    """1, or NaN where a loss is not finite, so that every process learns of it from the gradient."""
     return torch.where(loss.detach().isfinite().all(), 1.0, torch.nan)
 
 
 def start(cfg: Run) -> Accelerator:
-    """The processes of the run, and its device; the precision is the engine's."""
+    """Accelerate's part of a run: its processes, its device and its trackers; the engine sets the precision."""
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
     precision_of(cfg)  # refuses before a model is read
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=cfg.ddp_timeout))

@@ -1,12 +1,12 @@
-"""What a training step needs of memory, found without doing it: shapes are traced, and no weight is read.
+"""How much memory a training step needs, found without running it: shapes are traced, and no weight is read.
 
 The recipe is built on the meta device, so that only configurations are read, and becomes fake tensors of the run's
 own device (``torch._subclasses.fake_tensor``): each operation then tells the shapes that it would give, for that
-device's kernels, and allocates nothing. A dispatch mode counts the bytes of every storage from its birth to the moment
-when autograd or Python lets go of it, and keeps what there was at the worst moment.
+device's kernels, and allocates nothing. A dispatch mode counts the bytes of every storage from the moment it is made to
+the moment autograd or Python frees it, and remembers the largest sum.
 
-Not in it: what an allocator loses to rounding, the scratch space of kernels, and what happens outside of steps (the
-cache being filled, sample grids, checkpoints being written).
+The estimate leaves out what an allocator loses to rounding, the scratch space of kernels, and what happens outside of
+steps (filling the cache, sample grids, checkpoints).
 """
 
 import math
@@ -26,14 +26,14 @@ from torch.utils.data import default_collate
 from sdtune.config.sections import Adapter
 from sdtune.models.quantize import sizes
 from sdtune.recipes.finetune import FineTune
-from sdtune.recipes.recipe import Recipe, split_loss
+from sdtune.recipes.recipe import Recipe, RecipeDataset, TrainingConfig, split_loss
 from sdtune.run.precision import dtype_of
 from sdtune.training import optim
 from sdtune.training.loop import prepare_modules
 
 
 class MemoryEstimate(NamedTuple):
-    """Bytes at the worst moment of a step, by what they hold."""
+    """Bytes in use when a step needs most, by what they hold."""
 
     base: int
     """The process without a model: libraries, the tables of the dataset. None of it is on a GPU."""
@@ -44,7 +44,7 @@ class MemoryEstimate(NamedTuple):
     activations: int
     """What the forward pass keeps for the backward pass, and the batch."""
     temporary: int
-    """What the backward pass makes and lets go of."""
+    """What the backward pass makes and frees."""
     reading: int
     """By how much more the process holds while it reads the base in 32 bits, to hold it in fewer, than in a step."""
 
@@ -53,47 +53,47 @@ class MemoryEstimate(NamedTuple):
         return sum(self)
 
 
-class PeakMemoryMode(TorchDispatchMode):
-    """Counts the bytes of storages that are alive, by kind; ``worst`` is the moment when there were most.
+class PeakMemoryMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the storages in use, by kind; ``worst`` holds the counts when there were most.
 
     Args:
-        known: tensors that are there before and after, and are not counted.
+        known: tensors that exist before and after, and are not counted.
     """
 
     def __init__(self, known: Iterable[Tensor]):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kind = "activations"
         self.now: Counter[str] = Counter()
         self.worst: Counter[str] = Counter()
         self.held: dict[int, tuple[str, int]] = {}
         for tensor in known:
-            self.see(tensor, "known")
+            self.track(tensor, "known")
         self.now.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **kwargs or {})
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self.see(tensor, self.kind)
+                self.track(tensor, self.kind)
         if self.now.total() > self.worst.total():
             self.worst = self.now.copy()
         return out
 
-    def see(self, tensor: Tensor, kind: str) -> None:
+    def track(self, tensor: Tensor, kind: str) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self.held:
             self.held[key] = kind, storage.nbytes()
             self.now[kind] += storage.nbytes()
-            weakref.finalize(storage, self.gone, key)
+            weakref.finalize(storage, self.free, key)
 
-    def gone(self, key: int) -> None:
+    def free(self, key: int) -> None:
         kind, size = self.held.pop(key)
         if kind != "known":
             self.now[kind] -= size
 
-    def is_gradient(self, parameter: Tensor) -> None:
-        """From now on the gradient that ``parameter`` has is counted as one, and no longer by when it was made."""
+    def mark_gradient(self, parameter: Tensor) -> None:
+        """From now on count the gradient of ``parameter`` as a gradient; when it was made it was of another kind."""
         assert parameter.grad is not None
         key = parameter.grad.untyped_storage()._cdata
         kind, size = self.held[key]
@@ -102,7 +102,9 @@ class PeakMemoryMode(TorchDispatchMode):
         self.now["gradients"] += size
 
 
-def meta_recipe(kind: type[Recipe], cfg: Any, group: int, log: Callable[[str], None]) -> tuple[Recipe, Any]:
+def meta_recipe(
+    kind: type[Recipe], cfg: TrainingConfig, group: int, log: Callable[[str], None]
+) -> tuple[Recipe, RecipeDataset]:
     """A recipe without its weights, on the meta device, and its dataset.
 
     Args:
@@ -115,11 +117,11 @@ def meta_recipe(kind: type[Recipe], cfg: Any, group: int, log: Callable[[str], N
     return recipe, recipe.dataset(group, log)
 
 
-def estimate(recipe: Recipe, dataset: Any, device: torch.device, base: int | None = None) -> MemoryEstimate:
+def estimate(recipe: Recipe, dataset: RecipeDataset, device: torch.device, base: int | None = None) -> MemoryEstimate:
     """What a step needs at its worst moment on ``device``, once the optimizer has a state.
 
     Args:
-        recipe: of `meta_recipe`; what becomes of it is of no further use.
+        recipe: of `meta_recipe`; it is of no use afterwards.
         base: that of an estimate made before in this process; ``None`` measures it, on a CPU.
 
     Raises:
@@ -137,7 +139,7 @@ def estimate(recipe: Recipe, dataset: Any, device: torch.device, base: int | Non
     if base is None:  # the libraries of fewer bits are part of the process by now
         base = 0 if device.type == "cuda" else resident()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        held = on(recipe, device)
+        held = make_empty(recipe, device)
         batch = {name: torch.empty_like(x, device=device) for name, x in batch.items()}
         worst = traced(recipe, batch, held)
     need = MemoryEstimate(
@@ -159,7 +161,7 @@ def traced(recipe: Recipe, batch: dict[str, Tensor], held: list[Tensor]) -> Coun
     alive = PeakMemoryMode([*held, *batch.values()])
     for p in recipe.parameters():
         if p.requires_grad:
-            p.register_post_accumulate_grad_hook(alive.is_gradient)
+            p.register_post_accumulate_grad_hook(alive.mark_gradient)  # type: ignore[no-untyped-call]
     with alive:
         for alive.kind in passes(recipe, batch):
             pass
@@ -167,18 +169,18 @@ def traced(recipe: Recipe, batch: dict[str, Tensor], held: list[Tensor]) -> Coun
 
 
 def passes(recipe: Recipe, batch: dict[str, Tensor]) -> Iterator[str]:
-    """A step's forward and backward passes; before each it tells what kind of tensors are made next."""
+    """A step's forward and backward passes; yields before each the kind of the tensors that it will make."""
     cfg, device, dtype = recipe.cfg, batch["u"].device, dtype_of(recipe.cfg)
     for _ in range(min(cfg.gradient_accumulation_steps, 2)):  # the second meets the gradients of the first
         yield "activations"
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss, figures = split_loss(recipe(batch))
         yield "temporary"
-        loss.mean().backward()
+        loss.mean().backward()  # type: ignore[no-untyped-call]
         del loss, figures
 
 
-def trial_step(kind: type[Recipe], cfg: Any, device: torch.device, group: int) -> int:
+def trial_step(kind: type[Recipe], cfg: TrainingConfig, device: torch.device, group: int) -> int:
     """Bytes at the worst moment of one real step on a GPU, by its allocator's own count; nothing is saved.
 
     Raises:
@@ -203,7 +205,7 @@ def trial_step(kind: type[Recipe], cfg: Any, device: torch.device, group: int) -
     return torch.cuda.max_memory_allocated(device)
 
 
-def on(recipe: Recipe, device: torch.device) -> list[Tensor]:
+def make_empty(recipe: Recipe, device: torch.device) -> list[Tensor]:
     """Make a recipe of the meta device, and the frozen parts beside it, empty tensors on ``device``; all of these."""
     parts: list[nn.Module] = [recipe]
     if isinstance(recipe, FineTune):
@@ -229,7 +231,7 @@ def quantised(recipe: Recipe, device: torch.device) -> tuple[int, int]:
     cfg = recipe.cfg
     if not (isinstance(recipe, FineTune) and isinstance(cfg, Adapter) and cfg.quantize_base):
         return 0, 0
-    mapped = device.type == "cpu" and recipe.family.dtype == torch.float32 and cfg.variant is None
+    mapped = device.type == "cpu" and recipe.family.dtype == torch.float32 and recipe.cfg.variant is None
     plain, coded, largest = zip(*(sizes(part, cfg.quantize_base) for part in recipe.trained.values()), strict=True)
     return sum(coded) - (0 if mapped else sum(plain)), max(largest)
 
@@ -238,7 +240,8 @@ def read_in_full(recipe: Recipe) -> int:
     """Bytes in 32 bits of the largest part of a base that is held in fewer: while it is read it is there twice."""
     if not isinstance(recipe, FineTune) or recipe.cfg.variant is not None or recipe.family.dtype == torch.float32:
         return 0
-    return max(4 * sum(p.numel() for p in part.parameters()) for part in recipe.family.parts.values())
+    sizes_in_full: list[int] = [4 * sum(p.numel() for p in part.parameters()) for part in recipe.family.parts.values()]
+    return max(sizes_in_full)
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
@@ -251,7 +254,7 @@ STAND_IN = 512
 """Side of the matrix that stands in for a larger weight."""
 
 
-def state_size(cfg: Any, weights: Iterable[Tensor], device: torch.device) -> int:
+def state_size(cfg: TrainingConfig, weights: Iterable[Tensor], device: torch.device) -> int:
     """Bytes that the optimizer of ``cfg`` keeps, found by having it step on a small weight in place of each large one.
 
     Optimizers of 8 and 4 bits keep small weights, and those that no block divides, in 32 bits; what stands in for a
@@ -274,7 +277,7 @@ def state_size(cfg: Any, weights: Iterable[Tensor], device: torch.device) -> int
     return total
 
 
-def heaviest_batch(cfg: Any, dataset: Any) -> dict[str, Tensor]:
+def heaviest_batch(cfg: TrainingConfig, dataset: RecipeDataset) -> dict[str, Tensor]:
     """A batch of the image of the first epoch that has the most pixels, on the CPU or, of a meta recipe, on meta."""
     stream, position = dataset.stream, 0
     if cfg.buckets:
@@ -282,7 +285,8 @@ def heaviest_batch(cfg: Any, dataset: Any) -> dict[str, Tensor]:
         most = max(area[index] for index in stream.indices)
         position = next(p for p in range(stream.epoch_length) if area[stream[p].index] == most)
     item = {name: x for name, x in dataset[position].items() if name != "name"}
-    return default_collate([item] * cfg.train_batch_size)
+    batch: dict[str, Tensor] = default_collate([item] * cfg.train_batch_size)
+    return batch
 
 
 def resident() -> int:

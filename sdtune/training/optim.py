@@ -1,7 +1,7 @@
-"""Optimizer, learning rate and moving average: what happens to the weights once there is a gradient."""
+"""Optimizer, learning rate and moving average."""
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -48,7 +48,7 @@ def make_optimizer(cfg: Optim, groups: list[dict[str, Any]]) -> Optimizer:
     if chosen == "prodigy" and len({group.get("lr") for group in groups}) > 1:
         raise UserError("--optimizer prodigy: finds one learning rate for all that trains; give no part one of its own")
     try:
-        optimizer = kind(groups, **options | cfg.optimizer_args)
+        optimizer: Optimizer = kind(groups, **options | cfg.optimizer_args)
     except (TypeError, ValueError) as error:
         raise UserError(f"--optimizer {chosen}: {error}") from None
     if hasattr(optimizer, "train"):  # Schedule-Free is made ready to evaluate
@@ -72,7 +72,8 @@ def lr_schedule(cfg: Optim, total: int) -> Callable[[int], float]:
         num_cycles=cfg.lr_num_cycles,
         power=cfg.lr_power,
     )
-    return schedule.lr_lambdas[0]
+    factor: Callable[[int], float] = schedule.lr_lambdas[0]
+    return factor
 
 
 def set_rate(group: dict[str, Any], rate: float) -> None:
@@ -105,7 +106,7 @@ def step_if_finite(optimizer: Any, norm: Tensor) -> None:
 
 
 def eager(device: torch.device) -> Any:
-    """On a CPU, run as it is written what torchao compiles: there torch.compile has returned wrong results."""
+    """On a CPU, run what torchao compiles without compiling it: there torch.compile has returned wrong results."""
     return torch.compiler.set_stance("force_eager") if device.type == "cpu" else nullcontext()
 
 
@@ -116,12 +117,13 @@ class Average:
     use: an average of few steps must not remember the start.
     """
 
-    def __init__(self, cfg: Optim, weights: dict[str, Tensor]):
+    def __init__(self, cfg: Optim, weights: Mapping[str, Tensor]):
         self.cfg, self.live = cfg, weights
         self.mean = {name: w.detach().clone() for name, w in weights.items()}
 
     def decay(self, step: int) -> float:
-        return min(self.cfg.ema_decay, 1 - (1 + step / self.cfg.ema_inv_gamma) ** -self.cfg.ema_power)
+        warm_up: float = 1 - (1 + step / self.cfg.ema_inv_gamma) ** -self.cfg.ema_power
+        return min(self.cfg.ema_decay, warm_up)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -179,7 +181,7 @@ def parts_of(tensor: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def begin_state(optimizer: Optimizer) -> None:
+def init_state(optimizer: Optimizer) -> None:
     """Have an optimizer make its state for every weight, by a step at a rate of 0, which moves none."""
     for group in optimizer.param_groups:
         set_rate(group, 0.0)
@@ -199,7 +201,7 @@ def load_state(
 ) -> None:
     """Put back what ``save_state`` gave; ``shard_like`` puts a tensor where a parameter is."""
     if any(name and len(rest) == 2 for name, *rest in (key.split("|") for key in tensors)):
-        begin_state(optimizer)  # it alone knows how to put codes and scales together
+        init_state(optimizer)  # it alone knows how to put codes and scales together
     by_name = {name: parameter for parameter, name in names.items()}
     for name, state in numbers["state"].items():
         optimizer.state[by_name[name]].update(state)
@@ -231,6 +233,6 @@ def evaluation(optimizer: Any) -> Iterator[None]:
         yield
     finally:
         optimizer.train()
-        with torch.no_grad():  # there and back is exact up to rounding, and a look must not change the run
+        with torch.no_grad():  # there and back is exact up to rounding, and an evaluation must not change the run
             for w, before in zip(weights, kept, strict=True):
                 w.copy_(before)

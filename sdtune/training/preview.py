@@ -1,23 +1,23 @@
-"""What there is to see of a run while it trains: sample images, and the loss of held-out ones."""
+"""What a run shows while it trains: sample images, and the loss of held-out images."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from PIL.Image import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from sdtune.recipes.recipe import Recipe, split_loss
+from sdtune.recipes.recipe import Recipe, RecipeDataset, split_loss
 from sdtune.training.engine import Engine
 from sdtune.training.log_window import Figures
 
 
-def sample_images(recipe: Recipe, dataset: Any, accelerator: Accelerator) -> tuple[list[Image], list[str]]:
+def sample_images(recipe: Recipe, dataset: RecipeDataset, accelerator: Accelerator) -> tuple[list[Image], list[str]]:
     """The run's sample grid and its prompts; each process draws its share, from seeds that never change.
 
-    All draw equally many, since they may hold the weights together; what is too much is dropped.
+    All draw equally many, because they may hold the weights together; images beyond the count are dropped.
     """
     cfg, rank, world = recipe.cfg, accelerator.process_index, accelerator.num_processes
     prompts, count = dataset.prompts, cfg.num_validation_images
@@ -28,7 +28,7 @@ def sample_images(recipe: Recipe, dataset: Any, accelerator: Accelerator) -> tup
 
 
 @torch.no_grad()
-def holdout(engine: Engine, dataset: Any, accelerator: Accelerator) -> dict[str, float]:
+def holdout(engine: Engine, dataset: RecipeDataset, accelerator: Accelerator) -> dict[str, float]:
     """Means over the held-out images of loss and figures, at timesteps and noise that never change.
 
     All processes make equally many forward passes, since they may hold the weights together.
@@ -39,13 +39,14 @@ def holdout(engine: Engine, dataset: Any, accelerator: Accelerator) -> dict[str,
     passes = math.ceil(len(shares[0]) / size)
     mine = shares[accelerator.process_index]
     parts = [mine[k * size : (k + 1) * size] for k in range(passes)]
+    loader = DataLoader(cast(Dataset[Any], dataset), batch_sampler=[p or keys[:1] for p in parts])
     figures = Figures()
-    for part, batch in zip(parts, DataLoader(dataset, batch_sampler=[p or keys[:1] for p in parts]), strict=True):
+    for part, batch in zip(parts, loader, strict=True):
         batch.pop("name")
         with engine.autocast():
             loss, more = split_loss(engine.recipe(send_to_device(batch, accelerator.device)))
-        loss = loss.float().nan_to_num(torch.inf, posinf=torch.inf)  # a loss that is none is not left out
+        loss = loss.float().nan_to_num(torch.inf, posinf=torch.inf)  # a loss that is not finite still counts
         if part:
-            told_of = {"holdout_loss": loss.expand(len(part))} | {f"holdout_{name}": v for name, v in more.items()}
-            figures.add(told_of)
+            named = {"holdout_loss": loss.expand(len(part))} | {f"holdout_{name}": v for name, v in more.items()}
+            figures.add(named)
     return figures.means()

@@ -1,4 +1,4 @@
-"""What moves during a run, as one thing to save and to restore: weights, optimizer, average, scaler, step.
+"""What changes during a run, saved and restored as one: weights, optimizer, average, scaler, step.
 
 Everything else (learning rate, data order, noise, dropout) is a function of the step, so it needs no saving.
 """
@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdtune.config.sections import UserError
-from sdtune.recipes.recipe import Recipe
+from sdtune.recipes.recipe import Recipe, TrainingConfig
 from sdtune.run import checkpoints
 from sdtune.run.environment import environment
 from sdtune.run.processes import store_barrier
@@ -22,7 +22,7 @@ from sdtune.training.engine import Engine
 
 
 class State:
-    """The trained part of a recipe.
+    """The weights that a recipe trains, with their optimizer, their average and the step.
 
     Args:
         identity: facts that a continued run must share: images per step, fingerprint of the data.
@@ -31,7 +31,9 @@ class State:
         TypeError: a trained parameter is not fp32; its updates would round to nothing.
     """
 
-    def __init__(self, cfg: Any, recipe: nn.Module, engine: Engine, accelerator: Accelerator, identity: dict[str, Any]):
+    def __init__(
+        self, cfg: TrainingConfig, recipe: Recipe, engine: Engine, accelerator: Accelerator, identity: dict[str, Any]
+    ):
         self.cfg, self.engine, self.accelerator, self.identity = cfg, engine, accelerator, identity
         self.root = cfg.output_dir / "checkpoints"
         self.weights: dict[str, Tensor] = {n: p for n, p in recipe.named_parameters() if p.requires_grad}
@@ -41,24 +43,23 @@ class State:
         self.names = {p: name for name, p in self.weights.items()}
         self.average = optim.Average(cfg, self.weights) if cfg.use_ema else None
         self.step, self.skipped = 0, 0
-        engine.attach_optimizer(self.optimizer)
         if accelerator.is_main_process:
             copies = 4 if self.average else 3  # the weights, their two moments, their average
             size = copies * sum(w.numel() * w.element_size() for w in self.weights.values())
             checkpoints.require_room(self.root, size, cfg.checkpoints_total_limit)
 
     def evaluating(self) -> Any:
-        """Context in which the model holds the weights to sample and export: the average, if one is kept."""
+        """Context in which the model holds the weights to sample and export: the average, if the run keeps one."""
         return self.average.in_place() if self.average else optim.evaluation(self.optimizer)
 
     @contextmanager
     def export_weights(self) -> Iterator[Recipe]:
-        """Context in which the first process has a recipe with the weights to export, whole; all enter it together."""
+        """Context in which the first process has a recipe with all weights, for export. Every process must enter it."""
         with self.evaluating():
             yield self.engine.gather_recipe()
 
     def save(self) -> None:
-        """Called by every process; the first one writes whole tensors, which any number of processes can read.
+        """Called by every process; the first one writes full tensors, which any number of processes can read.
 
         It may take longer than the others would wait in a collective; see `processes.store_barrier`.
         """
@@ -78,7 +79,7 @@ class State:
         store_barrier()
 
     def gather_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors, whole; on the first process alone, where slices are put together in the main memory."""
+        """Full tensors in main memory on the first process, nothing on the others. Every process must call this."""
         kept = {}
         for name, tensor in tensors.items():
             full = self.engine.weight(tensor)
