@@ -29,7 +29,7 @@ from sdtune.diffusion.pixel_sampler import draw, to_images
 from sdtune.diffusion.schedulers import make_scheduler
 from sdtune.evaluation.distances import frechet
 from sdtune.evaluation.features import embed, load_network
-from sdtune.models.families import hush
+from sdtune.models.families import silence_libraries
 from sdtune.models.noisy_classifier import NoisyClassifier
 from sdtune.run.contact_sheet import grid
 
@@ -50,7 +50,7 @@ class Call:
 
     def __call__(self) -> Tensor:
         torch.set_num_threads(1)
-        hush()
+        silence_libraries()
         pipeline = DDPMPipeline.from_pretrained(self.model)
         scheduler = make_scheduler(self.sampler, pipeline.scheduler)
         labels = None if self.labels is None else torch.tensor(self.labels)

@@ -199,7 +199,7 @@ def train(words: list[str], entry: Callable[[], Any]) -> Callable[[Any, dict[str
         if find and launch.launched():
             raise UserError("--find-batch-size: give it without a launcher, with --num-processes")
         if find:
-            importlib.import_module("sdtune.models.families").hush()
+            importlib.import_module("sdtune.models.families").silence_libraries()
             world = launch.processes_of(cfg, launching)
             cfg = importlib.import_module("sdtune.training.batch_size").largest_batch(entry(), cfg, world, limit)
         elif limit:
@@ -207,7 +207,7 @@ def train(words: list[str], entry: Callable[[], Any]) -> Callable[[Any, dict[str
         code = launch.start(words, cfg, launching)
         if code is not None:
             raise typer.Exit(code)
-        importlib.import_module("sdtune.models.families").hush()
+        importlib.import_module("sdtune.models.families").silence_libraries()
         importlib.import_module("sdtune.training.loop").train(entry(), cfg, words, **launching)
 
     return work
@@ -217,7 +217,7 @@ def checked(_: list[str], entry: Callable[[], Any]) -> Callable[[Any, dict[str, 
     """What `check` does with the config of a training command."""
 
     def work(cfg: Run, launching: dict[str, Any]) -> None:
-        importlib.import_module("sdtune.models.families").hush()
+        importlib.import_module("sdtune.models.families").silence_libraries()
         importlib.import_module("sdtune.training.check").check(entry(), cfg, **launching)
 
     return work

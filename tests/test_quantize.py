@@ -12,7 +12,7 @@ from sdtune.config import parsing
 from sdtune.config.methods import LoraConfig
 from sdtune.config.sections import UserError
 from sdtune.models import families
-from sdtune.models.quantize import QuantizedLinear, held, quantize, sizes
+from sdtune.models.quantize import QuantizedLinear, quantize, sizes, weight_bytes
 from sdtune.recipes.lora import Lora
 from sdtune.training import memory_estimate
 from tests.conftest import command, status
@@ -48,12 +48,12 @@ def test_codes_give_the_numbers_and_the_gradient_of_what_they_stand_for(kind):
 
 def test_what_is_saved_is_what_was_told(kind):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(1024, 640), nn.Linear(320, 1280)).requires_grad_(False)
-    before, (plain, coded, largest) = held(model), sizes(model, kind)
+    before, (plain, coded, largest) = weight_bytes(model), sizes(model, kind)
     assert plain == 4 * (1024 * 640 + 320 * 1280)
     assert largest == 4 * 1024 * 640
     quantize(model, kind)
-    assert before - held(model) == pytest.approx(plain - coded, rel=0.01)
-    assert held(model) < before * {"int8": 0.27, "nf4": 0.15}[kind]
+    assert before - weight_bytes(model) == pytest.approx(plain - coded, rel=0.01)
+    assert weight_bytes(model) < before * {"int8": 0.27, "nf4": 0.15}[kind]
 
 
 def test_codes_come_on_top_of_a_base_that_is_its_file(kind, sd, pictures, tmp_path):

@@ -28,7 +28,7 @@ from sdtune.data import Images, cache_root
 from sdtune.data.cache import Store, digest, weights_digest, write
 from sdtune.data.images import decode
 from sdtune.evaluation.inception import Inception, download, load_inception
-from sdtune.models.vision import device, load_pretrained, ready
+from sdtune.models.vision import device, frozen, load_pretrained
 
 BATCH = 16
 """Images in a forward pass. Not an option: the last bits of a feature depend on it, and features are cached."""
@@ -86,7 +86,7 @@ def load_network(name: str) -> nn.Module:
         close = difflib.get_close_matches(name, (RandomConv.label, Inception.label), 1)
         hint = f"did you mean {close[0]}?" if close else "give random-conv, inception, or the path or Hub id of a model"
         raise UserError(f"--features {name}: no such network, file or folder; {hint}")
-    return ready(network)
+    return frozen(network)
 
 
 def embed(pixels: Tensor, network: nn.Module) -> Tensor:

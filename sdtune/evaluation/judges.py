@@ -12,7 +12,7 @@ from sdtune.data import Images
 from sdtune.evaluation.features import BATCH, features_of
 from sdtune.models.noisy_classifier import NoisyClassifier
 from sdtune.models.pixel_models import read_classes
-from sdtune.models.vision import device, load_clip, load_pretrained, ready
+from sdtune.models.vision import device, frozen, load_clip, load_pretrained
 
 WEIGHT = 2.5
 """w of Hessel et al. 2021: scales the cosines that CLIP gives, about 0 to 0.4, to about 0 to 1."""
@@ -81,10 +81,10 @@ def load_classifier(name: str) -> tuple[nn.Module, list[str]]:
     folder = Path(name).expanduser()
     names = read_classes(str(folder), f"--classifier {name}") if folder.is_dir() else None
     if names is None:
-        network = ready(load_pretrained(name, "--classifier", "AutoModelForImageClassification"))
+        network = frozen(load_pretrained(name, "--classifier", "AutoModelForImageClassification"))
         classes = network.model.config.id2label
         return network, [classes[k] for k in sorted(classes)]
     try:
-        return ready(Noiseless(NoisyClassifier.from_pretrained(folder))), names
+        return frozen(Noiseless(NoisyClassifier.from_pretrained(folder))), names
     except (OSError, ValueError) as error:
         raise UserError(f"--classifier {name}: {str(error).splitlines()[0]}") from error

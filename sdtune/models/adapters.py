@@ -34,8 +34,8 @@ PORTABLE = "r lora_alpha target_modules rank_pattern alpha_pattern use_rslora us
 def add_adapter(model: nn.Module, cfg: Adapter, targets: list[str], what: str) -> None:
     """Freeze ``model``, quantise it if asked, and put a trainable adapter in fp32 on the modules that ``targets`` name.
 
-    One target with a character that no module name has is a regular expression on the whole name. fp16 updates
-    of fp16 weights would round to nothing, hence fp32 whatever the precision of the base.
+    A single target with a character that no module name has is a regular expression for the full name. Adapters are
+    fp32 whatever the precision of the base, because fp16 updates of fp16 weights would round to nothing.
     """
     pattern: str | list[str] = targets
     if len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
@@ -139,9 +139,9 @@ def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def verify(path: Path, parts: Mapping[str, nn.Module], loader: Any) -> None:
-    """Load the file as a reader would, beside the adapter it came from, and compare every tensor and scale."""
+    """Load the file as a reader would, and compare every tensor and scale with the adapter that was saved."""
     state, alphas, metadata = loader.lora_state_dict(path.parent, weight_name=path.name, return_lora_metadata=True)
-    with catch_warnings(action="ignore", category=UserWarning):  # peft warns of a second adapter, which is the point
+    with catch_warnings(action="ignore", category=UserWarning):  # peft warns of the second adapter, which is intended
         for part, model in parts.items():
             was_training = model.training
             load = loader.load_lora_into_unet if part == "unet" else loader.load_lora_into_text_encoder
@@ -158,7 +158,7 @@ def verify(path: Path, parts: Mapping[str, nn.Module], loader: Any) -> None:
 
 
 def load_adapter(path: Path, parts: Mapping[str, nn.Module]) -> None:
-    """Copy the adapter of a file into those of ``parts``; ``UserError`` unless every key and shape fits."""
+    """Copy the adapter of a file into those of ``parts``; ``UserError`` unless every key and shape matches."""
     path = path / FILE if path.is_dir() else path
     saved, _ = read_adapter(path)
     here = {k: v for part, model in parts.items() for k, v in adapter_state(part, model).items()}

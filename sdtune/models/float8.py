@@ -1,7 +1,7 @@
 """Linear layers that multiply 8-bit floats (Micikevicius et al. 2022), on GPUs that can.
 
-Weights stay what they are. For each product its operands are scaled into e4m3, gradients that come back into e5m2, with
-one scale for a tensor, found anew each time; sums are kept in higher precision. All else is as in bf16.
+Weights keep their precision. For each product the operands are scaled into e4m3, and the gradients that come back into
+e5m2, with one scale for a tensor, computed each time; sums are in higher precision. All else is as in bf16.
 """
 
 import torch
@@ -14,7 +14,7 @@ BLOCK = 16
 
 
 def compute_in_float8(module: nn.Module, device: torch.device, emulate: bool = False) -> None:
-    """Have the linear layers below ``module`` compute in 8 bits from now on, adapters and odd shapes left out.
+    """Have the linear layers of ``module`` compute in 8 bits, except adapters and sides that no block divides.
 
     Args:
         emulate: round as a GPU would, but multiply in 32 bits, on any device.
@@ -29,7 +29,7 @@ def compute_in_float8(module: nn.Module, device: torch.device, emulate: bool = F
     except ImportError as error:
         raise UserError(f"--mixed-precision fp8: {error}; pip install 'sdtune[torchao]'") from None
 
-    def fits(layer: nn.Module, name: str) -> bool:
+    def takes(layer: nn.Module, name: str) -> bool:
         return type(layer) is nn.Linear and "lora_" not in name and not any(n % BLOCK for n in layer.weight.shape)
 
-    convert_to_float8_training(module, config=Float8LinearConfig(emulate=emulate), module_filter_fn=fits)
+    convert_to_float8_training(module, config=Float8LinearConfig(emulate=emulate), module_filter_fn=takes)

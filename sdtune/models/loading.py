@@ -28,7 +28,7 @@ def load_pipeline(cfg: SampleConfig) -> DiffusionPipeline:
 
     Raises `UserError` for a pickle, a missing folder and a folder that holds no pipeline.
     """
-    families.hush()
+    families.silence_libraries()
     dtype = DTYPES[cfg.mixed_precision]
     device = best_device()
     if cfg.mixed_precision == "fp16" and device.type == "cpu":
@@ -110,8 +110,8 @@ def load_embeddings(pipe: DiffusionPipeline, embeddings: Sequence[str], adapters
 
     Raises `UserError` for a file that is none, and a word that is known already.
     """
-    beside = [folder for folder, _ in map(split_weight, adapters) if (Path(folder) / EMBEDDING).is_file()]
-    for where in dict.fromkeys([*beside, *embeddings]):
+    learnt_with = [folder for folder, _ in map(split_weight, adapters) if (Path(folder) / EMBEDDING).is_file()]
+    for where in dict.fromkeys([*learnt_with, *embeddings]):
         file = published_file(where, EMBEDDING, "--embedding")
         families.tensor_names(file)  # a clear word where it is no safetensors file
         try:

@@ -19,7 +19,7 @@ from sdtune.data import Images
 class Embedding(nn.Module):
     """A token embedding whose first rows are frozen and whose last rows, ``rows`` ``[n, dim]`` in fp32, train.
 
-    The old rows are no part of what trains, so no weight decay, momentum or rounding can move them.
+    The old rows are not among the trained parameters, so no weight decay, momentum or rounding can change them.
     """
 
     def __init__(self, table: nn.Embedding, size: int, start: Tensor):
@@ -31,7 +31,7 @@ class Embedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """All rows as one table, for those who read dtype, device or norms off it."""
+        """All rows as one table, for code that reads its dtype, device or norms."""
         return torch.cat([self.table.weight[: self.size], self.rows.to(self.table.weight.dtype)])
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -49,10 +49,10 @@ def spelling(word: str, vectors: int) -> list[str]:
     return [word, *(f"{word}_{k}" for k in range(1, vectors))]
 
 
-def start_of(cfg: NewWord, tokenizer: Any, text_encoder: Any) -> Tensor:
-    """Where the vectors of ``cfg.placeholder_token`` begin, ``[num_vectors, dim]``.
+def start_vectors(cfg: NewWord, tokenizer: Any, text_encoder: Any) -> Tensor:
+    """Where the vectors of ``cfg.placeholder_token`` start, ``[num_vectors, dim]``.
 
-    Whatever is wrong with the word is told here, so that it can be told before anything that takes long.
+    Every mistake in the word is reported here, so that it is reported before anything that takes long.
 
     Raises:
         UserError: the base knows the word already, or nothing to start from is there.
@@ -62,7 +62,7 @@ def start_of(cfg: NewWord, tokenizer: Any, text_encoder: Any) -> Tensor:
     return starting_rows(tokenizer, text_encoder, cfg.initializer_token, cfg.num_vectors, cfg.initializer_mean)
 
 
-def each_says(word: str, images: Images) -> Images:
+def require_word(word: str, images: Images) -> Images:
     """The images, if every caption has ``word`` in it.
 
     Raises:
@@ -88,8 +88,8 @@ def refuse_known(tokenizer: Any, word: str, vectors: int) -> None:
         )
 
 
-def add_word(tokenizer: Any, text_encoder: Any, word: str, start: Tensor) -> Embedding:
-    """Teach ``word`` to tokenizer and text encoder; its vectors begin at ``start`` ``[n, dim]``, and train."""
+def add_token(tokenizer: Any, text_encoder: Any, word: str, start: Tensor) -> Embedding:
+    """Add ``word`` to tokenizer and text encoder; its vectors start at ``start`` ``[n, dim]``, and train."""
     size = len(tokenizer)
     tokenizer.add_tokens(spelling(word, len(start)))
     embedding = Embedding(text_encoder.get_input_embeddings(), size, start)
@@ -98,7 +98,7 @@ def add_word(tokenizer: Any, text_encoder: Any, word: str, start: Tensor) -> Emb
 
 
 def starting_rows(tokenizer: Any, text_encoder: Any, words: Sequence[str], vectors: int, mean: bool) -> Tensor:
-    """Where the vectors of a new word begin, ``[vectors, dim]``: at the rows of known words.
+    """Where the vectors of a new word start, ``[vectors, dim]``: at the rows of known words.
 
     Args:
         words: one for all vectors, or one for each; none is the mean of the vocabulary.

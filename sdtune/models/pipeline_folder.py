@@ -1,7 +1,8 @@
-"""Pipeline folders: whole models as stock diffusers loads them, with nothing of this machine in them.
+"""Pipeline folders: complete models as stock diffusers loads them, with no path of this machine in them.
 
-A folder is filled beside its place, read back, flushed, and then moved there part by part. ``model_index.json``, which
-makes it a pipeline, goes first and comes last: a kill in between leaves no pipeline rather than a mixed one.
+A folder is written under another name, read back, flushed, and then moved into its place part by part. The old
+``model_index.json``, which makes it a pipeline, is removed first and the new one is moved last: after a kill in between
+there is no pipeline rather than a mixed one.
 """
 
 import json
@@ -19,11 +20,11 @@ from sdtune.run.folder import NEW
 
 INDEX = "model_index.json"
 OF_THIS_MACHINE = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
-"""What diffusers and transformers write into the settings of a part: where, and how, it was read."""
+"""What diffusers and transformers write into the settings of a part about where and how it was read."""
 
 
 def write_pipeline(out: Path, pipeline: Any, extra: Mapping[str, bytes] = {}) -> list[Path]:
-    """Write a pipeline to folder ``out``, in place of an older one; every file that it is.
+    """Write a pipeline to folder ``out``, in place of an older one; the paths of all its files.
 
     Equal weights give equal bytes. Names of tensors are those of the files that a part was loaded from.
 
@@ -48,7 +49,7 @@ def write_pipeline(out: Path, pipeline: Any, extra: Mapping[str, bytes] = {}) ->
 
 
 def write_folder(out: Path, save: Callable[[Path], None]) -> list[Path]:
-    """Have ``save`` fill a folder, then move what is in it to ``out``, whole or not at all; every file of it."""
+    """Have ``save`` fill a folder, then move its files to ``out``, all or none; the paths of all of them."""
     new = out / NEW
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -82,16 +83,16 @@ def move(new: Path, out: Path) -> None:
 
 def parts(index: Path) -> set[str]:
     """The parts that a ``model_index.json`` names, each a folder beside it; none if there is no such file."""
-    told = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
-    return {name for name, kind in told.items() if isinstance(kind, list) and kind[0]}
+    named = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    return {name for name, kind in named.items() if isinstance(kind, list) and kind[0]}
 
 
 def forget_machine(folder: Path) -> None:
-    """Take the place that a model was read from, a path of this machine, out of its settings."""
+    """Remove the path of this machine from which a model was read from its settings."""
     for file in (*folder.glob("*.json"), *folder.glob("*/*.json")):
-        told = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(told, dict) and not told.keys().isdisjoint(OF_THIS_MACHINE):
-            kept = {name: value for name, value in told.items() if name not in OF_THIS_MACHINE}
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(config, dict) and not config.keys().isdisjoint(OF_THIS_MACHINE):
+            kept = {name: value for name, value in config.items() if name not in OF_THIS_MACHINE}
             file.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -20,7 +20,7 @@ from sdtune.run.usage import CLASSES
 
 
 class PixelModel(NamedTuple):
-    """What is continued, or how a network that is to be made looks."""
+    """A saved model to continue, or the description of a network to make."""
 
     network: dict[str, Any]
     """Arguments of ``UNet2DModel``, without what depends on the data."""
@@ -32,7 +32,7 @@ class PixelModel(NamedTuple):
 
     @property
     def channels(self) -> int | None:
-        """What its input has; ``None`` where the data may say."""
+        """Channels of its input; ``None`` where the data decides."""
         return self.network.get("in_channels")
 
 
@@ -53,7 +53,7 @@ def build(cfg: Any, model: PixelModel, channels: int, classes: list[str]) -> UNe
     Raises:
         UserError: it cannot be made, or halves the images to a fraction of a pixel.
     """
-    halve(cfg, len(model.network["block_out_channels"]))
+    check_halvings(cfg, len(model.network["block_out_channels"]))
     chosen = model.network | {"sample_size": cfg.resolution, "in_channels": channels, "out_channels": channels}
     if classes:
         chosen["num_class_embeds"] = len(classes) + 1
@@ -68,7 +68,7 @@ def build(cfg: Any, model: PixelModel, channels: int, classes: list[str]) -> UNe
 
 def classifier(cfg: Any, channels: int, classes: int) -> NoisyClassifier:
     """The network that the options of Network describe, without its decoder. Raises: UserError, as `build` does."""
-    halve(cfg, len(cfg.block_out_channels))
+    check_halvings(cfg, len(cfg.block_out_channels))
     given = {k: v for k, v in levels(cfg, cfg.resolution).items() if k in NoisyClassifier.__init__.__annotations__}
     return NoisyClassifier(cfg.resolution, channels, classes, **given)
 
@@ -98,7 +98,7 @@ def levels(cfg: Network, resolution: int) -> dict[str, Any]:
     }
 
 
-def halve(cfg: Any, count: int) -> None:
+def check_halvings(cfg: Any, count: int) -> None:
     """Raises: UserError when the images cannot be halved from level to level of ``count``."""
     least = 2 ** (count - 1)
     for option, pixels in {"resolution": cfg.resolution, "bucket_step": cfg.bucket_step}.items():
@@ -110,7 +110,7 @@ def halve(cfg: Any, count: int) -> None:
 
 
 def describe(unet: UNet2DModel) -> str:
-    """The network in a line."""
+    """The network in one line, for the log."""
     sides = [unet.config.sample_size >> level for level in range(len(unet.config.block_out_channels))]
     attends = [str(side) for side, kind in zip(sides, unet.config.down_block_types, strict=True) if "Attn" in kind]
     return (
@@ -121,7 +121,7 @@ def describe(unet: UNet2DModel) -> str:
 
 def save(out: Path, unet: UNet2DModel, scheduler: DDPMScheduler, classes: list[str]) -> list[Path]:
     """Write the folder that `DDPMPipeline.from_pretrained` reads, whole or not at all; the files it consists of."""
-    return write_pipeline(out, DDPMPipeline(unet, scheduler), {CLASSES: listed(classes)} if classes else {})
+    return write_pipeline(out, DDPMPipeline(unet, scheduler), {CLASSES: classes_json(classes)} if classes else {})
 
 
 def save_classifier(out: Path, classifier: NoisyClassifier, scheduler: DDPMScheduler, classes: list[str]) -> list[Path]:
@@ -130,13 +130,13 @@ def save_classifier(out: Path, classifier: NoisyClassifier, scheduler: DDPMSched
     def fill(new: Path) -> None:
         classifier.save_pretrained(new)
         scheduler.save_pretrained(new / "scheduler")
-        (new / CLASSES).write_bytes(listed(classes))
+        (new / CLASSES).write_bytes(classes_json(classes))
         verify_module(new, classifier)
 
     return write_folder(out, fill)
 
 
-def listed(classes: list[str]) -> bytes:
+def classes_json(classes: list[str]) -> bytes:
     """Names in label order as ``classes.json`` holds them."""
     return (json.dumps(classes, ensure_ascii=False, indent=1) + "\n").encode()
 

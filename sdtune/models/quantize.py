@@ -1,8 +1,7 @@
 """A frozen base in fewer bits, beside adapters in 32 (QLoRA; Dettmers et al. 2023).
 
-The weights of linear layers are held as codes with scales, and become numbers of the base's precision again each time
-that they are used, so the gradient flows through them to the adapters. Convolutions stay as they are: neither library
-has them in fewer bits.
+The weights of linear layers are stored as codes with scales, and dequantised each time that they are used, so the
+gradient flows through them to the adapters. Convolutions stay as they are: neither library quantises them.
 """
 
 import importlib
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from sdtune.config.sections import UserError
 
 SIDE = 512
-"""Side of the layer that shows what a larger one takes."""
+"""Side of the layer from which the size of larger ones is calculated."""
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen linear layer whose ``weight`` is codes, and ``decode()`` the numbers that they stand for.
+    """A frozen linear layer whose ``weight`` holds codes; ``decode()`` gives the numbers that they stand for.
 
     The libraries' own layers are not used: torchao's keeps each decoded weight for the backward pass, and that of
     bitsandbytes rewrites its codes on a CPU whenever it is evaluated.
@@ -48,7 +47,7 @@ class DequantizedMatmul(torch.autograd.Function):
 
 @torch.no_grad()
 def quantize(model: nn.Module, kind: str) -> None:
-    """Hold the linear layers of ``model``, on their device, in fewer bits from now on.
+    """Quantise the weights of the linear layers of ``model`` in place, on their device.
 
     Args:
         kind: ``int8``, with a scale for each row, or ``nf4``, with one for each 64 weights, itself in 8 bits.
@@ -87,19 +86,19 @@ def nf4(weight: Tensor) -> tuple[list[Tensor], Callable[[], Tensor]]:
 
 
 def sizes(model: nn.Module, kind: str) -> tuple[int, int, int]:
-    """Bytes of the weights that `quantize` codes, of their codes, and of the largest weight, decoded.
+    """Bytes of the weights that `quantize` quantises, of their codes, and of the largest weight, dequantised.
 
-    What codes take is told by those of a small layer.
+    The size of the codes is that of a small layer, scaled up.
     """
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
     small = nn.Sequential(nn.Linear(SIDE, SIDE, bias=False))
     quantize(small, kind)
-    coded = held(small) / SIDE**2
+    coded = weight_bytes(small) / SIDE**2
     plain = [w.nbytes for w in weights]
     return sum(plain), round(sum(w.numel() for w in weights) * coded), max(plain)
 
 
-def held(model: nn.Module) -> int:
-    """Bytes of the weights of ``model``, codes and their scales where it has those."""
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the weights of ``model``, of codes with their scales."""
     coded = [t for m in model.modules() if isinstance(m, QuantizedLinear) for t in m.codes[1:]]
     return sum(t.nbytes for t in (*model.parameters(), *coded))

@@ -29,7 +29,7 @@ class Pretrained(nn.Module):
         return out.logits if "logits" in out else out.pooler_output
 
 
-def ready(network: nn.Module) -> nn.Module:
+def frozen(network: nn.Module) -> nn.Module:
     return network.eval().requires_grad_(False).to(device())
 
 
@@ -45,12 +45,12 @@ def load_pretrained(name: str, option: str, auto: str = "AutoModel") -> Pretrain
     """
     import transformers
 
-    families.hush()
+    families.silence_libraries()
     try:
         model = getattr(transformers, auto).from_pretrained(name)
         folder = Path(name).expanduser()
-        told = "preprocessor_config.json"
-        file = folder / told if folder.is_dir() else Path(hf_hub_download(name, told))
+        settings = "preprocessor_config.json"
+        file = folder / settings if folder.is_dir() else Path(hf_hub_download(name, settings))
         pixels = json.loads(file.read_text(encoding="utf-8"))
     except Exception as error:  # transformers, the Hub and the network raise many kinds; each means the same here
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -60,7 +60,7 @@ def load_pretrained(name: str, option: str, auto: str = "AutoModel") -> Pretrain
     size = pixels.get("crop_size") if pixels.get("do_center_crop") else pixels.get("size")
     sides = [size] if isinstance(size, int) else sorted((size or {}).values())
     if not sides or "image_mean" not in pixels or "image_std" not in pixels:
-        raise UserError(f"{option} {name}: {told} does not say size, image_mean and image_std")
+        raise UserError(f"{option} {name}: {settings} does not say size, image_mean and image_std")
     return Pretrained(model, sides[0], pixels["image_mean"], pixels["image_std"])
 
 
@@ -75,4 +75,4 @@ def load_clip(name: str) -> tuple[Pretrained, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except Exception as error:  # of many kinds; each means that there is none
         raise UserError(f"--clip-model {name}: no tokenizer: {str(error).strip().splitlines()[0]}") from error
-    return ready(network), tokenizer
+    return frozen(network), tokenizer

@@ -1,8 +1,8 @@
-"""Class pictures of DreamBooth's prior preservation: those there are, and as many from the base as are lacking.
+"""Class images of DreamBooth's prior preservation: uses those in the folder, and generates the missing ones.
 
-Picture k is drawn from its own seed in a batch of fixed members, however many are asked for, whichever process draws
-it and however often it was interrupted, so the set is always the same, byte for byte. Each is written beside its place
-and renamed.
+Image k has a seed of its own and is drawn in a batch whose members never change, so the set is the same byte for byte
+however many images are asked for, whichever process draws them, and however often the run was interrupted. An image is
+written under another name first and then renamed.
 """
 
 import json
@@ -31,22 +31,24 @@ MADE = "made-"
 
 
 def class_images(cfg: DreamBoothConfig, family: Any) -> Images:
-    """The class pictures of a run, after the base has made those that are lacking; called by every process.
+    """The class images of a run, after the base has generated the missing ones; called by every process.
 
     Raises:
-        UserError: there are too few and nothing to make them from, or they were made with other settings.
+        UserError: there are too few and no class prompt to generate more, or they were generated with other settings.
     """
     folder = (cfg.class_data or cfg.output_dir / FOLDER).expanduser()
-    if family.device.type == "meta" and len(pictures(folder)) < cfg.num_class_images:
-        return load_images(cfg, default=cfg.instance_prompt)  # a look makes none: the subject's own stand in for them
-    own = [p for p in pictures(folder) if not p.name.startswith(MADE)]
-    lacking = cfg.num_class_images - len(own)
-    if lacking > 0:
+    if family.device.type == "meta" and len(image_files(folder)) < cfg.num_class_images:
+        return load_images(
+            cfg, default=cfg.instance_prompt
+        )  # a check generates none: the subject's own take their place
+    own = [p for p in image_files(folder) if not p.name.startswith(MADE)]
+    missing_count = cfg.num_class_images - len(own)
+    if missing_count > 0:
         if PartialState().is_main_process:
-            make_ready(cfg, folder, own, lacking)
+            prepare_folder(cfg, folder, own, missing_count)
         store_barrier()
-        make(cfg, family, folder, lacking)
-    if not (cfg.class_prompt or captioned(folder)):
+        generate_missing(cfg, family, folder, missing_count)
+    if not (cfg.class_prompt or has_captions(folder)):
         raise UserError(
             f"--class-data {folder}: the pictures have no captions; add --class-prompt, which is that of all"
         )
@@ -56,11 +58,11 @@ def class_images(cfg: DreamBoothConfig, family: Any) -> Images:
     return load_images(cfg.model_copy(update=changed), default=caption)
 
 
-def make_ready(cfg: DreamBoothConfig, folder: Path, own: list[Path], lacking: int) -> None:
-    """Make sure that the base may make pictures in a folder; in the run's own, those of other settings go.
+def prepare_folder(cfg: DreamBoothConfig, folder: Path, own: list[Path], missing_count: int) -> None:
+    """Make sure that images can be generated into a folder; in the run's own, those of other settings are removed.
 
     Raises:
-        UserError: what stands in the way.
+        UserError: the prompts, the folder or images of other settings are in the way.
     """
     have = f"--class-data {folder}: {len(own)} of --num-class-images {cfg.num_class_images}"
     if not cfg.class_prompt:
@@ -74,10 +76,10 @@ def make_ready(cfg: DreamBoothConfig, folder: Path, own: list[Path], lacking: in
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--class-data {folder}: cannot be written ({error.strerror})") from None
-    wanted = {place(folder, k) for k in range(lacking)}
-    for file in [p for p in pictures(folder) if p.name.startswith(MADE)]:
+    wanted = {path_of(folder, k) for k in range(missing_count)}
+    for file in [p for p in image_files(folder) if p.name.startswith(MADE)]:
         with Image.open(file) as image:
-            made = image.info.get("sdtune", "nothing that is told")
+            made = image.info.get("sdtune", "no settings")
         if cfg.class_data and made != settings(cfg):
             raise UserError(
                 f"{file} was made with other settings ({made}); name another --class-data folder, or remove {MADE}*"
@@ -87,12 +89,12 @@ def make_ready(cfg: DreamBoothConfig, folder: Path, own: list[Path], lacking: in
             file.with_suffix(".txt").unlink(missing_ok=True)
 
 
-def make(cfg: DreamBoothConfig, family: Any, folder: Path, count: int) -> None:
-    """Draw pictures 0 to ``count`` of the class, this process its share of what is missing, and wait for the others."""
+def generate_missing(cfg: DreamBoothConfig, family: Any, folder: Path, count: int) -> None:
+    """Generate this process's share of the missing images 0 to ``count``, and wait for the other processes."""
     state, size = PartialState(), cfg.sample_batch_size
-    batches = [range(k, k + size) for k in range(0, count, size)]  # whole ones, whatever the count
-    missing = [batch for batch in batches if not all(place(folder, k).exists() for k in batch if k < count)]
-    store_barrier()  # all have looked before one draws, so that the shares are of one list
+    batches = [range(k, k + size) for k in range(0, count, size)]  # complete ones, whatever the count
+    missing = [batch for batch in batches if not all(path_of(folder, k).exists() for k in batch if k < count)]
+    store_barrier()  # no process draws before all have listed what is missing
     mine = missing[state.process_index :: state.num_processes]
     bar: dict[str, Any] = {"console": Console(stderr=True), "transient": True}
     for batch in track(mine, f"Class pictures ({count} of them)", disable=not state.is_main_process, **bar):
@@ -109,36 +111,36 @@ def make(cfg: DreamBoothConfig, family: Any, folder: Path, count: int) -> None:
                 height=cfg.resolution,
             )
         for k, prompt, image in zip(range(batch.start, min(batch.stop, count)), prompts, images, strict=False):
-            write(place(folder, k), image, settings(cfg), prompt if len(cfg.class_prompt) > 1 else None)
+            write(path_of(folder, k), image, settings(cfg), prompt if len(cfg.class_prompt) > 1 else None)
     if mine:
         family.unload_frozen()
     store_barrier()
 
 
 def settings(cfg: DreamBoothConfig) -> str:
-    """All that a made picture depends on; it carries this itself."""
+    """All that a generated image depends on, as JSON, which is stored in the image."""
     names = "revision seed class_prompt sample_batch_size class_inference_steps class_guidance_scale resolution".split()
-    told = {"model": families.public_name(cfg.model)} | {name: getattr(cfg, name) for name in names}
-    return json.dumps(told, sort_keys=True, ensure_ascii=False)
+    chosen = {"model": families.public_name(cfg.model)} | {name: getattr(cfg, name) for name in names}
+    return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
 
 
-def pictures(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     shown = (p for p in folder.glob("**/*") if not p.name.startswith("."))
     return sorted(p for p in shown if p.suffix.lower() in EXTENSIONS)
 
 
-def captioned(folder: Path) -> bool:
-    """Whether pictures of a folder have captions of their own: a file beside one, or a table."""
-    beside = (p.with_suffix(".txt").exists() for p in pictures(folder))
-    return any(beside) or any((folder / table).exists() for table in TABLES)
+def has_captions(folder: Path) -> bool:
+    """Whether images of a folder have captions of their own: a text file of the same name, or a table."""
+    texts = (p.with_suffix(".txt").exists() for p in image_files(folder))
+    return any(texts) or any((folder / table).exists() for table in TABLES)
 
 
-def place(folder: Path, k: int) -> Path:
+def path_of(folder: Path, k: int) -> Path:
     return folder / f"{MADE}{k:05d}.png"
 
 
 def write(path: Path, image: Image.Image, about: str, caption: str | None) -> None:
-    """The picture, whole or not at all, after its caption, if it has one of its own, beside it."""
+    """Write the image, complete or not at all, and before it its caption if it has one of its own."""
     info, new = PngInfo(), path.with_name(f".{path.name}")
     info.add_itxt("sdtune", about)
     try:

@@ -19,7 +19,7 @@ from sdtune.models import pixel_models
 from sdtune.recipes.recipe import Recipe
 
 PARTS = 5
-"""Into how many equal parts the timesteps are divided to tell the accuracy in each."""
+"""Into how many equal parts the timesteps are divided, each of which has an accuracy of its own."""
 
 
 class Classifier(Recipe):
@@ -43,7 +43,7 @@ class Classifier(Recipe):
         return cross_entropy(logits, y, reduction="none"), self.accuracy(logits, y, t)
 
     def accuracy(self, logits, y, t):
-        """Whether each image is told right, by part of the timesteps: ``[B]`` each, NaN in the other parts."""
+        """Whether each image is classified right, by part of the timesteps: ``[B]`` each, NaN in the other parts."""
         right, T = (logits.argmax(1) == y).float(), len(self.process.alphas_cumprod)
         edges = [T * part // PARTS for part in range(PARTS + 1)]
         return {

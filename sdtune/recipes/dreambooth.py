@@ -3,10 +3,10 @@
     L = E [ w_t  || x_theta(a_t x + s_t eps, c) - x ||^2
             + lambda w_t' || x_theta(a_t' x_pr + s_t' eps', c_pr) - x_pr ||^2 ]
 
-x are pictures of the subject, captioned with a rare word; x_pr pictures of its class that the base itself has made, so
-that the class stays what it was (prior preservation). They take turns, position by position: whatever the batch, each
-makes up half of what is seen, and the loss of a step is the mean over both halves. All weights move, or adapters
-(LoRA), or adapters and the vectors of a new word (pivotal tuning; Roich et al. 2021).
+x are images of the subject, captioned with a rare word; x_pr are images of its class that the base generated, which
+keep the class as it was (prior preservation). Positions of the run alternate between them, so each makes up half of the
+samples whatever the batch, and the loss of a step is the mean over both halves. All weights train, or adapters (LoRA),
+or adapters and the vectors of a new word (pivotal tuning; Roich et al. 2021).
 """
 
 import torch
@@ -28,8 +28,8 @@ class DreamBooth(FineTune):
         self.unet = self.trained["unet"] = self.family.retain("unet")
         if cfg.train_text_encoder or cfg.placeholder_token:
             self.text_encoder = self.family.retain("text_encoder")
-        if cfg.placeholder_token:  # what is wrong with the word is told before the base draws
-            start = new_token.start_of(cfg, self.family.tokenizer, self.text_encoder)
+        if cfg.placeholder_token:  # so that a mistake in the word is reported before images are generated
+            start = new_token.start_vectors(cfg, self.family.tokenizer, self.text_encoder)
         if cfg.prior_preservation:
             self.images = Mixture(self.images, class_images(cfg, self.family))
         if cfg.train_text_encoder:
@@ -41,12 +41,12 @@ class DreamBooth(FineTune):
                 unfreeze(part)
         self.word = None
         if cfg.placeholder_token:
-            self.word = new_token.add_word(self.family.tokenizer, self.text_encoder, cfg.placeholder_token, start)
+            self.word = new_token.add_token(self.family.tokenizer, self.text_encoder, cfg.placeholder_token, start)
 
     def load_images(self):
         cfg = self.cfg
         images = load_images(cfg, default=cfg.instance_prompt)
-        return new_token.each_says(cfg.placeholder_token, images) if cfg.placeholder_token else images
+        return new_token.require_word(cfg.placeholder_token, images) if cfg.placeholder_token else images
 
     def add_adapters(self):
         targets = {"unet": self.cfg.target_modules, "text_encoder": adapters.TEXT_ENCODER_TARGETS}

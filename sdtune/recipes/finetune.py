@@ -1,10 +1,10 @@
-"""What the recipes on a text-to-image base share: its data, its own loss, its previews.
+"""What recipes on a text-to-image base share: the data, the loss and the previews.
 
 The loss is that of latent diffusion (Rombach et al. 2022, equation 2), with conditioning tau(y):
 
     L = E || eps - eps_theta(z_t, t, tau(y)) ||^2
 
-or its form for velocity or image where the base regresses those. A method says which weights move.
+or its form for velocity or image where the base regresses those. A method chooses which weights train.
 """
 
 from typing import Any
@@ -25,8 +25,8 @@ from sdtune.sampling.sample import generate
 class FineTune(Recipe):
     """A recipe whose base is a text-to-image model.
 
-    A subclass makes what trains a submodule of its own, and lists it in ``trained`` by the name of its part, for
-    the learning rate and for the artefact.
+    A subclass assigns the parts that train to itself as submodules, and lists them in ``trained`` by name, for their
+    learning rates and for the artefact.
     """
 
     def __init__(self, cfg: Any, device: torch.device):
@@ -78,7 +78,7 @@ class FineTune(Recipe):
         return images
 
     def provenance(self) -> dict[str, Any]:
-        """What an artefact says of itself."""
+        """Facts about the run that its artefact carries."""
         base = families.public_name(self.cfg.model)
         return {"version": __version__, "base": base, "revision": self.cfg.revision, "seed": self.cfg.seed}
 

@@ -2,8 +2,8 @@
 
     h = W x + (alpha / r) B A x        A ~ N(0, 1/r^2), B = 0, W frozen
 
-The loss is the base model's own: nothing about the diffusion changes, only which weights may move. The adapters sit
-inside the base's own modules, so the base is a submodule here, and frozen.
+The loss is the base model's own: only the weights that train are others. The adapters sit inside the base's modules,
+so the base is a submodule of the recipe, and frozen.
 """
 
 from sdtune.config.methods import LoraConfig

@@ -1,4 +1,4 @@
-"""Text-to-image fine-tuning: every weight of the denoiser moves (Rombach et al. 2022, equation 2).
+"""Text-to-image fine-tuning: every weight of the denoiser trains (Rombach et al. 2022, equation 2).
 
 With ``--dream`` the noise of a step holds some of the network's own error (DREAM; Zhou et al. 2023), as it will when
 it samples; see ``diffusion.dream``.

@@ -2,8 +2,8 @@
 
     v* = argmin_v  E || eps - eps_theta(z_t, t, tau(y(v))) ||^2
 
-A new word gets vectors v of its own in the text encoder's table; they are all that trains. Each image is captioned by a
-template drawn anew each time, "a photo of {}", with the new word in it.
+A new word gets vectors v of its own in the text encoder's table; nothing else trains. Each time an image is used, a
+template such as "a photo of {}", drawn at random, captions it with the new word.
 """
 
 from sdtune.config.methods import TextualInversionConfig
@@ -20,13 +20,13 @@ class TextualInversion(FineTune):
     def __init__(self, cfg, device):
         super().__init__(cfg, device)
         self.unet, self.text_encoder = self.family.retain("unet"), self.family.retain("text_encoder")
-        start = new_token.start_of(cfg, self.family.tokenizer, self.text_encoder)
-        self.word = new_token.add_word(self.family.tokenizer, self.text_encoder, cfg.placeholder_token, start)
+        start = new_token.start_vectors(cfg, self.family.tokenizer, self.text_encoder)
+        self.word = new_token.add_token(self.family.tokenizer, self.text_encoder, cfg.placeholder_token, start)
 
     def load_images(self):
         cfg = self.cfg
         if cfg.caption or cfg.caption_column:
-            return new_token.each_says(cfg.placeholder_token, load_images(cfg))
+            return new_token.require_word(cfg.placeholder_token, load_images(cfg))
         return captioned(load_images(cfg, captions=False), filled(cfg))
 
     def forward(self, batch):

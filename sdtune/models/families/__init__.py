@@ -1,6 +1,6 @@
 """Base models. A family is a plain object that knows one kind: its parts, its conditioning, its objective.
 
-It is not an ``nn.Module``, so that only what a recipe assigns to itself is wrapped, trained and checkpointed.
+It is not an ``nn.Module``, so that only what a recipe assigns to itself is trained and checkpointed.
 """
 
 import difflib
@@ -82,7 +82,7 @@ def resolve_model(name: str) -> str:
 
 
 def public_name(name: str) -> str:
-    """What may be told of a base in a file that travels: its Hub id, or the last part of a path."""
+    """The name of a base for a file that others read: its Hub id, or the last part of a path."""
     return Path(name).name if Path(name).exists() else name
 
 
@@ -142,8 +142,8 @@ def load(cfg: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return getattr(importlib.import_module(module), name)(cfg, source, index, device, dtype)
 
 
-def hush() -> None:
-    """Keep the libraries' bars and hints (a missing torchvision, a shard written) out of the user's sight."""
+def silence_libraries() -> None:
+    """Turn off the progress bars and hints of diffusers and transformers (a missing torchvision, a shard written)."""
     import diffusers
     import transformers
 

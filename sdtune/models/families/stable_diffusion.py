@@ -15,8 +15,8 @@ from sdtune.diffusion.objective import DDPM
 from sdtune.models.families.vaes import Fp32Vae
 
 
-class Settings:
-    """Reads what a module of diffusers is, and not its weights."""
+class ConfigOnly:
+    """Reads the configuration of a module of diffusers in place of its weights."""
 
     def __init__(self, kind: Any):
         self.from_pretrained = kind.load_config
@@ -28,8 +28,8 @@ class StableDiffusion:
     Args:
         cfg: a config with the sections Model and Denoising.
         source: folder or Hub id of the pipeline; ``index`` is its ``model_index.json``.
-        dtype: of every part, but for a VAE that says that fp16 is too little for it (``force_upcast``); a recipe casts
-            what it trains to fp32.
+        dtype: of every part, except a VAE whose configuration says that fp16 is too little for it (``force_upcast``);
+            a recipe casts what it trains to fp32.
     """
 
     pipeline_class = StableDiffusionPipeline
@@ -40,7 +40,7 @@ class StableDiffusion:
             if not index.get(part) or index[part][0] is None:
                 raise UserError(f"--model {cfg.model}: its model_index.json names no {part}")
         self.parts: dict[str, nn.Module] = {}
-        self.kept: set[str] = {"unet"}
+        self.retained: set[str] = {"unet"}
         if self.denoiser.config.in_channels != self.vae_config["latent_channels"]:
             raise UserError(
                 f"--model {cfg.model}: its UNet takes {self.denoiser.config.in_channels} channels, its VAE gives "
@@ -59,12 +59,12 @@ class StableDiffusion:
             asked = f"--vae {source}" if source else f"--model {self.cfg.model}: {part}"
             raise UserError(f"{asked}: {str(error).strip().splitlines()[0]}") from None
 
-    def _outline(self, kind: Any, part: str, source: str | None) -> nn.Module:
-        """A part without its weights: its configuration alone is read."""
+    def _meta_part(self, kind: Any, part: str, source: str | None) -> nn.Module:
+        """A part on the meta device; only its configuration is read."""
         if part == "text_encoder":
             config, make = self._read(CLIPTextConfig, part), kind
         else:
-            config, make = self._read(Settings(kind), part, source), kind.from_config
+            config, make = self._read(ConfigOnly(kind), part, source), kind.from_config
         with self.device:
             return make(config)
 
@@ -76,7 +76,7 @@ class StableDiffusion:
             if name == "vae" and dtype == torch.float16 and self.vae_config.get("force_upcast", True):
                 kind, dtype = Fp32Vae, torch.float32
             if self.device.type == "meta":
-                module = self._outline(kind, name, other).to(dtype)
+                module = self._meta_part(kind, name, other).to(dtype)
             else:
                 variant = {} if other else {"variant": self.cfg.variant}
                 module = self._read(kind, name, other, dtype=dtype, **variant)
@@ -96,17 +96,17 @@ class StableDiffusion:
         return self.part("text_encoder")
 
     def retain(self, part: str) -> nn.Module:
-        """The part, which from now on holds trained weights and is never released."""
-        self.kept.add(part)
+        """The part, which from now on is never unloaded, because it holds weights that train."""
+        self.retained.add(part)
         return self.part(part)
 
     def unload_frozen(self) -> None:
-        """Drop the frozen parts that nothing trains; they are read again when next used."""
-        self.parts = {name: module for name, module in self.parts.items() if name in self.kept}
+        """Drop the parts in which nothing trains; they are read again when next used."""
+        self.parts = {name: module for name, module in self.parts.items() if name in self.retained}
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    # ---- shapes and words ------------------------------------------------------------------------------
+    # ---- sizes and tokenizer ----------------------------------------------------------------------------
 
     @property
     def vae_config(self) -> Any:
@@ -114,7 +114,7 @@ class StableDiffusion:
         return (
             self.parts["vae"].config
             if "vae" in self.parts
-            else self._read(Settings(AutoencoderKL), "vae", self.cfg.vae)
+            else self._read(ConfigOnly(AutoencoderKL), "vae", self.cfg.vae)
         )
 
     @property
@@ -166,7 +166,7 @@ class StableDiffusion:
         return batch["text"] if "text" in batch else self.embed(batch["tokens"])
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        """What the UNet says at ``x_t`` ``[B, C, h, w]``, ``t`` ``[B]``."""
+        """The UNet's prediction at ``x_t`` ``[B, C, h, w]``, ``t`` ``[B]``."""
         dtype = self.dtype
         return self.denoiser(x_t.to(dtype), t, encoder_hidden_states=cond.to(dtype)).sample
 
@@ -192,7 +192,7 @@ class StableDiffusion:
         )
 
     def fp32_pipeline(self) -> StableDiffusionPipeline:
-        """The pipeline to be saved: frozen parts are read again in fp32, since half precision is for training only."""
+        """The pipeline to save: frozen parts are read again in fp32, because half precision is for training only."""
         self.unload_frozen()
         training, self.dtype = self.dtype, torch.float32
         try:

@@ -1,4 +1,4 @@
-"""The VAE of a latent model in half precision: what fp16 cannot hold is computed in fp32."""
+"""A VAE for runs in half precision whose activations fp16 cannot hold: it computes in fp32."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,14 +15,14 @@ class Fp32Vae(AutoencoderKL):
     """
 
     def encode(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with exactly(x):
+        with without_autocast(x):
             return super().encode(x.float(), *args, **kwargs)
 
     def decode(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with exactly(z):
+        with without_autocast(z):
             return super().decode(z.float(), *args, **kwargs)
 
 
-def exactly(x: Tensor) -> AbstractContextManager[Any]:
-    """Context without autocast, which knows nothing of tensors that are shapes alone."""
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Context in which autocast is off; it has no switch for tensors on the meta device."""
     return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
