@@ -3,7 +3,6 @@
 import re
 import shlex
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -11,8 +10,9 @@ from accelerate.state import AcceleratorState
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
 
 from sdtune.config.methods import LoraConfig
-from sdtune.publish import model_card, publish, redact
-from sdtune.publish.model_card import Origin
+from sdtune.publish import model_card, redact
+from sdtune.publish.origin import Origin, ask, by_name
+from sdtune.run import settings
 from sdtune.run.folder import artefact, by_path
 from tests.conftest import command, status
 from tests.tinyhub import TinyHub
@@ -41,8 +41,11 @@ LOCAL = Origin()
 
 def made(run, origin=LOCAL, **changed):
     """Front matter, text and pictures of a card."""
-    cfg = publish.config_of(run).model_copy(update={"output_dir": run} | changed)
-    text, pictures = model_card.model_card(cfg, run, "tester/cards", origin, by_path(run, artefact(run)))
+    known = settings.read(run)
+    known = known.changed({"output_dir": str(run)} | changed)
+    about = {name: value for name, value in changed.items() if name in ("model", "revision")}
+    known = known._replace(about=known.about._replace(**{"base" if k == "model" else k: v for k, v in about.items()}))
+    text, pictures = model_card.model_card(known, run, "tester/cards", origin, by_path(run, artefact(run)))
     return ModelCard(text).data.to_dict(), text, pictures
 
 
@@ -69,16 +72,16 @@ def test_nothing_of_this_machine(run):
     assert "/tmp" not in text and "/home" not in text
     assert "on `tiny-sd`, which is not on the Hub" in text
     for name in ("config.yaml", "report.html"):
-        hidden = redact.hide_paths((run / name).read_text(), publish.config_of(run))
-        assert str(run.parent) not in hidden and str(publish.config_of(run).model) not in hidden
+        hidden = redact.hide_paths((run / name).read_text(), settings.read(run))
+        assert str(run.parent) not in hidden and str(settings.read(run).about.base) not in hidden
 
 
 def test_command_gives_the_config_again(run, capsys):
     _, text, _ = made(run)
     (line,) = re.findall(r"```sh\n(.*)\n```", text)
-    (settings,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (listed,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert status([*shlex.split(line)[1:], "--dry-run"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(settings)
+    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(listed)
 
 
 def test_usage_is_python(run):
@@ -96,9 +99,8 @@ def test_license_is_carried_over_from_the_base(api, run):
     api.create_repo("tester/base")
     front = "---\nlicense: other\nlicense_name: rail\nlicense_link: https://example.org\n---\n"
     api.create_commit("tester/base", [CommitOperationAdd("README.md", front.encode())], commit_message="card")
-    cfg = SimpleNamespace(model="tester/base", revision=None, dataset="tester/images")
     api.create_repo("tester/images", repo_type="dataset")
-    base = model_card.origin_of(api, cfg)
+    base = ask(api, named("tester/base", "tester/images"))
     assert base == Origin(True, True, "other", "rail", "https://example.org")
     data, text, _ = made(run, base, model="tester/base", dataset="user/images")
     assert (data["license"], data["license_name"]) == ("other", "rail")
@@ -109,25 +111,24 @@ def test_license_is_carried_over_from_the_base(api, run):
     assert data["license"] == "mit" and "license_name" not in data
 
 
+def named(model, dataset):
+    return settings.RunSettings.of(LoraConfig(model=model, dataset=dataset))
+
+
 def test_base_that_the_hub_does_not_know_is_no_base_model(api, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert (
-        model_card.origin_of(api, SimpleNamespace(model="models/mine", revision=None, dataset="user/images"))
-        == Origin()
-    )
+    assert ask(api, named("models/mine", "user/images")) == Origin()
     (tmp_path / "models").mkdir()
     for name in ("models/mine", "tiny", "/models/mine", "~/mine", "./mine"):
-        assert model_card.origin_of(None, SimpleNamespace(model=name, revision=None, dataset=name)) == Origin()
-    assert model_card.origin_of(
-        None, SimpleNamespace(model="user/base", revision=None, dataset="user/images")
-    ) == Origin(True, True)
+        assert by_name(named(name, name)) == Origin()
+    assert by_name(named("user/base", "user/images")) == Origin(True, True)
 
 
 def test_prompts_and_long_texts_are_no_paths(tmp_path):
     cfg = LoraConfig(dataset="user/images", caption="x" * 5000, output_dir=tmp_path, negative_prompt="/imagine a/b")
-    shown = redact.settings(cfg)
-    assert (shown.caption, shown.negative_prompt) == (cfg.caption, cfg.negative_prompt)
-    assert (shown.dataset, shown.output_dir.name) == ("user/images", tmp_path.name)
+    shown = redact.redact(settings.RunSettings.of(cfg)).values
+    assert (shown["caption"], shown["negative_prompt"]) == (cfg.caption, cfg.negative_prompt)
+    assert (shown["dataset"], shown["output_dir"]) == ("user/images", tmp_path.name)
 
 
 def test_run_of_a_recipe_of_ones_own(run, tmp_path):

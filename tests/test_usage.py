@@ -12,14 +12,16 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from sdtune.config import parsing
+from sdtune.config.methods import DreamBoothConfig, NewWord
 from sdtune.config.sections import Data, Hub, Model, Optim, Preview, Prompts, Run
 from sdtune.conversion.formats import embedding
 from sdtune.models import pipeline_folder
-from sdtune.publish import model_card, publish
-from sdtune.publish.model_card import Origin
+from sdtune.publish import model_card
+from sdtune.publish.origin import Origin
 from sdtune.run import folder, usage
 from sdtune.run.contact_sheet import cells
+from sdtune.run.folder import begin
+from sdtune.run.settings import RunSettings, read
 from tests.conftest import command, status
 from tests.test_card import LOCAL, api  # noqa: F401
 
@@ -32,19 +34,23 @@ class Scratch(Data, Optim, Preview, Hub, Run):
     method: ClassVar[str] = "scratch"
 
 
-class Word(Model, Data, Optim, Prompts, Preview, Hub, Run):
+class Gain(Scratch):
+    """Settings of a recipe of one's own."""
+
+    gain: int = 1
+
+
+class Word(NewWord, Model, Data, Optim, Prompts, Preview, Hub, Run):
     """Settings of a run that learns a word."""
 
     method: ClassVar[str] = "word"
     placeholder_token: str = "<circle>"
 
 
-class Subject(Word):
+class Subject(DreamBoothConfig):
     """Settings of a run that changes a whole base."""
 
     instance_prompt: str = "a photo of sks dog"
-    rank: int = 4
-    alpha: float | None = None
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +68,8 @@ def lora_run(sd, pictures, tmp_path_factory):
 def carded(cfg, run, repo, origin=LOCAL):
     """Front matter and text of a card."""
     weights = folder.by_path(run, folder.artefact(run))
-    text, _ = model_card.model_card(cfg.model_copy(update={"output_dir": run}), run, repo, origin, weights)
+    known = RunSettings.of(cfg) if isinstance(cfg, Run) else cfg
+    text, _ = model_card.model_card(known.changed({"output_dir": str(run)}), run, repo, origin, weights)
     ModelCard(text).validate()
     return ModelCard(text).data.to_dict(), text
 
@@ -108,7 +115,7 @@ def learnt(known, token="<circle>"):
 
 
 def test_adapter(lora_run, sd):
-    _, text = carded(publish.config_of(lora_run), lora_run, str(lora_run))
+    _, text = carded(read(lora_run), lora_run, str(lora_run))
     with Image.open(lora_run / "samples" / "step-000004.png") as sheet:
         shown = cells(sheet)[0][0]
     text = text.replace('circle").images', 'circle", guidance_scale=5.0).images')
@@ -159,7 +166,7 @@ def test_pipeline_of_a_base_on_the_hub(sd, tmp_path):
     assert data["instance_prompt"] == "a photo of sks dog"
     assert "A `StableDiffusionPipeline`, fine-tuned from `user/base` (revision `v1`), trained on `d`" in text
     assert 'pipe = DiffusionPipeline.from_pretrained("user/name", revision="b")' in code(text)
-    assert "rank" not in text.partition("The same again")[0].lower()
+    assert "rank" not in text.partition("To reproduce it")[0].lower()
     _, text = carded(Subject(dataset="d", output_dir=run, model=str(sd)), run, str(run))
     assert ran(text)["pipe"].unet.config.sample_size == pipe.unet.config.sample_size
 
@@ -232,13 +239,12 @@ def test_classifier(tmp_path):
 
 def test_card_of_a_recipe_of_ones_own_tells_its_own_settings_alone(tmp_path):
     run = pixels(tmp_path / "run")
-    written = parsing.to_yaml(Scratch(dataset="d", output_dir=run, seed=5))
-    (run / "config.yaml").write_text(f"# sdtune run /some/where/mine.py --config x\n{written}gain: 3\n")
-    cfg = publish.config_of(run)
-    assert (cfg.method, cfg.gain, cfg.dataset) == ("scratch", 3, "d")
-    _, text = carded(cfg, run, str(run))
+    begin(Gain(dataset="d", output_dir=run, seed=5, gain=3), ["run", "/some/where/mine.py"], False, False)
+    known = read(run)
+    assert (known.method, known.values["gain"], known.values["dataset"]) == ("scratch", 3, "d")
+    _, text = carded(known, run, str(run))
     (settings,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    assert yaml.safe_load(settings).keys() == {"method", "gain"} | Scratch.model_fields.keys()
+    assert yaml.safe_load(settings).keys() == {"method", *Gain.model_fields}
     (line,) = re.findall(r"```sh\n(.*)\n```", text)
     assert line == "sdtune run mine.py --output-dir run --seed 5 --dataset d --gain 3"
     assert "/some/where" not in text

@@ -16,6 +16,7 @@ from sdtune.config.sections import (
     Data,
     Decline,
     Denoising,
+    Description,
     Hub,
     Latents,
     Model,
@@ -89,6 +90,10 @@ class NewWord(Prompts):
         if word and self.validation_prompt and not any(says(prompt, word) for prompt in self.validation_prompt):
             raise ValueError(f"validation_prompt: none says {word}, so no sample would show it; put it into one")
         return self
+
+    def describe(self) -> Description:
+        known, word = super().describe(), self.placeholder_token
+        return known._replace(token=word, trigger=word or known.trigger)
 
 
 class TextualInversionConfig(NewWord, Denoising, Model, Captions, Data, Optim, Prompts, Preview, Hub, Run):
@@ -200,6 +205,11 @@ class DreamBoothConfig(NewWord, Adapter, Denoising, Model, Captions, Data, Optim
             raise ValueError(f"{names}: nothing would train to the end; leave one of them at 1, or ask for fewer steps")
         return self
 
+    def describe(self) -> Description:
+        known = super().describe()
+        tags = ("dreambooth",) if self.instance_prompt else ()
+        return known._replace(trigger=self.instance_prompt or known.trigger, tags=tags)
+
 
 class DdpmConfig(Network, Schedule, Denoising, Classes, Streaming, Data, Optim, Preview, Hub, Run):
     """A diffusion model of pixels, from scratch or continued, with classes or without (DDPM; Ho et al. 2020)."""
@@ -252,6 +262,9 @@ class DdpmConfig(Network, Schedule, Denoising, Classes, Streaming, Data, Optim, 
         if self.class_column is None and self.class_dropout != type(self).model_fields["class_dropout"].default:
             raise ValueError("class_dropout is for a model with classes: add --class-column, or leave it out")
         return self
+
+    def describe(self) -> Description:
+        return super().describe()._replace(base=self.model, revision=self.revision)
 
 
 class ClassifierConfig(Network, Schedule, Classes, Data, Optim, Hub, Run):

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import shlex
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 from sdtune.config.foreign_flags import NEEDLESS
 from sdtune.config.sections import Run, Section, UserError
@@ -308,7 +310,11 @@ def record(cfg: Section) -> dict[str, Any]:
 
 
 def to_yaml(cfg: Section) -> str:
-    return str(yaml.dump(record(cfg), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000))
+    return dump_yaml(record(cfg))
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    return str(yaml.dump(dict(values), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000))
 
 
 PLACES = ("accelerate", "slurm")
@@ -347,16 +353,20 @@ def found(name: str, option: str, known: Mapping[str, Path], what: str) -> Path:
 
 def same_command(cfg: Section, words: list[str]) -> str:
     """The shortest command line that gives ``cfg`` again, from its defaults."""
-    import shlex
+    given = {name: value for name, value in plain(cfg).items() if name in cfg.model_fields_set}
+    return command_line(words, given, defaults_of(type(cfg)))
 
-    fields = type(cfg).model_fields
-    parts = list(words)
-    for name, value in plain(cfg).items():
-        if name in cfg.model_fields_set and (
-            fields[name].is_required() or getattr(cfg, name) != fields[name].get_default()
-        ):
-            parts += flag_words(name, value)
-    return shlex.join(parts)
+
+def defaults_of(config: type[Section]) -> dict[str, Any]:
+    """The defaults as JSON values; a required option has none."""
+    fields = config.model_fields.items()
+    return {name: to_jsonable_python(field.get_default()) for name, field in fields if not field.is_required()}
+
+
+def command_line(words: list[str], values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """``words`` and a flag for each of ``values`` (JSON values by option) that differs from its default."""
+    differing = {name: v for name, v in values.items() if name not in defaults or v != defaults[name]}
+    return shlex.join([*words, *(word for name, value in differing.items() for word in flag_words(name, value))])
 
 
 def flag_words(name: str, value: Any) -> list[str]:

@@ -6,7 +6,7 @@ torch or anything slow, so that a typing mistake costs a third of a second.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from annotated_types import Ge, Gt, Interval
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -44,6 +44,25 @@ def positional(name: str) -> Any:
     return Field(json_schema_extra={"positional": name})
 
 
+class Description(NamedTuple):
+    """What a model card says of a method. Each section of a config fills in the facts that it knows."""
+
+    base: str | None = None
+    """Model that the run starts from."""
+    revision: str | None = None
+    """Branch, tag or commit of the base."""
+    trigger: str | None = None
+    """What a prompt has to contain to show what was learnt."""
+    token: str | None = None
+    """New word that has vectors of its own."""
+    adapter: str = ""
+    """Kind of the adapters, LoRA or DoRA; empty for a method without adapters."""
+    rank: int | None = None
+    alpha: float | None = None
+    tags: tuple[str, ...] = ()
+    """Tags of the method on the Hub, for a run whose artefact is a whole pipeline."""
+
+
 class Section(BaseModel):
     """A group of options that belong together; ``--help`` shows each under its section's name."""
 
@@ -61,6 +80,10 @@ class Section(BaseModel):
                     field.description = field.description or first.description
                     field.json_schema_extra = field.json_schema_extra or first.json_schema_extra
 
+    def describe(self) -> Description:
+        """The facts for a model card. A section adds its own to those of ``super().describe()``."""
+        return Description()
+
 
 class Model(Section):
     model: Annotated[str, also("pretrained_model_name_or_path")] = "tiny"
@@ -73,6 +96,9 @@ class Model(Section):
     """VAE to use in place of the base's own: Hub id or folder; none keeps the base's."""
     cache_dir: Path | None = None
     """Where models and datasets from the Hub are kept; none is the Hub's own cache folder."""
+
+    def describe(self) -> Description:
+        return super().describe()._replace(base=self.model, revision=self.revision)
 
 
 class Source(Section):
@@ -142,6 +168,10 @@ class Captions(Section):
     """Leave this many tags at the front in place when shuffling."""
     cache: bool = True
     """Compute VAE moments and text embeddings once and keep them on disk, where that is exact."""
+
+    def describe(self) -> Description:
+        known = super().describe()
+        return known._replace(trigger=known.trigger or self.caption)
 
 
 class Classes(Section):
@@ -396,3 +426,7 @@ class Adapter(Section):
                 "text_encoder_lr is for a text encoder that trains: add --train-text-encoder, or leave it out"
             )
         return self
+
+    def describe(self) -> Description:
+        kind = "DoRA" if self.use_dora else "LoRA"
+        return super().describe()._replace(adapter=kind, rank=self.rank, alpha=self.alpha or self.rank)

@@ -26,6 +26,7 @@ from sdtune.conversion.lowrank import Spectrum, decompose, decompose_product
 from sdtune.conversion.truncate import bar, extract, lora_module, truncate_all
 from sdtune.models.adapters import FILE, PORTABLE, reproducible
 from sdtune.models.loading import published_file, split_weight
+from sdtune.run.public_name import public_name
 
 ROUNDING = {"fp32": 1e-6, "fp16": 2e-3, "bf16": 1.6e-2}
 """How far the product of two rounded factors may be from the exact one: a few units in the last place."""
@@ -114,22 +115,16 @@ def provenance(cfg: MergeConfig, sources: Sequence[Source]) -> dict[str, Any]:
     base = cfg.model or (bases.pop() if len(bases) == 1 else "")
     how: dict[str, Any] = {"how": cfg.work, "rank": cfg.rank, "energy": cfg.energy, "dtype": cfg.dtype}
     if cfg.tuned:
-        how["tuned"] = public(cfg.tuned)
+        how["tuned"] = public_name(cfg.tuned)
     if sources:
-        how["adapters"] = [{"name": public(s.where), "weight": s.weight, "sha256": s.digest} for s in sources]
+        how["adapters"] = [{"name": public_name(s.where), "weight": s.weight, "sha256": s.digest} for s in sources]
     record = records[0] if cfg.work == "resize" else {}
     record |= {"version": __version__, "merged": {k: v for k, v in how.items() if v is not None}}
     if base:
-        record["base"] = public(base)
+        record["base"] = public_name(base)
     if triggers := dict.fromkeys(str(t["trigger"]) for t in records if t.get("trigger")):
         record["trigger"] = ", ".join(triggers)
     return record
-
-
-def public(where: str) -> str:
-    """The last part of a local path; a Hub id as it is."""
-    local = where.startswith(("/", ".", "~")) or Path(where).exists()
-    return Path(where).expanduser().resolve().name if local else where
 
 
 # ---- adapters into one -----------------------------------------------------------------------------------------

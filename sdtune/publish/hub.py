@@ -21,6 +21,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from sdtune import __version__
 from sdtune.config.sections import UserError
+from sdtune.run.settings import RunSettings
 
 TRIES_BEFORE, TRIES = 3, 6
 """Tries before training, where somebody waits, and at its end."""
@@ -47,7 +48,7 @@ def connect() -> HfApi:
     return HfApi(library_name="sdtune", library_version=__version__)
 
 
-def ready(api: HfApi, cfg: Any) -> str:
+def ready(api: HfApi, settings: RunSettings) -> str:
     """The full name of the run's repository: there, or made, and known to be writable.
 
     Raises:
@@ -59,7 +60,7 @@ def ready(api: HfApi, cfg: Any) -> str:
     if api.token is None and get_token() is None:
         raise UserError(f"cannot push to the Hub: there is no token; {login}")
     try:
-        return retrying(lambda: repository(api, cfg), TRIES_BEFORE)
+        return retrying(lambda: repository(api, settings), TRIES_BEFORE)
     except UserError:
         raise
     except Exception as error:
@@ -67,33 +68,35 @@ def ready(api: HfApi, cfg: Any) -> str:
         raise UserError(f"cannot push to the Hub: {why(error)}{advice.get(status_of(error) or 0, '')}") from None
 
 
-def repository(api: HfApi, cfg: Any) -> str:
-    """Create the run's repository and branch if need be, and ask whether they may be written to."""
-    user = api.whoami()
-    name = cfg.hub_model_id or cfg.output_dir.resolve().name
+def repository(api: HfApi, settings: RunSettings) -> str:
+    """Create the run's repository and branch if they do not exist, and check that they can be written to."""
+    user, asked = api.whoami(), settings.hub
+    name = asked.hub_model_id or settings.out.resolve().name
     name = name if "/" in name else f"{user['name']}/{name}"
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UserError("cannot push to the Hub: this token may only read; make one with the role `write`")
-    repo = api.create_repo(name, private=cfg.hub_private or None, exist_ok=True).repo_id
-    asks = "write" in inspect.signature(api.auth_check).parameters  # older clients can only ask whether it is there
-    api.auth_check(repo, **({"write": True} if asks and not cfg.hub_create_pr else {}))
-    if cfg.hub_revision and not cfg.hub_revision.startswith("refs/"):
-        api.create_branch(repo, branch=cfg.hub_revision, exist_ok=True)
+    repo = api.create_repo(name, private=asked.hub_private or None, exist_ok=True).repo_id
+    checks_write = "write" in inspect.signature(api.auth_check).parameters  # older clients only check that it exists
+    api.auth_check(repo, **({"write": True} if checks_write and not asked.hub_create_pr else {}))
+    if asked.hub_revision and not asked.hub_revision.startswith("refs/"):
+        api.create_branch(repo, branch=asked.hub_revision, exist_ok=True)
     return repo
 
 
-def upload(api: HfApi, cfg: Any, repo: str, files: Files, message: str) -> str:
-    """One commit of those ``files`` that differ, none when none does; where it can be seen.
+def upload(api: HfApi, settings: RunSettings, repo: str, files: Files, message: str) -> str:
+    """One commit of those ``files`` that differ from the repository's; the address where it can be seen.
 
     Raises:
         UserError: a file holds what looks like a token; nothing was sent.
     """
     refuse_secrets(files)
-    revision, opens = cfg.hub_revision, False
-    if cfg.hub_create_pr:
-        title, user = f"sdtune {cfg.method}: {cfg.output_dir.resolve().name}", api.whoami()["name"]
-        asked = api.get_repo_discussions(repo, author=user, discussion_type="pull_request", discussion_status="open")
-        mine = next((request for request in asked if request.title == title), None)
+    revision, opens = settings.hub.hub_revision, False
+    if settings.hub.hub_create_pr:
+        title, user = f"sdtune {settings.method}: {settings.out.resolve().name}", api.whoami()["name"]
+        open_ones = api.get_repo_discussions(
+            repo, author=user, discussion_type="pull_request", discussion_status="open"
+        )
+        mine = next((request for request in open_ones if request.title == title), None)
         revision, opens, message = (mine.git_reference, False, message) if mine else (None, True, title)
     operations = [CommitOperationAdd(path, content) for path, content in files.items()]
     for operation in operations:  # one at a time: the library's pool of threads would hold up an interrupted run
@@ -190,8 +193,10 @@ def why(error: Exception) -> str:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         first = next(iter(str(cause).strip().splitlines()), "")
         return f"{type(cause).__name__}: {first}" if first else type(cause).__name__
-    told = getattr(error, "server_message", None) or response.headers.get("X-Error-Message") or response.reason_phrase
-    return f"{constants.ENDPOINT} answers {response.status_code}: {str(told).strip().splitlines()[0]}"
+    message = (
+        getattr(error, "server_message", None) or response.headers.get("X-Error-Message") or response.reason_phrase
+    )
+    return f"{constants.ENDPOINT} answers {response.status_code}: {str(message).strip().splitlines()[0]}"
 
 
 def warn(line: str) -> None:

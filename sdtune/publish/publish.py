@@ -11,16 +11,15 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any, NamedTuple
 
-import pydantic
 from huggingface_hub import HfApi, get_session
 
-from sdtune.config import parsing
-from sdtune.config.methods import config_class
-from sdtune.config.sections import Data, Hub, Optim, Preview, Run, RunFailed, UserError
+from sdtune.config.sections import Run, RunFailed, UserError
 from sdtune.config.verbs import PushConfig
 from sdtune.publish import hub, model_card
+from sdtune.publish.origin import Origin, by_name, look_up
 from sdtune.publish.redact import hide_paths
 from sdtune.run.folder import artefact, by_path, export
+from sdtune.run.settings import RunSettings, read
 
 PUSH_FAILED = 3
 """Exit code of a `sdtune push` that the Hub did not take. Training that ends well exits with 0 all the same."""
@@ -29,19 +28,19 @@ STAGE = ".push-"
 
 
 def contents(
-    cfg: Any, repo: str, origin: model_card.Origin, weights: dict[str, Path], report: bool = True
+    settings: RunSettings, repo: str, origin: Origin, weights: dict[str, Path], report: bool = True
 ) -> hub.Files:
     """All that a push uploads, and nothing else: no checkpoint, optimizer state, log, cache or dataset."""
-    out = cfg.output_dir
-    text, pictures = model_card.model_card(cfg, out, repo, origin, weights)
+    out = settings.out
+    text, images = model_card.model_card(settings, out, repo, origin, weights)
     write_card(text, out)
     files: hub.Files = {**weights}
     for name in ("config.yaml", "metrics.jsonl", *(["report.html"] if report else [])):
         if (out / name).is_file():
-            files[name] = hide_paths((out / name).read_text(encoding="utf-8"), cfg).encode()
+            files[name] = hide_paths((out / name).read_text(encoding="utf-8"), settings).encode()
     sheets = sorted((out / "samples").glob("step-*.png"))
     files |= {f"samples/{path.name}": path for path in (*sheets[:1], *sheets[-1:])}  # the report has those between
-    return files | pictures | {"README.md": text.encode()}
+    return files | images | {"README.md": text.encode()}
 
 
 def write_card(text: str, out: Path) -> None:
@@ -61,69 +60,38 @@ def push_run(asked: PushConfig) -> None:
         UserError: there is no run, no artefact yet, no access, or a file holds a secret.
         SystemExit: `PUSH_FAILED` when the Hub could not be reached, or did not take it.
     """
-    cfg = config_of(asked.run)
     given = {name: getattr(asked, name) for name in asked.model_fields_set - {"run"}}
     if given.get("hub_revision"):
         given.setdefault("hub_create_pr", False)
     if given.get("hub_create_pr"):
         given.setdefault("hub_revision", None)
-    cfg = cfg.model_copy(update=given | {"output_dir": asked.run})
+    settings = read(asked.run).changed(given | {"output_dir": str(asked.run)})
     weights = by_path(asked.run, artefact(asked.run))
     if not weights:
         raise UserError(f"{asked.run}: no artefact in it yet; the run writes it when it ends")
     api = hub.connect()
-    repo = hub.ready(api, cfg)
-    if not publish(api, cfg, repo, origin_of(api, cfg), weights):
+    repo = hub.ready(api, settings)
+    if not publish(api, settings, repo, look_up(api, settings), weights):
         raise SystemExit(PUSH_FAILED)
 
 
-def config_of(run: Path) -> Any:
-    """The config of the run in a folder; settings of a recipe of one's own are kept as they are."""
-    written = run / "config.yaml"
-    if not written.is_file():
-        raise UserError(f"{run}: no config.yaml in it, so no run")
-    known: dict[str, Any] = {key: value for key, value, _ in parsing.read_yaml(written)}
-    closest = config_class(known)
-    command = known.pop("method", closest.method)
-    base: Any = closest if command == closest.method else (Hub, Run)
-    fields: dict[str, Any] = dict.fromkeys(known, (Any, None))
-    # the defaults of a recipe of one's own are those of the sections, not those of the method that it resembles
-    for section in (closest,) if base is closest else (closest, Data, Optim, Preview, Run):
-        fields |= {name: (field.annotation, field) for name, field in section.model_fields.items() if name in known}
-    config = pydantic.create_model("Config", __base__=base, **fields)
-    config.method = command
+def publish(api: HfApi, settings: RunSettings, repo: str, origin: Origin, weights: dict[str, Path]) -> bool:
+    """Push the finished run; False, after a message with the command that finishes it, when that fails."""
+    files = contents(settings, repo, origin, weights)
     try:
-        return config.model_validate(known)
-    except pydantic.ValidationError as error:
-        raise UserError(f"{written}: not the config of a run: {error.errors()[0]['msg']}") from None
-
-
-def origin_of(api: HfApi, cfg: Any) -> model_card.Origin:
-    """Base and data as the Hub knows them; when it does not answer, the card does without."""
-    try:
-        return hub.retrying(lambda: model_card.origin_of(api, cfg), hub.TRIES_BEFORE)
-    except Exception as error:
-        hub.warn(f"the card carries no license: {hub.why(error)}")
-        return model_card.origin_of(None, cfg)
-
-
-def publish(api: HfApi, cfg: Any, repo: str, origin: model_card.Origin, weights: dict[str, Path]) -> bool:
-    """Whether the final push was done; when it cannot be, the command that finishes it is told."""
-    files = contents(cfg, repo, origin, weights)
-    try:
-        url = hub.retrying(lambda: hub.upload(api, cfg, repo, files, f"sdtune {cfg.method}"), hub.TRIES)
+        url = hub.retrying(lambda: hub.upload(api, settings, repo, files, f"sdtune {settings.method}"), hub.TRIES)
     except UserError:
         raise
     except Exception as error:
-        give_up(cfg.output_dir, hub.why(error))
+        give_up(settings.out, hub.why(error))
         return False
     print(f"pushed: {url}")
     return True
 
 
 def give_up(out: Path, reason: str) -> None:
-    again = shlex.join(["sdtune", "push", str(out)])
-    hub.warn(f"not pushed: {reason}\nthe run is complete in {out}; this finishes the push: {again}")
+    command = shlex.join(["sdtune", "push", str(out)])
+    hub.warn(f"not pushed: {reason}\nthe run is complete in {out}; this command finishes the push: {command}")
 
 
 # ---- during training ---------------------------------------------------------------------------------
@@ -142,14 +110,15 @@ class Publisher:
         UserError: the run asks for uploads that cannot succeed; see `ready`.
     """
 
-    def __init__(self, cfg: Any, main: bool):
-        self.cfg, self.main = cfg, main
-        asked = getattr(cfg, "push_to_hub", False)
-        self.api = hub.connect() if main and asked else None
-        self.each_checkpoint = asked and cfg.hub_strategy == "checkpoint"
+    def __init__(self, cfg: Run, main: bool):
+        self.settings, self.out, self.main = RunSettings.of(cfg), cfg.output_dir, main
+        asked = self.settings.hub
+        self.api = hub.connect() if main and asked.push_to_hub else None
+        self.each_checkpoint = asked.push_to_hub and asked.hub_strategy == "checkpoint"
         if self.api:
-            hub.refuse_secrets({"config.yaml": parsing.to_yaml(cfg).encode()})
-            self.repo, self.origin = hub.ready(self.api, cfg), origin_of(self.api, cfg)
+            hub.refuse_secrets({"config.yaml": self.settings.to_yaml().encode()})
+            self.repo = hub.ready(self.api, self.settings)
+            self.origin = look_up(self.api, self.settings)
         self.lock, self.closing = Lock(), Event()
         self.waiting: Snapshot | None = None
         self.thread: Thread | None = None
@@ -165,12 +134,12 @@ class Publisher:
                     self._checkpoint(recipe, state.step)
 
     def _checkpoint(self, recipe: Any, step: int) -> None:
-        stage = self.cfg.output_dir / f"{STAGE}{step:06d}"
+        stage = self.out / f"{STAGE}{step:06d}"
         try:
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir()
             weights = by_path(stage, export(recipe, stage))
-            files = contents(self.cfg, self.repo, self.origin, weights, report=False)
+            files = contents(self.settings, self.repo, self.origin, weights, report=False)
         except Exception as error:  # a full disk, say; what matters to the run meets it on its own way
             shutil.rmtree(stage, ignore_errors=True)
             hub.warn(f"step {step} is not pushed: {error}")
@@ -185,7 +154,7 @@ class Publisher:
 
     def _uploads(self) -> None:
         """The thread: upload what waits, until nothing does; after a failure the newest is tried again, later."""
-        wait = hub.FIRST_WAIT
+        wait, title = hub.FIRST_WAIT, f"sdtune {self.settings.method}"
         while True:
             with self.lock:
                 now, self.waiting = self.waiting, None
@@ -195,7 +164,7 @@ class Publisher:
             try:
                 get_session().timeout = hub.SILENCE
                 assert self.api is not None
-                hub.upload(self.api, self.cfg, self.repo, now.files, f"sdtune {self.cfg.method}: step {now.step}")
+                hub.upload(self.api, self.settings, self.repo, now.files, f"{title}: step {now.step}")
                 wait = hub.FIRST_WAIT
             except Exception as error:  # whatever it is, it is not worth a run
                 hub.warn(f"step {now.step} is not pushed: {hub.why(error)}; training goes on")
@@ -211,14 +180,12 @@ class Publisher:
 
     def finish(self) -> None:
         """Write the card of a run that has ended and push it, when one asks for that; see `publish`."""
-        out = self.cfg.output_dir
+        out = self.out
         weights = by_path(out, artefact(out)) if self.main else {}
         if not weights:
             return
         if not self.api:
-            write_card(
-                model_card.model_card(self.cfg, out, None, model_card.origin_of(None, self.cfg), weights)[0], out
-            )
+            write_card(model_card.model_card(self.settings, out, None, by_name(self.settings), weights)[0], out)
             return
         for number in (signal.SIGTERM, signal.SIGINT):  # no step is left to finish first
             signal.signal(number, signal.default_int_handler)
@@ -228,6 +195,6 @@ class Publisher:
                 thread.join()
             for stale in out.glob(f"{STAGE}*"):
                 shutil.rmtree(stale, ignore_errors=True)
-            publish(self.api, self.cfg, self.repo, self.origin, weights)
+            publish(self.api, self.settings, self.repo, self.origin, weights)
         except KeyboardInterrupt:
             give_up(out, "interrupted")

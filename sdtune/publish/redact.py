@@ -1,45 +1,39 @@
-"""What may be told of a run where others read it: nothing of this machine."""
+"""Settings and texts of a run as others may read them: without paths of this machine."""
 
 import re
 from pathlib import Path
-from typing import Any
 
 from sdtune.config.sections import Hub
+from sdtune.run.public_name import public_name
+from sdtune.run.settings import RunSettings
+
+NAMES_DATA = ("model", "vae", "dataset")
+"""Options that name a model or a dataset: a local path, or an id on the Hub."""
 
 
-def settings(cfg: Any) -> Any:
-    """``cfg`` without this machine's paths (files and folders by their last name), nor where it was published."""
-    fields = type(cfg).model_fields
-    changed = {name: fields[name].get_default() for name in ("cache_dir", *Hub.model_fields) if name in fields}
-    for name in fields:
-        value = getattr(cfg, name)
-        if isinstance(value, Path):
-            changed.setdefault(name, Path(value.resolve().name))
-        elif isinstance(value, str) and is_path(value, name in ("model", "vae", "dataset")):
-            changed[name] = Path(value).name
-    return cfg.model_copy(update=changed)
+def redact(settings: RunSettings) -> RunSettings:
+    """``settings`` with paths cut to their last part, and without where the run was published."""
+    shown = {}
+    for name, value in settings.values.items():
+        if name == "cache_dir" or name in Hub.model_fields:
+            shown[name] = settings.defaults.get(name)
+        elif isinstance(value, str):
+            is_path = name in settings.paths
+            shown[name] = Path(value).resolve().name if is_path else public_name(value, name in NAMES_DATA)
+        else:
+            shown[name] = value
+    base = settings.about.base
+    return settings._replace(values=shown, about=settings.about._replace(base=public_name(base) if base else None))
 
 
-def hide_paths(text: str, cfg: Any) -> str:
-    """``text`` with the absolute paths of ``cfg``, and the home folder, as `settings` shows them."""
-    known = {str(Path.home()): "~", str(cfg.output_dir.resolve()): cfg.output_dir.resolve().name}
-    shown = settings(cfg)
-    for name in type(cfg).model_fields:
-        value = getattr(cfg, name)
-        if isinstance(value, Path | str) and Path(value).is_absolute() and getattr(shown, name) != value:
-            known[str(value)] = str(getattr(shown, name) or name)
+def hide_paths(text: str, settings: RunSettings) -> str:
+    """``text`` with the absolute paths of ``settings``, and the home folder, as `redact` shows them."""
+    out = settings.out.resolve()
+    known = {str(Path.home()): "~", str(out): out.name}
+    shown = redact(settings).values
+    for name, value in settings.values.items():
+        if isinstance(value, str) and Path(value).is_absolute() and shown[name] != value:
+            known[value] = str(shown[name] or name)
     for path in sorted(known, key=len, reverse=True):
         text = text.replace(path, known[path]) if len(path) > 1 else text
     return re.sub(r"(sdtune run '?)/[^\s']*/", r"\1", text)  # the file of a recipe of one's own
-
-
-def is_path(text: str, wanted: bool) -> bool:
-    """Whether a text is a path of this machine; one that names a model or data is when it looks like one."""
-    try:
-        return "/" in text and ((wanted and text[0] in "/~.") or Path(text).expanduser().exists())
-    except (OSError, ValueError, RuntimeError):  # too long for a path, or no text of one
-        return False
-
-
-def may_be_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not is_path(name, True) and not Path(name).parent.is_dir()

@@ -21,9 +21,9 @@ from sdtune.config.sections import UserError
 from sdtune.data import Images, load_images
 from sdtune.data.images import EXTENSIONS
 from sdtune.data.metadata import TABLES
-from sdtune.models import families
 from sdtune.run import rng
 from sdtune.run.processes import store_barrier
+from sdtune.run.public_name import public_name
 from sdtune.sampling.sample import generate
 
 FOLDER = "class-pictures"
@@ -120,7 +120,7 @@ def generate_missing(cfg: DreamBoothConfig, family: Any, folder: Path, count: in
 def settings(cfg: DreamBoothConfig) -> str:
     """All that a generated image depends on, as JSON, which is stored in the image."""
     names = "revision seed class_prompt sample_batch_size class_inference_steps class_guidance_scale resolution".split()
-    chosen = {"model": families.public_name(cfg.model)} | {name: getattr(cfg, name) for name in names}
+    chosen = {"model": public_name(cfg.model)} | {name: getattr(cfg, name) for name in names}
     return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
 
 

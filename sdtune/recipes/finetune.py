@@ -19,6 +19,7 @@ from sdtune.diffusion.objective import denoising_loss
 from sdtune.models import families
 from sdtune.recipes.recipe import Recipe
 from sdtune.run.precision import dtype_of
+from sdtune.run.public_name import public_name
 from sdtune.sampling.sample import generate
 
 
@@ -79,7 +80,7 @@ class FineTune(Recipe):
 
     def provenance(self) -> dict[str, Any]:
         """Facts about the run that its artefact carries."""
-        base = families.public_name(self.cfg.model)
+        base = public_name(self.cfg.model)
         return {"version": __version__, "base": base, "revision": self.cfg.revision, "seed": self.cfg.seed}
 
 

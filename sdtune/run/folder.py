@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from sdtune.config import parsing
 from sdtune.config.methods import MAY_CHANGE, LoraConfig
 from sdtune.config.sections import Run, RunFailed, UserError
+from sdtune.run import settings
 
-OWN = ("config.yaml", "metrics.jsonl", "report.html", "environment.json", "README.md", "exit.json")
+OWN = ("config.yaml", settings.METHOD, "metrics.jsonl", "report.html", "environment.json", "README.md", "exit.json")
 """Files of a run besides its artefact; with OWN_FOLDERS, what --overwrite discards."""
 OWN_FOLDERS = ("checkpoints", "samples", "logs", "exports")
 NEW = ".new"
@@ -76,6 +77,7 @@ def begin(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) -> No
     try:
         new.write_text(f"# {shlex.join(['sdtune', *words, '--config', str(written)])}\n{parsing.to_yaml(cfg)}")
         new.replace(written)
+        settings.write(cfg, out)
     except OSError as error:
         new.unlink(missing_ok=True)
         raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None

@@ -81,11 +81,6 @@ def resolve_model(name: str) -> str:
     return name
 
 
-def public_name(name: str) -> str:
-    """The name of a base for a file that others read: its Hub id, or the last part of a path."""
-    return Path(name).name if Path(name).exists() else name
-
-
 def tensor_names(file: Path) -> list[str]:
     """The names of the tensors in a safetensors file."""
     try:

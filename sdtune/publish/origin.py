@@ -1,0 +1,55 @@
+"""What the Hub knows of a run's base model and dataset."""
+
+from typing import NamedTuple
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+from sdtune.publish import hub
+from sdtune.run.public_name import may_be_hub_id
+from sdtune.run.settings import RunSettings
+
+
+class Origin(NamedTuple):
+    """Base and data count as on the Hub only when their names are no local folders."""
+
+    base_on_hub: bool = False
+    data_on_hub: bool = False
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+
+
+def look_up(api: HfApi, settings: RunSettings) -> Origin:
+    """What the Hub answers. When it does not answer, only the names are judged, and the license is unknown."""
+    try:
+        return hub.retrying(lambda: ask(api, settings), hub.TRIES_BEFORE)
+    except Exception as error:
+        hub.warn(f"the card carries no license: {hub.why(error)}")
+        return by_name(settings)
+
+
+def by_name(settings: RunSettings) -> Origin:
+    """Whether the names of base and data can be ids of the Hub."""
+    base, dataset = settings.about.base, str(settings.values.get("dataset") or "")
+    return Origin(base is not None and may_be_hub_id(base), may_be_hub_id(dataset))
+
+
+def ask(api: HfApi, settings: RunSettings) -> Origin:
+    """Whether base and data exist on the Hub, and the base's license."""
+    origin = by_name(settings)
+    if origin.data_on_hub:
+        origin = origin._replace(data_on_hub=api.repo_exists(settings.values["dataset"], repo_type="dataset"))
+    base, revision = settings.about.base, settings.about.revision
+    if base is None or not origin.base_on_hub:
+        return origin
+    try:
+        card = api.model_info(base, revision=revision, timeout=20).card_data
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        return origin._replace(base_on_hub=isinstance(error, GatedRepoError))
+    known = card.to_dict() if card else {}
+    license = known.get("license")
+    if isinstance(license, list) and len(license) > 1:  # nobody knows here which of them holds
+        license = None
+    details = {k: known.get(k) if license else None for k in ("license_name", "license_link")}
+    return origin._replace(license=license, **details)
