@@ -220,7 +220,7 @@ def test_error_of_one_process_is_told_once_and_ends_the_others(places, tmp_path)
     assert codes == [processes.EXIT_PEER_DIED, 1, processes.EXIT_PEER_DIED]
     told = started.said("err")
     assert told.count("ZeroDivisionError: the seventh batch of process 1") == 1
-    assert told.count("failed: process 1 of 3: ZeroDivisionError; the last checkpoint, step-000005, is whole; ") == 1
+    assert told.count("failed: process 1 of 3: ZeroDivisionError; the last checkpoint, step-000005, is complete; ") == 1
     assert "closed by peer" not in told
     assert "without a message" not in told
     (saved,) = checkpoints.found(tmp_path / "run" / "checkpoints")
@@ -241,7 +241,7 @@ def test_killed_process_is_named_and_the_same_command_continues_to_the_same_bits
     assert len(told) == 1, said
     last = checkpoints.found(cut / "checkpoints")[-1].name
     assert told[0].startswith(
-        f"failed: process {rank} of 2 was killed by SIGKILL; the last checkpoint, {last}, is whole; "
+        f"failed: process {rank} of 2 was killed by SIGKILL; the last checkpoint, {last}, is complete; "
     )
     assert told[0].endswith("--num-processes 2") and f"continue with: sdtune lora --output-dir {cut}" in told[0]
     assert "Traceback" not in said and "[c10d]" not in said

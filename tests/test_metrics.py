@@ -11,7 +11,7 @@ from sdtune.config.methods import LoraConfig
 from sdtune.config.sections import UserError
 from sdtune.run import metrics as module
 from sdtune.run.contact_sheet import cells, grid, save_sheet
-from sdtune.run.metrics import Metrics, check_trackers, cut_off, plain
+from sdtune.run.metrics import Metrics, check_trackers, cut_off, tracker_values
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_tensorboard_gets_numbers_images_and_a_plain_config(cfg):
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(10, 0.5)]
     assert [e.step for e in events.Images("samples")] == [10]
-    assert plain({"a": cfg.output_dir, "b": ["x", 1], "c": None, "d": 0.5, "e": {"k": 1}}) == {
+    assert tracker_values({"a": cfg.output_dir, "b": ["x", 1], "c": None, "d": 0.5, "e": {"k": 1}}) == {
         "a": str(cfg.output_dir),
         "b": "x, 1",
         "c": "none",
@@ -159,3 +159,11 @@ def test_images_are_a_sheet_in_the_run_folder(cfg):
     metrics.images(400, [], [])
     metrics.close()
     assert [p.name for p in (cfg.output_dir / "samples").iterdir()] == ["step-000200.png"]
+
+
+def test_the_last_step_is_printed_once_though_its_holdout_is_logged_as_well(cfg, capsys):
+    metrics = Metrics(cfg, Accelerator(cpu=True), 39, 40)
+    metrics.log(40, {"loss": 0.5})
+    metrics.log(40, {"holdout_loss": 0.7})
+    metrics.close()
+    assert capsys.readouterr().err.count("step 40/40") == 1

@@ -81,7 +81,7 @@ def test_a_finished_run(tmp_path):
     (folder / "environment.json").write_text(json.dumps({"torch": "2.13", "gpu": ["A", "B"]}))
     (folder / "pytorch_lora_weights.safetensors").write_bytes(b"")
     html, page = read(folder)
-    titles = ["Before and after", "Curves", "Samples over time", "What next", "Settings and environment"]
+    titles = ["Before and after", "Curves", "Samples over time", "Next steps", "Settings and environment"]
     assert [t for t in page.text.splitlines() if t in titles] == titles
     assert html.count("<script>") == 1  # the page's own
     assert EVIL in page.text

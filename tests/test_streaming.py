@@ -247,7 +247,7 @@ def test_shards_on_a_web_server(hub, tars, monkeypatch):
     assert far[30] == near[30]
     assert waited == [1, 2]
     hub.fail(r"GET .*\.tar", 503, times=9)
-    with pytest.raises(RunFailed, match="tar cannot be read: the server answers 503; the last checkpoint is whole"):
+    with pytest.raises(RunFailed, match="tar cannot be read: the server answers 503; the last checkpoint is complete"):
         far[31]
     hub.faults.clear()
     with pytest.raises(UserError, match=r"000005\.tar: no such file"):

@@ -31,7 +31,7 @@ class UserError(Exception):
 
 
 class RunFailed(Exception):
-    """The run cannot go on, through no mistake in its settings; its last checkpoint is whole. Exit code 1."""
+    """The run cannot go on, through no mistake in its settings; its last checkpoint is complete. Exit code 1."""
 
 
 def also(*names: str) -> Any:

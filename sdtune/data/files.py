@@ -104,4 +104,4 @@ def patiently(path: str, read: Callable[[], Any]) -> Any:
             reason = str(error) or type(error).__name__
             if attempt < TRIES - 1:
                 time.sleep(2**attempt)
-    raise RunFailed(f"{path} cannot be read: {reason}; the last checkpoint is whole, the same command continues")
+    raise RunFailed(f"{path} cannot be read: {reason}; the last checkpoint is complete, the same command continues")

@@ -1,7 +1,7 @@
-"""The Hugging Face Hub: a repository that is ready before training, one commit at a time, and patience.
+"""The Hugging Face Hub: the repository is checked before training, and uploads are retried.
 
-One ``HfApi`` goes through everything. Its token is that of ``HF_TOKEN`` or of the stored login and never an option,
-so that no config, log or checkpoint can hold it. What a push consists of is in ``publish``.
+The token comes from ``HF_TOKEN`` or from the stored login. It is never an option, so that no config, log or checkpoint
+can contain it. The files of a push are listed in ``publish``.
 """
 
 import inspect
@@ -17,25 +17,25 @@ from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, get_token
 from huggingface_hub import logging as hub_logging
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from sdtune import __version__
 from sdtune.config.sections import UserError
 from sdtune.run.settings import RunSettings
 
 TRIES_BEFORE, TRIES = 3, 6
-"""Tries before training, where somebody waits, and at its end."""
+"""Attempts before training, while a person waits, and at its end."""
 FIRST_WAIT, LONGEST_WAIT = 1.0, 300.0
-"""Seconds between two tries: twice as long each time, or what the server asks for."""
+"""Seconds between two attempts: twice as long each time, or what the server asks for."""
 PATIENCE = 600.0
-"""Seconds after which nothing is tried again, other than during training."""
+"""Seconds after which nothing is retried, except during training."""
 SILENCE = 60.0
-"""Seconds without a byte after which a connection counts as dead; the library itself waits for ever."""
+"""Seconds without a byte after which a connection counts as dead. The library itself waits forever."""
 SECRET = re.compile(rb"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")
-BEGINNINGS = (b"hf_", b"api_org_")
-"""Looked for first: 0.9 GB/s on a core, where the expression alone does 0.08, and a pipeline has several GB."""
-PASSING = (408, 409, 412, 425, 429)
-"""Statuses below 500 that another try may not meet again."""
+PREFIXES = (b"hf_", b"api_org_")
+"""Searched first: 0.9 GB/s on a core, where the expression alone reaches 0.08; a pipeline has several GB."""
+TRANSIENT = (408, 409, 412, 425, 429)
+"""Statuses below 500 after which a retry may succeed."""
 
 Files = dict[str, Path | bytes]
 """Path in the repository to a file, or to its content."""
@@ -44,12 +44,12 @@ T = TypeVar("T")
 
 def connect() -> HfApi:
     disable_progress_bars()
-    hub_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     return HfApi(library_name="sdtune", library_version=__version__)
 
 
 def ready(api: HfApi, settings: RunSettings) -> str:
-    """The full name of the run's repository: there, or made, and known to be writable.
+    """The full name of the run's repository, which exists afterwards and is writable.
 
     Raises:
         UserError: no token, a bad one, one that may not write there, or a Hub that cannot be reached.
@@ -77,7 +77,10 @@ def repository(api: HfApi, settings: RunSettings) -> str:
         raise UserError("cannot push to the Hub: this token may only read; make one with the role `write`")
     repo = api.create_repo(name, private=asked.hub_private or None, exist_ok=True).repo_id
     checks_write = "write" in inspect.signature(api.auth_check).parameters  # older clients only check that it exists
-    api.auth_check(repo, **({"write": True} if checks_write and not asked.hub_create_pr else {}))
+    if checks_write and not asked.hub_create_pr:
+        api.auth_check(repo, write=True)
+    else:
+        api.auth_check(repo)
     if asked.hub_revision and not asked.hub_revision.startswith("refs/"):
         api.create_branch(repo, branch=asked.hub_revision, exist_ok=True)
     return repo
@@ -121,13 +124,13 @@ def refuse_secrets(files: Files) -> None:
 
 
 def holds(content: bytes | mmap.mmap, token: bytes) -> bool:
-    """Whether it holds ``token``, if there is one, or anything of its kind."""
-    for beginning in BEGINNINGS:
-        at = content.find(beginning)
+    """Whether it contains ``token`` (if there is one) or any other access token."""
+    for prefix in PREFIXES:
+        at = content.find(prefix)
         while at >= 0:
             if SECRET.match(content, at):
                 return True
-            at = content.find(beginning, at + 1)
+            at = content.find(prefix, at + 1)
     return bool(token) and content.find(token) >= 0
 
 
@@ -135,7 +138,7 @@ def holds(content: bytes | mmap.mmap, token: bytes) -> bool:
 
 
 def retrying(work: Callable[[], T], tries: int) -> T:
-    """``work()``, tried again after failures that may pass; the last failure is raised."""
+    """``work()``, retried after transient failures; the last failure is raised."""
     start, wait = time.monotonic(), FIRST_WAIT
     for attempt in range(1, tries + 1):
         try:
@@ -152,7 +155,7 @@ def retrying(work: Callable[[], T], tries: int) -> T:
 
 
 def response_of(error: BaseException | None) -> Any:
-    """The HTTP response behind an error; ``None`` for a connection that failed."""
+    """The HTTP response that caused an error; ``None`` for a failed connection."""
     while error is not None:
         if getattr(error, "response", None) is not None:
             return error.response  # type: ignore[attr-defined]
@@ -166,10 +169,10 @@ def status_of(error: BaseException) -> int | None:
 
 
 def permanent(error: Exception) -> bool:
-    """Whether another try would meet the same: a refusal, or something wrong on this side."""
+    """Whether a retry would fail in the same way: a refusal, or a mistake on this side."""
     status = status_of(error)
     if status is not None:
-        return 400 <= status < 500 and status not in PASSING
+        return 400 <= status < 500 and status not in TRANSIENT
     # An overloaded server may answer with a page where the library expects JSON
     return isinstance(error, UserError | FileNotFoundError | TypeError) or (
         isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
@@ -187,7 +190,7 @@ def retry_after(error: Exception) -> float:
 
 
 def why(error: Exception) -> str:
-    """A failure in a line."""
+    """A failure in one line."""
     response = response_of(error)
     if response is None:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error

@@ -1,6 +1,6 @@
 """What the Hub knows of a run's base model and dataset."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
@@ -47,9 +47,9 @@ def ask(api: HfApi, settings: RunSettings) -> Origin:
         card = api.model_info(base, revision=revision, timeout=20).card_data
     except (RepositoryNotFoundError, HFValidationError) as error:
         return origin._replace(base_on_hub=isinstance(error, GatedRepoError))
-    known = card.to_dict() if card else {}
+    known: dict[str, Any] = card.to_dict() if card else {}  # type: ignore[no-untyped-call]
     license = known.get("license")
     if isinstance(license, list) and len(license) > 1:  # nobody knows here which of them holds
         license = None
-    details = {k: known.get(k) if license else None for k in ("license_name", "license_link")}
-    return origin._replace(license=license, **details)
+    name, link = (known.get("license_name"), known.get("license_link")) if license else (None, None)
+    return origin._replace(license=license, license_name=name, license_link=link)

@@ -1,7 +1,7 @@
-"""Publishing a run: which files, when, and what happens when it fails, which is never the run's end.
+"""Publishing a run: which files are uploaded, and when. A failed upload never ends the run.
 
-A push is one commit of named files (`contents`), never of a folder: no checkpoint, optimizer state, log, cache or
-dataset can be among them. The same files make no commit, so a push may be repeated at will.
+A push is one commit of named files (`contents`), never of a folder, so it cannot contain a checkpoint, optimizer
+state, log, cache or dataset. Unchanged files make no commit, so a push may be repeated.
 """
 
 import shlex
@@ -22,9 +22,9 @@ from sdtune.run.folder import artefact, by_path, export
 from sdtune.run.settings import RunSettings, read
 
 PUSH_FAILED = 3
-"""Exit code of a `sdtune push` that the Hub did not take. Training that ends well exits with 0 all the same."""
+"""Exit code of `sdtune push` when the upload fails. Training that succeeds exits with 0 even then."""
 STAGE = ".push-"
-"""Folders, within a run's, of artefacts on their way to the Hub; none of their files is in the run's own folder."""
+"""Prefix of the folders, in the run's folder, that hold copies of the artefact while they are uploaded."""
 
 
 def contents(
@@ -54,11 +54,11 @@ def write_card(text: str, out: Path) -> None:
 
 
 def push_run(asked: PushConfig) -> None:
-    """``sdtune push RUN``: upload a run that is on disk, as its config says, or ``asked`` where that says otherwise.
+    """``sdtune push RUN``: upload a finished run as its config says; options of ``asked`` take precedence.
 
     Raises:
         UserError: there is no run, no artefact yet, no access, or a file holds a secret.
-        SystemExit: `PUSH_FAILED` when the Hub could not be reached, or did not take it.
+        SystemExit: `PUSH_FAILED` when the Hub cannot be reached or refuses the upload.
     """
     given = {name: getattr(asked, name) for name in asked.model_fields_set - {"run"}}
     if given.get("hub_revision"):
@@ -104,7 +104,7 @@ class Snapshot(NamedTuple):
 
 
 class Publisher:
-    """The uploads of a run; idle unless the run asks for them, and on all but the main process.
+    """The uploads of a run. It does nothing on other processes than the first, and for a run that does not push.
 
     Raises:
         UserError: the run asks for uploads that cannot succeed; see `ready`.
@@ -124,7 +124,7 @@ class Publisher:
         self.thread: Thread | None = None
 
     def checkpoint(self, state: Any) -> None:
-        """Export the artefact as it is now and have it uploaded beside training; the newest waits, older ones drop.
+        """Export the current artefact and upload it in a thread. Of several that wait, only the newest is uploaded.
 
         Called by every process, since each may hold a slice of the weights.
         """
@@ -140,7 +140,7 @@ class Publisher:
             stage.mkdir()
             weights = by_path(stage, export(recipe, stage))
             files = contents(self.settings, self.repo, self.origin, weights, report=False)
-        except Exception as error:  # a full disk, say; what matters to the run meets it on its own way
+        except Exception as error:  # such as a full disk; if it concerns the run, the next checkpoint fails
             shutil.rmtree(stage, ignore_errors=True)
             hub.warn(f"step {step} is not pushed: {error}")
             return
@@ -153,7 +153,7 @@ class Publisher:
             shutil.rmtree(dropped.folder, ignore_errors=True)
 
     def _uploads(self) -> None:
-        """The thread: upload what waits, until nothing does; after a failure the newest is tried again, later."""
+        """The thread: upload until nothing waits. After a failure the newest snapshot is retried later."""
         wait, title = hub.FIRST_WAIT, f"sdtune {self.settings.method}"
         while True:
             with self.lock:
@@ -166,7 +166,7 @@ class Publisher:
                 assert self.api is not None
                 hub.upload(self.api, self.settings, self.repo, now.files, f"{title}: step {now.step}")
                 wait = hub.FIRST_WAIT
-            except Exception as error:  # whatever it is, it is not worth a run
+            except Exception as error:  # no failed upload may end the run
                 hub.warn(f"step {now.step} is not pushed: {hub.why(error)}; training goes on")
                 with self.lock:
                     if self.waiting is None and not hub.permanent(error):
@@ -179,7 +179,7 @@ class Publisher:
             shutil.rmtree(now.folder, ignore_errors=True)
 
     def finish(self) -> None:
-        """Write the card of a run that has ended and push it, when one asks for that; see `publish`."""
+        """Write the card of a finished run and push it if the run asks for that; see `publish`."""
         out = self.out
         weights = by_path(out, artefact(out)) if self.main else {}
         if not weights:

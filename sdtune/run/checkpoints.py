@@ -1,7 +1,8 @@
-"""Checkpoints: what moves, whole or not at all.
+"""Checkpoints: the state of training, complete or not at all.
 
-A checkpoint is a folder of safetensors and JSON, no pickle. It is written beside its place, flushed to the disk, and
-renamed; the manifest with every file's size and checksum is written last. Older ones go only once it is safe.
+A checkpoint is a folder of safetensors and JSON files, without pickles. It is written under another name, flushed to
+the disk and renamed. The manifest with the size and checksum of every file is written last. Older checkpoints are
+removed only after that.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ MANIFEST = "manifest.json"
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder."""
+    """Flush a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -47,13 +48,13 @@ def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: di
         return final
     needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
     new.mkdir(parents=True)
-    with _room(root, new, needed):
+    with _cleanup(root, new, needed):
         for name, group in tensors.items():
             save_file({k: t.detach().cpu().contiguous() for k, t in group.items()}, new / f"{name}.safetensors")
         (new / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True), encoding="utf-8")
         files = sorted(new.iterdir())
         for file in files:
-            file.chmod(0o666 & ~umask())  # safetensors leaves 0600, which hides a run from its own group
+            file.chmod(0o666 & ~umask())  # safetensors writes 0600, which other users of a group cannot read
             flush(file)
         listed = {f.name: {"bytes": f.stat().st_size, "sha256": _checksum(f)} for f in files}
         manifest = new / MANIFEST
@@ -78,8 +79,8 @@ def umask() -> int:
 
 
 @contextmanager
-def _room(root: Path, new: Path, needed: int) -> Iterator[None]:
-    """Remove ``new`` on any failure, and say what a full disk lacks."""
+def _cleanup(root: Path, new: Path, needed: int) -> Iterator[None]:
+    """Remove ``new`` on any failure; on a write error report the space needed and free."""
     try:
         yield
     except BaseException as error:
@@ -94,7 +95,7 @@ def _room(root: Path, new: Path, needed: int) -> Iterator[None]:
 
 
 def require_room(root: Path, size: int, keep: int) -> None:
-    """Refuse to begin a run whose checkpoints, ``keep`` of ``size`` bytes and one being written, cannot fit.
+    """Refuse to start a run whose checkpoints (``keep`` of ``size`` bytes, and one being written) do not fit.
 
     Raises:
         UserError: with the megabytes needed and free.
@@ -112,11 +113,11 @@ def found(root: Path) -> list[Path]:
 
 
 def verify(folder: Path) -> str | None:
-    """``None`` when the checkpoint is whole, else what is wrong with it."""
+    """``None`` for a complete checkpoint, else what is wrong with it."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
-        return f"no {MANIFEST}, its write was cut short"
+        return f"no {MANIFEST}: it was not written completely"
     except (ValueError, KeyError, TypeError):
         return f"{MANIFEST} is damaged"
     for name, expected in files.items():
@@ -131,28 +132,28 @@ def verify(folder: Path) -> str | None:
 
 
 def sweep(root: Path) -> None:
-    """Remove what an interrupted write or prune left."""
+    """Remove what an interrupted save or removal left."""
     for pattern in (".new-*", ".old-*"):
         for stale in root.glob(pattern):
             shutil.rmtree(stale, ignore_errors=True)
 
 
 def latest(root: Path, log: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint; ``None`` when there is none at all.
+    """The newest complete checkpoint; ``None`` when there is no checkpoint at all.
 
     Raises:
-        UserError: when there are checkpoints and none is whole; a run never starts anew without being told to.
+        UserError: there are checkpoints, and none is complete. A run never starts anew unless it is told to.
     """
-    reasons = []
+    reasons: list[str] = []
     for folder in reversed(found(root)):
         reason = verify(folder)
         if reason is None:
             for line in reasons:
-                log(f"passed over {line}")
+                log(f"skipped a damaged checkpoint: {line}")
             return folder
         reasons.append(f"{folder}: {reason}")
     if reasons:
-        raise UserError("no checkpoint is whole; --overwrite starts anew\n       " + "\n       ".join(reasons))
+        raise UserError("every checkpoint is damaged; --overwrite starts anew\n       " + "\n       ".join(reasons))
     return None
 
 

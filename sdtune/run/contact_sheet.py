@@ -1,4 +1,4 @@
-"""Contact sheets: many images on one, each with its caption underneath. Pillow only."""
+"""Contact sheets: many images in one, each with its caption below it. Uses Pillow only."""
 
 import json
 import math
@@ -8,20 +8,22 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-LEAST_SIDE = 160  # pixels: below this neither the image nor a caption under it can be read
-GAP, TEXT_SIZE, LINE, MOST_LINES = 12, 14, 19, 3
+MIN_SIDE = 160  # pixels; below this neither the image nor the caption below it is readable
+GAP, TEXT_SIZE, LINE, MAX_LINES = 12, 14, 19, 3
 FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "segoeui.ttf", "Arial.ttf")
 
 
 def grid(
     images: Sequence[Image.Image], captions: Sequence[str] | None = None, columns: int | None = None
 ) -> Image.Image:
-    """``images`` in rows, in order, on white, with ``captions`` underneath (at most three lines each).
+    """``images`` in rows, in order, on white, with ``captions`` below them (at most three lines each).
 
-    Small images are enlarged by a whole factor without smoothing, to a width of at least 160 pixels; none is
-    made smaller. ``columns`` defaults to one row for up to four images, else to about a square. The sheet's
-    ``info["sdtune"]`` says where each image lies, for `cells`. Raises ValueError without images, or when
-    there are not as many captions.
+    Small images are enlarged by a whole factor without smoothing, to a width of at least 160 pixels. No image is
+    reduced. Default of ``columns``: one row for up to four images, else about a square. The sheet's
+    ``info["sdtune"]`` holds the place of each image, which `cells` reads.
+
+    Raises:
+        ValueError: there are no images, or the number of captions differs.
     """
     if not images:
         raise ValueError("a grid needs at least one image")
@@ -29,7 +31,7 @@ def grid(
         raise ValueError(f"{len(images)} images but {len(captions)} captions")
     columns = columns or (len(images) if len(images) <= 4 else math.ceil(math.sqrt(len(images))))
     columns = min(columns, len(images))
-    factors = [max(1, math.ceil(LEAST_SIDE / image.width)) for image in images]
+    factors = [max(1, math.ceil(MIN_SIDE / image.width)) for image in images]
     shown = [
         opaque(image).resize((image.width * f, image.height * f), Image.Resampling.NEAREST)
         for image, f in zip(images, factors, strict=True)
@@ -63,7 +65,7 @@ def opaque(image: Image.Image) -> Image.Image:
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """Write a sheet of `grid` as PNG, whole or not at all, keeping what `cells` needs in its text chunks."""
+    """Write a sheet of `grid` as PNG, complete or not at all. A text chunk holds what `cells` reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
     info = PngInfo()
     info.add_text("sdtune", sheet.info["sdtune"])
@@ -73,7 +75,7 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
 
 
 def cells(sheet: Image.Image) -> list[tuple[Image.Image, str]]:
-    """The images of a sheet at their own size, with their captions; any other picture is its one cell."""
+    """The images of a sheet at their original size, with their captions. Any other image is one cell."""
     try:
         layout = json.loads(sheet.info["sdtune"])
     except (KeyError, ValueError):
@@ -87,7 +89,7 @@ def cells(sheet: Image.Image) -> list[tuple[Image.Image, str]]:
 
 
 def _font(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font has the letters of ASCII alone; for others look for one of the system's."""
+    """Pillow's own font for ASCII text, which is all that it has; for other text the first font found on the system."""
     for name in () if text.isascii() else FONTS:
         try:
             return ImageFont.truetype(name, TEXT_SIZE - 1)
@@ -97,21 +99,22 @@ def _font(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """``text`` in at most three lines of ``width`` pixels; what is left over becomes an ellipsis."""
-    lines, line = [], ""
+    """``text`` in at most three lines of ``width`` pixels; the rest becomes an ellipsis."""
+    lines: list[str] = []
+    line = ""
     for word in text.split():
-        while font.getlength(word) > width:  # a word longer than a line is cut, not lost
-            fits = next(n for n in range(len(word), 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
-            lines, line, word = [*lines, line] if line else lines, word[:fits], word[fits:]
+        while font.getlength(word) > width:  # a word longer than a line continues on the next
+            cut = next(n for n in range(len(word), 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+            lines, line, word = [*lines, line] if line else lines, word[:cut], word[cut:]
             lines, line = [*lines, line], ""
         if font.getlength(f"{line} {word}".strip()) > width:
             lines, line = [*lines, line], word
         else:
             line = f"{line} {word}".strip()
     lines = [*lines, line] if line else lines
-    if len(lines) > MOST_LINES:
-        last = lines[MOST_LINES - 1]
+    if len(lines) > MAX_LINES:
+        last = lines[MAX_LINES - 1]
         while last and font.getlength(last + "…") > width:
             last = last[:-1]
-        lines = [*lines[: MOST_LINES - 1], last.rstrip() + "…"]
+        lines = [*lines[: MAX_LINES - 1], last.rstrip() + "…"]
     return lines

@@ -1,11 +1,11 @@
-"""Curves as SVG stretched over the plot, ticks as HTML: so text keeps its size on any screen."""
+"""Curves of a report: lines in an SVG that stretches with the plot, labels in HTML so that text keeps its size."""
 
 import json
 import math
 from collections.abc import Sequence
 from html import escape
 
-MOST_POINTS = 600  # of a curve: more than a screen has pixels for
+MOST_POINTS = 600  # of a curve; a screen does not show more
 
 Points = list[tuple[int, float]]  # (optimizer step, value)
 
@@ -13,7 +13,7 @@ Points = list[tuple[int, float]]  # (optimizer step, value)
 def chart(title: str, unit: str, series: dict[str, Points], from_zero: bool = True) -> str:
     """A ``figure`` with the curves of ``series``, by name; ``logged`` is drawn faint, ``holdout`` with dots.
 
-    At least one must have a point. ``data-points`` holds what the page's script shows under the pointer.
+    At least one must have a point. ``data-points`` holds the values that the page's script shows at the pointer.
     """
     series = {name: points for name, points in series.items() if points}
     steps = [step for points in series.values() for step, _ in points]
@@ -26,19 +26,21 @@ def chart(title: str, unit: str, series: dict[str, Points], from_zero: bool = Tr
         return "L".join(f"{(x - x0) / (x1 - x0) * 1000:.1f} {(y1 - y) / (y1 - y0) * 1000:.1f}" for x, y in points)
 
     paths = "".join(f'<path class="lines" d="M0 {(y1 - y) / (y1 - y0) * 1000:.1f}H1000"/>' for y in y_ticks)
-    keys, looks = "", {"logged": "faint", "holdout": "second"}
-    for name, points in sorted(series.items(), key=lambda s: s[0] != "logged"):  # the faint one lies below
+    keys, classes = "", {"logged": "faint", "holdout": "second"}
+    for name, points in sorted(
+        series.items(), key=lambda s: s[0] != "logged"
+    ):  # the faint one is drawn first, below the others
         d = place(thin(points))
-        paths += f'<path class="{looks.get(name, "main")}" d="M{d}"/>'
+        paths += f'<path class="{classes.get(name, "main")}" d="M{d}"/>'
         if name == "holdout" or len(points) == 1:  # a line of no length with round ends is a dot
             dots = "".join(f"M{p}h0" for p in d.split("L"))
             paths += f'<path class="{"dots" if name == "holdout" else "main"}" d="{dots}"/>'
-        keys += f'<span class="key {looks.get(name, "")}">{name}</span>' if len(series) > 1 else ""
+        keys += f'<span class="key {classes.get(name, "")}">{name}</span>' if len(series) > 1 else ""
     labels = "".join(
         f'<span class="y" style="top:{(y1 - y) / (y1 - y0) * 100:.2f}%">{number(y)}</span>' for y in y_ticks
     ) + "".join(f'<span class="x" style="left:{(x - x0) / (x1 - x0) * 100:.2f}%">{number(x)}</span>' for x in x_ticks)
-    told = next(iter(series.values()))
-    summary = f"{title}: {told[0][1]:.4g} at step {told[0][0]}, {told[-1][1]:.4g} at step {told[-1][0]}"
+    first = next(iter(series.values()))
+    summary = f"{title}: {first[0][1]:.4g} at step {first[0][0]}, {first[-1][1]:.4g} at step {first[-1][0]}"
     shown = {name: [(x, float(f"{y:.4g}")) for x, y in thin(points)] for name, points in series.items()}
     data = escape(json.dumps({"x": [x0, x1], "series": shown}, separators=(",", ":")))
     return (
@@ -50,7 +52,7 @@ def chart(title: str, unit: str, series: dict[str, Points], from_zero: bool = Tr
 
 
 def smooth(points: Points) -> Points:
-    """Each value averaged with its neighbours, a twentieth of the curve in all and fewer at the ends."""
+    """Moving average over a twentieth of the curve, over fewer points at its ends."""
     half = max(1, len(points) // 40)
     sums = [0.0]
     for _, value in points:
@@ -63,15 +65,15 @@ def smooth(points: Points) -> Points:
 
 
 def thin(points: Points) -> Points:
-    """At most `MOST_POINTS` of ``points``: the least and greatest of each stretch, so no spike is lost."""
+    """At most `MOST_POINTS` of ``points``: the smallest and largest of each stretch, so that every spike stays."""
     if len(points) <= MOST_POINTS:
         return points
     size = math.ceil(len(points) / (MOST_POINTS // 2))
-    kept = []
+    thinned: Points = []
     for k in range(0, len(points), size):
         stretch = points[k : k + size]
-        kept += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
-    return kept
+        thinned += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
+    return thinned
 
 
 def ticks(low: float, high: float, whole: bool = False) -> list[float]:
@@ -84,7 +86,7 @@ def ticks(low: float, high: float, whole: bool = False) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Short: 12,000, 0.05, 1e-4."""
+    """A number in its short form: 12,000, 0.05, 1e-4."""
     if value and abs(value) <= 1e-3:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
@@ -92,9 +94,9 @@ def number(value: float) -> str:
 
 
 def _range(values: list[float], from_zero: bool) -> tuple[float, float]:
-    """Lower and upper end of an axis; of many values the outermost hundredth may lie outside."""
+    """Lower and upper end of an axis. Of 100 values or more, the outermost hundredth on each side may lie outside."""
     values = sorted(values)
-    spare = len(values) // 100
-    low, high = values[spare], values[-1 - spare]
+    outside = len(values) // 100
+    low, high = values[outside], values[-1 - outside]
     margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     return (0.0 if low >= 0 and (from_zero or low < high / 2) else low - margin), high + margin

@@ -1,6 +1,6 @@
-"""What a run ran on: versions, machine and devices, for ``sdtune env`` and ``environment.json``.
+"""Versions, machine and devices of a run, for ``sdtune env`` and ``environment.json``.
 
-Versions are read from the installed packages' metadata, so nothing heavy is imported for them.
+Versions are read from the metadata of installed packages, without importing them.
 """
 
 import os
@@ -33,7 +33,7 @@ def environment() -> dict[str, str | list[str]]:
     facts["gpu"] = [_gpu(i) for i in range(torch.cuda.device_count())] or "none"
     if torch.cuda.is_available():
         facts["cuda"] = str(torch.version.cuda or f"ROCm {torch.version.hip}")
-        facts["cudnn"] = str(torch.backends.cudnn.version())
+        facts["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
     return facts
 
 
@@ -58,7 +58,7 @@ def torchvision_state() -> str:
 
 def _version(package: str) -> str:
     try:
-        return version(package)
+        return str(version(package))
     except PackageNotFoundError:
         return "not installed"
 

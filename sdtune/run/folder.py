@@ -1,4 +1,4 @@
-"""The run's folder: made or continued, never mixed up with another run's; and which of its files are the artefact."""
+"""The run's folder: created or continued, never mixed with another run; and which of its files are the artefact."""
 
 import fcntl
 import json
@@ -19,14 +19,14 @@ from sdtune.config.sections import Run, RunFailed, UserError
 from sdtune.run import settings
 
 OWN = ("config.yaml", settings.METHOD, "metrics.jsonl", "report.html", "environment.json", "README.md", "exit.json")
-"""Files of a run besides its artefact; with OWN_FOLDERS, what --overwrite discards."""
+"""Files of a run besides its artefact. --overwrite removes them and OWN_FOLDERS."""
 OWN_FOLDERS = ("checkpoints", "samples", "logs", "exports")
 NEW = ".new"
-"""Where, within the folder that it is meant for, an artefact of several parts is written first."""
+"""Folder, within the target folder, in which an artefact of several parts is written first."""
 ARTEFACT = "artefact.json"
-"""The step that the artefact is of, and its files: none, or all of them, as this is written last."""
+"""File with the artefact's step and the names of its files. It is written last, so that it names all files or none."""
 BEGUN = ("metrics.jsonl", "checkpoints/*", "*.safetensors", ARTEFACT)
-"""What there is of a run that has come as far as its first step."""
+"""Files of which one exists once a run has reached its first step."""
 
 
 def open_run(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) -> IO[str]:
@@ -48,7 +48,7 @@ def open_run(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) ->
         raise UserError(f"--output-dir {out}: is a file") from None
     except OSError as error:
         raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None
-    os.register_at_fork(after_in_child=lock.close)  # readers of images may outlive a process that was killed
+    os.register_at_fork(after_in_child=lock.close)  # loader workers may outlive a process that was killed
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -86,12 +86,12 @@ def begin(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) -> No
 def differences(cfg: Run, written: Path) -> list[str]:
     """The options that differ from those the run was started with and are not free to.
 
-    One that is not written down is of a later version than the run, which had what is its default now. A run that was
-    refused, or stopped, before its first step is in nobody's way.
+    An option that the file lacks is newer than the run, which behaved as its default does now. A run that was refused
+    or stopped before its first step has nothing to protect, so no option differs.
     """
     if not any(any(written.parent.glob(trace)) for trace in BEGUN):
         return []
-    before: dict[str, Any] = {"method": LoraConfig.method}  # runs of a time when it was not written down
+    before: dict[str, Any] = {"method": LoraConfig.method}  # older runs did not record it
     fields = type(cfg).model_fields
     before |= {name: fields[name].default for name in parsing.record(cfg).keys() & fields.keys()}
     before |= yaml.safe_load(written.read_text(encoding="utf-8")) or {}
@@ -104,7 +104,7 @@ def differences(cfg: Run, written: Path) -> list[str]:
 
 
 def discard(out: Path) -> None:
-    """Remove a run from its folder, and nothing that a run does not write."""
+    """Remove a run from its folder, and no file that the run did not write."""
     remove(out, recorded(out)[1] if (out / ARTEFACT).exists() else artefact(out))
     for name in OWN_FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
@@ -118,7 +118,7 @@ def discard(out: Path) -> None:
 
 
 def artefact(out: Path, step: int | None = None) -> list[Path]:
-    """The files of a run that diffusers loads; none unless all of them are there, and are of ``step`` if that is given.
+    """The files of a run that diffusers loads; empty unless all of them exist, and are of ``step`` if it is given.
 
     Raises:
         UserError: its record is damaged.
@@ -130,16 +130,18 @@ def artefact(out: Path, step: int | None = None) -> list[Path]:
     config = out / "config.yaml"
     if step is not None or not config.is_file() or "method" in (yaml.safe_load(config.read_text("utf-8")) or {}):
         return []
-    return sorted(out.glob("*.safetensors"))  # a run of a time when neither record nor method was written
+    return sorted(out.glob("*.safetensors"))  # an older run, which recorded neither artefact nor method
 
 
 def recorded(out: Path) -> tuple[int | None, list[Path]]:
-    """The step of the artefact, none while it is being written, and its files."""
+    """The step of the artefact (None while it is being written) and its files."""
     try:
-        told = json.loads((out / ARTEFACT).read_text(encoding="utf-8"))
-        step, names = told["step"], [PurePosixPath(name) for name in told["files"]]
+        found = json.loads((out / ARTEFACT).read_text(encoding="utf-8"))
+        step, names = found["step"], [PurePosixPath(name) for name in found["files"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{out / ARTEFACT}: is damaged ({error}); remove it and train again, or mend it") from None
+        raise UserError(
+            f"{out / ARTEFACT}: damaged ({error}); remove it, then give the training command again"
+        ) from None
     if strange := [name for name in names if name.is_absolute() or ".." in name.parts]:
         raise UserError(f"{out / ARTEFACT}: {strange[0]} is no file of this run")
     return step, [out / name for name in names]
@@ -158,7 +160,7 @@ def by_path(out: Path, files: Iterable[Path]) -> dict[str, Path]:
 
 
 def entries(out: Path, files: Iterable[Path]) -> list[str]:
-    """Names of the files and folders right in ``out`` that hold ``files``."""
+    """Names of the files and folders directly in ``out`` that contain ``files``."""
     return list(dict.fromkeys(file.relative_to(out).parts[0] for file in files))
 
 
@@ -173,7 +175,7 @@ def remove(out: Path, files: Iterable[Path]) -> None:
 
 
 def export(recipe: Any, out: Path) -> list[Path]:
-    """Write the artefact of the weights as they are to ``out``; its files. See ``State.complete``."""
+    """Write the artefact with the current weights to ``out``; its files. See ``State.export_weights``."""
     recipe.eval()
     try:
         return [Path(file) for file in recipe.export(out)]
@@ -182,7 +184,7 @@ def export(recipe: Any, out: Path) -> list[Path]:
 
 
 def export_last(recipe: Any, out: Path, step: int) -> list[Path]:
-    """Write the artefact of a run that has ended, in place of an older one, and record which files it is."""
+    """Write the artefact of a finished run in place of an older one, and record its files."""
     before = recorded(out)[1] if (out / ARTEFACT).exists() else []
     with failing_on_a_full_disk(out):
         record(out, None, before)
@@ -193,7 +195,7 @@ def export_last(recipe: Any, out: Path, step: int) -> list[Path]:
 
 
 def export_copy(recipe: Any, out: Path, step: int) -> None:
-    """Write the artefact as it is now to ``exports/step-000500``, whole or not at all."""
+    """Write the current artefact to ``exports/step-000500``, complete or not at all."""
     final = out / "exports" / f"step-{step:06d}"
     new = final.with_name(f".{final.name}")
     with failing_on_a_full_disk(final):
@@ -201,7 +203,7 @@ def export_copy(recipe: Any, out: Path, step: int) -> None:
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir(parents=True)
             export(recipe, new)
-            shutil.rmtree(final, ignore_errors=True)  # of a run that was killed after it and continued from before
+            shutil.rmtree(final, ignore_errors=True)
             new.rename(final)
         finally:
             shutil.rmtree(new, ignore_errors=True)
@@ -209,7 +211,7 @@ def export_copy(recipe: Any, out: Path, step: int) -> None:
 
 @contextmanager
 def failing_on_a_full_disk(place: Path) -> Iterator[None]:
-    """Say what failed when a disk is full."""
+    """Turn a write error, such as a full disk, into `RunFailed`."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -1,7 +1,7 @@
-"""What a run shows while it trains: ``metrics.jsonl``, a progress line, trackers, sample sheets.
+"""What a run reports while it trains: ``metrics.jsonl``, a progress line, trackers, sample sheets.
 
-The first process writes; on the others every method does nothing, so the loop calls them without asking.
-Torch is imported only by a run on a GPU, so that `check_trackers` can run before anything slow does.
+Only the first process writes. On the others every method does nothing, so the loop need not distinguish them.
+Torch is imported only on a GPU, so that `check_trackers` can run before slow imports.
 """
 
 import json
@@ -23,7 +23,7 @@ from sdtune.config.sections import Run, UserError
 from sdtune.run.contact_sheet import grid, save_sheet
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator  # type: ignore[import-untyped]
 
 TRACKERS = {
     "tensorboard": ("tensorboard", "sdtune[tensorboard]"),
@@ -39,7 +39,7 @@ TRACKERS = {
 """Trackers that accelerate knows: the module each needs, and what to install for it."""
 
 PLAIN_SECONDS = 10.0
-"""Least time between two lines where there is no terminal to keep one line live on."""
+"""Least time between two progress lines where output is no terminal, which would have one live line."""
 
 
 def check_trackers(report_to: list[str]) -> None:
@@ -55,7 +55,7 @@ def check_trackers(report_to: list[str]) -> None:
 
 
 class Metrics:
-    """Where a run's numbers and pictures go.
+    """Writes a run's numbers and images.
 
     ``metrics.jsonl`` gets an object a line: ``step``, ``seconds`` (wall time since step 0, summed over
     continuations) and what `log` is given; beside a ``loss`` also ``images_per_second`` (of all processes,
@@ -66,7 +66,7 @@ class Metrics:
     Args:
         cfg: the run; its ``output_dir`` receives the files.
         accelerator: made with ``log_with=cfg.report_to`` and a ``project_dir``.
-        first_step: optimizer steps already done; later lines, left by an interrupted run, are cut off.
+        first_step: optimizer steps already done; later lines, left by an interrupted run, are removed.
         total_steps: optimizer steps at the end of the run.
     """
 
@@ -83,6 +83,7 @@ class Metrics:
         self.trackers = self._start_trackers(first_step)
         self.start = self.mark = self.last_print = time.monotonic()
         self.first_step = self.step = self.marked_step = first_step
+        self.printed_step = -1
         self.away_since_mark = self.wait_since_mark = 0.0
         self.loss, self.rate = math.nan, math.nan
         self.live = self._live_line(first_step)
@@ -104,16 +105,17 @@ class Metrics:
             line = {"step": step, **self._measured(step), **values}
             self.loss, self.rate = line["loss"], line["images_per_second"]
         line["seconds"] = round(self.seconds_before + time.monotonic() - self.start, 3)
-        line = {k: v if math.isfinite(v) else None for k, v in line.items()}
-        self.file.write(json.dumps(line) + "\n")
+        finite = {name: value for name, value in line.items() if math.isfinite(value)}
+        self.file.write(json.dumps(line | dict.fromkeys(line.keys() - finite.keys())) + "\n")
         self.file.flush()
-        numbers = {k: v for k, v in line.items() if v is not None and k != "step"}
+        numbers = {name: value for name, value in finite.items() if name != "step"}
         for tracker in self.trackers:
             tracker.log(numbers, step=step)
         self.advance(step)
         now = time.monotonic()
-        if not self.live and (now - self.last_print >= PLAIN_SECONDS or step >= self.total_steps):
-            self.last_print = now
+        due = now - self.last_print >= PLAIN_SECONDS or step >= self.total_steps
+        if not self.live and due and step != self.printed_step:  # a step may be logged twice: training, then holdout
+            self.last_print, self.printed_step = now, step
             print(f"step {step}/{self.total_steps}  {self._text()}", file=sys.stderr, flush=True)
 
     def images(self, step: int, images: list[Image.Image], prompts: list[str]) -> None:
@@ -197,13 +199,13 @@ class Metrics:
             "trackio": {"name": name},
         }
         self.accelerator.init_trackers(
-            self.cfg.tracker_project_name, config=plain(self.cfg.model_dump()), init_kwargs=options
+            self.cfg.tracker_project_name, config=tracker_values(self.cfg.model_dump()), init_kwargs=options
         )
-        return self.accelerator.trackers
+        return list(self.accelerator.trackers)
 
 
-def plain(values: dict[str, Any]) -> dict[str, str | int | float | bool]:
-    """A config as trackers take it: paths and the rest as text, lists joined by commas, None as ``none``."""
+def tracker_values(values: dict[str, Any]) -> dict[str, str | int | float | bool]:
+    """A config as trackers accept it: lists joined by commas, None as ``none``, paths and all other values as text."""
 
     def one(value: Any) -> str | int | float | bool:
         if isinstance(value, (str, int, float, bool)):
@@ -216,11 +218,11 @@ def plain(values: dict[str, Any]) -> dict[str, str | int | float | bool]:
 
 
 def cut_off(path: Path, first_step: int) -> float:
-    """Keep the lines of ``path`` up to ``first_step``, none for 0; return the ``seconds`` of the last one.
+    """Keep the lines of ``path`` up to ``first_step``, and no line for 0; return the ``seconds`` of the last one.
 
-    The rest is what an interrupted run wrote after its last checkpoint, perhaps with half a line at the end.
+    The other lines were written by an interrupted run after its last checkpoint; the last of them may be incomplete.
     """
-    kept, seconds = [], 0.0
+    lines, seconds = [], 0.0
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
@@ -228,12 +230,12 @@ def cut_off(path: Path, first_step: int) -> float:
                 continue
         except (ValueError, KeyError, TypeError):
             continue
-        kept.append(text + "\n")
+        lines.append(text + "\n")
         seconds = line.get("seconds") or seconds
     if path.exists():
         partial = path.with_name(path.name + ".partial")
         with partial.open("w", encoding="utf-8") as out:
-            out.writelines(kept)
+            out.writelines(lines)
             out.flush()
             os.fsync(out.fileno())
         partial.replace(path)
@@ -241,7 +243,7 @@ def cut_off(path: Path, first_step: int) -> float:
 
 
 def _track_image(tracker: Any, sheet: Image.Image, step: int) -> None:
-    """The trackers that take pictures each want them their own way; the others get none."""
+    """Give a sheet to a tracker that accepts images, each in its own form; the others get none."""
     if tracker.name == "tensorboard":
         import numpy
 
@@ -249,7 +251,7 @@ def _track_image(tracker: Any, sheet: Image.Image, step: int) -> None:
     elif tracker.name == "wandb":
         tracker.log_images({"samples": [sheet]}, step=step)
     elif tracker.name == "trackio":
-        import trackio
+        import trackio  # type: ignore[import-not-found]
 
         tracker.log({"samples": trackio.Image(sheet)}, step=step)
 
@@ -262,7 +264,7 @@ def _peak_memory(device: Any) -> float:
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return math.nan
-    status = Path("/proc/self/status")  # on Linux, where rusage also counts what started this process
+    status = Path("/proc/self/status")  # on Linux, where rusage also counts the parent before the fork
     if status.exists():
         peak = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
         return int(peak.split()[1]) * 1024

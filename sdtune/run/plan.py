@@ -1,18 +1,30 @@
-"""What a run will do, in one line, before it does it."""
+"""The plan of a run in one line, printed before training."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
+
+from sdtune.config.sections import Run
 
 
-def steps_of(cfg: Any, stream: Any) -> int:
+class Planned(Protocol):
+    """The options that a plan states, of the sections Data, Optim and Run."""
+
+    repeats: int
+    buckets: bool
+    scale_lr: bool
+    train_batch_size: int
+    gradient_accumulation_steps: int
+
+
+def steps_of(cfg: Run, stream: Any) -> int:
     """Optimizer steps of a run."""
     if not cfg.num_train_epochs:
         return cfg.max_steps
-    return math.ceil(cfg.num_train_epochs * stream.epoch_length / stream.group)
+    return math.ceil(cfg.num_train_epochs * int(stream.epoch_length) / int(stream.group))
 
 
-def plan(cfg: Any, stream: Any, total: int, world: int, peaks: Sequence[float], trained: int) -> str:
+def plan(cfg: Planned, stream: Any, total: int, world: int, peaks: Sequence[float], trained: int) -> str:
     """The plan of a run.
 
     Args:

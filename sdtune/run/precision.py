@@ -1,4 +1,4 @@
-"""Which precision a run has: its config, unless ``accelerate launch`` set one, and never two."""
+"""The precision of a run: that of its config, or else the one that ``accelerate launch`` set."""
 
 import os
 
@@ -19,7 +19,7 @@ def precision_of(cfg: Run) -> str:
     launcher = None if launcher in ("", "no") else launcher
     if cfg.mixed_precision and launcher and cfg.mixed_precision != launcher:
         raise UserError(
-            f"--mixed-precision {cfg.mixed_precision}: accelerate launch was told {launcher}; leave one of them out"
+            f"--mixed-precision {cfg.mixed_precision}: accelerate launch sets {launcher}; leave one of them out"
         )
     chosen = cfg.mixed_precision or launcher or "no"
     if chosen not in DTYPES:

@@ -53,7 +53,7 @@ def store_barrier() -> None:
         wait_for(store, "sdtune/left", number * world)
 
 
-def wait_for(store: distributed.Store, key: str, count: int) -> None:
+def wait_for(store: Any, key: str, count: int) -> None:
     while store.add(key, 0) < count:
         time.sleep(POLL)
 
@@ -68,7 +68,7 @@ def resume_command(cfg: Run, words: list[str]) -> str:
 def describe_checkpoint(out: Path) -> str:
     """Which checkpoint a run continues from, as a clause of a message."""
     found = checkpoints.found(out / "checkpoints")  # a checkpoint gets this name when it is complete
-    return f"the last checkpoint, {found[-1].name}, is whole" if found else "there is no checkpoint yet"
+    return f"the last checkpoint, {found[-1].name}, is complete" if found else "there is no checkpoint yet"
 
 
 class ProcessGroupWatch:
@@ -125,8 +125,9 @@ class ProcessGroupWatch:
 
     def _accept(self) -> Iterator[tuple[int, socket.socket]]:
         """The first process: accept a connection from each other rank."""
-        secret, family = secrets.token_hex(8), {"family": socket.AF_INET6, "dualstack_ipv6": True}
-        with socket.create_server(("", 0), **(family if socket.has_dualstack_ipv6() else {})) as server:
+        secret, dual = secrets.token_hex(8), socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        with socket.create_server(("", 0), family=family, dualstack_ipv6=dual) as server:
             self.store.set("sdtune/watch", f"{server.getsockname()[1]} {secret}")
             waiting = self.world - 1
             while waiting:

@@ -1,6 +1,6 @@
-"""``report.html``: a run on one page, from what lies in its folder; it opens from disk, without a network.
+"""``report.html``: a run on one page, made from the files in its folder. It opens from disk and needs no network.
 
-The page's frame, style and script are ``report.html`` beside this file; here its parts are made.
+The template with style and script is ``report.html`` beside this file; this module makes the parts.
 """
 
 import base64
@@ -23,13 +23,13 @@ from sdtune.run.contact_sheet import cells
 from sdtune.run.curves import Points, chart, number, smooth
 from sdtune.run.folder import artefact, by_path, entries
 
-MOST_CELLS = 120  # images on the page, about 15 kB each
+MAX_CELLS = 120  # images on the page, about 15 kB each
 CELL_SIDE = 320  # pixels; larger samples are shown reduced
 MEASURED = {
     *("step", "seconds", "loss", "holdout_loss", "learning_rate", "grad_norm", "skipped_steps"),
     *("images_per_second", "data_wait", "peak_memory"),
 }
-"""What the lines of every run have."""
+"""Keys that the lines of every run have. All other keys are figures of the recipe."""
 
 
 class Sheet(NamedTuple):
@@ -38,7 +38,7 @@ class Sheet(NamedTuple):
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``report.html`` into a run's folder, from those of its files that are there; return its path."""
+    """Write ``report.html`` into a run's folder, from the files that exist there; return its path."""
     config = _load(folder / "config.yaml", {})
     lines = _metrics(folder / "metrics.jsonl")
     sheets, count = _sheets(folder / "samples")
@@ -55,7 +55,7 @@ def write_report(folder: Path) -> Path:
         strip=_strip(sheets, count),
         commands=_commands(folder, config, method),
         config=_config(config, method),
-        environment=_table("Environment", _load(folder / "environment.json", {}), "not recorded"),
+        environment=_table("Environment", _load(folder / "environment.json", {}), "Not recorded."),
         version=escape(__version__),
     )
     out = folder / "report.html"
@@ -66,12 +66,12 @@ def write_report(folder: Path) -> Path:
 
 
 def _load(path: Path, default: Any) -> Any:
-    """YAML or JSON, which is YAML."""
+    """A YAML file, or JSON, which is a subset of it."""
     return (yaml.safe_load(path.read_text(encoding="utf-8")) or default) if path.is_file() else default
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``; a last one that is still being written is left out."""
+    """The lines of ``metrics.jsonl``; an incomplete last line is left out."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -86,12 +86,12 @@ def _series(lines: list[dict[str, Any]], key: str) -> Points:
 
 
 def _sheets(folder: Path) -> tuple[list[Sheet], int]:
-    """Sample sheets in order of steps, evenly thinned to `MOST_CELLS` images; and how many there are."""
+    """Sample sheets by step, of which at most `MAX_CELLS` images are shown, evenly spaced; and how many there are."""
     files = sorted(folder.glob("step-*.png"), key=lambda p: int(p.stem.removeprefix("step-")))
     if not files:
         return [], 0
     with Image.open(files[-1]) as last:
-        most = max(2, MOST_CELLS // len(cells(last)))
+        most = max(2, MAX_CELLS // len(cells(last)))
     if len(files) > most:
         chosen = [files[round(k * (len(files) - 1) / (most - 1))] for k in range(most)]
     else:
@@ -103,7 +103,7 @@ def _sheets(folder: Path) -> tuple[list[Sheet], int]:
     return [s for s in sheets if len(s.cells) == len(sheets[-1].cells)], len(files)
 
 
-def _again(record: Path, method: type[Run] | None) -> str:
+def _resume_command(record: Path, method: type[Run] | None) -> str:
     """The command that continues the run, from the first line of its record."""
     first = record.read_text(encoding="utf-8").partition("\n")[0] if record.exists() else ""
     written = first.removeprefix("# ") if first.startswith("# sdtune ") else ""
@@ -120,7 +120,7 @@ def _state(folder: Path, config: dict[str, Any], lines: list[dict[str, Any]]) ->
 
 
 def _figures(lines: list[dict[str, Any]]) -> str:
-    """What one asks first, as a list of terms; a figure never logged is left out."""
+    """The main figures as a list of terms; a figure that was never logged is left out."""
     last = {key: values[-1] for key in ("images_per_second", "seconds") if (values := _series(lines, key))}
     shown = [("Steps", f"{max((line['step'] for line in lines), default=0):,}")]
     if loss := _series(lines, "loss"):
@@ -152,14 +152,14 @@ def _image(image: Image.Image, alt: str) -> str:
         small.thumbnail((CELL_SIDE, CELL_SIDE), Image.Resampling.LANCZOS)
         small.save(data, format="WEBP", quality=85)
     text = base64.b64encode(data.getvalue()).decode()
-    look = ' class="small"' if kind == "png" else ""
+    style = ' class="small"' if kind == "png" else ""
     size = f'width="{image.width}" height="{image.height}"'
-    return f'<img{look} {size} alt="{escape(alt)}" src="data:image/{kind};base64,{text}">'
+    return f'<img{style} {size} alt="{escape(alt)}" src="data:image/{kind};base64,{text}">'
 
 
 def _before_after(sheets: list[Sheet]) -> str:
     if len(sheets) < 2:
-        return '<p class="none">Two sets of samples make a comparison; there are not yet as many.</p>'
+        return '<p class="none">There is nothing to compare yet: the run has fewer than two sets of samples.</p>'
     first, last = sheets[0], sheets[-1]
     pairs = ""
     for (before, prompt), (after, _) in zip(first.cells, last.cells, strict=True):
@@ -177,7 +177,7 @@ def _before_after(sheets: list[Sheet]) -> str:
 
 
 def _strip(sheets: list[Sheet], count: int) -> str:
-    """A row for each prompt, a column for each step."""
+    """A table of samples with a row for each prompt and a column for each step."""
     if not sheets:
         return '<p class="none">No samples yet.</p>'
     heads = "".join(f'<th scope="col" data-step="{s.step}">step {s.step}</th>' for s in sheets)
@@ -211,7 +211,7 @@ def _charts(lines: list[dict[str, Any]]) -> str:
 
 
 def _figures_of(lines: list[dict[str, Any]]) -> list[str]:
-    """What a recipe told beside its loss."""
+    """The names of the figures that the recipe reports besides its loss."""
     return sorted({key for line in lines for key in line} - MEASURED)
 
 
@@ -219,9 +219,9 @@ def _commands(folder: Path, config: dict[str, Any], method: type[Run] | None) ->
     what = usage.artefact_kind(by_path(folder, artefact(folder)))
     prompt = (config.get("validation_prompt") or ["..."])[0]
     shown = [
-        ("Continue, or see that it is complete", _again(folder / "config.yaml", method)),
-        ("Draw with it", shlex.join(usage.sample(what, str(folder), str(prompt)))),
-        ("Publish it", shlex.join(["sdtune", "push", str(folder)])),
+        ("Continue the run, or check that it is complete", _resume_command(folder / "config.yaml", method)),
+        ("Make images with it", shlex.join(usage.sample(what, str(folder), str(prompt)))),
+        ("Publish it on the Hub", shlex.join(["sdtune", "push", str(folder)])),
     ]
     return (
         '<div class="card">'
@@ -235,31 +235,31 @@ def _commands(folder: Path, config: dict[str, Any], method: type[Run] | None) ->
 
 
 def _config(config: dict[str, Any], method: type[Run] | None) -> str:
-    """What differs from the defaults, in bold; the rest folded away."""
+    """Settings that differ from the defaults in bold; the others folded."""
     defaults = {k: f.get_default() for k, f in method.model_fields.items()} if method else {}
-    differs = {k: v for k, v in config.items() if k not in defaults or _plain(defaults[k]) != _plain(v)}
+    differs = {k: v for k, v in config.items() if k not in defaults or _text(defaults[k]) != _text(v)}
     same = {k: v for k, v in config.items() if k not in differs}
     folded = _table("", same, "") if same else ""
-    return _table("Settings that differ from the defaults", differs, "none", "set") + (
-        f"<details><summary>{len(same)} at their defaults</summary>{folded}</details>" if same else ""
+    return _table("Settings that differ from the defaults", differs, "There are none.", "set") + (
+        f"<details><summary>{len(same)} settings at their defaults</summary>{folded}</details>" if same else ""
     )
 
 
-def _plain(value: Any) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return "\n".join(map(_plain, value)) or "none"
+        return "\n".join(map(_text, value)) or "none"
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     return number(value) if isinstance(value, float) else str(value) or "empty"
 
 
-def _table(title: str, values: dict[str, Any], empty: str, look: str = "") -> str:
+def _table(title: str, values: dict[str, Any], empty: str, style: str = "") -> str:
     heading = f"<h3>{title}</h3>" if title else ""
     if not values:
         return f'{heading}<p class="none">{empty}</p>'
     rows = "".join(
-        f'<tr class="{look}"><th scope="row">{escape(str(k)).replace("_", "_<wbr>")}</th>'
-        f"<td>{escape(_plain(v))}</td></tr>"
+        f'<tr class="{style}"><th scope="row">{escape(str(k)).replace("_", "_<wbr>")}</th>'
+        f"<td>{escape(_text(v))}</td></tr>"
         for k, v in values.items()
     )
     return f'{heading}<table class="data"><tbody>{rows}</tbody></table>'

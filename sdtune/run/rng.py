@@ -1,8 +1,8 @@
 """Randomness as a function of names, never of history.
 
 A generator is made from what the number is for, such as ``generator(seed, "noise", position)``, so the
-number is the same whoever asks, whenever, and on however many processes. Nothing random needs to be
-saved, hence nothing can be restored wrongly. Numbers are drawn on the CPU: a CUDA generator maps
+number does not depend on when, where or on how many processes it is drawn. Nothing random has to be
+saved, so nothing can be restored wrongly. Numbers are drawn on the CPU: a CUDA generator maps
 elements to counters by the number of multiprocessors of the card, so its stream differs between cards.
 
 Never slice a larger draw: ``torch.randn(8)`` is not ``torch.randn(16)[:8]``.

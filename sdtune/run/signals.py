@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C raise a flag; the step is finished and saved, and then all processes stop together."""
+"""SIGTERM, SIGUSR1 and Ctrl-C set a flag. The step is finished and saved, then all processes stop together."""
 
 import signal
 from datetime import timedelta
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Slurm sends SIGUSR1 as early before the end of a job's time as `--signal` says."""
+"""Slurm sends SIGUSR1 before a job's time ends; `--signal` sets how long before."""
 
 
 class Stopping:
@@ -29,14 +29,14 @@ class Stopping:
         self.signal = number
 
     def agreed(self) -> bool:
-        """Whether any process was told to stop; all of them ask at the same step, and get the same answer.
+        """Whether any process was told to stop. All processes ask at the same step and get the same answer.
 
         The flag travels over gloo, so that asking does not make the host wait for the GPU.
         """
-        told = self.signal
+        number = self.signal
         if self.peers is not None:
-            flag = torch.tensor(told)
+            flag = torch.tensor(number)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self.peers)
-            told = int(flag)
-        self.signal = told or self.signal  # one that came in the meantime counts at the next step
-        return told != 0
+            number = int(flag)
+        self.signal = number or self.signal  # a signal that came meanwhile counts at the next step
+        return number != 0

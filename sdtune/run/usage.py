@@ -1,4 +1,4 @@
-"""What a run made, told by the names of its files, and the lines of stock diffusers that use it."""
+"""The kind of artefact a run made, judged by its file names, and the lines of stock diffusers that use it."""
 
 import json
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ EMBEDDING = "learned_embeds.safetensors"
 CLASSES = "classes.json"
 """Names of classes in the order of their labels, beside a model that knows classes."""
 MANY = 30
-"""Classes that are listed; of more, only the file with their names is told."""
+"""At most this many classes are listed; for more, the file with their names is named."""
 
 
 class ArtefactKind(NamedTuple):
-    """What an artefact is: an adapter, an embedding, or both; a pipeline; or a classifier of noised images."""
+    """An artefact is an adapter, an embedding, or both; a pipeline; or a classifier of noised images."""
 
     adapter: str | None = None
     """Name of the file."""
@@ -25,13 +25,13 @@ class ArtefactKind(NamedTuple):
     classifier: dict[str, Any] | None = None
     """Its settings, from config.json."""
     classes: tuple[str, ...] = ()
-    """Names in order of their labels; of a model without classes, none."""
+    """Names in the order of their labels; empty for a model without classes."""
     open_label: int | None = None
-    """The label of no class, where there is one."""
+    """The label that means no class, if the model has one."""
 
 
 def artefact_kind(files: Mapping[str, Path]) -> ArtefactKind:
-    """What the files of an artefact are, given by their path in its folder."""
+    """The kind of an artefact, from its files by their path in its folder."""
 
     def read_json(name: str) -> Any:
         return json.loads(files[name].read_text(encoding="utf-8")) if name in files else None
@@ -52,7 +52,7 @@ def artefact_kind(files: Mapping[str, Path]) -> ArtefactKind:
 
 
 def sample(what: ArtefactKind, folder: str, prompt: str) -> list[str]:
-    """The words of ``sdtune sample`` that draw with the artefact of a run in ``folder``."""
+    """The words of the ``sdtune sample`` command that uses the artefact of a run in ``folder``."""
     if what.classifier:
         return ["sdtune", "sample", "--model", "...", "--classifier", folder, "--class", what.classes[0]]
     kind = "--model" if what.pipeline else "--embedding" if what.embedding and not what.adapter else "--adapter"
@@ -62,12 +62,12 @@ def sample(what: ArtefactKind, folder: str, prompt: str) -> list[str]:
 def lines(
     what: ArtefactKind, repo: str, at: str | None, base: str, base_at: str | None, prompt: str, token: str | None
 ) -> str:
-    """The Python that loads an artefact and makes an image.
+    """Python code that loads an artefact and makes an image.
 
     Args:
-        repo: where the artefact is, and ``at`` its branch.
-        base: the model under an adapter or an embedding, and ``base_at`` its revision.
-        token: the new word that an embedding is for, where its file does not tell.
+        repo: repository or folder of the artefact; ``at``: its branch.
+        base: the model that an adapter or an embedding is for; ``base_at``: its revision.
+        token: the new word of an embedding, in case its file does not name it.
     """
     if what.classifier:
         return _classifier(what.classifier, repo, at)
@@ -77,7 +77,7 @@ def lines(
     if base.endswith(".safetensors"):
         reader = "StableDiffusionPipeline.from_single_file"
     loads = [f"pipe = {reader}({arguments(base, revision=base_at)})"]
-    if what.embedding:  # first: the adapter of a text encoder may be one that was trained to read the new word
+    if what.embedding:  # first: an adapter of the text encoder may have been trained with the new word
         words = arguments(repo, weight_name=what.embedding, token=token, revision=at)
         loads.append(f"pipe.load_textual_inversion({words})")
     if what.adapter:
@@ -113,7 +113,7 @@ p = classifier(x_t, t).softmax(dim=1)"""
 
 
 def classes(what: ArtefactKind) -> str:
-    """Which label is which class, as a sentence; nothing of a model without classes."""
+    """A sentence that lists labels and classes; empty for a model without classes."""
     if not what.classes:
         return ""
     if len(what.classes) > MANY:

@@ -84,8 +84,8 @@ class Window:
             self._name_culprits(step, skipped - self.skipped)
         if in_a_row >= self.limit:
             raise RunFailed(
-                f"step {step}: no finite gradient for {in_a_row} steps in a row; the checkpoint before them is whole. "
-                f"Lower --learning-rate (now {learning_rate:g}), or train in bf16 or fp32"
+                f"step {step}: no finite gradient for {in_a_row} steps in a row; the checkpoint before them is "
+                f"complete. Lower --learning-rate (now {learning_rate:g}), or train in bf16 or fp32"
             )
         total = torch.stack(finite).sum().item() if finite else 0.0
         sums = torch.tensor([total, len(finite)], device=self.device)

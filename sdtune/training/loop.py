@@ -42,7 +42,7 @@ def train(
 
     Raises:
         UserError: something in the settings, the data or the folder has to change; nothing was lost.
-        RunFailed: the run cannot go on; its last checkpoint is whole.
+        RunFailed: the run cannot go on; its last checkpoint is complete.
         SystemExit: 143 or 130 when SIGTERM or Ctrl-C came, and the run was saved.
     """
     check_trackers(cfg.report_to)
