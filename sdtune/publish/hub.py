@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 def connect() -> HfApi:
     disable_progress_bars()
-    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    hub_logging.set_verbosity_error()
     return HfApi(library_name="sdtune", library_version=__version__)
 
 

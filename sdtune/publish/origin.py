@@ -47,7 +47,7 @@ def ask(api: HfApi, settings: RunSettings) -> Origin:
         card = api.model_info(base, revision=revision, timeout=20).card_data
     except (RepositoryNotFoundError, HFValidationError) as error:
         return origin._replace(base_on_hub=isinstance(error, GatedRepoError))
-    known: dict[str, Any] = card.to_dict() if card else {}  # type: ignore[no-untyped-call]
+    known: dict[str, Any] = card.to_dict() if card else {}
     license = known.get("license")
     if isinstance(license, list) and len(license) > 1:  # nobody knows here which of them holds
         license = None

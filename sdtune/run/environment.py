@@ -33,7 +33,7 @@ def environment() -> dict[str, str | list[str]]:
     facts["gpu"] = [_gpu(i) for i in range(torch.cuda.device_count())] or "none"
     if torch.cuda.is_available():
         facts["cuda"] = str(torch.version.cuda or f"ROCm {torch.version.hip}")
-        facts["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+        facts["cudnn"] = str(torch.backends.cudnn.version())
     return facts
 
 

@@ -23,7 +23,7 @@ from sdtune.config.sections import Run, UserError
 from sdtune.run.contact_sheet import grid, save_sheet
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator  # type: ignore[import-untyped]
+    from accelerate import Accelerator
 
 TRACKERS = {
     "tensorboard": ("tensorboard", "sdtune[tensorboard]"),
