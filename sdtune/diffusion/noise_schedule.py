@@ -62,7 +62,7 @@ def _scheduler(cfg: Schedule, zero_snr: bool, base: Mapping[str, Any] | None, as
         chosen |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if chosen["beta_start"] >= chosen["beta_end"]:
         raise UserError(f"--beta-start {chosen['beta_start']:g} is not below --beta-end {chosen['beta_end']:g}")
-    scheduler: Scheduler = DDPMScheduler.from_config(chosen)  # type: ignore[no-untyped-call]
+    scheduler: Scheduler = DDPMScheduler.from_config(chosen)
     return scheduler
 
 

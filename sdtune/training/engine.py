@@ -57,7 +57,7 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one of the micro-batches of a step."""
-        self.scaler.scale(loss / self.accumulation).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss / self.accumulation).backward()
 
     def step(self, optimizer: Optimizer, max_norm: float) -> Tensor:
         """Clip, take the step unless the gradient is not finite, and clear it; the gradient's norm before clipping."""

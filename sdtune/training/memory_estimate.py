@@ -53,7 +53,7 @@ class MemoryEstimate(NamedTuple):
         return sum(self)
 
 
-class PeakMemoryMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class PeakMemoryMode(TorchDispatchMode):
     """Counts the bytes of the storages in use, by kind; ``worst`` holds the counts when there were most.
 
     Args:
@@ -61,7 +61,7 @@ class PeakMemoryMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, known: Iterable[Tensor]):
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.kind = "activations"
         self.now: Counter[str] = Counter()
         self.worst: Counter[str] = Counter()
@@ -161,7 +161,7 @@ def traced(recipe: Recipe, batch: dict[str, Tensor], held: list[Tensor]) -> Coun
     alive = PeakMemoryMode([*held, *batch.values()])
     for p in recipe.parameters():
         if p.requires_grad:
-            p.register_post_accumulate_grad_hook(alive.mark_gradient)  # type: ignore[no-untyped-call]
+            p.register_post_accumulate_grad_hook(alive.mark_gradient)
     with alive:
         for alive.kind in passes(recipe, batch):
             pass
@@ -176,7 +176,7 @@ def passes(recipe: Recipe, batch: dict[str, Tensor]) -> Iterator[str]:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss, figures = split_loss(recipe(batch))
         yield "temporary"
-        loss.mean().backward()  # type: ignore[no-untyped-call]
+        loss.mean().backward()
         del loss, figures
 
 
