@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: demo digits digits-guided test check docs clean
+.PHONY: demo digits digits-guided test check docs pictures site clean
 
 demo: $(READY)  ## train the shipped recipe on the built-in model, then score it
 	$(BIN)/python examples/demo.py
@@ -23,8 +23,16 @@ check: $(READY)  ## what CI runs: format, lint, types, tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-docs: $(READY)  ## write the generated tables anew
+docs: $(READY)  ## write the generated tables anew, and the pictures of runs that are there
 	$(BIN)/python tools/make_docs.py
+	$(BIN)/python tools/make_pictures.py
+
+pictures: $(READY)  ## the same pictures, after training what they show
+	$(BIN)/python tools/make_pictures.py --train
+
+site: $(READY)  ## the documentation as a website in build/site; a broken link stops it
+	test -x $(BIN)/zensical || $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m tools.make_site
 
 clean:  ## remove the environment, builds and caches; runs stay
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache

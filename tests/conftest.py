@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from huggingface_hub import HfApi, constants
 from PIL import Image
 
 from sdtune.cli import main
+from sdtune.publish import hub
 from tests import contract, ranks
+from tests.tinyhub import TinyHub
 from tests.tinysd import save_tiny_sd
 
 torch.set_num_threads(1)
@@ -55,6 +59,25 @@ def pictures(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def places(sd, pictures) -> contract.Places:
     return contract.Places(sd, pictures)
+
+
+@pytest.fixture
+def server():
+    with TinyHub() as running:
+        yield running
+
+
+@pytest.fixture
+def here(server, monkeypatch):
+    """A Hub of the test's own: this process's client speaks to it, and is quick to try again."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(hub, "connect", lambda: HfApi(endpoint=server.url, token=server.token))
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(hub, "FIRST_WAIT", 0.05)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client's own second between two tries
+    monkeypatch.setenv("HF_TOKEN", server.token)
+    return server
 
 
 LONG = ["--steps", "60", "--checkpointing-steps", "5", "--log-steps", "1", "--train-batch-size", "1"]

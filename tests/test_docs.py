@@ -13,6 +13,7 @@ from sdtune.config.methods import METHODS
 from sdtune.config.verbs import VERBS
 from tests.conftest import status
 from tools.make_docs import ROOT, header, made, pages, shipped
+from tools.make_site import Stage, problems
 
 NAMES = [str(page.relative_to(ROOT)) for page in pages()]
 COMMANDS = {c.method for c in (*METHODS, *VERBS)} | {"run", "ls", "cp", "env", "check"}
@@ -112,9 +113,47 @@ def test_citations_are_in_the_index_of_papers():
     assert sorted(f"{who} {year}" for who, year in cited if f"{who} {year}" not in papers) == []
 
 
+def test_front_page_is_short_and_its_pictures_are_small():
+    assert len(read("README.md").splitlines()) <= 150
+    assert sum(picture.stat().st_size for picture in (ROOT / "docs" / "pictures").iterdir()) < 1_000_000
+
+
+def test_every_command_and_extra_is_described():
+    table = read("docs/commands.md")
+    assert [name for name in sorted(COMMANDS) if f"`sdtune {name}" not in table] == []
+    extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
+    assert [name for name in extras if f"`{name}`" not in read("docs/install.md")] == []
+
+
+def test_every_page_is_in_the_menu_of_the_site():
+    menu = re.findall(r'= "([\w/.-]+\.md)"', read("docs/site/zensical.toml"))
+    assert [name for name in NAMES if name not in menu] == []
+    assert [name for name in menu if not name.startswith("api/") and name not in NAMES] == []
+
+
+def test_site_names_what_is_missing_and_what_would_be_fetched(tmp_path):
+    (tmp_path / "a.html").write_text(
+        '<a href="b.html#x">b</a><img src="c.png"><script src="https://host/d.js"></script>'
+    )
+    found = ["a.html: fetches https://host/d.js", "a.html: no file b.html#x", "a.html: no file c.png"]
+    assert problems(tmp_path) == found
+    (tmp_path / "b.html").write_text('<a href="https://host/">a link is not fetched</a>')
+    assert problems(tmp_path) == [found[0], found[2]]
+
+
+def test_links_of_the_site_lead_to_pages_of_files_and_folders(tmp_path):
+    stage = Stage(tmp_path)
+    page = "[a](../sdtune/recipes/lora.py#x) [b](../recipes/slurm) [c](data.md) [d](https://host/e)\n```\n[f](g)\n```\n"
+    linked = "[a](../sdtune/recipes/lora.py.md#x) [b](../recipes/slurm/index.md) [c](data.md) [d](https://host/e)"
+    assert stage.linked(page, ROOT / "docs") == f"{linked}\n```\n[f](g)\n```\n"
+    assert "class Lora" in (tmp_path / "sdtune/recipes/lora.py.md").read_text()
+    assert "node.sbatch.md" in (tmp_path / "recipes/slurm/index.md").read_text()
+
+
 def test_what_is_needed_is_pinned():
     project = tomllib.loads(read("pyproject.toml"))["project"]
-    needed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    extras = project["optional-dependencies"]
+    needed = [*project["dependencies"], *extras["dev"], *extras["docs"]]
     lines = [line for line in read("constraints.txt").splitlines() if not line.startswith("#")]
     assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
     pinned = {re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower() for line in lines}

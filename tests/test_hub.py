@@ -16,29 +16,9 @@ from sdtune.publish import hub, model_card, publish
 from sdtune.run.contact_sheet import cells
 from tests.conftest import command, status
 from tests.test_resume import assert_same_bits
-from tests.tinyhub import TinyHub
 
 SAMPLES = ("--num-validation-images", "2", "--validation-prompt", "a red circle", "--validation-inference-steps", "3")
 PUSHED = {".gitattributes", "README.md", "config.yaml", "metrics.jsonl", "pytorch_lora_weights.safetensors"}
-
-
-@pytest.fixture
-def server():
-    with TinyHub() as running:
-        yield running
-
-
-@pytest.fixture
-def here(server, monkeypatch):
-    """Point this process's client at the server, and make it quick to try again."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(hub, "connect", lambda: HfApi(endpoint=server.url, token=server.token))
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(hub, "FIRST_WAIT", 0.05)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client's own second between two tries
-    monkeypatch.setenv("HF_TOKEN", server.token)
-    return server
 
 
 @pytest.fixture

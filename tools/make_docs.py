@@ -31,6 +31,8 @@ ON_THE_COMMAND = {
     "--allow-change": "Continue though config or data changed.",
 }
 """Options that describe the launch, so they are no fields of a config."""
+ROOMS = "config run publish diffusion data models conversion sampling recipes evaluation training".split()
+"""In the order in which they may import one another."""
 
 
 def pages() -> list[Path]:
@@ -85,7 +87,7 @@ def default(field: parsing.FieldInfo) -> str:
     value = field.get_default()
     match value:
         case None | "" | [] | {}:
-            return "none"
+            return "-"
         case bool():
             return "on" if value else "off"
         case float():
@@ -118,7 +120,7 @@ def header(file: Path) -> dict[str, str]:
 
 
 def file_table(*folders: str) -> str:
-    """A line per Python file: the first sentence of its docstring."""
+    """A line per Python file: the first sentence of its docstring. Links are those of a page in docs/."""
     return table(("File", "What it is"), (row for folder in folders for row in files_of(ROOT / folder)))
 
 
@@ -130,7 +132,17 @@ def files_of(folder: Path) -> Iterator[tuple[str, str]]:
         first = re.split(r"(?<=\.)\s+(?=[A-Z])", text.partition("\n\n")[0])[0]
         shown = file.parent if file.name == "__init__.py" else file
         name = f"{shown.relative_to(ROOT)}{'/' if shown.is_dir() else ''}"
-        yield f"[`{name}`]({name})", " ".join(first.split()).replace("``", "`")
+        yield f"[`{name}`](../{name})", " ".join(first.split()).replace("``", "`")
+
+
+def room_table(up: str = "") -> str:
+    """A line per room, from its docstring: what lives there, and its law of imports. ``up`` leads to the root."""
+    rows = []
+    for room in ROOMS:
+        text = ast.get_docstring(ast.parse((ROOT / "sdtune" / room / "__init__.py").read_text(encoding="utf-8"))) or ""
+        what, _, law = " ".join(text.partition("\n\n")[0].split()).rpartition(" Imports ")
+        rows.append((f"[`{room}`]({up}sdtune/{room}/)", what.rstrip("."), f"imports {law.rstrip('.')}"))
+    return table(("Room", "What lives there", "Law"), rows)
 
 
 def may_change() -> str:
@@ -155,6 +167,7 @@ def printed(name: str) -> str:
 PARTS = {
     "options": option_tables,
     "recipes": recipe_table,
+    "rooms": room_table,
     "files": file_table,
     "may-change": may_change,
     "code": code,
