@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdtune.config import parsing
-from sdtune.config.methods import DdpmConfig
+from sdtune.config.methods.ddpm import DdpmConfig
 from sdtune.models import pixel_models
 
 SAMPLES = 50_000  # what an FID is measured on

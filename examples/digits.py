@@ -22,7 +22,7 @@ from torch.multiprocessing import get_context
 
 from sdtune.cli import main
 from sdtune.config import parsing
-from sdtune.config.methods import DdpmConfig
+from sdtune.config.methods.ddpm import DdpmConfig
 from sdtune.data import Stream, load_images
 from sdtune.diffusion.guides import ByClassifier
 from sdtune.diffusion.pixel_sampler import draw, to_images

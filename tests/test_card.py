@@ -9,7 +9,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
 
-from sdtune.config.methods import LoraConfig
+from sdtune.config.methods.lora import LoraConfig
 from sdtune.publish import model_card, redact
 from sdtune.publish.origin import Origin, ask, by_name
 from sdtune.run import settings

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from sdtune.config import parsing
-from sdtune.config.methods import LoraConfig
+from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import UserError
 from sdtune.recipes.lora import Lora
 from sdtune.training import batch_size, memory_estimate

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from diffusers import DDPMScheduler
 
-from sdtune.config.methods import ClassifierConfig
+from sdtune.config.methods.classifier import ClassifierConfig
 from sdtune.models.noisy_classifier import NoisyClassifier
 from sdtune.recipes.recipe import Recipe
 from sdtune.training import preview

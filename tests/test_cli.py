@@ -8,16 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 import yaml
 
 import sdtune
 from sdtune import cli
-from sdtune.config import parsing
-from sdtune.config.foreign_flags import NEEDLESS
-from sdtune.config.methods import METHODS
+from sdtune.config import fields, shipped, yaml_text
+from sdtune.config.commands import methods, verbs
+from sdtune.config.foreign_flags import ANSWERS
 from sdtune.config.sections import RunFailed, UserError
-from sdtune.config.verbs import VERBS
 from tests.conftest import status
 
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "numpy", "PIL", "huggingface_hub")
@@ -125,9 +123,9 @@ def flat(text: str) -> str:
 def test_each_flag_of_the_diffusers_script_is_honoured_or_answered(word, capsys):
     name, _, text = word[2:].partition("=")
     data = [] if name in ("dataset_name", "train_data_dir") else ["--dataset", "d"]
-    if name in NEEDLESS:
+    if name in ANSWERS:
         (line,) = refused(capsys, *data, word)
-        assert line == f"--{name}: no such option; {NEEDLESS[name]}"
+        assert line == f"--{name}: no such option; {ANSWERS[name]}"
         assert text == "" or not re.search(rf"\b{text}\b", line.partition(";")[0])
         return
     field = RENAMED.get(name, name)
@@ -152,16 +150,16 @@ FLAGS = [
 @pytest.mark.parametrize(("command", "word"), FLAGS, ids=[f"{c}-{w[2:].partition('=')[0]}" for c, w in FLAGS])
 def test_flags_of_the_other_scripts_are_honoured_or_answered(command, word, capsys):
     name, _, text = word[2:].partition("=")
-    config = next(c for c in METHODS if c.method == command)
+    config = next(c for c in methods() if c.method == command)
     more = ["--placeholder-token", "p"] if command == "textual-inversion" else []
     more += ["--dataset", "d", *shlex.split(GOES_WITH.get(name, ""))]
     code, out, err = answer(capsys, command, "--dry-run", *more, word)
-    if name in NEEDLESS:
-        assert (code, err) == (2, f"error: --{name}: no such option; {NEEDLESS[name]}\n")
+    if name in ANSWERS:
+        assert (code, err) == (2, f"error: --{name}: no such option; {ANSWERS[name]}\n")
         return
     assert (code, err) == (0, "")
-    value = yaml.safe_load(out)[parsing.names_of(config)[name]]
-    assert value == ([text] if isinstance(value, list) else yaml.load(text, parsing.Loader) if text else True)
+    value = yaml.safe_load(out)[fields.names_of(config)[name]]
+    assert value == ([text] if isinstance(value, list) else yaml_text.from_text(text) if text else True)
 
 
 def test_all_51_flags_are_here():
@@ -169,16 +167,16 @@ def test_all_51_flags_are_here():
 
 
 def test_the_flags_that_sdtune_does_without_are_answered_together(capsys):
-    without = [w for w in DIFFUSERS if w[2:].partition("=")[0] in NEEDLESS]
+    without = [w for w in DIFFUSERS if w[2:].partition("=")[0] in ANSWERS]
     lines = refused(capsys, "--dataset", "d", *without)
     assert [line.partition(":")[0] for line in lines] == [w.partition("=")[0] for w in without]
     assert not any("lists them" in line or "did you mean" in line for line in lines)
 
 
 def test_advice_names_flags_that_exist():
-    spelt = {parsing.flag(n) for config in METHODS for n in config.model_fields} | {"--overwrite"}
-    for name, told in NEEDLESS.items():
-        assert not any(name in parsing.names_of(config) for config in METHODS)
+    spelt = {fields.flag(n) for config in methods() for n in config.model_fields} | {"--overwrite"}
+    for name, told in ANSWERS.items():
+        assert not any(name in fields.names_of(config) for config in methods())
         assert set(re.findall(r"--[a-z-]+", told)) <= spelt, name
 
 
@@ -252,14 +250,14 @@ def test_the_last_of_two_flags_wins(capsys):
     assert dry(capsys, "--dataset=d", "--rank=1", "--rank", "2")["rank"] == 2
 
 
-@pytest.mark.parametrize("config", [*METHODS, *VERBS], ids=lambda c: c.method)
+@pytest.mark.parametrize("config", [*methods(), *verbs()], ids=lambda c: c.method)
 def test_help_lists_each_field_once(config, capsys, monkeypatch):
     monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 250)
     code, out, _ = answer(capsys, config.method, "--help")
     assert code == 0
     listed = re.findall(r"^│ +(?:\* +)?(--[a-z0-9-]+)", out, re.MULTILINE)
     assert len(listed) == len(set(listed))
-    flags = {parsing.spelt(config, n) for n in config.model_fields}
+    flags = {fields.written(config, n) for n in config.model_fields}
     assert {flag for flag in flags if flag.startswith("--")} <= set(listed)
     assert all(flag in out for flag in flags)
     shown = " ".join(re.sub("[│]", " ", out).split())
@@ -267,12 +265,12 @@ def test_help_lists_each_field_once(config, capsys, monkeypatch):
         assert re.sub(r"[*`]", "", field.description)[:20] in re.sub(r"[*`]", "", shown)
 
 
-@pytest.mark.parametrize("config", [*METHODS, *VERBS], ids=lambda c: c.method)
+@pytest.mark.parametrize("config", [*methods(), *verbs()], ids=lambda c: c.method)
 def test_no_flag_has_two_meanings(config):
-    command = typer.main.get_command(cli.app).commands[config.method]
-    flags = [flag for p in command.params for flag in (*p.opts, *p.secondary_opts)]
+    command = cli.group.commands[config.method]
+    flags = [flag for p in command.built.parser.params for flag in (*p.opts, *p.secondary_opts)]
     assert len(flags) == len(set(flags))
-    assert all(p.help for p in command.params)
+    assert all(p.help for p in command.built.parser.params)
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------
@@ -286,7 +284,7 @@ def test_no_flag_has_two_meanings(config):
         "--overwrit": "--overwrit: no such option; did you mean --overwrite?",
         "--learning_rte=1": "--learning_rte: no such option; did you mean --learning-rate?",
         "--qqqqq": "--qqqqq: no such option; --help lists them",
-        "-r": "-r: no such option; --help lists them",
+        "-r": "-r: no such option; did you mean --rank?",
         "stray": "stray: unexpected argument; options start with --",
         "--push-to-hub true": "true: unexpected argument; options start with --",
         "--rank 4.5": "--rank: wants a whole number, not '4.5'",
@@ -390,7 +388,7 @@ def test_the_exit_code_is_the_works_own(raised, code, told, capsys, monkeypatch)
     def work(*_):
         raise raised
 
-    monkeypatch.setattr(cli.parsing, "shipped", work)
+    monkeypatch.setattr(shipped, "recipes", work)
     assert answer(capsys, "ls") == (code, "", told)
 
 
@@ -403,7 +401,7 @@ def recipes(tmp_path, monkeypatch) -> Path:
     file = tmp_path / "shipped" / "lora" / "sd15-naruto.yaml"
     file.parent.mkdir(parents=True)
     file.write_text("# SD 1.5 on 1,200 pictures\nrank: 13\ndataset: d\n")
-    monkeypatch.setattr(parsing, "shipped", lambda: {"lora/sd15-naruto": file})
+    monkeypatch.setattr(shipped, "recipes", lambda: {"lora/sd15-naruto": file})
     return file
 
 
@@ -415,15 +413,15 @@ def test_ls_lists_recipes_with_their_first_line_and_what_is_for_launching_apart(
     first = lines.index("Launching, for --accelerate-config:")
     second = next(i for i, line in enumerate(lines) if "sbatch" in line and not line.startswith(" "))
     named = [line.split()[0] for line in lines[first + 1 : second]]
-    assert named == list(parsing.ready_made("accelerate"))
-    assert [line.split()[0] for line in lines[second + 1 :]] == list(parsing.ready_made("slurm"))
+    assert named == list(shipped.ready_made("accelerate"))
+    assert [line.split()[0] for line in lines[second + 1 :]] == list(shipped.ready_made("slurm"))
 
 
-@pytest.mark.parametrize("name", parsing.ready_made(*parsing.PLACES))
+@pytest.mark.parametrize("name", shipped.ready_made(*shipped.PLACES))
 def test_cp_copies_what_is_for_launching(name, tmp_path, capsys):
     code, out, _ = answer(capsys, "cp", name, str(tmp_path))
     (copy,) = tmp_path.iterdir()
-    assert (code, copy.read_bytes()) == (0, parsing.ready_made()[name].read_bytes())
+    assert (code, copy.read_bytes()) == (0, shipped.ready_made()[name].read_bytes())
     assert {"accelerate": f"sdtune lora --accelerate-config {copy}", "slurm": f"sbatch {copy} lora"}[
         name.partition("/")[0]
     ] in out
@@ -451,7 +449,7 @@ def test_env_prints_versions(capsys):
 
 
 OWN = '''
-from sdtune.config.methods import LoraConfig
+from sdtune.config.methods.lora import LoraConfig
 from sdtune.recipes.lora import Lora
 
 class MineConfig(LoraConfig):

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from sdtune.config import parsing
+from sdtune.config import shipped
 from tests import ranks
 from tests.conftest import LONG, command
 from tests.ranks import reached, wait_until
 from tests.test_cuts import difference
 from tests.test_resume import assert_same_bits
 
-SCRIPTS = {name.partition("/")[2]: path for name, path in parsing.ready_made("slurm").items()}
+SCRIPTS = {name.partition("/")[2]: path for name, path in shipped.ready_made("slurm").items()}
 
 SRUN = """#!/bin/bash
 # As many tasks as the job has; signals go to all of them, and the worst exit code is srun's.

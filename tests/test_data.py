@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdtune.config.methods import LoraConfig
+from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import UserError
 from sdtune.data import Stream, load_images, positions, probes, report
 from sdtune.data.buckets import nearest, shapes

@@ -9,8 +9,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from PIL import Image
 
-from sdtune.config import parsing
-from sdtune.config.methods import DdpmConfig
+from sdtune.config import fields, parsing
+from sdtune.config.methods.ddpm import DdpmConfig
 from sdtune.data import Stream, load_images
 from sdtune.data.pixels import Pixels
 from sdtune.diffusion.pixel_sampler import draw, to_images
@@ -106,7 +106,7 @@ def test_schedule_and_variance_are_saved(ddpm):
         "prediction_type": "v_prediction",
         "variance_type": "fixed_large",
     }
-    words = [word for name, value in given.items() for word in (parsing.flag(name), str(value))]
+    words = [word for name, value in given.items() for word in (fields.flag(name), str(value))]
     saved = json.loads((ddpm("run", *words) / "scheduler" / "scheduler_config.json").read_text())
     assert given.items() <= saved.items()
     assert saved["clip_sample"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from sdtune.config.methods import DdpmConfig
+from sdtune.config.methods.ddpm import DdpmConfig
 from sdtune.diffusion.noise_schedule import noise_scheduler
 from sdtune.diffusion.objective import DDPM, denoising_loss
 

@@ -8,15 +8,14 @@ import tomllib
 
 import pytest
 
-from sdtune.config import parsing
-from sdtune.config.methods import METHODS
-from sdtune.config.verbs import VERBS
+from sdtune.config import shipped
+from sdtune.config.commands import methods, verbs
 from tests.conftest import status
-from tools.make_docs import ROOT, header, made, pages, shipped
+from tools.make_docs import ROOT, header, made, pages
 from tools.make_site import Stage, problems
 
 NAMES = [str(page.relative_to(ROOT)) for page in pages()]
-COMMANDS = {c.method for c in (*METHODS, *VERBS)} | {"run", "ls", "cp", "env", "check"}
+COMMANDS = {c.method for c in (*methods(), *verbs())} | {"run", "ls", "cp", "env", "check"}
 
 
 def read(name):
@@ -85,7 +84,7 @@ def test_python_blocks_compile(name):
         compile(source, name, "exec")
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", shipped.recipes())
 def test_shipped_recipes(name):
     method = name.partition("/")[0]
     head = header(ROOT / "recipes" / f"{name}.yaml")
@@ -95,8 +94,8 @@ def test_shipped_recipes(name):
 
 
 def test_recipes_are_found_by_name():
-    files = [p for p in (ROOT / "recipes").glob("*/*") if p.parent.name not in parsing.PLACES]
-    assert sorted(shipped()) == sorted(f"{p.parent.name}/{p.stem}" for p in files)
+    files = [p for p in (ROOT / "recipes").glob("*/*") if p.parent.name not in shipped.PLACES]
+    assert sorted(shipped.recipes()) == sorted(f"{p.parent.name}/{p.stem}" for p in files)
 
 
 def test_citations_are_in_the_index_of_papers():

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from sdtune.config.methods import DreamBoothConfig
+from sdtune.config.methods.dreambooth import DreamBoothConfig
 from sdtune.config.sections import UserError
 from sdtune.data import Mixture, Stream, load_images
 from sdtune.recipes.dreambooth import DreamBooth

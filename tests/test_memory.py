@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sdtune.cli import function
 from sdtune.config import parsing
-from sdtune.config.methods import METHODS
+from sdtune.config.commands import methods
 from sdtune.training import memory_estimate
 from tests import contract
 
@@ -51,7 +51,7 @@ def test_live_bytes_are_those_counted_by_hand():
 
 def outlined(words):
     """An estimate by the command line of a run."""
-    config = next(c for c in METHODS if c.method == words[0])
+    config = next(c for c in methods() if c.method == words[0])
     names = [word[2:].replace("-", "_") for word in words[1::2]]
     cfg = parsing.resolve(config, None, dict(zip(names, words[2::2], strict=True)), [])
     recipe, dataset = memory_estimate.meta_recipe(function(cfg.entry), cfg, cfg.train_batch_size, lambda line: None)

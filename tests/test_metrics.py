@@ -7,7 +7,7 @@ import pytest
 from accelerate import Accelerator
 from PIL import Image
 
-from sdtune.config.methods import LoraConfig
+from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import UserError
 from sdtune.run import metrics as module
 from sdtune.run.contact_sheet import cells, grid, save_sheet

@@ -9,23 +9,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sdtune.config import parsing
-from sdtune.config.foreign_flags import NEEDLESS
-from sdtune.config.methods import (
-    METHODS,
-    ClassifierConfig,
-    DdpmConfig,
-    DreamBoothConfig,
-    LoraConfig,
-    TextualInversionConfig,
-    config_class,
-)
+from sdtune.config import fields, parsing, shipped
+from sdtune.config.commands import METHODS, config_class, methods
+from sdtune.config.foreign_flags import ANSWERS
+from sdtune.config.methods.classifier import ClassifierConfig
+from sdtune.config.methods.ddpm import DdpmConfig
+from sdtune.config.methods.dreambooth import DreamBoothConfig
+from sdtune.config.methods.lora import LoraConfig
+from sdtune.config.methods.textual_inversion import TextualInversionConfig
 from sdtune.config.sections import Adapter, Run, UserError
 from sdtune.config.verbs import SampleConfig
 from sdtune.run import folder
 from tests.conftest import status
 
-CONFIGS = (*METHODS, SampleConfig)
+CONFIGS = (*methods(), SampleConfig)
 LEAST = {config: {"dataset": "d"} if issubclass(config, Run) else {"prompt": ["x"]} for config in CONFIGS}
 LEAST[ClassifierConfig] |= {"class_column": "c"}
 LEAST[TextualInversionConfig] |= {"placeholder_token": "<x>"}
@@ -95,13 +92,13 @@ def dry_run(capsys, *words: str) -> tuple[int, str, str]:
 def others(config, name):
     """Values of a field that are not its default."""
     field = config.model_fields[name]
-    kind, default = parsing.bare(field.annotation), field.get_default()
+    kind, default = fields.inner_type(field.annotation), field.get_default()
     if typing.get_origin(kind) is typing.Literal:
         return [choice for choice in typing.get_args(kind) if choice != default]
     if name in ONLY:
         return ONLY[name]
-    if parsing.is_list(field):
-        return [[64], [32, 64, 96]] if parsing.metavar(field) == "INTEGER" else [["a b", "c"], TEXTS]
+    if fields.is_list(field):
+        return [[64], [32, 64, 96]] if fields.metavar(field) == "INTEGER" else [["a b", "c"], TEXTS]
     if typing.get_origin(kind) is dict:
         nested = {"d_coef": 2, "betas": [0.9, 0.99], "x": None, "on": True, "name": "1e-4", "small": 1e-9, "ü": "no"}
         return [nested]
@@ -142,14 +139,12 @@ def test_any_text_survives_the_command_that_continues_a_run(text, capsys):
     assert (code, err, out) == (0, "", parsing.to_yaml(cfg)), words
 
 
-@pytest.mark.parametrize("config", METHODS, ids=lambda c: c.method)
+@pytest.mark.parametrize("config", methods(), ids=lambda c: c.method)
 def test_dry_run_of_a_dry_run(config, capsys, written):
     words = [config.method, "--dataset", "赤い星/größe", "--output-dir", "~/a b", "--learning-rate", "3e-5"]
     words += ["--optimizer-args", "{betas: [0.9, 0.99], eps: 1e-5}", "--image-column", "- b"]
     words += ["--no-center-crop", "--report-to", "tensorboard", "wandb", "--num-train-epochs", "3"]
-    words += [
-        word for name, value in LEAST[config].items() if name != "dataset" for word in (parsing.flag(name), value)
-    ]
+    words += [word for name, value in LEAST[config].items() if name != "dataset" for word in (fields.flag(name), value)]
     code, first, err = dry_run(capsys, *words)
     assert (code, err) == (0, "")
     assert "赤い星" in first  # readable
@@ -182,7 +177,7 @@ def test_hyphens_and_other_names_in_the_file(written):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.method)
 def test_no_two_fields_share_a_spelling(config):
-    spellings = [s.replace("-", "_") for n, f in config.model_fields.items() for s in (n, *parsing.other_names(f))]
+    spellings = [s.replace("-", "_") for n, f in config.model_fields.items() for s in (n, *fields.aliases_of(f))]
     assert len(spellings) == len(set(spellings))
     taken = {
         "config",
@@ -192,7 +187,7 @@ def test_no_two_fields_share_a_spelling(config):
         "overwrite",
         "allow_change",
         "help",
-        *NEEDLESS,
+        *ANSWERS,
     }
     assert taken.isdisjoint(spellings)
     negated = {f"no_{n}" for n, f in config.model_fields.items() if f.annotation is bool}
@@ -203,14 +198,14 @@ def test_no_two_fields_share_a_spelling(config):
 def test_every_field_says_what_it_is_for(config):
     for name, field in config.model_fields.items():
         assert (field.description or "").rstrip().endswith((".", "'")), name
-        if field.get_default() is None and not field.is_required() and "PATH" not in parsing.metavar(field):
+        if field.get_default() is None and not field.is_required() and "PATH" not in fields.metavar(field):
             assert any(w in field.description for w in ("none", "None")), f"{name}: what does None stand for?"
 
 
 def test_options_that_may_change_exist():
-    from sdtune.config.methods import MAY_CHANGE
+    from sdtune.config.sections import MAY_CHANGE
 
-    assert {n for config in METHODS for n in config.model_fields} >= MAY_CHANGE
+    assert {n for config in methods() for n in config.model_fields} >= MAY_CHANGE
 
 
 # ---- YAML --------------------------------------------------------------------------------------------
@@ -310,10 +305,8 @@ def test_the_most_harmless_mistake_does_not_hide_the_others(written):
 
 
 def test_shipped_recipes_resolve_by_name_and_path():
-    shipped = parsing.shipped()
-    methods = {config.method: config for config in METHODS}
-    for name, path in shipped.items():
-        config = methods[name.partition("/")[0]]
+    for name, path in shipped.recipes().items():
+        config = METHODS[name.partition("/")[0]].load()
         assert parsing.resolve(config, name, {}, []) == parsing.resolve(config, str(path), {}, [])
 
 
@@ -321,7 +314,7 @@ def test_a_recipe_is_found_by_its_name(tmp_path, monkeypatch, capsys):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "sd15-naruto.yaml").write_text("# sd15 on naruto\nrank: 13\ndataset: d\n")
     named = {"lora/sd15-naruto": tmp_path / "lora" / "sd15-naruto.yaml"}
-    monkeypatch.setattr(parsing, "shipped", lambda: named)
+    monkeypatch.setattr(shipped, "recipes", lambda: named)
     assert resolved("lora/sd15-naruto").rank == 13
     assert (
         refusal("lora/sd15-narut") == "--config lora/sd15-narut: no such file or recipe; did you mean lora/sd15-naruto?"
@@ -370,7 +363,7 @@ def test_a_changed_method_is_a_changed_option(tmp_path):
 
 def test_the_class_of_settings():
     assert config_class({}) is config_class({"method": "lora"}) is config_class({"method": []}) is LoraConfig
-    for config in METHODS:
+    for config in methods():
         assert config_class({"method": config.method, "rank": 4}) is config
         assert config_class(dict.fromkeys(config.model_fields) | {"method": "own", "gain": 3}) is config
 
@@ -424,7 +417,7 @@ def test_any_file_gives_a_config_or_lines_of_advice(seed, written):
 @pytest.mark.parametrize("seed", range(4))
 def test_any_command_line_ends_in_a_config_or_lines_of_advice(seed, capsys):
     numbers = random.Random(seed)
-    flags = [parsing.flag(n) for n in LoraConfig.model_fields]
+    flags = [fields.flag(n) for n in LoraConfig.model_fields]
     flags += ["--no-center-crop", "--no-rank", "--ragk", "-x", "--", "-", "--num-processes", "--scale_lr", "--config"]
     values = [*TEXTS, "nan", "inf", "-1", "0", "0.5", "3", "1e9", "9" * 5000, "[", "{a: 0x_}"]
     for _ in range(25):

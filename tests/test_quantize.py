@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from sdtune.config import parsing
-from sdtune.config.methods import LoraConfig
+from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import UserError
 from sdtune.models import families
 from sdtune.models.quantize import QuantizedLinear, quantize, sizes, weight_bytes

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from sdtune.config.methods import LoraConfig
+from sdtune.config.methods.lora import LoraConfig
 from sdtune.run.contact_sheet import grid, save_sheet
 from sdtune.run.curves import MOST_POINTS, number, smooth, thin, ticks
 from sdtune.run.environment import environment, torchvision_state

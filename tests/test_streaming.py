@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file
 
-from sdtune.config.methods import LoraConfig
+from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import RunFailed, UserError
 from sdtune.data import Streamed, cache, encoded_shards, files, open_images
 from sdtune.data.lanes import Lanes

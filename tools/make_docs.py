@@ -14,23 +14,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from sdtune.config import parsing
-from sdtune.config.methods import MAY_CHANGE, METHODS
-from sdtune.config.verbs import VERBS
+from pydantic.fields import FieldInfo
+
+from sdtune.config import fields, shipped
+from sdtune.config.commands import METHODS, VERBS
+from sdtune.config.sections import MAY_CHANGE, Launch, Options
 
 ROOT = Path(__file__).resolve().parent.parent
 PART = re.compile(r"(<!-- made: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
-ON_THE_COMMAND = {
-    "--config FILE": "YAML file of these options, or the name of a shipped one.",
-    "--dry-run": "Print the resolved config and stop.",
-    "--num-processes N": "Train on this many processes, a GPU each; without GPUs, on the CPU.",
-    "--accelerate-config NAME": "Launch as this accelerate config says: a file, or [a shipped one](../scale.md).",
-    "--find-batch-size": "Cut the images of a step into the largest batches that fit, the rest accumulated.",
-    "--memory SIZE": "With --find-batch-size, what a process may use, such as 8GB; none is all there is.",
-    "--overwrite": "Discard the run in `output_dir`.",
-    "--allow-change": "Continue though config or data changed.",
-}
-"""Options that describe the launch, so they are no fields of a config."""
 ROOMS = "config run publish diffusion data models conversion sampling recipes evaluation training".split()
 """In the order in which they may import one another."""
 
@@ -58,30 +49,30 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def option_tables(method: str) -> str:
     """A table for each section of a command's config, and one of what the command itself takes."""
-    config = {c.method: c for c in (*METHODS, *VERBS)}[method]
+    config = (METHODS | VERBS)[method].load()
     sections: dict[str, list[tuple[str, ...]]] = {}
-    for name, field in parsing.by_section(config):
-        other = ", ".join(f"`{parsing.flag(n)}`" for n in parsing.other_names(field))
+    for name, field in fields.by_section(config):
+        other = ", ".join(f"`{fields.flag(n)}`" for n in fields.aliases_of(field))
         meaning = (field.description or "") + (f" Also {other}." if other else "")
-        row = (f"`{parsing.spelt(config, name)}`", choices(field), default(field), meaning)
-        sections.setdefault(parsing.title_of(config, name), []).append(row)
+        row = (f"`{fields.written(config, name)}`", choices(field), default(field), meaning)
+        sections.setdefault(fields.title_of(config, name), []).append(row)
     parts = [
         f"**{section}**\n\n{table(('Option', 'Takes', 'Default', 'Meaning'), rows)}"
         for section, rows in sections.items()
     ]
-    taken = ON_THE_COMMAND if config in METHODS else dict(list(ON_THE_COMMAND.items())[:2])
-    own = table(("Option", "Meaning"), ((f"`{name}`", meaning) for name, meaning in taken.items()))
+    launch = (Launch if method in METHODS else Options).model_fields.items()
+    own = table(("Option", "Meaning"), ((f"`{fields.flag(name)}`", field.description or "") for name, field in launch))
     return "\n\n".join([*parts, f"**On the command line only**\n\n{own}"])
 
 
-def choices(field: parsing.FieldInfo) -> str:
+def choices(field: FieldInfo) -> str:
     if field.annotation is bool:
         return "flag, `--no-...`"
-    shown = parsing.metavar(field)
+    shown = fields.metavar(field)
     return ", ".join(f"`{choice}`" for choice in shown.split("|")) if "|" in shown else shown.lower()
 
 
-def default(field: parsing.FieldInfo) -> str:
+def default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default()
@@ -101,15 +92,11 @@ def default(field: parsing.FieldInfo) -> str:
 def recipe_table() -> str:
     """The shipped recipes, from the comment at the head of each file."""
     rows = []
-    for name in shipped():
+    for name in shipped.recipes():
         head = header(ROOT / "recipes" / f"{name}.yaml")
         keys = ("hardware", "time", "memory", "result")
         rows.append((f"[`{name}`]({name}.yaml)", head["title"], *(head[key] for key in keys)))
     return table(("Recipe", "What it is", "Hardware", "Time", "Memory", "Result"), rows)
-
-
-def shipped() -> list[str]:
-    return list(parsing.shipped())
 
 
 def header(file: Path) -> dict[str, str]:

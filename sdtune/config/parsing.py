@@ -1,111 +1,27 @@
-"""Between a config class and the text a person writes: flags, YAML, help, and every mistake in user words."""
+"""From the text that a person writes to a config and back; every mistake is told at once, in user words."""
 
 import difflib
 import re
 import shlex
-import types
-import typing
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
-import yaml
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from sdtune.config.foreign_flags import NEEDLESS
-from sdtune.config.sections import Run, Section, UserError
-
-LAUNCH = ("num_processes", "accelerate_config", "find_batch_size", "memory", "overwrite", "allow_change")
-"""Flags of the commands that train which describe the launch, so they are no fields."""
-
-
-# ---- what a config class declares --------------------------------------------------------------------
-
-
-def by_section(config: type[Section]) -> Iterator[tuple[str, FieldInfo]]:
-    """The fields of ``config``, the method's own first, then section by section."""
-    sections = [c.__name__ for c in config.__mro__]
-    yield from sorted(config.model_fields.items(), key=lambda item: sections.index(section_of(config, item[0])))
-
-
-def section_of(config: type[Section], name: str) -> str:
-    """The section that first declares field ``name``."""
-    return [c.__name__ for c in config.__mro__ if name in c.__dict__.get("__annotations__", {})][-1]
-
-
-def title_of(config: type[Section], name: str) -> str:
-    """What that section is called where options are listed: ``NewWord`` is "New word", a command's own its name."""
-    section = section_of(config, name)
-    if section.endswith("Config"):
-        return str(config.method)  # type: ignore[attr-defined]
-    words = re.findall(r"[A-Z][^A-Z]*", section)
-    return " ".join(words[:1] + [word.lower() for word in words[1:]])
-
-
-def other_names(field: FieldInfo) -> list[str]:
-    extra = field.json_schema_extra
-    return list(extra["also"]) if isinstance(extra, dict) and "also" in extra else []  # type: ignore[arg-type]
-
-
-def names_of(config: type[Section]) -> dict[str, str]:
-    """Every accepted spelling, with underscores, to its field."""
-    fields = config.model_fields.items()
-    return {spelling: name for name, field in fields for spelling in (name, *other_names(field))}
-
-
-def command_of(config: type[Section]) -> str | None:
-    """The command whose settings these are, `method` in their file; none where that is an option (as of merge)."""
-    return None if "method" in names_of(config) else getattr(config, "method", None)
-
-
-def positional(field: FieldInfo) -> str:
-    """The name under which a field is given by its place, or nothing for one that is a flag."""
-    extra = field.json_schema_extra
-    return str(extra.get("positional", "")) if isinstance(extra, dict) else ""
-
-
-def spelt(config: type[Section], name: str) -> str:
-    """How a person writes a field on the command line."""
-    return positional(config.model_fields[name]) or flag(name)
-
-
-def bare(annotation: Any) -> Any:
-    """The type behind ``Annotated`` and ``| None``."""
-    if get_origin(annotation) is typing.Annotated:
-        return bare(get_args(annotation)[0])
-    if get_origin(annotation) in (typing.Union, types.UnionType):
-        return bare(next(a for a in get_args(annotation) if a is not type(None)))
-    return annotation
-
-
-def is_list(field: FieldInfo) -> bool:
-    return get_origin(bare(field.annotation)) is list
-
-
-def metavar(field: FieldInfo) -> str:
-    kind = bare(field.annotation)
-    if get_origin(kind) is list:
-        kind = bare(get_args(kind)[0])
-    if get_origin(kind) is Literal:
-        return "|".join(map(str, get_args(kind)))
-    return {int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(kind, "YAML" if get_origin(kind) is dict else "TEXT")
-
-
-def help_of(field: FieldInfo) -> str:
-    """The description with the default; what None stands for is told by the description itself."""
-    text = field.description or ""
-    if field.is_required():
-        return f"{text} (required)"
-    default = field.get_default()
-    if default in (None, "", [], {}):
-        return text
-    if isinstance(default, list):
-        default = " ".join(map(str, default))
-    shown = f"{default:g}" if isinstance(default, float) else default
-    return f"{text} (default {str(shown).lower() if isinstance(default, bool) else shown})"
-
+from sdtune.config import shipped, yaml_text
+from sdtune.config.errors import UserError
+from sdtune.config.fields import (
+    command_of,
+    flag,
+    inner_type,
+    is_list,
+    is_mapping,
+    names_of,
+    written,
+)
+from sdtune.config.foreign_flags import ANSWERS, COMMON_NAMES
+from sdtune.config.sections import Section
 
 # ---- from text to a config ---------------------------------------------------------------------------
 
@@ -117,12 +33,25 @@ def resolve(config: type[Section], file: str | None, flags: Mapping[str, Any], u
         flags: field name to the text of its flag, those given on the command line only.
         unknown: words of the command line that are no flag of this command.
     """
-    problems = list(unknown_flags(config, unknown))
+    problems = list(unknown_words(config, unknown))
+    cfg, more = merged(config, file, flags)
+    if problems := problems + more:
+        raise UserError("\n       ".join(problems))
+    return cfg
+
+
+def merged(config: type[Section], file: str | None, flags: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """The config that a file and flags make, and what is wrong with them; no config where something is.
+
+    Raises:
+        UserError: the file cannot be read, or is for another command.
+    """
+    problems: list[str] = []
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     if file is not None:
-        path, known, command = config_file(file), names_of(config), command_of(config)
-        for key, value, line in read_yaml(path):
+        path, known, command = shipped.config_file(file), names_of(config), command_of(config)
+        for key, value, line in yaml_text.read_yaml(path):
             name = known.get(key.replace("-", "_"))
             if key == "method" and command:
                 if value != command:
@@ -136,57 +65,80 @@ def resolve(config: type[Section], file: str | None, flags: Mapping[str, Any], u
             else:
                 values[name], origin[name] = value, f"{path}:{line}: {key}"
     for name, value in flags.items():
-        values[name] = (
-            from_yaml_text(value) if get_origin(bare(config.model_fields[name].annotation)) is dict else value
-        )
-        origin[name] = spelt(config, name)
+        values[name] = yaml_text.from_text(value) if is_mapping(config.model_fields[name]) else value
+        origin[name] = written(config, name)
     for name, value in list(values.items()):
-        if isinstance(value, bool) and bare(config.model_fields[name].annotation) in (int, float):  # true would be 1
-            problems.append(f"{origin[name]}: wants a number, not {values.pop(name)}")
+        if isinstance(value, bool) and inner_type(config.model_fields[name].annotation) in (int, float):
+            problems.append(f"{origin[name]}: wants a number, not {values.pop(name)}")  # pydantic would take 1 for it
+    cfg, more = validated(config, values, origin)
+    problems += more
+    return (None if problems else cfg), problems
+
+
+def validated(config: type[Section], values: Mapping[str, Any], origin: Mapping[str, str]) -> tuple[Any, list[str]]:
+    """``config`` with these values, or nothing and what is wrong with them.
+
+    Args:
+        origin: where the value of a field was given; a field that is not in it is told by its flag.
+    """
     try:
-        cfg = config.model_validate(values)
+        return config.model_validate(values), []
     except ValidationError as error:
-        problems += [
-            f"{origin.get(where) or spelt(config, where)}: {message}" if where else message
-            for where, message in told(error)
+        return None, [
+            f"{origin.get(where) or written(config, where)}: {message}" if where else message
+            for where, message in validation_messages(error)
         ]
-        raise UserError("\n       ".join(problems)) from None
-    if problems:
-        raise UserError("\n       ".join(problems))
-    return cfg
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def unknown_words(config: type[Section], words: list[str], more: Iterable[str] = ()) -> Iterator[str]:
+    """A line for each word that is no option of ``config``, and no value of such a word.
 
-
-def unknown_flags(config: type[Section], words: list[str]) -> Iterator[str]:
+    Args:
+        more: names of options that the command takes beside those of ``config``.
+    """
     after_flag = False
     for word in words:
-        if word.startswith("-"):
+        is_flag = word.startswith("-") and not re.fullmatch(r"-\.?\d.*", word)  # a negative number is a value
+        if is_flag:
             given = word.partition("=")[0]
-            yield f"{given}: no such option{advice(config, given.lstrip('-'), dash='--')}"
+            yield f"{given}: no such option{advice(config, given.lstrip('-'), '--', more)}"
         elif not after_flag:
             yield f"{word}: unexpected argument; options start with --"
-        after_flag = word.startswith("-") and "=" not in word
+        after_flag = is_flag and "=" not in word
 
 
-def advice(config: type[Section], name: str, dash: str) -> str:
+def advice(config: type[Section], name: str, dash: str, more: Iterable[str] = ()) -> str:
     """What to write in place of an unknown name."""
     name = name.replace("-", "_")
-    if name in NEEDLESS:
-        return f"; {NEEDLESS[name]}"
-    known = [
-        *names_of(config),
-        *(["config", "dry_run"] if dash else []),
-        *(LAUNCH if dash and issubclass(config, Run) else []),
-    ]
-    close = difflib.get_close_matches(name, known, n=1)
-    spelt = close[0].replace("_", "-") if dash and close else "".join(close)
-    return f"; did you mean {dash}{spelt}?" if close else "; --help lists them"
+    known = [*names_of(config), *(["config", "dry_run"] if dash else []), *more]
+    if name in ANSWERS:
+        return f"; {ANSWERS[name]}"
+    meant = next((other for other in COMMON_NAMES.get(name, ()) if other in known), None) or alike(name, known)
+    shown = meant.replace("_", "-") if dash and meant else meant
+    return f"; did you mean {dash}{shown}?" if shown else "; --help lists them"
 
 
-def told(error: ValidationError) -> Iterator[tuple[str, str]]:
+def alike(name: str, known: Iterable[str]) -> str | None:
+    """The known name of which ``name`` is a misspelling or a part; nothing if it may mean something else.
+
+    They are compared word by word: ``eval_batch_size`` is no misspelling of ``train_batch_size``, although most of
+    its letters are the same, and ``ddpm_num_inference_steps`` none of ``ddpm_num_steps``.
+    """
+
+    def closeness(one: str, other: str) -> float:
+        return difflib.SequenceMatcher(None, one, other).ratio()
+
+    def means(other: str) -> bool:
+        words, others = name.split("_"), other.split("_")
+        if len(words) == len(others) and all(closeness(a, b) >= 0.7 for a, b in zip(words, others, strict=True)):
+            return True
+        whole = closeness(name, other)
+        return (whole >= 0.65 and set(words) <= set(others)) or closeness("".join(words), "".join(others)) >= 0.9
+
+    return max(filter(means, known), key=lambda other: closeness(name, other), default=None)
+
+
+def validation_messages(error: ValidationError) -> Iterator[tuple[str, str]]:
     """(field, what is wrong in user words) of each problem; field is empty for rules between fields."""
     for e in error.errors():
         where = str(e["loc"][0]) if e["loc"] else ""
@@ -203,10 +155,8 @@ def told(error: ValidationError) -> Iterator[tuple[str, str]]:
             case "literal_error":
                 choices = [c.strip("'") for c in re.findall(r"'[^']*'", str(limits["expected"]))]
                 close = difflib.get_close_matches(str(given), choices, n=1)
-                yield (
-                    where,
-                    f"{given!r} is none of {', '.join(choices)}" + (f"; did you mean {close[0]}?" if close else ""),
-                )
+                meant = f"; did you mean {close[0]}?" if close else ""
+                yield where, f"{given!r} is none of {', '.join(choices)}{meant}"
             case "greater_than_equal" | "greater_than" | "less_than_equal" | "less_than":
                 yield where, f"{e['msg'].removeprefix('Input ')}, not {given}"
             case "value_error":
@@ -216,7 +166,7 @@ def told(error: ValidationError) -> Iterator[tuple[str, str]]:
 
 
 def canonical(config: type[Section], words: list[str]) -> list[str]:
-    """The command line with each flag under its field's name and each list spelt out.
+    """The command line with each flag under its field's name and each list written out.
 
     ``--dataset_name d`` becomes ``--dataset d``, and ``--validation-prompt a b``, as argparse's nargs="+" takes it,
     becomes ``--validation-prompt a --validation-prompt b``.
@@ -225,9 +175,9 @@ def canonical(config: type[Section], words: list[str]) -> list[str]:
         UserError: a flag stands where the value of another is due.
     """
     known = names_of(config)
-    spelt: list[str] = []
+    line: list[str] = []
     repeating = ""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         if word.startswith("--"):
             given, equals, value = word.partition("=")
             name = known.get(given[2:].replace("-", "_"))
@@ -235,67 +185,13 @@ def canonical(config: type[Section], words: list[str]) -> list[str]:
                 raise UserError(f"{given}: wants a value before {following}; if that is the value, {given}={following}")
             word = f"{flag(name)}{equals}{value}" if name else word
             repeating = flag(name) if name and not equals and is_list(config.model_fields[name]) else ""
-        elif repeating and spelt[-1] != repeating:
-            spelt.append(repeating)
-        spelt.append(word)
-    return spelt
+        elif repeating and line[-1] != repeating:
+            line.append(repeating)
+        line.append(word)
+    return line
 
 
-# ---- YAML --------------------------------------------------------------------------------------------
-
-
-class Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number and 2024-01-31 a text, as everybody but YAML 1.1 expects."""
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except ValueError as error:  # `!!int x`, or a number of five thousand digits
-            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
-
-
-class Dumper(yaml.SafeDumper):
-    """Quotes the texts that ``Loader``, or plain YAML 1.1, would take for something else."""
-
-
-Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in known if not tag.endswith(":timestamp")]
-    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _kind in (Loader, Dumper):
-    _kind.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-        list("-+0123456789"),
-    )
-
-
-def from_yaml_text(text: str) -> Any:
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError:
-        return text
-
-
-def read_yaml(path: Path) -> Iterator[tuple[str, Any, int]]:
-    """(key, value, line) of each entry of a YAML mapping."""
-    try:
-        loader = Loader(path.read_text(encoding="utf-8"))
-        node = loader.get_single_node()
-        if node is None:
-            return
-        if not isinstance(node, yaml.MappingNode):
-            raise UserError(f"{path}: wants a mapping, one `option: value` a line")
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            yield str(loader.construct_object(key)), loader.construct_object(value, deep=True), line
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(
-            f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML: {getattr(error, 'problem', error)}"
-        ) from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text") from None
+# ---- from a config to text ---------------------------------------------------------------------------
 
 
 def plain(cfg: Section) -> dict[str, Any]:
@@ -310,45 +206,8 @@ def record(cfg: Section) -> dict[str, Any]:
 
 
 def to_yaml(cfg: Section) -> str:
-    return dump_yaml(record(cfg))
-
-
-def dump_yaml(values: Mapping[str, Any]) -> str:
-    return str(yaml.dump(dict(values), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000))
-
-
-PLACES = ("accelerate", "slurm")
-"""Folders, beside those of the recipes, of files that say where to train."""
-
-
-def ready_made(*kinds: str) -> dict[str, Path]:
-    """Name, such as lora/tiny-hearts, to file, of what comes with sdtune in the folders named, or in all."""
-    here = Path(__file__).parent.parent
-    root = here / "_recipes" if (here / "_recipes").is_dir() else here.parent / "recipes"
-    files = sorted([*root.glob("*/*.yaml"), *root.glob("*/*.sbatch")])
-    return {str(p.relative_to(root).with_suffix("")): p for p in files if not kinds or p.parent.name in kinds}
-
-
-def shipped() -> dict[str, Path]:
-    """Name, such as lora/tiny-hearts, to the file of each ready-made recipe."""
-    return {name: path for name, path in ready_made().items() if path.parent.name not in PLACES}
-
-
-def config_file(name: str) -> Path:
-    """The file that ``--config`` means: a path, or the name of a ready-made recipe."""
-    return found(name, "--config", shipped(), "recipe")
-
-
-def found(name: str, option: str, known: Mapping[str, Path], what: str) -> Path:
-    if (path := Path(name)).is_file():
-        return path
-    if name in known:
-        return known[name]
-    close = difflib.get_close_matches(name, known, n=1)
-    raise UserError(
-        f"{option} {name}: no such file or {what}".strip()
-        + (f"; did you mean {close[0]}?" if close else "; `sdtune ls` lists them")
-    )
+    """The file that gives ``cfg`` again."""
+    return yaml_text.to_text(record(cfg))
 
 
 def same_command(cfg: Section, words: list[str]) -> str:
@@ -377,8 +236,5 @@ def flag_words(name: str, value: Any) -> list[str]:
         if any(str(v).startswith("-") for v in value):
             return [f"{flag(name)}={v}" for v in value]
         return [flag(name), *map(str, value)]
-    if isinstance(value, dict):
-        flow: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True, "width": 10**9}
-        value = yaml.dump(value, Dumper=Dumper, **flow).strip()
-    text = str(value)
+    text = yaml_text.to_flow(value) if isinstance(value, dict) else str(value)
     return [f"{flag(name)}={text}"] if text.startswith("-") else [flag(name), text]

@@ -11,6 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 from annotated_types import Ge, Gt, Interval
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from sdtune.config.errors import RunFailed as RunFailed
+from sdtune.config.errors import UserError as UserError
+
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
@@ -18,25 +21,17 @@ NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 Precision = Annotated[Literal["no", "fp16", "bf16", "fp8"], BeforeValidator(lambda v: "no" if v is False else v)]
 """A bare `no` is false in YAML 1.1."""
-Strings = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+StrList = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 Counts = Annotated[list[Count], BeforeValidator(lambda v: [v] if isinstance(v, str | int) else v)]
-Decline = Literal[
+LrSchedule = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
 ]
 """Shapes of a learning rate over a run, as diffusers names them."""
 
 
-class UserError(Exception):
-    """Something the user has to change: one clear line that names the thing and the way out. Exit code 2."""
-
-
-class RunFailed(Exception):
-    """The run cannot go on, through no mistake in its settings; its last checkpoint is complete. Exit code 1."""
-
-
-def also(*names: str) -> Any:
+def aliases(*names: str) -> Any:
     """Further names under which a field is accepted, as a flag and as a YAML key."""
-    return Field(json_schema_extra={"also": list(names)})
+    return Field(json_schema_extra={"aliases": list(names)})
 
 
 def positional(name: str) -> Any:
@@ -63,11 +58,25 @@ class Description(NamedTuple):
     """Tags of the method on the Hub, for a run whose artefact is a whole pipeline."""
 
 
+def _both(own: Any, inherited: Any) -> Any:
+    """What a field declares of itself and what it inherits; names add up."""
+    if not own or not inherited:
+        return own or inherited
+    names = [*own.get("aliases", []), *inherited.get("aliases", [])]
+    return inherited | own | {"aliases": list(dict.fromkeys(names))}
+
+
 class Section(BaseModel):
     """A group of options that belong together; ``--help`` shows each under its section's name."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        # a class is built when it is first used, and most sections never are
+        defer_build=True,
     )
 
     @classmethod
@@ -78,7 +87,7 @@ class Section(BaseModel):
                 first = base.model_fields.get(name) if issubclass(base, Section) else None
                 if first is not None:
                     field.description = field.description or first.description
-                    field.json_schema_extra = field.json_schema_extra or first.json_schema_extra
+                    field.json_schema_extra = _both(field.json_schema_extra, first.json_schema_extra)
 
     def describe(self) -> Description:
         """The facts for a model card. A section adds its own to those of ``super().describe()``."""
@@ -86,13 +95,13 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    model: Annotated[str, also("pretrained_model_name_or_path")] = "tiny"
+    model: Annotated[str, aliases("pretrained_model_name_or_path")] = "tiny"
     """Base model: Hub id, folder of a diffusers pipeline, single .safetensors file, or `tiny` (built in)."""
     revision: str | None = None
     """Branch, tag or commit of the base on the Hub; none is its main branch."""
     variant: str | None = None
     """Variant of the weight files, such as fp16; none is the plain files."""
-    vae: Annotated[str | None, also("pretrained_vae_model_name_or_path")] = None
+    vae: Annotated[str | None, aliases("pretrained_vae_model_name_or_path")] = None
     """VAE to use in place of the base's own: Hub id or folder; none keeps the base's."""
     cache_dir: Path | None = None
     """Where models and datasets from the Hub are kept; none is the Hub's own cache folder."""
@@ -113,7 +122,7 @@ class Source(Section):
 
 
 class Data(Source):
-    dataset: Annotated[str, also("dataset_name", "train_data_dir")]
+    dataset: Annotated[str, aliases("dataset_name", "train_data_dir")]
     """Folder of images, Hub id, dataset saved by `save_to_disk`, tar shards, or `tiny-hearts` (built in)."""
     max_train_samples: Count | None = None
     """Use this many images, drawn with the seed; none is all."""
@@ -180,10 +189,10 @@ class Classes(Section):
 
 
 class Schedule(Section):
-    num_train_timesteps: Annotated[Annotated[int, Ge(2)] | None, also("ddpm_num_steps")] = None
+    num_train_timesteps: Annotated[Annotated[int, Ge(2)] | None, aliases("ddpm_num_steps")] = None
     """Timesteps T of the forward process; none is the model's, from scratch 1000."""
     beta_schedule: Annotated[
-        Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None, also("ddpm_beta_schedule")
+        Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None, aliases("ddpm_beta_schedule")
     ] = None
     """How the noise grows (squaredcos_cap_v2: Nichol & Dhariwal 2021); none is the model's, from scratch linear."""
     beta_start: Annotated[float | None, Interval(gt=0, lt=1)] = None
@@ -258,7 +267,7 @@ class Optim(Section):
     """Peak learning rate."""
     scale_lr: bool = False
     """Multiply the learning rate by the images of an optimizer step: batch x accumulation x processes."""
-    lr_scheduler: Decline = "constant"
+    lr_scheduler: LrSchedule = "constant"
     """Shape of the learning rate over the run, in optimizer steps."""
     lr_warmup_steps: Natural = 0
     """Optimizer steps over which the learning rate rises from 0 (not used by plain `constant`)."""
@@ -302,7 +311,7 @@ class Run(Section):
 
     output_dir: Path
     """The run's folder: config, metrics, report, checkpoints and the artefact."""
-    steps: Annotated[Count | None, also("max_train_steps")] = None
+    steps: Annotated[Count | None, aliases("max_train_steps")] = None
     """Optimizer steps; none with no num_train_epochs either is 1000."""
     num_train_epochs: Count | None = None
     """Times the images are seen, in place of steps; none goes by steps."""
@@ -330,7 +339,7 @@ class Run(Section):
     """Stop after this many steps in a row whose loss or gradient is not finite."""
     log_steps: Count = 10
     """Steps between lines of metrics.jsonl."""
-    report_to: Strings = []
+    report_to: StrList = []
     """Trackers beside metrics.jsonl: tensorboard, wandb, trackio, mlflow, ..."""
     tracker_project_name: str = "sdtune"
     """Project under which the trackers file the run."""
@@ -357,7 +366,7 @@ class Preview(Section):
 
 
 class Prompts(Section):
-    validation_prompt: Annotated[Strings, also("validation_prompts")] = []
+    validation_prompt: Annotated[StrList, aliases("validation_prompts")] = []
     """Prompts of the sample grids; none uses captions of the dataset."""
     negative_prompt: str = ""
     """What the samples should not show."""
@@ -368,7 +377,7 @@ class Prompts(Section):
 class Repository(Section):
     hub_model_id: str | None = None
     """Repository to push to, as user/name; none is the name of output_dir under your account."""
-    hub_private: Annotated[bool, also("hub_private_repo")] = False
+    hub_private: Annotated[bool, aliases("hub_private_repo")] = False
     """Create the repository private."""
     hub_revision: str | None = None
     """Branch to push to, made if it is not there; none is main."""
@@ -394,11 +403,11 @@ class Hub(Repository):
 class Adapter(Section):
     rank: Count = 4
     """Rank r of the update B A."""
-    alpha: Annotated[Positive | None, also("lora_alpha")] = None
+    alpha: Annotated[Positive | None, aliases("lora_alpha")] = None
     """The update is scaled by alpha / rank; none is alpha = rank."""
-    dropout: Annotated[Annotated[float, Interval(ge=0, lt=1)], also("lora_dropout")] = 0.0
+    dropout: Annotated[Annotated[float, Interval(ge=0, lt=1)], aliases("lora_dropout")] = 0.0
     """Dropout on the input of the adapters."""
-    target_modules: Annotated[Strings, also("lora_target_modules")] = ["to_q", "to_k", "to_v", "to_out.0"]
+    target_modules: Annotated[StrList, aliases("lora_target_modules")] = ["to_q", "to_k", "to_v", "to_out.0"]
     """Modules of the denoiser that get an adapter: ends of names, or one regular expression."""
     use_dora: bool = False
     """Weight-decomposed adapters (DoRA; Liu et al. 2024)."""
@@ -408,7 +417,7 @@ class Adapter(Section):
     """Adapt the text encoder's q, k, v and out projections as well."""
     text_encoder_lr: Positive | None = None
     """Learning rate of the text encoder's adapters; none is learning_rate."""
-    init_adapter: Annotated[Path | None, also("init_lora")] = None
+    init_adapter: Annotated[Path | None, aliases("init_lora")] = None
     """Start from this adapter file instead of from zero."""
     quantize_base: Literal["int8", "nf4"] | None = None
     """Hold the linear layers of the frozen base in 8 or 4 bits (QLoRA; Dettmers et al. 2023); none is in full."""
@@ -430,3 +439,48 @@ class Adapter(Section):
     def describe(self) -> Description:
         kind = "DoRA" if self.use_dora else "LoRA"
         return super().describe()._replace(adapter=kind, rank=self.rank, alpha=self.alpha or self.rank)
+
+
+class Options(Section):
+    """Options of every command."""
+
+    config: str | None = None
+    """YAML file of these options, or the name of a shipped one (sdtune ls)."""
+    dry_run: bool = False
+    """Print the resolved config and stop."""
+
+
+class Machine(Options):
+    """Options of the commands that train or say what training costs."""
+
+    num_processes: Count | None = None
+    """Train on this many processes, a GPU each; without GPUs, on the CPU."""
+    find_batch_size: bool = False
+    """Cut the images of a step into the largest batches that fit, the rest accumulated."""
+    memory: str | None = None
+    """With --find-batch-size, what a process may use, such as 8GB. Default: all there is."""
+
+
+class Launch(Machine):
+    """Options of the commands that train, which say how to run and not what to learn."""
+
+    accelerate_config: str | None = None
+    """Launch as this accelerate config says: a file, or the name of a shipped one (sdtune ls)."""
+    overwrite: bool = False
+    """Discard the run in output_dir."""
+    allow_change: bool = False
+    """Continue though config or data changed."""
+
+
+MAY_CHANGE = frozenset(
+    "steps num_train_epochs output_dir ddp_timeout dataloader_num_workers cache cache_dir shard_cache "
+    "gradient_checkpointing "
+    "checkpointing_steps checkpoints_total_limit export_steps max_bad_steps log_steps report_to tracker_project_name "
+    "train_batch_size gradient_accumulation_steps validation_prompt negative_prompt num_validation_images "
+    "validation_steps validation_inference_steps validation_guidance_scale push_to_hub hub_model_id hub_private "
+    "hub_revision hub_create_pr hub_strategy license".split()
+)
+"""What may differ when a run is continued: none of it touches an image, a draw or the mathematics of a step.
+
+The batch may be cut differently, as long as the images per optimizer step stay the same.
+"""

@@ -1,4 +1,4 @@
-"""The commands that do not train, each declared as its config, like the methods in ``configs``."""
+"""The commands that do not train, each declared as its config."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
@@ -16,8 +16,8 @@ from sdtune.config.sections import (
     Section,
     Share,
     Source,
-    Strings,
-    also,
+    StrList,
+    aliases,
     positional,
 )
 
@@ -27,12 +27,10 @@ class Verb(Section):
     """Name of the command."""
     entry: ClassVar[str]
     """`module:function` that does it; a text it returns is printed."""
-    panel: ClassVar[str] = "Use"
-    """Where --help lists it."""
 
 
 class Pixels(Section):
-    classes: Annotated[Strings, also("class", "class_name")] = []
+    classes: Annotated[StrList, aliases("class", "class_name")] = []
     """Classes to show, as classes.json of the model or classifier names them; none leaves the class open."""
     classifier: Path | None = None
     """Run folder of `sdtune classifier`, which steers towards the class (Dhariwal & Nichol 2021); none does not."""
@@ -50,7 +48,7 @@ class Pixels(Section):
     """Save strip.png: the estimate of the first image at this many steps on the way; 0 saves none."""
     interpolate: list[Path] = []
     """Two images to reconstruct from noise, and others between them (Ho et al. 2020, figure 8)."""
-    interpolate_timestep: Annotated[Natural, also("interpolate_steps")] = 500
+    interpolate_timestep: Annotated[Natural, aliases("interpolate_steps")] = 500
     """Timestep to which the two are noised: higher strays further from them."""
     interpolate_count: Count = 9
     """Images between the two."""
@@ -78,23 +76,23 @@ class SampleConfig(Pixels, Model, Verb):
     method: ClassVar[str] = "sample"
     entry: ClassVar[str] = "sdtune.sampling.sample:main"
 
-    model: Annotated[str, also("pretrained_model_name_or_path")] = "auto"
+    model: Annotated[str, aliases("pretrained_model_name_or_path")] = "auto"
     """Base model, as for training; `auto` is what the first run folder below was trained on, else `tiny`."""
-    adapter: Annotated[Strings, also("lora")] = []
+    adapter: Annotated[StrList, aliases("lora")] = []
     """Adapters: file, folder, run folder or Hub id, each with an optional =WEIGHT, such as runs/lora=0.8."""
-    embedding: Annotated[Strings, also("textual_inversion")] = []
+    embedding: Annotated[StrList, aliases("textual_inversion")] = []
     """Learnt words: file, run folder or Hub id of a textual inversion; those beside an adapter come with it."""
     unet: Path | None = None
     """UNet in the base's place: its folder, or that of a pipeline; none keeps the base's."""
-    prompt: Annotated[Strings, also("prompts")] = []
+    prompt: Annotated[StrList, aliases("prompts")] = []
     """What to show; several give one image each."""
     prompt_file: Path | None = None
     """UTF-8 file with a prompt on each line, after those of --prompt."""
     negative_prompt: str = ""
     """What not to show; needs guidance_scale above 1."""
-    num_images_per_prompt: Annotated[Count, also("num_images")] = 1
+    num_images_per_prompt: Annotated[Count, aliases("num_images")] = 1
     """Images of each prompt and class."""
-    steps: Annotated[Count | None, also("num_inference_steps")] = None
+    steps: Annotated[Count | None, aliases("num_inference_steps")] = None
     """Denoising steps; none is 25, for a model of pixels 50, or each of its timesteps with ddpm."""
     guidance_scale: NonNegative | None = None
     """Classifier-free guidance (Ho & Salimans 2022), 1 for no guidance; none is 5 with prompts, 1 with classes."""
@@ -135,7 +133,6 @@ class EvaluateConfig(Source, Verb):
 
     method: ClassVar[str] = "evaluate"
     entry: ClassVar[str] = "sdtune.evaluation.evaluate:main"
-    panel: ClassVar[str] = "Look"
 
     samples: Annotated[str, positional("SAMPLES")]
     """Folder of images, such as one of `sdtune sample`; or a model or run folder, which is sampled first."""
@@ -151,13 +148,13 @@ class EvaluateConfig(Source, Verb):
     """Run of `sdtune classifier` or image classifier of transformers that looks for the classes; none asks none."""
     neighbours: Count = 3
     """Neighbours k of precision and recall (Kynkäänniemi et al. 2019)."""
-    resamples: Annotated[Natural, also("bootstrap")] = 200
+    resamples: Annotated[Natural, aliases("bootstrap")] = 200
     """Bootstrap resamples of the images behind each 95 % interval (Efron 1979); 0 gives none."""
     seed: int = 0
     """Seed of the resamples, and of the images when a model is sampled."""
     num_images: Count = 500
     """Images to sample from a model: with the reference's captions, or as many of each of its classes, rounded up."""
-    steps: Annotated[Count | None, also("num_inference_steps")] = None
+    steps: Annotated[Count | None, aliases("num_inference_steps")] = None
     """Denoising steps of those; none is what `sdtune sample` takes."""
     guidance_scale: NonNegative | None = None
     """Classifier-free guidance of those; none is what `sdtune sample` takes."""
@@ -193,7 +190,7 @@ class ConvertConfig(Verb):
     """New .safetensors file; for peft a new folder."""
     to: Literal["diffusers", "peft", "kohya", "comfyui"]
     """Format to write: kohya is what A1111, Forge and sd-scripts read as well."""
-    model: Annotated[str | None, also("pretrained_model_name_or_path")] = None
+    model: Annotated[str | None, aliases("pretrained_model_name_or_path")] = None
     """Base model to compare the outputs in; none is the file's own base if it is on this machine."""
     token: str | None = None
     """Word that a textual inversion stands for; none is what the file or its name says."""
@@ -204,11 +201,10 @@ class InspectConfig(Verb):
 
     method: ClassVar[str] = "inspect"
     entry: ClassVar[str] = "sdtune.conversion.inspect:inspect"
-    panel: ClassVar[str] = "Look"
 
     input: Annotated[Path, positional("FILE")]
     """Adapter in any known format: .safetensors file, run folder, or folder in PEFT's layout."""
-    as_json: Annotated[bool, also("json")] = False
+    as_json: Annotated[bool, aliases("json")] = False
     """Print JSON."""
     png: Path | None = None
     """Write the norms of the change as a picture to this file as well; none writes no picture."""
@@ -220,13 +216,13 @@ class MergeConfig(Model, Verb):
     method: ClassVar[str] = "merge"
     entry: ClassVar[str] = "sdtune.conversion.merge:main"
 
-    adapter: Annotated[Strings, also("lora")] = []
+    adapter: Annotated[StrList, aliases("lora")] = []
     """Adapters: file, folder, run folder or Hub id, each with an optional =WEIGHT, such as runs/lora=0.8."""
     output: Path | None = None
     """Adapter file to write, in diffusers' format."""
     output_dir: Path | None = None
     """Pipeline folder to write: the base with the adapters folded into its weights."""
-    combine: Annotated[Literal["concat", "svd"], also("method")] = "concat"
+    combine: Annotated[Literal["concat", "svd"], aliases("method")] = "concat"
     """Several adapters into one: concat adds their ranks up and is exact, svd is the closest of a rank."""
     resize: bool = False
     """Bring one adapter to another rank."""
@@ -234,7 +230,7 @@ class MergeConfig(Model, Verb):
     """Make an adapter of what sets --tuned apart from --model."""
     tuned: str | None = None
     """Model with the changes to extract: folder, Hub id or single .safetensors file."""
-    rank: Annotated[Count | None, also("new_rank", "dim")] = None
+    rank: Annotated[Count | None, aliases("new_rank", "dim")] = None
     """Rank of svd, resize and extract; with energy, the largest."""
     energy: Annotated[float | None, Interval(gt=0, le=1)] = None
     """Smallest rank of each module that retains this share of the change's squared norm, in place of one rank."""
@@ -243,7 +239,7 @@ class MergeConfig(Model, Verb):
     overwrite: bool = False
     """Replace what output or output_dir names, once the new one is verified."""
 
-    model: Annotated[str, also("pretrained_model_name_or_path")] = ""
+    model: Annotated[str, aliases("pretrained_model_name_or_path")] = ""
     """Base model, as for training; adapters other than plain LoRA need it, and so does all that writes a model."""
 
     @property
@@ -282,7 +278,3 @@ class MergeConfig(Model, Verb):
         if self.work not in ("fold", "concat") and not sized:
             raise ValueError(f"{self.work} needs --rank or --energy")
         return self
-
-
-VERBS: tuple[type[Verb], ...] = (SampleConfig, EvaluateConfig, PushConfig, ConvertConfig, MergeConfig, InspectConfig)
-"""The commands that do not train, in the order in which --help lists them."""

@@ -5,7 +5,8 @@ from typing import Any
 
 from diffusers import DDPMScheduler
 
-from sdtune.config.methods import ClassifierConfig, DdpmConfig
+from sdtune.config.methods.classifier import ClassifierConfig
+from sdtune.config.methods.ddpm import DdpmConfig
 from sdtune.config.sections import Schedule, UserError
 from sdtune.diffusion.schedulers import Scheduler
 

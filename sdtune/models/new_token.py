@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sdtune.config.methods import NewWord, says
+from sdtune.config.methods.new_word import NewWord, says
 from sdtune.config.sections import UserError
 from sdtune.data import Images
 

@@ -1,6 +1,6 @@
 """Captions into which textual inversion puts its new word, so that the word means what they have in common."""
 
-from sdtune.config.methods import TextualInversionConfig
+from sdtune.config.methods.textual_inversion import TextualInversionConfig
 from sdtune.config.sections import UserError
 
 OBJECT = """

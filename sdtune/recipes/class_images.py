@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.progress import track
 
-from sdtune.config.methods import DreamBoothConfig
+from sdtune.config.methods.dreambooth import DreamBoothConfig
 from sdtune.config.sections import UserError
 from sdtune.data import Images, load_images
 from sdtune.data.images import EXTENSIONS

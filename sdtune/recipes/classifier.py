@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch.nn.functional import cross_entropy
 
-from sdtune.config.methods import ClassifierConfig
+from sdtune.config.methods.classifier import ClassifierConfig
 from sdtune.data import Stream, load_images
 from sdtune.data.pixels import classes_of, mode_for, pixels
 from sdtune.diffusion import noise_schedule

@@ -8,7 +8,7 @@ network is both models of classifier-free guidance (Ho & Salimans 2022, algorith
 
 import torch
 
-from sdtune.config.methods import DdpmConfig
+from sdtune.config.methods.ddpm import DdpmConfig
 from sdtune.data import open_images, open_stream
 from sdtune.data.pixels import classes_of, mode_for, pixels
 from sdtune.diffusion import noise_schedule

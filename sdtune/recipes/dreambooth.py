@@ -11,7 +11,7 @@ or adapters and the vectors of a new word (pivotal tuning; Roich et al. 2021).
 
 import torch
 
-from sdtune.config.methods import DreamBoothConfig
+from sdtune.config.methods.dreambooth import DreamBoothConfig
 from sdtune.conversion.formats import embedding
 from sdtune.data import Mixture, load_images
 from sdtune.models import adapters, new_token

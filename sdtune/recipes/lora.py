@@ -6,7 +6,7 @@ The loss is the base model's own: only the weights that train are others. The ad
 so the base is a submodule of the recipe, and frozen.
 """
 
-from sdtune.config.methods import LoraConfig
+from sdtune.config.methods.lora import LoraConfig
 from sdtune.models import adapters
 from sdtune.recipes.finetune import FineTune
 

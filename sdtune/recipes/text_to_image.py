@@ -4,7 +4,7 @@ With ``--dream`` the noise of a step holds some of the network's own error (DREA
 it samples; see ``diffusion.dream``.
 """
 
-from sdtune.config.methods import TextToImageConfig
+from sdtune.config.methods.text_to_image import TextToImageConfig
 from sdtune.diffusion.objective import denoising_loss, dream
 from sdtune.models.pipeline_folder import write_pipeline
 from sdtune.recipes.finetune import FineTune, unfreeze

@@ -6,7 +6,7 @@ A new word gets vectors v of its own in the text encoder's table; nothing else t
 template such as "a photo of {}", drawn at random, captions it with the new word.
 """
 
-from sdtune.config.methods import TextualInversionConfig
+from sdtune.config.methods.textual_inversion import TextualInversionConfig
 from sdtune.conversion.formats import embedding
 from sdtune.data import captioned, load_images
 from sdtune.models import new_token

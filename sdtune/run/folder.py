@@ -13,9 +13,8 @@ from typing import IO, Any
 import yaml
 from safetensors import SafetensorError
 
-from sdtune.config import parsing
-from sdtune.config.methods import MAY_CHANGE, LoraConfig
-from sdtune.config.sections import Run, RunFailed, UserError
+from sdtune.config import fields, parsing
+from sdtune.config.sections import MAY_CHANGE, Run, RunFailed, UserError
 from sdtune.run import settings
 
 OWN = ("config.yaml", settings.METHOD, "metrics.jsonl", "report.html", "environment.json", "README.md", "exit.json")
@@ -91,13 +90,13 @@ def differences(cfg: Run, written: Path) -> list[str]:
     """
     if not any(any(written.parent.glob(trace)) for trace in BEGUN):
         return []
-    before: dict[str, Any] = {"method": LoraConfig.method}  # older runs did not record it
-    fields = type(cfg).model_fields
-    before |= {name: fields[name].default for name in parsing.record(cfg).keys() & fields.keys()}
+    before: dict[str, Any] = {"method": "lora"}  # older runs did not record it
+    declared = type(cfg).model_fields
+    before |= {name: declared[name].default for name in parsing.record(cfg).keys() & declared.keys()}
     before |= yaml.safe_load(written.read_text(encoding="utf-8")) or {}
     now = parsing.record(cfg)
     return [
-        f"{name if name == 'method' else parsing.flag(name)} was {before.get(name)}, is {now.get(name)}"
+        f"{name if name == 'method' else fields.flag(name)} was {before.get(name)}, is {now.get(name)}"
         for name in sorted(before.keys() | now.keys())
         if name not in MAY_CHANGE and before.get(name) != now.get(name)
     ]

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from sdtune import __version__
-from sdtune.config.methods import config_class
+from sdtune.config.commands import config_class
 from sdtune.config.sections import Run
 from sdtune.run import usage
 from sdtune.run.contact_sheet import cells

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import pydantic
 
-from sdtune.config import parsing
-from sdtune.config.methods import METHODS, config_class
+from sdtune.config import parsing, yaml_text
+from sdtune.config.commands import METHODS, config_class
 from sdtune.config.sections import Description, Hub, Run, UserError
 
 METHOD = "method.json"
@@ -55,7 +55,7 @@ class RunSettings(NamedTuple):
         return parsing.command_line(words, self.values, self.defaults)
 
     def to_yaml(self) -> str:
-        return parsing.dump_yaml({"method": self.method} | self.values)
+        return yaml_text.to_text({"method": self.method} | self.values)
 
 
 def write(cfg: Run, folder: Path) -> None:
@@ -80,17 +80,17 @@ def read(folder: Path) -> RunSettings:
     written = folder / "config.yaml"
     if not written.is_file():
         raise UserError(f"{folder}: no config.yaml in it, so no run")
-    values: dict[str, Any] = {key: value for key, value, _ in parsing.read_yaml(written)}
+    values: dict[str, Any] = {key: value for key, value, _ in yaml_text.read_yaml(written)}
     method = str(values.pop("method", config_class({}).method))
     if (folder / METHOD).is_file():
         return _declared(folder / METHOD, method, values)
-    known = {config.method: config for config in METHODS}.get(method)
-    if known is None:  # an older run of a recipe of one's own: nothing is known of its options but their values
+    if method not in METHODS:  # an older run of a recipe of one's own: nothing is known of its options but their values
         return RunSettings(method, values, {}, frozenset(), Description(base=values.get("model")))
+    known: Any = METHODS[method].load()
     try:
         cfg = known.model_validate({name: value for name, value in values.items() if name in known.model_fields})
     except pydantic.ValidationError as error:
-        field, problem = next(iter(parsing.told(error)))
+        field, problem = next(iter(parsing.validation_messages(error)))
         raise UserError(f"{written}: not the config of a run: {field}: {problem}") from None
     settings = RunSettings.of(cfg)
     return settings._replace(values=settings.values | values)

@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.progress import Progress
 
-from sdtune.config.parsing import flag
+from sdtune.config.fields import flag
 from sdtune.config.sections import UserError
 from sdtune.config.verbs import SampleConfig
 from sdtune.diffusion.schedulers import make_scheduler

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from sdtune.config.methods import DreamBoothConfig, LoraConfig
+from sdtune.config.methods.dreambooth import DreamBoothConfig
+from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import RunFailed, UserError
 from sdtune.recipes.recipe import Recipe, TrainingConfig
 from sdtune.run.device import best_device

@@ -1,4 +1,4 @@
-"""One command on many processes: run it under accelerate's launcher, pass signals on, and tell how it really ended.
+"""One command on many processes: run it under accelerate's launcher, pass signals on, and say how it ended.
 
 The settings of a launch are a file of accelerate's, as `accelerate config` writes it; some come with sdtune.
 """
@@ -13,12 +13,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from sdtune.config import parsing
-from sdtune.config.sections import Run, UserError
+from sdtune.config import fields, parsing, shipped, yaml_text
+from sdtune.config.sections import Launch, Run, UserError
 
 PRECISIONS = ("no", "fp16", "bf16")
-SHARDED = ("FSDP", "DEEPSPEED")
-TYPES = ("NO", "MULTI_CPU", "MULTI_GPU", *SHARDED)
+TYPES = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")
 """Values of an accelerate config's `distributed_type` under which sdtune trains."""
 DEFAULT = "multi-gpu"
 """The shipped config of `--num-processes` alone."""
@@ -29,47 +28,35 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def config_file(name: str) -> Path:
-    """The file that ``--accelerate-config`` means: a path, or the name of a shipped one, such as fsdp2."""
-    known = {name.partition("/")[2]: path for name, path in parsing.ready_made("accelerate").items()}
-    return parsing.found(name.removeprefix("accelerate/"), "--accelerate-config", known, "accelerate config")
-
-
-def start(words: list[str], cfg: Run, launching: dict[str, Any]) -> int | None:
-    """Launch ``sdtune WORDS`` on many processes if that is asked for; none if it is for this process to train.
-
-    Args:
-        launching: the launch options given; those of the launcher are taken out, the others are the training's.
+def start(words: list[str], cfg: Run, launch: Launch) -> int | None:
+    """Launch ``sdtune WORDS`` on many processes if that is asked for.
 
     Returns:
-        The exit code of the training.
+        The exit code of the training; none if it is for this process to train.
 
     Raises:
         UserError: the launch options contradict each other, the config, the machine or the launcher.
     """
-    processes, name = launching.pop("num_processes", None), launching.pop("accelerate_config", None)
-    file = config_file(name) if name else None
+    file = shipped.accelerate_file(launch.accelerate_config) if launch.accelerate_config else None
     if launched():
         join(cfg, file)
         return None
-    if file is None and (processes or 1) == 1:
+    if file is None and (launch.num_processes or 1) == 1:
         return None
-    file = file or parsing.ready_made("accelerate")[f"accelerate/{DEFAULT}"]
-    settings = placed(file, read(file, cfg, processes))
-    if settings["num_processes"] == 1 and settings["distributed_type"] not in SHARDED:
+    file = file or shipped.ready_made("accelerate")[f"accelerate/{DEFAULT}"]
+    settings = placed(file, read(file, cfg, launch.num_processes))
+    if settings["num_processes"] == 1 and settings["distributed_type"] != "FSDP":
         os.environ["ACCELERATE_MIXED_PRECISION"] = settings["mixed_precision"]
         return None
-    given = {"num_processes": processes, "accelerate_config": name}
-    return relaunch(words, cfg, line(file, settings), given, launching)
+    return relaunch(words, cfg, launch, line(file, settings))
 
 
-def processes_of(cfg: Run, launching: Mapping[str, Any]) -> int:
+def processes_of(cfg: Run, launch: Launch) -> int:
     """How many processes the launch options ask for. Raises: UserError, as `start` does."""
-    processes, name = launching.get("num_processes"), launching.get("accelerate_config")
-    if not name:
-        return processes or 1
-    file = config_file(name)
-    count: int = placed(file, read(file, cfg, processes))["num_processes"]
+    if not launch.accelerate_config:
+        return launch.num_processes or 1
+    file = shipped.accelerate_file(launch.accelerate_config)
+    count: int = placed(file, read(file, cfg, launch.num_processes))["num_processes"]
     return count
 
 
@@ -79,8 +66,10 @@ def read(file: Path, cfg: Run, processes: int | None) -> dict[str, Any]:
     Raises:
         UserError: it is not for training here, or says something else than the options.
     """
-    settings = {key: value for key, value, _ in parsing.read_yaml(file)}
+    settings = {key: value for key, value, _ in yaml_text.read_yaml(file)}
     kind, where = str(settings.get("distributed_type", "NO")), f"--accelerate-config {file}"
+    if kind == "DEEPSPEED" or settings.get("use_deepspeed"):
+        raise UserError(f"{where}: sdtune does not train under DeepSpeed; use --accelerate-config fsdp2")
     if kind not in TYPES:
         raise UserError(f"{where}: distributed_type {kind}: sdtune trains under {', '.join(TYPES)}")
     for key in ("num_processes", "num_machines"):
@@ -129,8 +118,6 @@ def placed(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if not on_cpu:
         os.environ.pop("ACCELERATE_USE_CPU", None)
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed asks for itself
     if count is None and on_cpu:
         raise UserError(f"{file} leaves the number of processes to the GPUs, and none is visible: add --num-processes")
     count = count or gpus * machines
@@ -172,7 +159,7 @@ def join(cfg: Run, file: Path | None) -> None:
         if (settings["num_processes"] or world) != world:
             raise UserError(f"{file} says num_processes: {settings['num_processes']}; the launcher started {world}")
         settings = placed(file, settings | {"num_processes": world})
-        alone = {"num_machines": 1, "main_process_port": None}  # where they meet the launcher has told them
+        alone = {"num_machines": 1, "main_process_port": None}  # the launcher has said where they meet
         os.environ.update(environment(file, settings | alone))
     elif world > 1:
         import torch
@@ -193,72 +180,79 @@ def environment(file: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     variables: dict[str, str]
     args = launch_command_parser().parse_args([*line(file, settings), "-m", "sdtune"])
     try:
-        args, defaults, _ = _validate_launch_command(args)
-        if args.use_deepspeed:
-            args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-            _, variables = launch.prepare_deepspeed_cmd_env(args)
-        else:
-            variables = launch.prepare_multi_gpu_env(args)
+        args, _, _ = _validate_launch_command(args)
+        variables = launch.prepare_multi_gpu_env(args)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"--accelerate-config {file}: {error}") from None
     return variables
 
 
-def relaunch(
-    words: list[str], cfg: Run, line: list[str], given: Mapping[str, Any], launching: Mapping[str, Any]
-) -> int:
-    """Run ``accelerate launch LINE -m sdtune WORDS`` with the resolved config; the exit code of the training.
+def relaunch(words: list[str], cfg: Run, launch: Launch, line: list[str]) -> int:
+    """Run ``accelerate launch LINE -m sdtune WORDS`` with the resolved config; the exit code of the training."""
+    from sdtune.run import processes
 
-    Args:
-        given: the launch options that led to the line, for the command that continues the run.
-        launching: the launch options for the training.
+    line = [*line, *command_of_processes(words, cfg, launch)]
+    on_cpu = ["ACCELERATE_USE_CPU=true"] if "ACCELERATE_USE_CPU" in os.environ else []
+    print(shlex.join([*on_cpu, "accelerate", "launch", *line]), file=sys.stderr)
+    given = {"num_processes": launch.num_processes, "accelerate_config": launch.accelerate_config}
+    options = [word for name, value in given.items() if value for word in (fields.flag(name), str(value))]
+    resume_command = f"{parsing.same_command(cfg, ['sdtune', *words])} {shlex.join(options)}"
+    os.environ[processes.RESUME_COMMAND] = resume_command
+    received_signals: list[int] = []
+    pass_on(received_signals)
+    if not (codes := failures(line)):
+        return 0
+    followed = (processes.EXIT_PEER_DIED, -signal.SIGTERM)  # of those that ended because another did
+    rank = next((rank for rank, code in codes.items() if code not in followed), min(codes))
+    code, stopped = codes[rank], received_signals[:1]
+    if stopped and code in (-stopped[0], 128 + stopped[0], -signal.SIGTERM):
+        return 128 + stopped[0]
+    if code < 0:
+        print(
+            f"failed: process {rank} of {line[line.index('--num_processes') + 1]} was killed by "
+            f"{signal.Signals(-code).name}; {processes.describe_checkpoint(cfg.output_dir)}; continue with: {resume_command}",
+            file=sys.stderr,
+        )
+        return 1
+    return 1 if code == processes.EXIT_PEER_DIED else code
+
+
+def command_of_processes(words: list[str], cfg: Run, launch: Launch) -> list[str]:
+    """The module and the options with which each process trains.
+
+    The settings travel in a file, so that no secret stands in argv and no option clashes with the launcher's.
+    """
+    cfg.output_dir.mkdir(parents=True, exist_ok=True)
+    resolved = cfg.output_dir / ".launch.yaml"
+    new = resolved.with_name(f".launch-{os.getpid()}.yaml")
+    new.write_text(parsing.to_yaml(cfg), encoding="utf-8")
+    new.replace(resolved)  # at once, as other machines may do the same
+    flags = [fields.flag(name) for name in ("overwrite", "allow_change") if getattr(launch, name)]
+    return ["-m", "sdtune", *words, "--config", str(resolved), *flags]
+
+
+def failures(line: list[str]) -> dict[int, int]:
+    """Run ``accelerate launch LINE`` to its end; the exit code by rank of the processes that failed.
+
+    Raises:
+        UserError: accelerate does not take the line.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from sdtune.run import processes
-
-    cfg.output_dir.mkdir(parents=True, exist_ok=True)
-    resolved = cfg.output_dir / ".launch.yaml"  # settings travel in a file: no secret or clash of options in argv
-    new = resolved.with_name(f".launch-{os.getpid()}.yaml")
-    new.write_text(parsing.to_yaml(cfg), encoding="utf-8")
-    new.replace(resolved)  # at once, as other machines may do the same
-    flags = [parsing.flag(name) for name, on in launching.items() if on]
-    line = [*line, "-m", "sdtune", *words, "--config", str(resolved), *flags]
-    on_cpu = ["ACCELERATE_USE_CPU=true"] if "ACCELERATE_USE_CPU" in os.environ else []
-    print(shlex.join([*on_cpu, "accelerate", "launch", *line]), file=sys.stderr)
-    asked = [word for name, value in given.items() if value for word in (parsing.flag(name), str(value))]
-    again = f"{parsing.same_command(cfg, ['sdtune', *words])} {shlex.join(asked)}"
-    os.environ[processes.RESUME_COMMAND] = again
-    told: list[int] = []
-    pass_on(told)
     args = launch_command_parser().parse_args(line)
     args.signals_to_handle = "SIGHUP,SIGQUIT"  # the others are passed on here, and a save may take as long as it does
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         launch_command(args)
     except ChildFailedError as error:
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        return {rank: failure.exitcode for rank, failure in error.failures.items()}
     except (ValueError, TypeError, ImportError, ConnectionError) as error:  # of accelerate, before anything starts
         raise UserError(f"--accelerate-config {line[1]}: {error}") from None
-    else:
-        return 0
     finally:
         for child in children():
             child.kill()
-    followed = (processes.EXIT_PEER_DIED, -signal.SIGTERM)  # of those that ended because another did
-    rank = next((rank for rank, code in codes.items() if code not in followed), min(codes))
-    if told and codes[rank] in (-told[0], 128 + told[0], -signal.SIGTERM):
-        return 128 + told[0]
-    if codes[rank] < 0:
-        name = signal.Signals(-codes[rank]).name
-        print(
-            f"failed: process {rank} of {args.num_processes} was killed by {name}; "
-            f"{processes.describe_checkpoint(cfg.output_dir)}; continue with: {again}",
-            file=sys.stderr,
-        )
-        return 1
-    return 1 if codes[rank] == processes.EXIT_PEER_DIED else codes[rank]
+    return {}
 
 
 def children() -> list[Any]:
@@ -268,12 +262,12 @@ def children() -> list[Any]:
     return [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
 
 
-def pass_on(told: list[int]) -> None:
-    """From here on signals that ask to stop go to the processes of the run, and are noted in ``told``."""
+def pass_on(received_signals: list[int]) -> None:
+    """From here on signals that ask to stop go to the processes of the run, and are added to ``received_signals``."""
     from sdtune.run.signals import STOP
 
     def note(number: int, _: FrameType | None) -> None:
-        told.append(number)
+        received_signals.append(number)
         if not (running := children()):
             sys.exit(128 + number)
         for child in running:

@@ -1,0 +1,128 @@
+"""A command of the line whose options are the fields of a config class."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from sdtune.config import fields, parsing, shipped
+from sdtune.config.errors import UserError
+from sdtune.config.help_style import Command
+from sdtune.config.sections import Options, Section
+
+LENIENT = {
+    "ignore_unknown_options": True,
+    "allow_extra_args": True,
+    "token_normalize_func": lambda token: token.replace("_", "-"),
+}
+"""Unknown flags are collected, not refused one at a time, so that every mistake is reported at once."""
+
+
+class OptionCommand:
+    """A command that makes a config of its options, of a YAML file and of defaults, and gives it to ``work``.
+
+    Args:
+        name: the command as it is typed.
+        config: the class whose fields are the options.
+        launch: the class of the options beside them, which are not part of the config.
+        work: called with the config and the launch options.
+        summary: what --help says first.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: type[Section],
+        launch: type[Options],
+        work: Callable[[Any, Any], None],
+        summary: str | None = None,
+    ):
+        self.name, self.config, self.launch, self.work = name, config, launch, work
+        self.summary = summary or inspect.getdoc(config) or ""
+        if shared := config.model_fields.keys() & launch.model_fields.keys():
+            raise UserError(f"{config.__name__}.{min(shared)}: sdtune has an option of that name; name it otherwise")
+
+    def signature(self) -> inspect.Signature:
+        """The parameters from which Typer makes the options."""
+        context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        always = parameters(Options)
+        options = parameters(self.config)
+        launching = [p for p in parameters(self.launch) if p.name not in Options.model_fields]
+        return inspect.Signature([context, *always, *options, *launching])
+
+    def run(self, ctx: typer.Context, values: dict[str, Any]) -> None:
+        """Resolve the config from the text of each option, and give it to ``work``."""
+        given = {n: v for n, v in values.items() if ctx.get_parameter_source(n).name == "COMMANDLINE"}  # type: ignore[union-attr]
+        beside = {name: given.pop(name) for name in self.launch.model_fields if name in given}
+        loose = list(ctx.args)
+        declared = self.config.model_fields
+        if strays := [n for n in given if fields.positional(declared[n]) and given[n].startswith("--")]:
+            loose = [given.pop(n) for n in strays] + loose  # an unknown flag has taken the place of an argument
+        problems = list(parsing.unknown_words(self.config, loose, self.launch.model_fields))
+        launch, more = parsing.validated(self.launch, beside, {})
+        cfg, others = parsing.merged(self.config, beside.get("config"), given)
+        if problems := [*problems, *more, *others]:
+            raise UserError("\n       ".join(problems))
+        if name := beside.get("accelerate_config"):
+            shipped.accelerate_file(name)  # a mistake is told before anything slow, and of a dry run
+        if launch.dry_run:
+            typer.echo(parsing.to_yaml(cfg), nl=False)
+        else:
+            self.work(cfg, launch)
+
+    @cached_property
+    def parser(self) -> TyperCommand:
+        """The command as Typer makes it of a function, which has one parameter per option."""
+
+        def run(ctx: typer.Context, **values: Any) -> None:
+            self.run(ctx, values)
+
+        run.__signature__ = self.signature()  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
+        app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+        settings = LENIENT | {"help_option_names": ["-h", "--help"]}
+        app.command(self.name, cls=Command, help=self.help, context_settings=settings)(run)
+        made = typer.main.get_command(app)
+        assert isinstance(made, TyperCommand)
+        return made
+
+    @property
+    def help(self) -> str:
+        """The summary, and command lines to start from."""
+        lines = getattr(self.config, "examples", ())
+        return "\n".join([self.summary, *(["", "Examples:"] if lines else []), *(f"  {line}" for line in lines)])
+
+    def context(self, words: list[str], parent: Any = None) -> Any:
+        """Typer's context of the command with these words, under which it can be invoked."""
+        return self.parser.make_context(self.name, parsing.canonical(self.config, words), parent=parent)
+
+
+def parameters(config: type[Section]) -> Iterator[inspect.Parameter]:
+    """One Typer option per field. Values stay text: pydantic converts them, so that all mistakes come at once."""
+    for name, field in fields.by_section(config):
+        names = fields.flag(name)
+        annotation: Any
+        default: Any
+        if field.annotation is bool:
+            annotation, default = bool, bool(field.default)
+            names = names if issubclass(config, Options) else f"{names}/--no-{names[2:]}"
+        else:
+            annotation = (list[str] if fields.is_list(field) else str) | None
+            default = None
+        option: Any
+        if place := fields.positional(field):
+            option = typer.Argument(metavar=place, help=fields.help_of(field), show_default=False)
+        else:
+            option = typer.Option(
+                names,
+                help=fields.help_of(field),
+                metavar=fields.metavar(field),
+                rich_help_panel=fields.title_of(config, name),
+                show_default=False,
+            )
+        yield inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
+        )

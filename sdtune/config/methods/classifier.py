@@ -1,0 +1,54 @@
+"""Options of `sdtune classifier`."""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Self
+
+from annotated_types import Ge
+from pydantic import model_validator
+
+from sdtune.config.sections import (
+    Classes,
+    Count,
+    Counts,
+    Data,
+    Hub,
+    LrSchedule,
+    Natural,
+    Network,
+    NonNegative,
+    Optim,
+    Positive,
+    Run,
+    Schedule,
+)
+
+
+class ClassifierConfig(Network, Schedule, Classes, Data, Optim, Hub, Run):
+    """A classifier of noised images, which guides a diffusion model (Dhariwal & Nichol 2021)."""
+
+    method: ClassVar[str] = "classifier"
+    entry: ClassVar[str] = "sdtune.recipes.classifier:Classifier"
+    num_validation_images: ClassVar[int] = 0
+    """It draws none."""
+
+    output_dir: Path = Path("runs/classifier")
+    class_column: str
+    validation_steps: Natural = 200
+    """Steps between the figures of held-out images; 0 measures only at the start and the end."""
+    rescale_betas_zero_snr: bool = False
+    """The schedule ends in pure noise (Lin et al. 2023), as that of the model which is to be guided."""
+
+    resolution: Annotated[int, Ge(8)] = 64
+    block_out_channels: Counts = [128, 128, 256, 256]
+    attention_resolutions: Counts = [32, 16, 8]
+    attention_head_dim: Count | None = 64
+    train_batch_size: Count = 64
+    learning_rate: Positive = 3e-4
+    lr_scheduler: LrSchedule = "linear"
+    adam_weight_decay: NonNegative = 0.05
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> Self:
+        if self.buckets:
+            raise ValueError("buckets: a classifier sees one shape; leave it out")
+        return self

@@ -1,0 +1,84 @@
+"""Options of `sdtune ddpm`."""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+from annotated_types import Ge
+from pydantic import model_validator
+
+from sdtune.config.sections import (
+    Classes,
+    Count,
+    Data,
+    Denoising,
+    Description,
+    Hub,
+    LrSchedule,
+    Natural,
+    Network,
+    NonNegative,
+    Optim,
+    Positive,
+    Preview,
+    Run,
+    Schedule,
+    Share,
+    Streaming,
+    aliases,
+)
+
+
+class DdpmConfig(Network, Schedule, Denoising, Classes, Streaming, Data, Optim, Preview, Hub, Run):
+    """A diffusion model of pixels, from scratch or continued, with classes or without (DDPM; Ho et al. 2020)."""
+
+    method: ClassVar[str] = "ddpm"
+    entry: ClassVar[str] = "sdtune.recipes.ddpm:Ddpm"
+
+    output_dir: Path = Path("runs/ddpm")
+    model: Annotated[str | None, aliases("pretrained_model_name_or_path")] = None
+    """Continue this model: a run's folder, or the folder or Hub id of a DDPMPipeline; none starts from scratch."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the Hub; none is its main branch."""
+    cache_dir: Path | None = None
+    """Where models and datasets from the Hub are kept; none is the Hub's own cache folder."""
+    unet_config: Annotated[Path | None, aliases("model_config_name_or_path")] = None
+    """JSON file that describes the network, as diffusers' unet/config.json; none goes by the options of Network."""
+    variance_type: Literal["fixed_small", "fixed_large"] | None = None
+    """Variance of a sampling step: beta-tilde, or beta; none is the model's, from scratch fixed_small."""
+    out_of_range: Literal["clip", "keep"] | None = None
+    """What sampling does with estimates of the image beyond [-1, 1]; none is the model's, from scratch clip."""
+    class_dropout: Share = 0.1
+    """Share of classes replaced by the null class, which is what classifier-free guidance learns from."""
+
+    resolution: Annotated[int, Ge(8)] = 64
+    train_batch_size: Count = 16
+    steps: Annotated[Count | None, aliases("max_train_steps")] = None
+    """Optimizer steps; none with no num_train_epochs either is 20,000."""
+    lr_scheduler: LrSchedule = "cosine"
+    lr_warmup_steps: Natural = 500
+    adam_beta1: Share = 0.95
+    adam_weight_decay: NonNegative = 1e-6
+    use_ema: bool = True
+    ema_power: Positive = 3 / 4
+
+    @property
+    def max_steps(self) -> int:
+        return self.steps or 20_000
+
+    @model_validator(mode="after")
+    def _one_network(self) -> Self:
+        given = [name for name in ("model", "unet_config") if getattr(self, name)]
+        fields = [name for name in Network.model_fields if name != "channels"]
+        given += [name for name in fields if getattr(self, name) != Network.model_fields[name].default]
+        if len(given) > 1 and given[0] in ("model", "unet_config"):
+            raise ValueError(f"{given[0]} describes the whole network: leave out {' and '.join(given[1:])}")
+        return self
+
+    @model_validator(mode="after")
+    def _classes_to_drop(self) -> Self:
+        if self.class_column is None and self.class_dropout != type(self).model_fields["class_dropout"].default:
+            raise ValueError("class_dropout is for a model with classes: add --class-column, or leave it out")
+        return self
+
+    def describe(self) -> Description:
+        return super().describe()._replace(base=self.model, revision=self.revision)

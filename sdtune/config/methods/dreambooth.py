@@ -1,0 +1,124 @@
+"""Options of `sdtune dreambooth`."""
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import model_validator
+
+from sdtune.config.methods.new_word import NewWord, says
+from sdtune.config.sections import (
+    Adapter,
+    Captions,
+    Count,
+    Data,
+    Denoising,
+    Description,
+    Hub,
+    Model,
+    NonNegative,
+    Optim,
+    Positive,
+    Preview,
+    Prompts,
+    Run,
+    Share,
+    StrList,
+    aliases,
+)
+
+
+class DreamBoothConfig(NewWord, Adapter, Denoising, Model, Captions, Data, Optim, Prompts, Preview, Hub, Run):
+    """A subject or style from a handful of images (DreamBooth; Ruiz et al. 2022), all weights or as LoRA."""
+
+    method: ClassVar[str] = "dreambooth"
+    entry: ClassVar[str] = "sdtune.recipes.dreambooth:DreamBooth"
+
+    dataset: Annotated[str, aliases("instance_data", "instance_data_dir")]
+    """Images of the subject: folder, Hub dataset id, or dataset saved by `save_to_disk`."""
+    instance_prompt: str | None = None
+    """Caption of images without one of their own, such as a photo of sks dog; none wants each captioned."""
+    prior_preservation: Annotated[bool, aliases("with_prior_preservation")] = False
+    """Train on pictures of the subject's class as well, as many a step, so that the class stays what it was."""
+    class_prompt: StrList = []
+    """What the class pictures show, such as a photo of a dog; several prompts take turns."""
+    class_data: Annotated[Path | None, aliases("class_data_dir")] = None
+    """Folder of class pictures; none is class-pictures in the run's folder, made by the base."""
+    num_class_images: Count = 100
+    """Class pictures to train on; the base makes those that the folder lacks."""
+    prior_loss_weight: NonNegative = 1.0
+    """Weight of the class pictures' loss (the paper's lambda)."""
+    sample_batch_size: Count = 4
+    """Class pictures made at a time, on each process."""
+    class_inference_steps: Count = 25
+    """Denoising steps of a class picture."""
+    class_guidance_scale: NonNegative = 5.0
+    """Classifier-free guidance of the class pictures."""
+    lora: bool = False
+    """Train low-rank adapters in place of all weights."""
+    train_text_encoder: bool = False
+    """Train the text encoder as well: all of it, or with --lora its q, k, v and out projections."""
+    text_encoder_lr: Positive | None = None
+    """Learning rate of the text encoder; none is learning_rate."""
+    placeholder_lr: Positive | None = None
+    """Learning rate of the new word's vectors; none is learning_rate."""
+    unet_frac: Share = 1.0
+    """Share of the run, from its start, in which the UNet trains."""
+    text_encoder_frac: Annotated[Share, aliases("train_text_encoder_frac")] = 1.0
+    """Share of the run, from its start, in which the text encoder trains."""
+    placeholder_frac: Annotated[Share, aliases("train_text_encoder_ti_frac")] = 1.0
+    """Share of the run, from its start, in which the new word's vectors train."""
+    learning_rate: Positive = 5e-6
+    """Peak learning rate; with --lora the default is 1e-4."""
+    output_dir: Path = Path("runs/dreambooth")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_adapters(cls, values: Any) -> Any:
+        lora = isinstance(values, dict) and str(values.get("lora", False)).lower() in ("true", "1", "yes", "on")
+        return {"learning_rate": 1e-4} | values if lora else values
+
+    @model_validator(mode="after")
+    def _options_that_belong_together(self) -> Self:
+        adapters = [n for n in Adapter.model_fields if n not in ("train_text_encoder", "text_encoder_lr")]
+        of_word = ["initializer_token", "initializer_mean", "num_vectors", "placeholder_lr", "placeholder_frac"]
+        for option, what, names in (
+            ("prior_preservation", "prior preservation", ["class_prompt", "class_data"]),
+            ("lora", "adapters", adapters),
+            ("placeholder_token", "a new word", of_word),
+            ("train_text_encoder", "a text encoder that trains", ["text_encoder_frac"]),
+        ):
+            fields = type(self).model_fields
+            strays = [n for n in names if getattr(self, n) != fields[n].get_default()]
+            if strays and not getattr(self, option):
+                raise ValueError(f"{strays[0]} is for {what}: add --{option.replace('_', '-')}, or leave it out")
+        if self.prior_preservation and not (self.class_prompt or self.class_data):
+            raise ValueError(
+                "prior_preservation needs class_prompt, from which the base makes class pictures, or class_data"
+            )
+        if self.prior_preservation and self.buckets:
+            raise ValueError("prior_preservation with buckets: class pictures are square, and a batch has one shape")
+        if word := self.placeholder_token:
+            if not self.lora:
+                raise ValueError("placeholder_token trains a new word beside adapters (pivotal tuning): add --lora")
+            if self.instance_prompt and not says(self.instance_prompt, word):
+                raise ValueError(f"instance_prompt does not say {word}, so the new word would not train; put it in")
+            if any(says(prompt, word) for prompt in self.class_prompt):
+                raise ValueError(f"class_prompt says {word}, which the base does not know; name the class alone")
+        return self
+
+    @model_validator(mode="after")
+    def _something_trains_to_the_end(self) -> Self:
+        shares = {"unet_frac": self.unet_frac}
+        if self.train_text_encoder:
+            shares["text_encoder_frac"] = self.text_encoder_frac
+        if self.placeholder_token:
+            shares["placeholder_frac"] = self.placeholder_frac
+        if max(shares.values()) < 1:
+            names = " and ".join(shares)
+            raise ValueError(f"{names}: nothing would train to the end; leave one of them at 1, or ask for fewer steps")
+        return self
+
+    def describe(self) -> Description:
+        known = super().describe()
+        tags = ("dreambooth",) if self.instance_prompt else ()
+        return known._replace(trigger=self.instance_prompt or known.trigger, tags=tags)

@@ -1,0 +1,28 @@
+"""Options of `sdtune lora`."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from sdtune.config.sections import (
+    Adapter,
+    Captions,
+    Data,
+    Denoising,
+    Hub,
+    Latents,
+    Model,
+    Optim,
+    Preview,
+    Prompts,
+    Run,
+    Streaming,
+)
+
+
+class LoraConfig(Adapter, Denoising, Model, Captions, Latents, Streaming, Data, Optim, Prompts, Preview, Hub, Run):
+    """Low-rank adapters on a text-to-image model (LoRA; Hu et al. 2021)."""
+
+    method: ClassVar[str] = "lora"
+    entry: ClassVar[str] = "sdtune.recipes.lora:Lora"
+
+    output_dir: Path = Path("runs/lora")
