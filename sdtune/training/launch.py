@@ -208,11 +208,10 @@ def relaunch(words: list[str], cfg: Run, launch: Launch, line: list[str]) -> int
     if stopped and code in (-stopped[0], 128 + stopped[0], -signal.SIGTERM):
         return 128 + stopped[0]
     if code < 0:
-        print(
-            f"failed: process {rank} of {line[line.index('--num_processes') + 1]} was killed by "
-            f"{signal.Signals(-code).name}; {processes.describe_checkpoint(cfg.output_dir)}; continue with: {resume_command}",
-            file=sys.stderr,
-        )
+        count, name = line[line.index("--num_processes") + 1], signal.Signals(-code).name
+        left = processes.describe_checkpoint(cfg.output_dir)
+        what = f"process {rank} of {count} was killed by {name}; {left}; continue with: {resume_command}"
+        print(f"failed: {what}", file=sys.stderr)
         return 1
     return 1 if code == processes.EXIT_PEER_DIED else code
 
