@@ -12,7 +12,8 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from sdtune.config.methods import DreamBoothConfig, NewWord
+from sdtune.config.methods.dreambooth import DreamBoothConfig
+from sdtune.config.methods.new_word import NewWord
 from sdtune.config.sections import Data, Hub, Model, Optim, Preview, Prompts, Run
 from sdtune.conversion.formats import embedding
 from sdtune.models import pipeline_folder
