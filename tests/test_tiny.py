@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 
@@ -33,6 +35,12 @@ def test_layout_is_the_published_one():
     assert {"vocab.json", "merges.txt", "tokenizer_config.json"} <= tokenizer
     index = json.loads((ASSETS / "tiny" / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline"
+
+
+def test_stock_diffusers_loads_it_in_one_precision():
+    """Without a dtype transformers loads what the config names, and diffusers 32 bits: a text encoder apart fails."""
+    pipe = StableDiffusionPipeline.from_pretrained(ASSETS / "tiny", safety_checker=None)
+    assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
 
 
 def test_words_of_the_world_are_single_tokens(tiny):

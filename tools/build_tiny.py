@@ -276,6 +276,8 @@ def export(work: Path, out: Path) -> None:
     weights = out / "text_encoder" / "model.safetensors"  # transformers 5.6 dropped a level that others expect
     tensors = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(weights).items()}
     save_file(tensors, weights, metadata={"format": "pt"})
+    config = out / "text_encoder" / "config.json"  # transformers loads the precision that it names, diffusers fp32
+    config.write_text(config.read_text(encoding="utf-8").replace('"float16"', '"float32"'), encoding="utf-8")
     vocabulary, merges = bpe_tables()  # transformers 5 writes tokenizer.json alone, others read these
     (out / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     lines = "".join(f"{a} {b}\n" for a, b in merges)

@@ -136,12 +136,16 @@ class DDPM:
     def weight(self, t: Tensor) -> Tensor:
         """Min-SNR-gamma (Hang et al. 2023, section 3.4): ``min(snr, gamma)`` on x_0, as a weight on ``pred``: ``[B]``.
 
-        An error of x_0 is ``1 / snr`` times that of noise and ``1 / (snr + 1)`` times that of velocity.
+        An error of x_0 is ``1 / snr`` times that of noise and ``1 / (snr + 1)`` times that of velocity. Without gamma the
+        weight is 1 on noise (Ho et al. 2020, equation 14) and on velocity, and ``snr`` on x_0, which is the same loss as
+        that of noise (Salimans & Ho 2022, section 4).
         """
-        if self.snr_gamma is None:
+        if self.snr_gamma is None and self.prediction != "sample":
             return torch.ones(len(t), device=t.device)
         alpha_bar = self.alphas_cumprod.to(t.device)[t]
         snr = alpha_bar / (1 - alpha_bar)
+        if self.snr_gamma is None:
+            return snr.float()
         match self.prediction:
             case "epsilon":
                 weight = (self.snr_gamma / snr).clamp(max=1)  # the limit 1 at zero SNR comes out right
@@ -180,9 +184,9 @@ def dream(
     """
     t, noise = objective.timesteps(batch["u"]), batch["noise"]
     x_t = objective.noise(x0, noise, t)
-    told = objective.epsilon(x_t, predict(x_t, t).to(x_t), t)
+    predicted = objective.epsilon(x_t, predict(x_t, t).to(x_t), t)
     _, s = objective.scales(t, x_t)
-    return noise + s**detail_preservation * (noise - told)
+    return noise + s**detail_preservation * (noise - predicted)
 
 
 def denoising_loss(
