@@ -136,8 +136,8 @@ class DDPM:
     def weight(self, t: Tensor) -> Tensor:
         """Min-SNR-gamma (Hang et al. 2023, section 3.4): ``min(snr, gamma)`` on x_0, as a weight on ``pred``: ``[B]``.
 
-        An error of x_0 is ``1 / snr`` times that of noise and ``1 / (snr + 1)`` times that of velocity. Without gamma the
-        weight is 1 on noise (Ho et al. 2020, equation 14) and on velocity, and ``snr`` on x_0, which is the same loss as
+        An error of x_0 is ``1 / snr`` times that of noise and ``1 / (snr + 1)`` times that of velocity. Without gamma
+        the weight is 1 on noise (Ho et al. 2020, equation 14) and on velocity, and ``snr`` on x_0, which makes the loss
         that of noise (Salimans & Ho 2022, section 4).
         """
         if self.snr_gamma is None and self.prediction != "sample":
