@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sdtune.conversion.convert
-from sdtune.conversion.formats import AdapterFile, Module, read, write
+from sdtune.models.formats import AdapterFile, Module, read, write
 from tests.conftest import command, status
 from tests.test_lora import stock
 

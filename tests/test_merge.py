@@ -441,7 +441,7 @@ def test_a_mistake_is_a_line_and_leaves_nothing(words, places, tmp_path, capsys)
 
 
 def test_what_does_not_read_back_gets_no_name(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("sdtune.conversion.formats.diffusers_file.scale", lambda *_: (3.0, 1))
+    monkeypatch.setattr("sdtune.models.formats.diffusers_file.scale", lambda *_: (3.0, 1))
     with pytest.raises(RunFailed, match="does not read back"):
         merge(MergeConfig(adapter=[str(folder / "a.safetensors")], output=tmp_path / "out.safetensors", dtype="bf16"))
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,6 @@ from PIL import Image
 from sdtune.config.methods.dreambooth import DreamBoothConfig
 from sdtune.config.methods.new_word import NewWord
 from sdtune.config.sections import Data, Hub, Model, Optim, Preview, Prompts, Run
-from sdtune.conversion.formats import embedding
 from sdtune.models import pipeline_folder
 from sdtune.publish import model_card
 from sdtune.publish.origin import Origin

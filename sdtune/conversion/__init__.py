@@ -1,1 +1,1 @@
-"""Adapter files: formats, conversion, merging. Imports `config`, `run` and `models`."""
+"""Converts, merges and inspects adapter files. Imports `config`, `run` and `models`."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sdtune.config.sections import RunFailed, UserError
 from sdtune.config.verbs import ConvertConfig, SampleConfig
-from sdtune.conversion.formats import AdapterFile, comfyui, embedding, metadata, read, staged, write
+from sdtune.models.formats import AdapterFile, comfyui, embedding, metadata, read, staged, write
 from sdtune.models.loading import load_pipeline
 
 CHANGE, OUTPUT = 1e-2, 1e-5

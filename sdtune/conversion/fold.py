@@ -25,9 +25,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from sdtune.config.sections import RunFailed, UserError
 from sdtune.config.verbs import MergeConfig, SampleConfig
-from sdtune.conversion import formats
-from sdtune.conversion.formats import PARTS, AdapterFile, Module
+from sdtune.models import formats
 from sdtune.models.adapters import is_target
+from sdtune.models.formats import PARTS, AdapterFile, Module
 from sdtune.models.loading import load_adapters, load_pipeline
 from sdtune.models.pipeline_folder import forget_machine
 

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from sdtune.config.verbs import InspectConfig
-from sdtune.conversion.formats import AdapterFile, embedding, metadata, read
+from sdtune.models.formats import AdapterFile, embedding, metadata, read
 
 BAR = 40
 """Characters of the longest bar."""

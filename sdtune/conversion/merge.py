@@ -19,13 +19,14 @@ from torch import Tensor
 from sdtune import __version__
 from sdtune.config.sections import RunFailed, UserError
 from sdtune.config.verbs import MergeConfig
-from sdtune.conversion import formats
 from sdtune.conversion.fold import DTYPES, Base, changed, fold, may_replace, open_base
-from sdtune.conversion.formats import AdapterFile, Module, files, metadata, peft_folder
 from sdtune.conversion.lowrank import Spectrum, decompose, decompose_product
 from sdtune.conversion.truncate import bar, extract, lora_module, truncate_all
-from sdtune.models.adapters import FILE, PORTABLE, reproducible
-from sdtune.models.loading import published_file, split_weight
+from sdtune.models import formats
+from sdtune.models.adapters import PORTABLE
+from sdtune.models.formats import AdapterFile, Module, files, metadata, peft_folder
+from sdtune.models.formats.tensor_file import load, locate, reproducible
+from sdtune.models.loading import split_weight
 from sdtune.run.public_name import public_name
 
 ROUNDING = {"fp32": 1e-6, "fp16": 2e-3, "bf16": 1.6e-2}
@@ -100,7 +101,7 @@ def read_source(text: str) -> Source:
     if folder.is_dir() and (peft := files.peft_folders(folder)):
         adapter, read = formats.read(folder), [f / peft_folder.WEIGHTS for f in peft.values()]
     else:
-        read = [published_file(where, FILE, "--adapter")]
+        read = [locate(where, option="--adapter")]
         adapter = formats.read(read[0])
     if not adapter.modules():
         raise UserError(f"--adapter {where}: changes no layer")
@@ -228,7 +229,7 @@ def write(path: Path, adapter: AdapterFile, cfg: MergeConfig, base: Base | None)
     path.parent.mkdir(parents=True, exist_ok=True)
     with formats.staged(path) as new:
         formats.write(new, replace(adapter, parts=rounded), "diffusers")
-        tensors, about = files.load(new)
+        tensors, about = load(new)
         about["lora_adapter_metadata"] = json.dumps(config_of(rounded), sort_keys=True)
         new.write_bytes(reproducible(tensors, about))
         wanted, got = adapter.modules(), formats.read(new).modules()

@@ -13,8 +13,8 @@ from torch import Tensor
 from sdtune.config.sections import UserError
 from sdtune.config.verbs import MergeConfig
 from sdtune.conversion.fold import Base, open_base
-from sdtune.conversion.formats import Module
 from sdtune.conversion.lowrank import Spectrum, decompose
+from sdtune.models.formats import Module
 
 
 @dataclass

@@ -13,7 +13,7 @@ from sdtune.config.verbs import EvaluateConfig, SampleConfig
 from sdtune.data import Images, load_images
 from sdtune.evaluation.features import BATCH
 from sdtune.models import families
-from sdtune.models.adapters import FILE
+from sdtune.models.formats.tensor_file import FILE
 from sdtune.models.pixel_models import read_classes
 from sdtune.run.rng import generator
 from sdtune.sampling.sample_pixels import of_pixels

@@ -7,7 +7,6 @@ alpha of each part stand in its metadata, since a reader without them takes alph
 
 import json
 import re
-import struct
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,13 +17,12 @@ import torch
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from sdtune.config.sections import Adapter, UserError
+from sdtune.models.formats.tensor_file import FILE, reproducible
 from sdtune.models.quantize import quantize
 
-FILE = "pytorch_lora_weights.safetensors"
 TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 # peft 0.15 refuses a LoraConfig with keys that it does not know; these it does.
@@ -113,17 +111,6 @@ def save_adapter(folder: Path, parts: Mapping[str, nn.Module], provenance: Mappi
     verify(new, parts, loader)
     new.replace(path)
     return path
-
-
-def reproducible(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file whose header is sorted; the library writes its metadata in random order."""
-    raw = save(dict(sorted(tensors.items())), dict(metadata))
-    size = struct.unpack("<Q", raw[:8])[0]
-    header = json.loads(raw[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + raw[8 + size :]
 
 
 def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import huggingface_hub
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DModel
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from sdtune.config.sections import UserError
 from sdtune.config.verbs import SampleConfig
 from sdtune.models import families
-from sdtune.models.adapters import FILE
+from sdtune.models.formats.tensor_file import locate
 from sdtune.models.noisy_classifier import NoisyClassifier
 from sdtune.models.pixel_models import read_classes
 from sdtune.run.device import best_device
@@ -84,7 +83,7 @@ def split_weight(text: str) -> tuple[str, float]:
 
 
 def _load_adapter(pipe: DiffusionPipeline, where: str, name: str) -> None:
-    file = published_file(where, FILE, "--adapter")
+    file = locate(where, option="--adapter")
     if file.name == EMBEDDING:
         raise UserError(f"--adapter {where}: holds a learnt word, not an adapter: give --embedding {where}")
     sent = [key for key in families.tensor_names(file) if not key.endswith(".alpha")]
@@ -112,42 +111,13 @@ def load_embeddings(pipe: DiffusionPipeline, embeddings: Sequence[str], adapters
     """
     learnt_with = [folder for folder, _ in map(split_weight, adapters) if (Path(folder) / EMBEDDING).is_file()]
     for where in dict.fromkeys([*learnt_with, *embeddings]):
-        file = published_file(where, EMBEDDING, "--embedding")
+        file = locate(where, EMBEDDING, "--embedding")
         families.tensor_names(file)  # a clear word where it is no safetensors file
         try:
             pipe.load_textual_inversion(str(file.parent), weight_name=file.name)
         except (ValueError, RuntimeError, KeyError, AttributeError) as error:
             why = str(error).strip().splitlines()[0]
             raise UserError(f"--embedding {where}: does not fit this base: {why}") from error
-
-
-def published_file(where: str, name: str, option: str) -> Path:
-    """The ``.safetensors`` of an artefact given as file, folder, run folder or ``user/name[/file]`` (Hub).
-
-    Args:
-        name: of the file in a folder that has several; ``option`` is what an error calls it by.
-    """
-    path = Path(where)
-    if path.is_dir():
-        files = [path / name] if (path / name).is_file() else sorted(path.glob("*.safetensors"))
-        if not files:
-            raise UserError(f"{option} {where}: no .safetensors in it; a run writes its own when it ends")
-        if len(files) > 1:
-            raise UserError(f"{option} {where}: {len(files)} .safetensors in it; name the file")
-        return files[0]
-    if path.suffix in families.PICKLES:
-        raise UserError(f"{option} {where}: a pickle, which can run code when it is read; only .safetensors")
-    if path.is_file():
-        return path
-    user, _, rest = where.partition("/")
-    repo, _, file = rest.partition("/")
-    if not (user and repo) or where.startswith((".", "/")):
-        raise UserError(f"{option} {where}: no such file or folder")
-    try:
-        return Path(huggingface_hub.hf_hub_download(f"{user}/{repo}", file or name))
-    except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"{option} {where}: no such file or folder, and not on the Hub: {why}") from error
 
 
 def class_labels(names: Sequence[str], classes: Sequence[str], where: str) -> Tensor:

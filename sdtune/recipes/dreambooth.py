@@ -12,9 +12,9 @@ or adapters and the vectors of a new word (pivotal tuning; Roich et al. 2021).
 import torch
 
 from sdtune.config.methods.dreambooth import DreamBoothConfig
-from sdtune.conversion.formats import embedding
 from sdtune.data import Mixture, load_images
 from sdtune.models import adapters, new_token
+from sdtune.models.formats import embedding
 from sdtune.models.pipeline_folder import write_pipeline
 from sdtune.recipes.class_images import class_images
 from sdtune.recipes.finetune import FineTune, unfreeze

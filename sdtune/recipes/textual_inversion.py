@@ -7,9 +7,9 @@ template such as "a photo of {}", drawn at random, captions it with the new word
 """
 
 from sdtune.config.methods.textual_inversion import TextualInversionConfig
-from sdtune.conversion.formats import embedding
 from sdtune.data import captioned, load_images
 from sdtune.models import new_token
+from sdtune.models.formats import embedding
 from sdtune.recipes.caption_templates import filled
 from sdtune.recipes.finetune import FineTune
 

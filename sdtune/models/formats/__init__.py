@@ -6,7 +6,7 @@ with staged(Path("out.safetensors")) as new:    # renamed to out.safetensors if 
     write(new, adapter, "kohya")
 """
 
-from sdtune.conversion.formats.files import read, staged, write
-from sdtune.conversion.formats.neutral import PARTS, AdapterFile, Module, close
+from sdtune.models.formats.files import read, staged, write
+from sdtune.models.formats.neutral import PARTS, AdapterFile, Module, close
 
 __all__ = ["PARTS", "AdapterFile", "Module", "close", "read", "staged", "write"]

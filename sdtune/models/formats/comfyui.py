@@ -5,7 +5,7 @@ file. Its own deviation is DoRA on rows, where it divides by the norm of the bas
 (``weight_decompose`` in comfy/weight_adapter/base.py as of 2026). Each row is off by the ratio of the two norms.
 """
 
-from sdtune.conversion.formats.kohya import tensors
+from sdtune.models.formats.kohya import tensors
 
 __all__ = ["tensors"]
 

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from typing import Any
 
-from sdtune.conversion.formats.neutral import AdapterFile
+from sdtune.models.formats.neutral import AdapterFile
 
 STALE = ("lora_adapter_metadata", "format", "sshs_", "modelspec.hash", "modelspec.thumbnail")
 """Prefixes of entries that describe the tensors of one file, so they are not copied to another."""

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from sdtune.config.sections import UserError
-from sdtune.conversion.formats import files, metadata
-from sdtune.models.adapters import reproducible
+from sdtune.models.formats import metadata
+from sdtune.models.formats.tensor_file import load, locate, reproducible
 from sdtune.run.usage import EMBEDDING
 
 ENCODERS = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2"}
@@ -47,7 +47,7 @@ def read(path: Path, token: str | None = None) -> Embedding | None:
     if path.is_dir() and not (path / EMBEDDING).is_file():
         return None
     path = path / EMBEDDING if path.is_dir() else path
-    tensors, about = files.load(files.file_of(path))
+    tensors, about = load(locate(path))
     if not is_embedding(tensors):
         return None
     tables = {name: t.reshape(-1, t.shape[-1]) for name, t in tensors.items() if t.ndim in (1, 2)}

@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from sdtune.config.sections import UserError
-from sdtune.conversion.formats.keys import LYCORIS, Place, assemble, with_alpha
-from sdtune.conversion.formats.names import text_encoder_name
-from sdtune.conversion.formats.neutral import PARTS, AdapterFile, Module
+from sdtune.models.formats.keys import LYCORIS, Place, assemble, with_alpha
+from sdtune.models.formats.names import text_encoder_name
+from sdtune.models.formats.neutral import PARTS, AdapterFile, Module
 
 SUFFIXES = LYCORIS | {
     "lora.down.weight": "lora.down",

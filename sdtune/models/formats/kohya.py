@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdtune.conversion.formats import metadata as about
-from sdtune.conversion.formats.keys import LYCORIS, Place, assemble, with_alpha
-from sdtune.conversion.formats.names import dotted, text_encoder_name, underscored
-from sdtune.conversion.formats.neutral import AdapterFile, Module
+from sdtune.models.formats import metadata as about
+from sdtune.models.formats.keys import LYCORIS, Place, assemble, with_alpha
+from sdtune.models.formats.names import dotted, text_encoder_name, underscored
+from sdtune.models.formats.neutral import AdapterFile, Module
 
 PREFIXES = {
     "lora_unet_": "unet",

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from sdtune.config.sections import UserError
-from sdtune.conversion.formats.diffusers_file import SUFFIX, SUFFIXES, peft_magnitude, require_kinds, scale
-from sdtune.conversion.formats.keys import LYCORIS, Place, assemble
-from sdtune.conversion.formats.names import text_encoder_name
-from sdtune.conversion.formats.neutral import AdapterFile, Module
+from sdtune.models.formats.diffusers_file import SUFFIX, SUFFIXES, peft_magnitude, require_kinds, scale
+from sdtune.models.formats.keys import LYCORIS, Place, assemble
+from sdtune.models.formats.names import text_encoder_name
+from sdtune.models.formats.neutral import AdapterFile, Module
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."

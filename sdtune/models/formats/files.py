@@ -8,14 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdtune.config.sections import UserError
-from sdtune.conversion.formats import comfyui, diffusers_file, kohya, metadata, peft_folder
-from sdtune.conversion.formats.neutral import PARTS, AdapterFile
-from sdtune.models.adapters import FILE, reproducible
-from sdtune.models.families import PICKLES
+from sdtune.models.formats import comfyui, diffusers_file, kohya, metadata, peft_folder
+from sdtune.models.formats.neutral import PARTS, AdapterFile
+from sdtune.models.formats.tensor_file import copies, load, locate, reproducible
 
 WRITERS: dict[str, Callable[[AdapterFile], dict[str, Tensor]]] = {
     "diffusers": diffusers_file.tensors,
@@ -32,7 +30,7 @@ def read(path: Path) -> AdapterFile:
     """
     if path.is_dir() and (folders := peft_folders(path)):
         return read_peft(path, folders)
-    path = file_of(path)
+    path = locate(path)
     tensors, about = load(path)
     if (path.parent / peft_folder.CONFIG).is_file() and path.name == peft_folder.WEIGHTS:
         return read_peft(path.parent, {None: path.parent})
@@ -41,38 +39,6 @@ def read(path: Path) -> AdapterFile:
     if any(key.startswith(peft_folder.PREFIX) for key in tensors):
         raise UserError(f"{path}: PEFT's tensors need their {peft_folder.CONFIG} in the same folder, for alpha")
     return diffusers_file.read(path, tensors, about)
-
-
-def file_of(path: Path) -> Path:
-    """The one adapter file that ``path`` means: itself, or the only ``.safetensors`` of a folder or run."""
-    if path.is_dir():
-        files = [path / FILE] if (path / FILE).is_file() else sorted(path.glob("*.safetensors"))
-        if len(files) != 1:
-            raise UserError(f"{path}: {len(files)} .safetensors in it; name the file")
-        return files[0]
-    if path.suffix in PICKLES:
-        raise UserError(
-            f"{path}: a pickle, which can run code when it is read; convert it once, on a machine you can spare: "
-            'python -c "import sys, torch; from safetensors.torch import save_file; '
-            'save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])" '
-            f"{path.name} {path.stem}.safetensors"
-        )
-    return path
-
-
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-            about = file.metadata() or {}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a safetensors file, or cut short ({error})") from None
-    if not tensors:
-        raise UserError(f"{path}: holds no tensor")
-    return tensors, about
 
 
 def peft_folders(path: Path) -> dict[str | None, Path]:
@@ -87,7 +53,7 @@ def read_peft(path: Path, folders: dict[str | None, Path]) -> AdapterFile:
     for part, folder in folders.items():
         file = folder / peft_folder.WEIGHTS
         if not file.is_file() and any(folder.glob("*.bin")):
-            file = file_of(next(folder.glob("*.bin")))
+            file = locate(next(folder.glob("*.bin")))
         try:
             config: dict[str, Any] = json.loads((folder / peft_folder.CONFIG).read_text(encoding="utf-8"))
             tensors, own = load(file)
@@ -119,11 +85,6 @@ def write(path: Path, adapter: AdapterFile, to: str) -> None:
             (folder / peft_folder.CONFIG).write_text(f"{text}\n", encoding="utf-8")
         return
     path.write_bytes(reproducible(copies(WRITERS[to](adapter)), about))
-
-
-def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies without shared memory, which safetensors refuses; two modules may share a factor."""
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdtune.config.sections import UserError
-from sdtune.conversion.formats.neutral import Module
+from sdtune.models.formats.neutral import Module
 
 HADAMARD = {f"hada_{name}": f"loha.{name}" for name in "w1_a w1_b w2_a w2_b t1 t2".split()}
 KRONECKER = {f"lokr_{name}": f"lokr.{name}" for name in "w1 w1_a w1_b w2 w2_a w2_b t2".split()}
