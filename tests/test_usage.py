@@ -16,6 +16,7 @@ from sdtune.config.methods.dreambooth import DreamBoothConfig
 from sdtune.config.methods.new_word import NewWord
 from sdtune.config.sections import Data, Hub, Model, Optim, Preview, Prompts, Run
 from sdtune.models import pipeline_folder
+from sdtune.models.formats import embedding
 from sdtune.publish import model_card
 from sdtune.publish.origin import Origin
 from sdtune.run import folder, usage
