@@ -19,7 +19,7 @@ PICTURES, RUNS = ROOT / "docs" / "pictures", ROOT / "runs"
 SUBJECT = ROOT / "sdtune" / "assets" / "tiny-subject"
 COMMANDS = {
     "tiny-hearts": ["lora", "--config", "lora/tiny-hearts"],
-    "my-subject": ["dreambooth", "--config", "dreambooth/tiny-subject", "--dataset", str(SUBJECT)],
+    "my-subject": ["dreambooth", "--config", "dreambooth/tiny-subject", "--dataset", str(SUBJECT), "--steps", "300"],
 }
 """Run -> the command that makes it: that of the demo, and that of docs/tutorial.md."""
 
