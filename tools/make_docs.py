@@ -106,20 +106,30 @@ def header(file: Path) -> dict[str, str]:
     return {"title": lines[0]} | {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def file_table(*folders: str) -> str:
-    """A line per Python file: the first sentence of its docstring. Links are those of a page in docs/."""
-    return table(("File", "What it is"), (row for folder in folders for row in files_of(ROOT / folder)))
+def file_tables(*folders: str) -> str:
+    """A heading and a table per folder: the first sentence of each docstring. Links are those of a page in docs/."""
+    places = [place for folder in folders for place in sorted({f.parent for f in (ROOT / folder).rglob("*.py")})]
+    return "\n\n".join(part for place in places for part in folder_table(place))
 
 
-def files_of(folder: Path) -> Iterator[tuple[str, str]]:
-    for file in sorted(folder.rglob("*.py")):
-        text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
-        if text is None:
-            continue  # an entry point or a package with nothing to say
-        first = re.split(r"(?<=\.)\s+(?=[A-Z])", text.partition("\n\n")[0])[0]
-        shown = file.parent if file.name == "__init__.py" else file
-        name = f"{shown.relative_to(ROOT)}{'/' if shown.is_dir() else ''}"
-        yield f"[`{name}`](../{name})", " ".join(first.split()).replace("``", "`")
+def folder_table(folder: Path) -> Iterator[str]:
+    """Heading, docstring and table of the files in a folder, where there is anything to say."""
+    files = {file: text for file in sorted(folder.glob("*.py")) if (text := first_sentence(file))}
+    about = files.pop(folder / "__init__.py", "")
+    if files or about:
+        yield f"## {folder.relative_to(ROOT)}/"
+    if about:
+        yield about
+    if files:
+        rows = ((f"[`{file.name}`](../{file.relative_to(ROOT)})", text) for file, text in files.items())
+        yield table(("File", "What it is"), rows)
+
+
+def first_sentence(file: Path) -> str:
+    """That of the docstring of a Python file; empty where it has none."""
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    first = re.split(r"(?<=\.)\s+(?=[A-Z])", text.partition("\n\n")[0])[0]
+    return " ".join(first.split()).replace("``", "`")
 
 
 def room_table(up: str = "") -> str:
@@ -155,7 +165,7 @@ PARTS = {
     "options": option_tables,
     "recipes": recipe_table,
     "rooms": room_table,
-    "files": file_table,
+    "files": file_tables,
     "may-change": may_change,
     "code": code,
     "printed": printed,
