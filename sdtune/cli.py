@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
 from sdtune import __version__
-from sdtune.config.commands import METHODS, VERBS, Command
+from sdtune.config import commands
+from sdtune.config.commands import METHODS, VERBS
 from sdtune.config.errors import RunFailed, UserError
-from sdtune.config.help_style import Group
+from sdtune.config.help_style import Command, Group
 
 if TYPE_CHECKING:
     from sdtune.config.command_line import OptionCommand
@@ -99,7 +100,7 @@ def imported(entry: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def training(name: str, command: Command) -> "OptionCommand":
+def training(name: str, command: commands.Command) -> "OptionCommand":
     from sdtune.config import command_line, sections
 
     config: Any = command.load()
@@ -107,7 +108,7 @@ def training(name: str, command: Command) -> "OptionCommand":
     return command_line.OptionCommand(name, config, sections.Launch, work)
 
 
-def checking(name: str, command: Command) -> "OptionCommand":
+def checking(name: str, command: commands.Command) -> "OptionCommand":
     from sdtune.config import command_line, sections
 
     config: Any = command.load()
@@ -115,17 +116,17 @@ def checking(name: str, command: Command) -> "OptionCommand":
     return command_line.OptionCommand(name, config, sections.Machine, work)
 
 
-def verb(name: str, command: Command) -> "OptionCommand":
+def verb(name: str, command: commands.Command) -> "OptionCommand":
     from sdtune.config import command_line, sections
 
     config: Any = command.load()
     return command_line.OptionCommand(name, config, sections.Options, partial(call, config.entry))
 
 
-class ListedCommand(TyperCommand):
+class ListedCommand(Command):
     """A command as --help lists it, whose options are built when it is called."""
 
-    def __init__(self, name: str, command: Command, build: Callable[[str, Command], "OptionCommand"]):
+    def __init__(self, name: str, command: commands.Command, build: Callable[[str, commands.Command], "OptionCommand"]):
         super().__init__(name, help=command.summary, rich_help_panel=command.panel)
         self.build = partial(build, name, command)
 
@@ -143,7 +144,7 @@ OWN = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_na
 """The words after the file are the options of its recipe."""
 
 
-@app.command("run", context_settings=OWN, rich_help_panel="Train")
+@app.command("run", cls=Command, context_settings=OWN, rich_help_panel="Train")
 def run_file(
     ctx: typer.Context, file: Annotated[Path, typer.Argument(help="Python file with one Recipe of your own.")]
 ) -> None:
@@ -153,7 +154,7 @@ def run_file(
     with_recipe(ctx, file, train, Launch)
 
 
-@checks.command("run", context_settings=OWN)
+@checks.command("run", cls=Command, context_settings=OWN)
 def check_file(
     ctx: typer.Context, file: Annotated[Path, typer.Argument(help="Python file with one Recipe of your own.")]
 ) -> None:
@@ -196,7 +197,7 @@ def recipe_in(file: Path) -> Any:
 # ---- what comes ready-made -----------------------------------------------------------------------------
 
 
-@app.command("ls", rich_help_panel="Look")
+@app.command("ls", cls=Command, rich_help_panel="Look")
 def list_recipes() -> None:
     """List what comes ready-made: recipes for --config, files for --accelerate-config, scripts for Slurm."""
     from sdtune.config import shipped
@@ -213,7 +214,7 @@ def list_recipes() -> None:
             typer.echo(f"  {name:<28} {first}")
 
 
-@app.command("cp", rich_help_panel="Look")
+@app.command("cp", cls=Command, rich_help_panel="Look")
 def copy_recipe(name: str, to: Annotated[Path, typer.Argument(help="Folder or file.")] = Path()) -> None:
     """Copy a ready-made recipe, accelerate config or Slurm script to edit it."""
     from sdtune.config import shipped
@@ -228,7 +229,7 @@ def copy_recipe(name: str, to: Annotated[Path, typer.Argument(help="Folder or fi
     typer.echo(f"{target}: run it with `{use.get(kind, f'sdtune {kind} --config {target}')}`")
 
 
-@app.command("env", rich_help_panel="Look")
+@app.command("env", cls=Command, rich_help_panel="Look")
 def env() -> None:
     """Print versions and devices, for a bug report."""
     for name, value in importlib.import_module("sdtune.run.environment").environment().items():

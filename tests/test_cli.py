@@ -13,7 +13,7 @@ import yaml
 import sdtune
 from sdtune import cli
 from sdtune.config import fields, shipped, yaml_text
-from sdtune.config.commands import methods, verbs
+from sdtune.config.commands import METHODS, VERBS, methods, verbs
 from sdtune.config.foreign_flags import ANSWERS
 from sdtune.config.sections import RunFailed, UserError
 from tests.conftest import status
@@ -271,6 +271,26 @@ def test_no_flag_has_two_meanings(config):
     flags = [flag for p in command.built.parser.params for flag in (*p.opts, *p.secondary_opts)]
     assert len(flags) == len(set(flags))
     assert all(p.help for p in command.built.parser.params)
+
+
+@pytest.mark.parametrize("name", METHODS | VERBS)
+def test_help_says_of_a_command_what_its_config_does_and_starts_with_lines_that_work(name, capsys):
+    config = (METHODS | VERBS)[name].load()
+    assert (METHODS | VERBS)[name].summary == config.__doc__
+    lines = config.examples.replace("\\\n", "").strip().splitlines()
+    assert len(lines) >= (3 if name in METHODS else 2)
+    for line in lines:
+        program, *words = shlex.split(line)
+        assert program == "sdtune"
+        code, _, err = answer(capsys, *words, "--dry-run")
+        assert (code, err) == (0, ""), line
+
+
+def test_help_shows_no_type_beside_a_switch(capsys):
+    for words in (["--help"], ["lora", "--help"], ["check", "--help"], ["convert", "--help"], ["ls", "--help"]):
+        code, out, _ = answer(capsys, *words)
+        assert code == 0
+        assert re.findall(r"<(?:bool|str|int)[^>]*>", out) == []
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------

@@ -57,6 +57,8 @@ ONLY = {
     "validation_prompt": [["a <x> b", "c"], ["<x>", *TEXTS]],
 }
 REFUSED = {(ClassifierConfig, "buckets")}
+NOT_DEFAULT = {"lr_step_rules", "prompt_file"}
+"""Options that have no default, and whose help says when they are needed."""
 FIELDS = [(c, name) for c in CONFIGS for name in c.model_fields if (c, name) not in REFUSED]
 
 
@@ -198,8 +200,10 @@ def test_no_two_fields_share_a_spelling(config):
 def test_every_field_says_what_it_is_for(config):
     for name, field in config.model_fields.items():
         assert (field.description or "").rstrip().endswith((".", "'")), name
-        if field.get_default() is None and not field.is_required() and "PATH" not in fields.metavar(field):
-            assert any(w in field.description for w in ("none", "None")), f"{name}: what does None stand for?"
+        if field.get_default() is None and not field.is_required():
+            told = any(w in field.description for w in ("Default:", "Leave out", "Without it"))
+            assert told or name in NOT_DEFAULT, f"{name}: what happens when it is left out?"
+        assert "none is" not in field.description, name
 
 
 def test_options_that_may_change_exist():

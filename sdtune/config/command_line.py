@@ -92,8 +92,7 @@ class OptionCommand:
     @property
     def help(self) -> str:
         """The summary, and command lines to start from."""
-        lines = getattr(self.config, "examples", ())
-        return "\n".join([self.summary, *(["", "Examples:"] if lines else []), *(f"  {line}" for line in lines)])
+        return f"{self.summary}\n\n{inspect.cleandoc(self.config.examples)}".strip()
 
     def context(self, words: list[str], parent: Any = None) -> Any:
         """Typer's context of the command with these words, under which it can be invoked."""

@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from sdtune.config.sections import Section
 
-FIRST = ("Model", "Data", "Source", "Captions", "Classes", "Run", "Adapter", "Prompts", "Preview", "Optim", "Hub")
+FIRST = ("Data", "Source", "Model", "Run", "Captions", "Classes", "Adapter", "Prompts", "Preview", "Optim", "Hub")
 """Sections that --help shows first, after the options that are the command's own."""
 
 

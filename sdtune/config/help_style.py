@@ -6,7 +6,7 @@ from typer.core import TyperCommand, TyperGroup
 
 
 class Command(TyperCommand):
-    """Typer's command, which does not show <bool> beside --help."""
+    """Typer's command, which shows no <bool> or <str>."""
 
     def get_params(self, ctx: Any) -> Any:
         return without_type(super().get_params(ctx))
@@ -20,8 +20,10 @@ class Group(TyperGroup):
 
 
 def without_type(params: list[Any]) -> list[Any]:
-    """The options, of which switches show no type: their name says it."""
+    """The options, of which switches and arguments show no type: their name says it."""
     for param in params:
-        if param.param_type_name == "option" and param.is_flag:
+        if param.param_type_name == "argument":
+            param.display_type_rich = lambda ctx: None
+        elif param.is_flag:
             param.metavar = ""
     return params

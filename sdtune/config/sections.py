@@ -69,6 +69,9 @@ def _both(own: Any, inherited: Any) -> Any:
 class Section(BaseModel):
     """A group of options that belong together; ``--help`` shows each under its section's name."""
 
+    examples: ClassVar[str] = ""
+    """Command lines that --help shows first."""
+
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
@@ -98,13 +101,13 @@ class Model(Section):
     model: Annotated[str, aliases("pretrained_model_name_or_path")] = "tiny"
     """Base model: Hub id, folder of a diffusers pipeline, single .safetensors file, or `tiny` (built in)."""
     revision: str | None = None
-    """Branch, tag or commit of the base on the Hub; none is its main branch."""
+    """Branch, tag or commit of the base on the Hub. Default: its main branch."""
     variant: str | None = None
-    """Variant of the weight files, such as fp16; none is the plain files."""
+    """Variant of the weight files, such as fp16. Default: the files without a variant."""
     vae: Annotated[str | None, aliases("pretrained_vae_model_name_or_path")] = None
-    """VAE to use in place of the base's own: Hub id or folder; none keeps the base's."""
+    """VAE to use in place of the base's own: Hub id or folder. Default: the base's own."""
     cache_dir: Path | None = None
-    """Where models and datasets from the Hub are kept; none is the Hub's own cache folder."""
+    """Where models and datasets from the Hub are kept. Default: the Hub's own cache folder."""
 
     def describe(self) -> Description:
         return super().describe()._replace(base=self.model, revision=self.revision)
@@ -112,9 +115,9 @@ class Model(Section):
 
 class Source(Section):
     dataset_config_name: str | None = None
-    """Configuration of a Hub dataset; none is its default."""
+    """Configuration of a Hub dataset. Default: its own default."""
     dataset_revision: str | None = None
-    """Branch, tag or commit of a Hub dataset; none is its main branch."""
+    """Branch, tag or commit of a Hub dataset. Default: its main branch."""
     split: str = "train"
     """Split of a Hub or saved dataset."""
     image_column: str = "image"
@@ -125,13 +128,13 @@ class Data(Source):
     dataset: Annotated[str, aliases("dataset_name", "train_data_dir")]
     """Folder of images, Hub id, dataset saved by `save_to_disk`, tar shards, or `tiny-hearts` (built in)."""
     max_train_samples: Count | None = None
-    """Use this many images, drawn with the seed; none is all."""
+    """Use this many images, drawn with the seed. Default: all of them."""
     repeats: Count = 1
     """How often an epoch shows each image."""
     resolution: Annotated[int, Ge(8)] = 512
     """Side of the training images in pixels; with buckets, the side of a square of the same area."""
     center_crop: bool = True
-    """Crop the middle; `--no-center-crop` crops at random, which cannot be cached."""
+    """Crop the middle. `--no-center-crop` crops at random; such crops cannot be cached."""
     random_flip: bool = False
     """Mirror half of the images."""
     image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear", "box", "nearest"] = "lanczos"
@@ -143,34 +146,34 @@ class Data(Source):
     bucket_max_aspect: Annotated[float, Ge(1)] = 2.0
     """Longest side of a bucket over its shortest."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """Stop at unreadable images, all named, or leave them out and count them."""
+    """error names all unreadable images and stops; skip leaves them out and counts them."""
     num_holdout_images: Natural = 0
-    """Keep this many images from training and report their loss at fixed timesteps and noise."""
+    """Do not train on this many images, and report their loss at fixed timesteps and noise."""
     dataloader_num_workers: Natural = 2
-    """Processes that read images; changes speed only."""
+    """Processes that read images. This changes the speed only."""
 
 
 class Streaming(Section):
     streaming: bool = False
-    """Read a Hub dataset (parquet or tar) during training, downloading only what is shown; tar shards always are."""
+    """Download a Hub dataset (parquet or tar) while it trains, as far as needed. Tar shards are always read so."""
     shuffle_window: Count = 8192
-    """Streamed images that are shuffled at a time; the shards are permuted each epoch."""
+    """Number of streamed images that are shuffled at a time. The order of the shards is new in each epoch."""
     stream_lanes: Count = 8
-    """Parts of a step with shards of their own, best a multiple of the processes; as many as also divide the step."""
+    """Parts of a step with their own shards: best a multiple of the processes. Lowered until it divides the step."""
 
 
 class Latents(Section):
     shard_cache: Path | None = None
-    """Folder for the VAE moments of a streamed dataset, computed once, a file for each shard; none computes anew."""
+    """Folder for the VAE moments of a streamed dataset, a file for each shard. Default: compute them each time."""
 
 
 class Captions(Section):
     caption_column: str | None = None
-    """Column that holds the caption (a list: one is drawn each time); none is `text`, or the only other one."""
+    """Column that holds the caption (of a list, one is drawn each time). Default: `text`, or the only other column."""
     caption: str | None = None
-    """One caption for all images, in place of their own; none keeps those."""
+    """One caption for all images, in place of their own. Default: their own captions."""
     caption_dropout: Share = 0.0
-    """Share of captions left empty, which is what classifier-free guidance learns from."""
+    """Share of captions that are left empty. Classifier-free guidance needs some."""
     shuffle_tags: bool = False
     """Shuffle the comma-separated tags of a caption each time."""
     keep_tags: Natural = 0
@@ -185,35 +188,35 @@ class Captions(Section):
 
 class Classes(Section):
     class_column: str | None = None
-    """Column that holds the class of an image; `folder` takes the name of the folder it lies in; none is no classes."""
+    """Column that holds the class of an image; `folder` takes the name of its folder. Default: no classes."""
 
 
 class Schedule(Section):
     num_train_timesteps: Annotated[Annotated[int, Ge(2)] | None, aliases("ddpm_num_steps")] = None
-    """Timesteps T of the forward process; none is the model's, from scratch 1000."""
+    """Timesteps T of the forward process. Default: the model's; from scratch, 1000."""
     beta_schedule: Annotated[
         Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None, aliases("ddpm_beta_schedule")
     ] = None
-    """How the noise grows (squaredcos_cap_v2: Nichol & Dhariwal 2021); none is the model's, from scratch linear."""
+    """How the noise grows (squaredcos_cap_v2: Nichol & Dhariwal 2021). Default: the model's; from scratch, linear."""
     beta_start: Annotated[float | None, Interval(gt=0, lt=1)] = None
-    """First beta; none is the model's, from scratch 1e-4; squaredcos_cap_v2 has its own."""
+    """First beta. Default: the model's; from scratch, 1e-4. Not used by squaredcos_cap_v2."""
     beta_end: Annotated[float | None, Interval(gt=0, lt=1)] = None
-    """Last beta; none is the model's, from scratch 0.02; squaredcos_cap_v2 has its own."""
+    """Last beta. Default: the model's; from scratch, 0.02. Not used by squaredcos_cap_v2."""
 
 
 class Network(Section):
     channels: Annotated[int | None, Interval(ge=1, le=4)] = None
-    """1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha: every image becomes this; none is what the images have."""
+    """Channels of every image: 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha. Default: what the images have."""
     block_out_channels: Annotated[Counts, Field(min_length=1)] = [128, 128, 256, 256, 512, 512]
     """Channels at each level; the next level has half the pixels along a side."""
     layers_per_block: Count = 2
     """Residual blocks at each level."""
     attention_resolutions: Counts = [16]
-    """Levels with self-attention, by their side in pixels; sides that no level has are none."""
+    """Levels with self-attention, each given by its side in pixels."""
     attention_head_dim: Count | None = None
-    """Channels of an attention head; none is one head."""
+    """Channels of an attention head. Default: all channels in one head."""
     norm_num_groups: Count = 32
-    """Groups of the normalisation; divides every number of block_out_channels."""
+    """Groups of the normalisation. It has to divide every number of block_out_channels."""
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Dropout in the residual blocks."""
 
@@ -226,9 +229,9 @@ class Network(Section):
 
 class Denoising(Section):
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
-    """What the network regresses; none asks the model's scheduler."""
+    """What the network predicts. Default: what the model's scheduler says."""
     snr_gamma: Positive | None = None
-    """Min-SNR-gamma loss weight (Hang et al. 2023; 5 is usual); none weighs timesteps alike."""
+    """Min-SNR-gamma loss weight (Hang et al. 2023; 5 is usual). Default: all timesteps weigh the same."""
     noise_offset: NonNegative = 0.0
     """Add this much noise that is constant over each channel (0.05 to 0.1 is usual)."""
     input_perturbation: NonNegative = 0.0
@@ -276,13 +279,13 @@ class Optim(Section):
     lr_power: Positive = 1.0
     """Power of `polynomial`."""
     lr_step_rules: str | None = None
-    """Rules of `piecewise_constant`, such as 1:100,0.1:200,0.01; none is needed by the others."""
+    """Rules of `piecewise_constant`, such as 1:100,0.1:200,0.01. Only that scheduler uses them."""
     optimizer: str = "adamw"
-    """adamw, adamw8bit, torchao_adamw8bit (4bit, fp8), prodigy, adamw_schedulefree, or module:Class of your own."""
+    """adamw, adamw8bit, torchao_adamw8bit (4bit, fp8), prodigy, adamw_schedulefree, or your own as module:Class."""
     optimizer_args: dict[str, Any] = {}
     """Further arguments of the optimizer, as YAML: '{d_coef: 2}'."""
     use_8bit_adam: bool = False
-    """The same as --optimizer adamw8bit."""
+    """Means the same as --optimizer adamw8bit."""
     adam_beta1: Share = 0.9
     """First-moment decay."""
     adam_beta2: Share = 0.999
@@ -294,7 +297,7 @@ class Optim(Section):
     max_grad_norm: Positive = 1.0
     """Scale the gradient down to this norm when it is larger."""
     use_ema: bool = False
-    """Keep an exponential moving average of the trained weights; samples and the artefact use it."""
+    """Keep an exponential moving average of the trained weights, and use it for samples and the artefact."""
     ema_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.9999
     """Decay of the average once it is warm."""
     ema_inv_gamma: Positive = 1.0
@@ -312,35 +315,35 @@ class Run(Section):
     output_dir: Path
     """The run's folder: config, metrics, report, checkpoints and the artefact."""
     steps: Annotated[Count | None, aliases("max_train_steps")] = None
-    """Optimizer steps; none with no num_train_epochs either is 1000."""
+    """Optimizer steps. Default: 1000, unless num_train_epochs is given."""
     num_train_epochs: Count | None = None
-    """Times the images are seen, in place of steps; none goes by steps."""
+    """How often every image is seen, in place of steps. Default: steps decide."""
     train_batch_size: Count = 4
     """Images per process and forward pass."""
     gradient_accumulation_steps: Count = 1
     """Forward passes per optimizer step."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    """Recompute activations in the backward pass. Needs less memory and about a third more time."""
     mixed_precision: Precision | None = None
-    """Precision of frozen weights and forward pass (fp8: bf16, linear layers in 8 bits); none is the launcher's."""
+    """Precision of frozen weights and forward pass (fp8: bf16, linear layers in 8 bits). Default: the launcher's."""
     seed: int = 0
     """Seed of everything random."""
     compile: bool = False
-    """Compile the denoiser with torch.compile; refused on a CPU, where its gradients are wrong."""
+    """Compile the denoiser with torch.compile. Refused on a CPU, where its gradients are wrong."""
     ddp_timeout: Count = 1800
-    """Seconds a process may wait for the others in a step before the run fails; what one does alone does not count."""
+    """Seconds that a process waits for the others before the run fails. Work of one process alone does not count."""
     checkpointing_steps: Natural = 500
-    """Steps between checkpoints; 0 saves only the last. An interrupted run saves first in any case."""
+    """Steps between checkpoints. 0 saves only the last one. An interrupted run always saves one."""
     checkpoints_total_limit: Annotated[int, Ge(2)] = 2
-    """Checkpoints to keep; the oldest goes once a newer one is safe on disk."""
+    """Checkpoints to keep. The oldest is removed once a newer one is safely on disk."""
     export_steps: Natural = 0
-    """Steps between copies of the artefact in exports/step-000500/; 0 keeps only the last."""
+    """Steps between copies of the artefact, such as exports/step-000500/. 0 keeps only the last artefact."""
     max_bad_steps: Count = 10
     """Stop after this many steps in a row whose loss or gradient is not finite."""
     log_steps: Count = 10
     """Steps between lines of metrics.jsonl."""
     report_to: StrList = []
-    """Trackers beside metrics.jsonl: tensorboard, wandb, trackio, mlflow, ..."""
+    """Trackers to write to besides metrics.jsonl: tensorboard, wandb, trackio, mlflow, ..."""
     tracker_project_name: str = "sdtune"
     """Project under which the trackers file the run."""
 
@@ -358,33 +361,33 @@ class Run(Section):
 
 class Preview(Section):
     num_validation_images: Natural = 4
-    """Images of a sample grid; 0 draws none."""
+    """Images of a sample grid. 0 draws no grid."""
     validation_steps: Natural = 200
-    """Steps between sample grids and holdout losses; 0 draws them only at the start and the end."""
+    """Steps between sample grids, and between holdout losses. 0 makes them only at the start and at the end."""
     validation_inference_steps: Count = 25
     """Denoising steps of a sample."""
 
 
 class Prompts(Section):
     validation_prompt: Annotated[StrList, aliases("validation_prompts")] = []
-    """Prompts of the sample grids; none uses captions of the dataset."""
+    """Prompts of the sample grids. Default: captions of the dataset."""
     negative_prompt: str = ""
     """What the samples should not show."""
     validation_guidance_scale: NonNegative = 5.0
-    """Classifier-free guidance of the samples (Ho & Salimans 2022); 1 is none."""
+    """Classifier-free guidance of the samples (Ho & Salimans 2022). 1 means no guidance."""
 
 
 class Repository(Section):
     hub_model_id: str | None = None
-    """Repository to push to, as user/name; none is the name of output_dir under your account."""
+    """Repository to push to, as user/name. Default: the name of output_dir under your account."""
     hub_private: Annotated[bool, aliases("hub_private_repo")] = False
-    """Create the repository private."""
+    """Create the repository as a private one."""
     hub_revision: str | None = None
-    """Branch to push to, made if it is not there; none is main."""
+    """Branch to push to. It is made if it does not exist. Default: main."""
     hub_create_pr: bool = False
-    """Open a pull request, or add to the run's open one, in place of writing to a branch."""
+    """Open a pull request, or add to the open one of this run, instead of writing to a branch."""
     license: str | None = None
-    """License on the model card, as the Hub spells it; none carries over that of the base."""
+    """License on the model card, as the Hub spells it. Default: that of the base."""
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -395,16 +398,16 @@ class Repository(Section):
 
 class Hub(Repository):
     push_to_hub: bool = False
-    """Upload artefact, card, samples, config, metrics and report when training ends."""
+    """Upload the artefact, card, samples, config, metrics and report when training ends."""
     hub_strategy: Literal["end", "checkpoint"] = "end"
-    """Upload when training ends, or after each checkpoint as well, beside training."""
+    """end uploads when training ends; checkpoint also after each checkpoint, while training goes on."""
 
 
 class Adapter(Section):
     rank: Count = 4
     """Rank r of the update B A."""
     alpha: Annotated[Positive | None, aliases("lora_alpha")] = None
-    """The update is scaled by alpha / rank; none is alpha = rank."""
+    """The update is scaled by alpha / rank. Default: alpha = rank."""
     dropout: Annotated[Annotated[float, Interval(ge=0, lt=1)], aliases("lora_dropout")] = 0.0
     """Dropout on the input of the adapters."""
     target_modules: Annotated[StrList, aliases("lora_target_modules")] = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -416,11 +419,11 @@ class Adapter(Section):
     train_text_encoder: bool = False
     """Adapt the text encoder's q, k, v and out projections as well."""
     text_encoder_lr: Positive | None = None
-    """Learning rate of the text encoder's adapters; none is learning_rate."""
+    """Learning rate of the text encoder's adapters. Default: learning_rate."""
     init_adapter: Annotated[Path | None, aliases("init_lora")] = None
-    """Start from this adapter file instead of from zero."""
+    """Start from this adapter file. Default: start from zero."""
     quantize_base: Literal["int8", "nf4"] | None = None
-    """Hold the linear layers of the frozen base in 8 or 4 bits (QLoRA; Dettmers et al. 2023); none is in full."""
+    """Hold the linear layers of the frozen base in 8 or 4 bits (QLoRA; Dettmers et al. 2023). Default: in full."""
 
     @model_validator(mode="after")
     def _adapters_on_codes(self) -> Self:

@@ -31,21 +31,21 @@ class Verb(Section):
 
 class Pixels(Section):
     classes: Annotated[StrList, aliases("class", "class_name")] = []
-    """Classes to show, as classes.json of the model or classifier names them; none leaves the class open."""
+    """Classes to show, as classes.json of the model or classifier names them. Default: no particular class."""
     classifier: Path | None = None
-    """Run folder of `sdtune classifier`, which steers towards the class (Dhariwal & Nichol 2021); none does not."""
+    """Run of `sdtune classifier`, which steers towards the class (Dhariwal & Nichol 2021). Default: no steering."""
     classifier_scale: NonNegative = 1.0
     """How strongly the classifier steers."""
     clip_model: str | None = None
-    """CLIP that steers towards the prompt: folder or Hub id of a transformers CLIPModel; none does not."""
+    """CLIP that steers towards the prompt: folder or Hub id of a transformers CLIPModel. Default: no steering."""
     clip_guidance_scale: NonNegative = 0.0
     """How strongly CLIP steers; needs clip_model and a prompt."""
     eta: Share = 0.0
     """Noise of DDIM's steps, from none to that of DDPM (Song et al. 2020)."""
     variance_type: Literal["fixed_small", "fixed_large"] | None = None
-    """Variance of DDPM's steps: beta-tilde, or beta (Ho et al. 2020); none is the model's."""
+    """Variance of DDPM's steps: beta-tilde, or beta (Ho et al. 2020). Default: the model's."""
     strip: Natural = 0
-    """Save strip.png: the estimate of the first image at this many steps on the way; 0 saves none."""
+    """Save strip.png: the estimate of the first image at this many of its steps. 0 saves no strip."""
     interpolate: list[Path] = []
     """Two images to reconstruct from noise, and others between them (Ho et al. 2020, figure 8)."""
     interpolate_timestep: Annotated[Natural, aliases("interpolate_steps")] = 500
@@ -75,17 +75,23 @@ class SampleConfig(Pixels, Model, Verb):
 
     method: ClassVar[str] = "sample"
     entry: ClassVar[str] = "sdtune.sampling.sample:main"
+    examples: ClassVar[str] = r"""
+    sdtune sample --adapter runs/lora --prompt "a red heart"
+    sdtune sample --model runs/ddpm --num-images-per-prompt 16
+    sdtune sample --adapter runs/lora=0.8 --prompt-file prompts.txt --seed 7 \
+        --scheduler dpm++ --steps 20
+    """
 
     model: Annotated[str, aliases("pretrained_model_name_or_path")] = "auto"
     """Base model, as for training; `auto` is what the first run folder below was trained on, else `tiny`."""
     adapter: Annotated[StrList, aliases("lora")] = []
     """Adapters: file, folder, run folder or Hub id, each with an optional =WEIGHT, such as runs/lora=0.8."""
     embedding: Annotated[StrList, aliases("textual_inversion")] = []
-    """Learnt words: file, run folder or Hub id of a textual inversion; those beside an adapter come with it."""
+    """Learnt words: file, run folder or Hub id of a textual inversion. Those beside an adapter are loaded with it."""
     unet: Path | None = None
-    """UNet in the base's place: its folder, or that of a pipeline; none keeps the base's."""
+    """UNet to use in place of the base's: its folder, or that of a pipeline. Default: the base's own."""
     prompt: Annotated[StrList, aliases("prompts")] = []
-    """What to show; several give one image each."""
+    """What to show. Several prompts give one image each."""
     prompt_file: Path | None = None
     """UTF-8 file with a prompt on each line, after those of --prompt."""
     negative_prompt: str = ""
@@ -93,9 +99,9 @@ class SampleConfig(Pixels, Model, Verb):
     num_images_per_prompt: Annotated[Count, aliases("num_images")] = 1
     """Images of each prompt and class."""
     steps: Annotated[Count | None, aliases("num_inference_steps")] = None
-    """Denoising steps; none is 25, for a model of pixels 50, or each of its timesteps with ddpm."""
+    """Denoising steps. Default: 25; for a model of pixels 50, or with ddpm all of its timesteps."""
     guidance_scale: NonNegative | None = None
-    """Classifier-free guidance (Ho & Salimans 2022), 1 for no guidance; none is 5 with prompts, 1 with classes."""
+    """Classifier-free guidance (Ho & Salimans 2022), 1 for no guidance. Default: 5 with prompts, 1 with classes."""
     guidance_rescale: Share = 0.0
     """Pull the guided prediction back to the contrast of the plain one (Lin et al. 2023; 0.7 is usual)."""
     seed: int = 0
@@ -103,17 +109,17 @@ class SampleConfig(Pixels, Model, Verb):
     scheduler: (
         Literal["ddim", "ddpm", "dpm++", "euler", "euler-ancestral", "heun", "lms", "pndm", "unipc", "lcm"] | None
     ) = None
-    """Sampler; none keeps the base's own."""
+    """Sampler. Default: the base's own."""
     width: Annotated[int | None, Ge(8)] = None
-    """Width in pixels; none is the base's own."""
+    """Width in pixels. Default: the base's own."""
     height: Annotated[int | None, Ge(8)] = None
-    """Height in pixels; none is the base's own."""
+    """Height in pixels. Default: the base's own."""
     batch_size: Count = 4
     """Images made at once; changes memory and speed."""
     mixed_precision: Precision = "no"
     """Precision of weights and computation; no is 32 bit."""
     output_dir: Path = Path("samples")
-    """Folder of the images; numbering continues after what is there."""
+    """Folder of the images. Numbering continues after the images that are there."""
 
     @model_validator(mode="after")
     def _some_prompt(self) -> Self:
@@ -133,31 +139,36 @@ class EvaluateConfig(Source, Verb):
 
     method: ClassVar[str] = "evaluate"
     entry: ClassVar[str] = "sdtune.evaluation.evaluate:main"
+    examples: ClassVar[str] = r"""
+    sdtune evaluate samples --reference photos
+    sdtune evaluate runs/lora --reference tiny-hearts --num-images 200
+    sdtune evaluate samples --reference photos --features inception
+    """
 
     samples: Annotated[str, positional("SAMPLES")]
     """Folder of images, such as one of `sdtune sample`; or a model or run folder, which is sampled first."""
     reference: str
     """What to compare with: folder of images, Hub dataset id, saved dataset, or one that is built in."""
     caption_column: str | None = None
-    """Column of the reference that holds captions, to sample with; none is `text`, or the only other one."""
+    """Column of the reference that holds captions, to sample with. Default: `text`, or the only other column."""
     features: str = "random-conv"
     """Network: random-conv (built in), inception (of FID), its weights' file, or a CLIP or DINO folder or Hub id."""
     clip_model: str | None = None
-    """CLIP model, folder or Hub id, that compares images with their prompts; none compares none."""
+    """CLIP model, folder or Hub id, that compares images with their prompts. Leave out for no CLIP score."""
     classifier: str | None = None
-    """Run of `sdtune classifier` or image classifier of transformers that looks for the classes; none asks none."""
+    """Run of `sdtune classifier`, or a transformers image classifier, to check the classes. Leave out for no check."""
     neighbours: Count = 3
     """Neighbours k of precision and recall (Kynkäänniemi et al. 2019)."""
     resamples: Annotated[Natural, aliases("bootstrap")] = 200
-    """Bootstrap resamples of the images behind each 95 % interval (Efron 1979); 0 gives none."""
+    """Bootstrap resamples of the images for each 95 % interval (Efron 1979). 0 gives no intervals."""
     seed: int = 0
     """Seed of the resamples, and of the images when a model is sampled."""
     num_images: Count = 500
     """Images to sample from a model: with the reference's captions, or as many of each of its classes, rounded up."""
     steps: Annotated[Count | None, aliases("num_inference_steps")] = None
-    """Denoising steps of those; none is what `sdtune sample` takes."""
+    """Denoising steps of those images. Default: that of `sdtune sample`."""
     guidance_scale: NonNegative | None = None
-    """Classifier-free guidance of those; none is what `sdtune sample` takes."""
+    """Classifier-free guidance of those images. Default: that of `sdtune sample`."""
     output_dir: Path = Path("evaluation")
     """Folder of evaluation.json, evaluation.svg and, from a model, the sampled images."""
 
@@ -173,9 +184,13 @@ class PushConfig(Repository, Verb):
 
     method: ClassVar[str] = "push"
     entry: ClassVar[str] = "sdtune.publish.publish:push_run"
+    examples: ClassVar[str] = r"""
+    sdtune push runs/lora
+    sdtune push runs/lora --hub-model-id user/name --hub-private
+    """
 
     run: Annotated[Path, positional("RUN")]
-    """Folder of the run; what its config says of the Hub holds unless an option here says otherwise."""
+    """Folder of the run. Its config decides what is not given here."""
 
 
 class ConvertConfig(Verb):
@@ -183,6 +198,10 @@ class ConvertConfig(Verb):
 
     method: ClassVar[str] = "convert"
     entry: ClassVar[str] = "sdtune.conversion.convert:convert"
+    examples: ClassVar[str] = r"""
+    sdtune convert runs/lora lora-kohya.safetensors --to kohya
+    sdtune convert downloaded.safetensors peft-folder --to peft
+    """
 
     input: Annotated[Path, positional("IN")]
     """Adapter in any known format: .safetensors file, run folder, or folder in PEFT's layout."""
@@ -191,9 +210,9 @@ class ConvertConfig(Verb):
     to: Literal["diffusers", "peft", "kohya", "comfyui"]
     """Format to write: kohya is what A1111, Forge and sd-scripts read as well."""
     model: Annotated[str | None, aliases("pretrained_model_name_or_path")] = None
-    """Base model to compare the outputs in; none is the file's own base if it is on this machine."""
+    """Base model to compare the outputs in. Default: the file's own base, if it is on this machine."""
     token: str | None = None
-    """Word that a textual inversion stands for; none is what the file or its name says."""
+    """Word of a textual inversion. Default: what the file or its name says."""
 
 
 class InspectConfig(Verb):
@@ -201,13 +220,17 @@ class InspectConfig(Verb):
 
     method: ClassVar[str] = "inspect"
     entry: ClassVar[str] = "sdtune.conversion.inspect:inspect"
+    examples: ClassVar[str] = r"""
+    sdtune inspect runs/lora
+    sdtune inspect downloaded.safetensors --png change.png
+    """
 
     input: Annotated[Path, positional("FILE")]
     """Adapter in any known format: .safetensors file, run folder, or folder in PEFT's layout."""
     as_json: Annotated[bool, aliases("json")] = False
     """Print JSON."""
     png: Path | None = None
-    """Write the norms of the change as a picture to this file as well; none writes no picture."""
+    """Also draw the norms of the change, as an image in this file."""
 
 
 class MergeConfig(Model, Verb):
@@ -215,6 +238,11 @@ class MergeConfig(Model, Verb):
 
     method: ClassVar[str] = "merge"
     entry: ClassVar[str] = "sdtune.conversion.merge:main"
+    examples: ClassVar[str] = r"""
+    sdtune merge --adapter runs/a=0.6 runs/b=0.4 --output both.safetensors
+    sdtune merge --model tiny --adapter runs/lora --output-dir merged
+    sdtune merge --resize --rank 4 --adapter runs/lora --output small.safetensors
+    """
 
     adapter: Annotated[StrList, aliases("lora")] = []
     """Adapters: file, folder, run folder or Hub id, each with an optional =WEIGHT, such as runs/lora=0.8."""

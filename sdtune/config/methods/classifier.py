@@ -28,13 +28,19 @@ class ClassifierConfig(Network, Schedule, Classes, Data, Optim, Hub, Run):
 
     method: ClassVar[str] = "classifier"
     entry: ClassVar[str] = "sdtune.recipes.classifier:Classifier"
+    examples: ClassVar[str] = r"""
+    sdtune classifier --dataset photos --class-column folder
+    sdtune classifier --dataset photos --class-column folder --resolution 32 \
+        --num-holdout-images 500
+    sdtune classifier --dataset photos --class-column label --mixed-precision bf16
+    """
     num_validation_images: ClassVar[int] = 0
     """It draws none."""
 
     output_dir: Path = Path("runs/classifier")
     class_column: str
     validation_steps: Natural = 200
-    """Steps between the figures of held-out images; 0 measures only at the start and the end."""
+    """Steps between measurements on held-out images. 0 measures only at the start and at the end."""
     rescale_betas_zero_snr: bool = False
     """The schedule ends in pure noise (Lin et al. 2023), as that of the model which is to be guided."""
 

@@ -33,27 +33,33 @@ class DdpmConfig(Network, Schedule, Denoising, Classes, Streaming, Data, Optim, 
 
     method: ClassVar[str] = "ddpm"
     entry: ClassVar[str] = "sdtune.recipes.ddpm:Ddpm"
+    examples: ClassVar[str] = r"""
+    sdtune ddpm --dataset photos --resolution 64
+    sdtune ddpm --dataset photos --resolution 32 --class-column folder \
+        --steps 50000 --mixed-precision bf16
+    sdtune ddpm --dataset photos --model google/ddpm-cifar10-32 --resolution 32
+    """
 
     output_dir: Path = Path("runs/ddpm")
     model: Annotated[str | None, aliases("pretrained_model_name_or_path")] = None
-    """Continue this model: a run's folder, or the folder or Hub id of a DDPMPipeline; none starts from scratch."""
+    """Continue this model: a run's folder, or the folder or Hub id of a DDPMPipeline. Default: start from scratch."""
     revision: str | None = None
-    """Branch, tag or commit of the model on the Hub; none is its main branch."""
+    """Branch, tag or commit of the model on the Hub. Default: its main branch."""
     cache_dir: Path | None = None
-    """Where models and datasets from the Hub are kept; none is the Hub's own cache folder."""
+    """Where models and datasets from the Hub are kept. Default: the Hub's own cache folder."""
     unet_config: Annotated[Path | None, aliases("model_config_name_or_path")] = None
-    """JSON file that describes the network, as diffusers' unet/config.json; none goes by the options of Network."""
+    """JSON file that describes the network, as diffusers' unet/config.json. Default: use the network options."""
     variance_type: Literal["fixed_small", "fixed_large"] | None = None
-    """Variance of a sampling step: beta-tilde, or beta; none is the model's, from scratch fixed_small."""
+    """Variance of a sampling step: beta-tilde, or beta. Default: the model's; from scratch, fixed_small."""
     out_of_range: Literal["clip", "keep"] | None = None
-    """What sampling does with estimates of the image beyond [-1, 1]; none is the model's, from scratch clip."""
+    """What sampling does with image estimates outside [-1, 1]. Default: as the model says; from scratch, clip."""
     class_dropout: Share = 0.1
     """Share of classes replaced by the null class, which is what classifier-free guidance learns from."""
 
     resolution: Annotated[int, Ge(8)] = 64
     train_batch_size: Count = 16
     steps: Annotated[Count | None, aliases("max_train_steps")] = None
-    """Optimizer steps; none with no num_train_epochs either is 20,000."""
+    """Optimizer steps. Default: 20,000, unless num_train_epochs is given."""
     lr_scheduler: LrSchedule = "cosine"
     lr_warmup_steps: Natural = 500
     adam_beta1: Share = 0.95

@@ -32,35 +32,42 @@ class DreamBoothConfig(NewWord, Adapter, Denoising, Model, Captions, Data, Optim
 
     method: ClassVar[str] = "dreambooth"
     entry: ClassVar[str] = "sdtune.recipes.dreambooth:DreamBooth"
+    examples: ClassVar[str] = r"""
+    sdtune dreambooth --dataset photos --instance-prompt "a photo of sks dog"
+    sdtune dreambooth --dataset photos --instance-prompt "a photo of sks dog" \
+        --lora --train-text-encoder --steps 500
+    sdtune dreambooth --dataset photos --instance-prompt "a photo of sks dog" \
+        --prior-preservation --class-prompt "a photo of a dog"
+    """
 
     dataset: Annotated[str, aliases("instance_data", "instance_data_dir")]
     """Images of the subject: folder, Hub dataset id, or dataset saved by `save_to_disk`."""
     instance_prompt: str | None = None
-    """Caption of images without one of their own, such as a photo of sks dog; none wants each captioned."""
+    """Caption of images without one of their own, such as a photo of sks dog. Default: each image needs one."""
     prior_preservation: Annotated[bool, aliases("with_prior_preservation")] = False
-    """Train on pictures of the subject's class as well, as many a step, so that the class stays what it was."""
+    """Train on images of the subject's class too, as many as of the subject, so that the class does not drift."""
     class_prompt: StrList = []
-    """What the class pictures show, such as a photo of a dog; several prompts take turns."""
+    """What the class images show, such as a photo of a dog. Several prompts take turns."""
     class_data: Annotated[Path | None, aliases("class_data_dir")] = None
-    """Folder of class pictures; none is class-pictures in the run's folder, made by the base."""
+    """Folder of class images. Default: class-pictures in the run's folder, which the base fills."""
     num_class_images: Count = 100
-    """Class pictures to train on; the base makes those that the folder lacks."""
+    """Number of class images to train on. The base model makes those that are not in the folder."""
     prior_loss_weight: NonNegative = 1.0
-    """Weight of the class pictures' loss (the paper's lambda)."""
+    """Weight of the loss of the class images (the paper's lambda)."""
     sample_batch_size: Count = 4
-    """Class pictures made at a time, on each process."""
+    """Class images to make at a time, on each process."""
     class_inference_steps: Count = 25
-    """Denoising steps of a class picture."""
+    """Denoising steps of a class image."""
     class_guidance_scale: NonNegative = 5.0
-    """Classifier-free guidance of the class pictures."""
+    """Classifier-free guidance of the class images."""
     lora: bool = False
     """Train low-rank adapters in place of all weights."""
     train_text_encoder: bool = False
     """Train the text encoder as well: all of it, or with --lora its q, k, v and out projections."""
     text_encoder_lr: Positive | None = None
-    """Learning rate of the text encoder; none is learning_rate."""
+    """Learning rate of the text encoder. Default: learning_rate."""
     placeholder_lr: Positive | None = None
-    """Learning rate of the new word's vectors; none is learning_rate."""
+    """Learning rate of the new word's vectors. Default: learning_rate."""
     unet_frac: Share = 1.0
     """Share of the run, from its start, in which the UNet trains."""
     text_encoder_frac: Annotated[Share, aliases("train_text_encoder_frac")] = 1.0

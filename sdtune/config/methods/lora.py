@@ -24,5 +24,11 @@ class LoraConfig(Adapter, Denoising, Model, Captions, Latents, Streaming, Data, 
 
     method: ClassVar[str] = "lora"
     entry: ClassVar[str] = "sdtune.recipes.lora:Lora"
+    examples: ClassVar[str] = r"""
+    sdtune lora --dataset tiny-hearts --steps 20
+    sdtune lora --model stable-diffusion-v1-5/stable-diffusion-v1-5 \
+        --dataset photos --resolution 512 --rank 8 --mixed-precision bf16
+    sdtune lora --config lora/tiny-hearts --num-processes 2
+    """
 
     output_dir: Path = Path("runs/lora")

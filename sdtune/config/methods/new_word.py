@@ -16,13 +16,13 @@ class NewWord(Prompts):
     """The word that gets vectors of its own."""
 
     placeholder_token: str | None = None
-    """New word that stands for what is learnt, such as <my-cat>, and that captions say; none adds no word."""
+    """New word for what is learnt, such as <my-cat>. Captions must contain it. Without it, no word is added."""
     initializer_token: StrList = []
-    """Words whose vectors the new ones start from: one for all or one for each; none is the vocabulary's mean."""
+    """Words whose vectors the new ones start from: one for all, or one each. Default: the vocabulary's mean."""
     initializer_mean: bool = False
-    """Start every vector at the mean of all initializer words, which may then be of several tokens."""
+    """Start every vector at the mean of all initializer words, which may then have several tokens."""
     num_vectors: Count = 1
-    """Vectors of the new word; more hold more, and take more places of the prompt."""
+    """Vectors of the new word. More of them can hold more detail, and use more of the prompt's tokens."""
 
     @model_validator(mode="after")
     def _a_word_that_is_shown(self) -> Self:

@@ -28,6 +28,12 @@ class TextToImageConfig(Denoising, Model, Captions, Latents, Streaming, Data, Op
 
     method: ClassVar[str] = "text-to-image"
     entry: ClassVar[str] = "sdtune.recipes.text_to_image:TextToImage"
+    examples: ClassVar[str] = r"""
+    sdtune text-to-image --dataset tiny-hearts --steps 20
+    sdtune text-to-image --model stable-diffusion-v1-5/stable-diffusion-v1-5 \
+        --dataset photos --use-ema --gradient-checkpointing --mixed-precision bf16
+    sdtune text-to-image --dataset photos --accelerate-config fsdp2
+    """
 
     output_dir: Path = Path("runs/text-to-image")
     learning_rate: Positive = 1e-5

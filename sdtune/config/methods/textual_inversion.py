@@ -25,12 +25,19 @@ class TextualInversionConfig(NewWord, Denoising, Model, Captions, Data, Optim, P
 
     method: ClassVar[str] = "textual-inversion"
     entry: ClassVar[str] = "sdtune.recipes.textual_inversion:TextualInversion"
+    examples: ClassVar[str] = r"""
+    sdtune textual-inversion --dataset photos --placeholder-token "<my-cat>"
+    sdtune textual-inversion --dataset photos --placeholder-token "<my-cat>" \
+        --initializer-token cat --num-vectors 4 --steps 3000
+    sdtune textual-inversion --dataset paintings --placeholder-token "<my-style>" \
+        --learnable-property style
+    """
 
     placeholder_token: str
     learnable_property: Literal["object", "style"] = "object"
-    """Whether the captions that the templates make name a thing or a style; a caption column or a caption wins."""
+    """Whether the built-in captions name an object or a style. Not used with a caption column or a caption."""
     template_file: Path | None = None
-    """Captions of your own, one a line, with {} where the new word goes; none is those for learnable_property."""
+    """File of your own captions, one a line, with {} for the new word. Default: those for learnable_property."""
     norm_weight: NonNegative = 0.0
     """Weight of the squared deviation of the vectors' norm from the vocabulary's mean norm, relative to it."""
     output_dir: Path = Path("runs/textual-inversion")
