@@ -15,8 +15,8 @@ from PIL import Image
 
 from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import UserError
-from sdtune.data import Stream, load_images, positions, probes, report
-from sdtune.data.buckets import nearest, shapes
+from sdtune.data import Stream, cache_root, image_info, load_images, positions, summarize
+from sdtune.data.buckets import bucket_shapes, nearest_shape
 
 
 @pytest.fixture(autouse=True)
@@ -195,7 +195,7 @@ def test_a_snapshot_in_the_hubs_cache(tmp_path):
     (snapshot / "b.png").symlink_to(paint(tmp_path / "b.png"))
     rows_to(snapshot / "metadata.jsonl", *({"file_name": name, "text": "x"} for name in ("a.png", "b.png")))
     said = refusal(snapshot)
-    assert "b.png leads out" in said
+    assert "b.png is outside of the dataset folder" in said
     assert "a.png" not in said
 
 
@@ -240,8 +240,8 @@ def test_the_fingerprint_tells_datasets_apart(folder, tmp_path):
 def test_files_are_read_once_and_again_when_they_change(folder, monkeypatch):
     filled(folder, 4)
     looked = []
-    look = probes.probe
-    monkeypatch.setattr(probes, "probe", lambda data: looked.append(data.name) or look(data))
+    look = image_info.inspect_image
+    monkeypatch.setattr(image_info, "inspect_image", lambda data: looked.append(data.name) or look(data))
     first = load_images(config(folder))
     assert sorted(looked) == ["000.png", "001.png", "002.png", "003.png"]
     assert load_images(config(folder)).rows == first.rows
@@ -259,7 +259,7 @@ def test_files_are_read_once_and_again_when_they_change(folder, monkeypatch):
 def test_a_corrupt_memo_is_made_anew(folder, content):
     filled(folder, 2)
     rows = load_images(config(folder)).rows
-    (memo,) = (probes.cache_root() / "probes").iterdir()
+    (memo,) = (cache_root() / "probes").iterdir()
     good = memo.read_bytes()
     memo.write_bytes(content)
     assert load_images(config(folder)).rows == rows
@@ -280,7 +280,7 @@ def test_concurrent_runs_and_nowhere_to_write(folder, monkeypatch, tmp_path):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: load_images(config(folder)).fingerprint, range(8)))
     assert len(set(found)) == 1
-    assert not list(probes.cache_root().rglob("*.tmp"))
+    assert not list(cache_root().rglob("*.tmp"))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / "file"))
     assert load_images(config(folder)).fingerprint == found[0]
@@ -372,11 +372,11 @@ BAD_ROWS = {
     '{"file_name": "A.png", "text": "x"}': "there is no image A.png; did you mean a.png?",
     '{"file_name": "000.png", "text": "x"}': "metadata.jsonl:2: 000.png has a row already at",
     '{"file_name": "sub/../000.png", "text": "x"}': "metadata.jsonl:2: 000.png has a row already",
-    '{"file_name": "../outside.png", "text": "x"}': "metadata.jsonl:2: ../outside.png leads out",
-    '{"file_name": "/etc/passwd", "text": "x"}': "metadata.jsonl:2: /etc/passwd leads out",
-    '{"file_name": "C:\\\\x.png", "text": "x"}': "metadata.jsonl:2: C:\\x.png leads out",
+    '{"file_name": "../outside.png", "text": "x"}': "metadata.jsonl:2: ../outside.png is outside of the dataset folder",
+    '{"file_name": "/etc/passwd", "text": "x"}': "metadata.jsonl:2: /etc/passwd is outside of the dataset folder",
+    '{"file_name": "C:\\\\x.png", "text": "x"}': "metadata.jsonl:2: C:\\x.png is outside of the dataset folder",
     '{"file_name": "https://a.b/c.png", "text": "x"}': "metadata.jsonl:2: https://a.b/c.png is an address",
-    '{"file_name": "link.png", "text": "x"}': "metadata.jsonl:2: link.png leads out",
+    '{"file_name": "link.png", "text": "x"}': "metadata.jsonl:2: link.png is outside of the dataset folder",
     '{"file_name": "pipe.png", "text": "x"}': "metadata.jsonl:2: there is no image pipe.png",
     '{"file_name": "a.gif", "text": "x"}': "metadata.jsonl:2: a.gif is not one of bmp",
     '{"file_name": "a\\u0000.png", "text": "x"}': "metadata.jsonl:2: there is no image",
@@ -456,7 +456,7 @@ def test_bad_images_are_all_named_or_left_out(folder):
     assert [row.name for row in images.rows] == ["000.png", "002.png", "004.png"]
     assert [name for name, _ in images.skipped] == ["001.png", "003.png"]
     assert images.read(1).name == "002.png"
-    lines = report(Stream(config(folder, on_bad_image="skip"), images, 2))
+    lines = summarize(Stream(config(folder, on_bad_image="skip"), images, 2))
     assert any("left out: 2 (001.png: truncated" in line for line in lines)
 
 
@@ -469,7 +469,7 @@ def test_small_images(folder):
     paint(folder / "fine.png", (16, 40))
     paint(folder / "small.png", (5, 40))
     cfg = config(folder, caption="x")
-    (line,) = (line for line in report(Stream(cfg, load_images(cfg), 1)) if "smaller" in line)
+    (line,) = (line for line in summarize(Stream(cfg, load_images(cfg), 1)) if "smaller" in line)
     assert "1 (the smallest is small.png, 5 x 40)" in line
     paint(folder / "tiny.png", (3, 40))
     said = refusal(folder, caption="x")
@@ -685,7 +685,7 @@ def test_an_image_that_vanishes_is_named(folder):
 
 @pytest.mark.parametrize(("resolution", "step", "aspect"), [(512, 64, 2.0), (64, 8, 2.0), (500, 64, 3.0), (64, 64, 2)])
 def test_shapes_keep_their_bounds(resolution, step, aspect):
-    found = shapes(resolution, step, aspect)
+    found = bucket_shapes(resolution, step, aspect)
     assert len(set(found)) == len(found)
     for width, height in found:
         assert width % step == height % step == 0
@@ -693,13 +693,13 @@ def test_shapes_keep_their_bounds(resolution, step, aspect):
         assert max(width, height) / min(width, height) <= aspect
         assert (height, width) in found
     side = resolution // step * step
-    assert nearest(found, 700, 700) == (side, side)
+    assert nearest_shape(found, 700, 700) == (side, side)
 
 
 def test_known_shapes():
-    assert set(shapes(512, 64, 2.0)) == {(512, 512), (448, 576), (576, 448), (384, 640), (640, 384)}
-    assert nearest(shapes(512, 64, 2.0), 3000, 2000) == (640, 384)
-    assert nearest(shapes(512, 64, 2.0), 300, 4000) == (384, 640)
+    assert set(bucket_shapes(512, 64, 2.0)) == {(512, 512), (448, 576), (576, 448), (384, 640), (640, 384)}
+    assert nearest_shape(bucket_shapes(512, 64, 2.0), 3000, 2000) == (640, 384)
+    assert nearest_shape(bucket_shapes(512, 64, 2.0), 300, 4000) == (384, 640)
 
 
 def test_a_step_larger_than_the_resolution_is_refused(folder):
@@ -759,22 +759,22 @@ def test_the_report_of_a_mixed_folder(folder):
     (folder / "copy.txt").write_text("one two three four five six")
     (folder / "README.md").write_text("")
     cfg = config(folder, buckets=True, resolution=24, bucket_step=8)
-    lines = report(Stream(cfg, load_images(cfg), 4), lambda caption: len(caption.split()), 5)
-    alone = "a step has one shape, so images of the last are seen 4 times an epoch"
+    lines = summarize(Stream(cfg, load_images(cfg), 4), lambda caption: len(caption.split()), 5)
+    alone = "a step has one shape, so images of the last one are shown 4 times an epoch"
     assert lines == [
         "images: 6; an epoch is 1.5 steps of 4 images",
         "other files, ignored: 1 (README.md)",
         f"buckets: 32 x 16: 5, 24 x 24: 1; {alone}",
         "images smaller than their training shape, enlarged: 6 (the smallest is 004.png, 16 x 16)",
-        "exact copies of other images, so seen more often: 1",
+        "exact copies of other images, which are therefore shown more often: 1",
         "captions over the text encoder's 5 tokens: 1, 1 tokens lost (longest copy.png: 6)",
     ]
 
 
 def test_a_clean_folder_has_a_short_report(folder):
-    assert report(stream_of(filled(folder, 4), group=2), len, 77) == ["images: 4; an epoch is 2 steps of 2 images"]
+    assert summarize(stream_of(filled(folder, 4), group=2), len, 77) == ["images: 4; an epoch is 2 steps of 2 images"]
 
 
 def test_the_cache_root_follows_the_environment(monkeypatch):
     monkeypatch.delenv("SDTUNE_CACHE")
-    assert probes.cache_root() == Path.home() / ".cache" / "sdtune"
+    assert cache_root() == Path.home() / ".cache" / "sdtune"

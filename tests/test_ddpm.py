@@ -12,7 +12,7 @@ from PIL import Image
 from sdtune.config import fields, parsing
 from sdtune.config.methods.ddpm import DdpmConfig
 from sdtune.data import Stream, load_images
-from sdtune.data.pixels import Pixels
+from sdtune.data.pixel_dataset import PixelDataset
 from sdtune.diffusion.pixel_sampler import draw, to_images
 from sdtune.models import pixel_models
 from sdtune.run.contact_sheet import cells
@@ -264,7 +264,7 @@ def test_colour_and_transparency_go_only_when_asked(ddpm, bare, tmp_path, capsys
     assert "2 of 2 images have colour (0.png, 1.png), which a model of 1 channel cannot hold" in told
     assert told.endswith("--channels 1 turns them grey")
     told = answer(capsys, bare("x", *continued, str(clear)))
-    assert told.endswith("--channels 1 lays them on white")
+    assert told.endswith("--channels 1 puts them on white")
     assert status(bare("y", *continued, str(coloured), "--channels", "1")) == 0
     assert "images turned grey for --channels 1: 2" in capsys.readouterr().out
     assert "--channels 3: the model has 1" in answer(capsys, bare("x", *continued, str(grey), "--channels", "3"))
@@ -313,7 +313,7 @@ def test_a_share_of_labels_is_the_null_class_by_position(tmp_path):
     cfg = DdpmConfig(dataset=str(classified(tmp_path / "data")), resolution=16, num_holdout_images=2)
     images = load_images(cfg, captions=False, class_column="folder")
     stream = Stream(cfg, images, 4)
-    plain, dropped = (Pixels(cfg, stream, images.classes, share) for share in (0.0, 0.25))
+    plain, dropped = (PixelDataset(stream, images.classes, share) for share in (0.0, 0.25))
     true = [plain[p]["label"] for p in range(400)]
     assert [images.classes[label] for label in true[:50]] == [images.rows[stream[p].index].label for p in range(50)]
     labels = [dropped[p]["label"] for p in range(400)]
@@ -369,8 +369,10 @@ def test_a_continued_model_keeps_its_classes_in_their_order(ddpm, bare, tmp_path
     assert status(bare("second", "--model", str(first), *few)) == 0
     assert json.loads((tmp_path / "second" / "classes.json").read_text()) == names
     other = ["--dataset", str(classified(tmp_path / "other", ("nine", "six"))), "--class-column", "folder"]
-    assert "six is no class of --model" in answer(capsys, bare("x", "--model", str(first), *other))
-    assert "has 3 classes; say with --class-column" in answer(capsys, bare("x", "--model", str(first)))
+    assert "six is not a class of --model" in answer(capsys, bare("x", "--model", str(first), *other))
+    assert "the model has classes (3); name those of the images with --class-column" in answer(
+        capsys, bare("x", "--model", str(first))
+    )
     (first / "classes.json").write_text('["a", "b"]')
     assert "names 2 classes, but the network has 3" in answer(capsys, bare("x", "--model", str(first), *few))
     (first / "classes.json").unlink()

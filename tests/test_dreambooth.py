@@ -111,7 +111,7 @@ def test_own_class_pictures_keep_their_captions_and_as_many_are_used_as_asked_fo
     subject("more", *prior, "6", "--class-prompt", "a red circle")
     assert "6 of them of the class" in capsys.readouterr().out and len(digests(own)) == 2
     cfg = config(places, dataset=str(own))
-    assert [row.captions[0] for row in load_images(cfg, default="a red circle").rows] == [
+    assert [row.captions[0] for row in load_images(cfg, default_caption="a red circle").rows] == [
         *("a red circle", "a blue square"),
         *["a red circle"] * 4,
     ]
@@ -448,7 +448,7 @@ def test_instance_prompt_is_for_each_picture_that_has_no_caption(kind, places, t
         table = {"image": [str(folder / f"{k}.png") for k in range(4)], "text": [own, blank, None, None]}
         folder = tmp_path / "set"
         datasets.Dataset.from_dict(table).cast_column("image", datasets.Image()).save_to_disk(folder)
-    images = load_images(config(places, dataset=str(folder)), default=prompt)
+    images = load_images(config(places, dataset=str(folder)), default_caption=prompt)
     assert [row.captions for row in images.rows] == [(own,), (prompt,), (prompt,), (prompt,)]
     with pytest.raises(UserError, match="--caption"):
         load_images(config(places, dataset=str(folder)))

@@ -131,10 +131,13 @@ def spoil_two(folder):
         (spoil_cut, "000001.tar: damaged or cut short at byte 1536; copy it again"),
         (spoil_header, "000003.tar: damaged or cut short at byte"),
         (spoil_end, "000003.tar: damaged or cut short at byte"),
-        (spoil_no_tar, "000000.tar: not a whole tar file"),
-        (spoil_caption, "000000.tar: 1 of 7 samples are without an image and a caption (.txt, or 'txt' in .json"),
-        (spoil_image, "or not beside it: 000006 has txt; or leave them out with --on-bad-image skip"),
-        (spoil_empty, "000004.tar: an empty shard; remove it, or pass over it with --on-bad-image skip"),
+        (spoil_no_tar, "000000.tar: not a complete tar file"),
+        (spoil_caption, "000000.tar: 1 of 7 samples have no image or caption (.txt, or 'txt' in .json"),
+        (
+            spoil_image,
+            "or these are not next to each other: 000006 has txt; or leave them out with --on-bad-image skip",
+        ),
+        (spoil_empty, "000004.tar: an empty shard; remove it, or leave it out with --on-bad-image skip"),
         (spoil_two, "000004.tar: sample a has images png and jpg; say with --image-column which to train on"),
     ],
 )
@@ -178,14 +181,14 @@ def test_nowhere_to_keep_what_is_in_shards(tars, tmp_path, monkeypatch):
 
 def test_addresses_that_cannot_be_read():
     told = refusal("https://me:secret@localhost/0.tar")
-    assert "holds a password" in told and "secret" not in told
+    assert "the URL has a password" in told and "secret" not in told
     assert "--dataset nothing://localhost/0.tar: Protocol not known" in refusal("nothing://localhost/{0,1}.tar")
 
 
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"buckets": True}, "--buckets: what is streamed is not looked at image by image before training"),
+        ({"buckets": True}, "--buckets: images of a streamed dataset are not inspected before training"),
         ({"repeats": 2}, "--repeats: "),
         ({"max_train_samples": 5}, "--max-train-samples: "),
     ],
@@ -213,10 +216,10 @@ def test_a_shard_that_changes_while_it_is_read(copy):
     names = [shown[p].name for p in range(40)]
     pack(copy / "000003.tar", *drawn(50, 9))
     of_it = next(position for position, name in enumerate(names) if name.startswith("000003.tar"))
-    with pytest.raises(UserError, match="changed since this command looked into it"):
+    with pytest.raises(UserError, match="has changed since this command read its headers"):
         pickle.loads(pickle.dumps(shown))[of_it]
     (copy / "000003.tar").unlink()
-    with pytest.raises(UserError, match="was there when training began, but not now"):
+    with pytest.raises(UserError, match="could be read when training began, but not now"):
         pickle.loads(pickle.dumps(shown))[of_it]
 
 

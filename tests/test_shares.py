@@ -36,13 +36,13 @@ def test_class_pictures_that_are_missing_are_shared_out_evenly(trained, places, 
 
 def test_captions_and_images_are_encoded_once_each(places, tmp_path, monkeypatch):
     """By one process or the other, of each store about half; what is kept is what one process keeps."""
-    real = cache.write
+    real = cache.write_tensors
 
     def told(file, tensors, *more):
         print(json.dumps([file.parent.parent.name, sorted(tensors)]))
         real(file, tensors, *more)
 
-    monkeypatch.setattr(cache, "write", told)
+    monkeypatch.setattr(cache, "write_tensors", told)
     kept = {}
     for world in (1, 2):
         monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / f"cache-{world}"))

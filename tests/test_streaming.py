@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import RunFailed, UserError
-from sdtune.data import Streamed, cache, encoded_shards, files, open_images
-from sdtune.data.lanes import Lanes
+from sdtune.data import ShardStream, cache, encoded_shards, files, open_images
+from sdtune.data.shard_order import ShardOrder
 from tests.conftest import status
 from tests.tars import UNEQUAL, parquet, unequal
 from tests.test_cuts import difference
@@ -53,7 +53,7 @@ def config(dataset, **fields):
 
 def stream(dataset, group=4, **fields):
     cfg = config(dataset, **fields)
-    return Streamed(cfg, open_images(cfg), group)
+    return ShardStream(cfg, open_images(cfg), group)
 
 
 # ---- the order
@@ -62,7 +62,7 @@ def stream(dataset, group=4, **fields):
 @pytest.mark.parametrize(("group", "lanes", "window"), [(1, 1, 1), (4, 4, 8), (6, 4, 1000), (8, 8, 3), (40, 40, 4)])
 def test_each_epoch_of_a_lane_shows_each_image_once(group, lanes, window):
     counts = np.array([*UNEQUAL, 0, 11])
-    order = Lanes(0, counts, group, lanes, window)
+    order = ShardOrder(0, counts, group, lanes, window)
     seen = [Counter() for _ in range(3)]
     for lane in range(order.lanes):
         share, own = group // order.lanes, (lane + 1) * 36 // order.lanes - lane * 36 // order.lanes
@@ -76,17 +76,17 @@ def test_each_epoch_of_a_lane_shows_each_image_once(group, lanes, window):
 
 
 def test_a_position_shows_the_same_in_whatever_order_it_is_asked_for():
-    forward = [Lanes(3, np.array(UNEQUAL), 4, 4, 8)[p] for p in range(200)]
-    order = Lanes(3, np.array(UNEQUAL), 4, 4, 8)
+    forward = [ShardOrder(3, np.array(UNEQUAL), 4, 4, 8)[p] for p in range(200)]
+    order = ShardOrder(3, np.array(UNEQUAL), 4, 4, 8)
     assert [order[p] for p in reversed(range(200))] == forward[::-1]
-    assert forward != [Lanes(4, np.array(UNEQUAL), 4, 4, 8)[p] for p in range(200)]
+    assert forward != [ShardOrder(4, np.array(UNEQUAL), 4, 4, 8)[p] for p in range(200)]
     assert [p[:2] for p in forward[:25]] != [p[:2] for p in forward[25:50]]
 
 
 def test_a_hundred_million_images_and_a_process_that_reads_few_shards():
     """512 processes of 4 images: in its first 100 steps one of them touches a few of 10,000 shards."""
     counts = np.full(10_000, 10_000)
-    order = Lanes(0, counts, 2048, 512, 1_000_000)
+    order = ShardOrder(0, counts, 2048, 512, 1_000_000)
     mine = [order[step * 2048 + 7 * 4 + k] for step in range(100) for k in range(4)]
     others = [order[step * 2048 + 8 * 4 + k] for step in range(100) for k in range(4)]
     assert len({p.shard for p in mine}) <= 2 and len({(p.shard, p.nth) for p in mine}) == 400
@@ -159,7 +159,7 @@ def test_moments_kept_by_shard(tars, tmp_path, monkeypatch):
     options = ["--center-crop", "--dataloader-num-workers", "0"]
     assert status(lora(tars, tmp_path / "fresh", *options)) == 0
     kept = ["--shard-cache", str(tmp_path / "kept")]
-    real, built = cache.write, []
+    real, built = cache.write_tensors, []
 
     def dies(file, tensors, way_out):
         if len(built) == 2:
@@ -167,9 +167,9 @@ def test_moments_kept_by_shard(tars, tmp_path, monkeypatch):
         built.append(len(tensors["moments"]))
         real(file, tensors, way_out)
 
-    monkeypatch.setattr(cache, "write", dies)
+    monkeypatch.setattr(cache, "write_tensors", dies)
     assert status(lora(tars, tmp_path / "cached", *options, *kept)) != 0
-    monkeypatch.setattr(cache, "write", lambda *given: (built.append(len(given[1]["moments"])), real(*given)))
+    monkeypatch.setattr(cache, "write_tensors", lambda *given: (built.append(len(given[1]["moments"])), real(*given)))
     assert status(lora(tars, tmp_path / "cached", *options, *kept)) == 0
     assert built == list(UNEQUAL)  # none twice
     files = {file.name: file.read_bytes() for file in (tmp_path / "kept").rglob("*.safetensors")}

@@ -1,11 +1,12 @@
 """Images and captions, from files to the sample at a position of the run. Imports `config` and `run`."""
 
+from sdtune.data.cache_folder import cache_root
 from sdtune.data.images import MODES
-from sdtune.data.probes import cache_root
+from sdtune.data.shard_stream import ShardStream, open_images, open_stream
 from sdtune.data.shards import Record, Shards
-from sdtune.data.sources import Images, Mixture, Row, captioned, load_images
-from sdtune.data.stream import Sample, Stream, positions, report
-from sdtune.data.streamed import Streamed, open_images, open_stream
+from sdtune.data.sources import Images, Mixture, Row, load_images, with_captions
+from sdtune.data.stream import Sample, Stream, positions
+from sdtune.data.summary import summarize
 
 __all__ = [
     "MODES",
@@ -14,14 +15,14 @@ __all__ = [
     "Record",
     "Row",
     "Sample",
+    "ShardStream",
     "Shards",
     "Stream",
-    "Streamed",
     "cache_root",
-    "captioned",
     "load_images",
     "open_images",
     "open_stream",
     "positions",
-    "report",
+    "summarize",
+    "with_captions",
 ]

@@ -1,4 +1,4 @@
-"""Shapes for aspect-ratio buckets: of about one area, so that a step costs the same whatever its shape."""
+"""Shapes for aspect-ratio buckets. All have about the same area, so that all steps cost about the same."""
 
 import math
 
@@ -8,13 +8,13 @@ Shape = tuple[int, int]
 """(width, height) in pixels."""
 
 
-def shapes(resolution: int, step: int, max_aspect: float) -> list[Shape]:
-    """All shapes, largest area first: the square, and the longest for each width.
+def bucket_shapes(resolution: int, step: int, max_aspect: float) -> list[Shape]:
+    """All bucket shapes, largest area first: the square, and for each width the largest height that fits.
 
     Sides are multiples of ``step``, areas at most ``resolution`` squared, longest over shortest side at most
     ``max_aspect``.
 
-    Raises: UserError when not even a square of one step fits.
+    Raises: UserError if ``step`` is larger than ``resolution``.
     """
     square = resolution // step * step
     if not square:
@@ -27,14 +27,14 @@ def shapes(resolution: int, step: int, max_aspect: float) -> list[Shape]:
     return sorted(found, key=lambda shape: (-shape[0] * shape[1], shape))
 
 
-def nearest(candidates: list[Shape], width: int, height: int) -> Shape:
-    """The candidate whose log aspect ratio is nearest to ``width`` x ``height``; of equals the first."""
+def nearest_shape(shapes: list[Shape], width: int, height: int) -> Shape:
+    """The shape whose log aspect ratio is nearest to that of ``width`` x ``height``; the first one of equals."""
     aspect = math.log(width / height)
-    return min(candidates, key=lambda shape: abs(math.log(shape[0] / shape[1]) - aspect))
+    return min(shapes, key=lambda shape: abs(math.log(shape[0] / shape[1]) - aspect))
 
 
-def candidates(cfg: Data) -> list[Shape]:
-    """The shapes that the images of a run may get."""
+def training_shapes(cfg: Data) -> list[Shape]:
+    """The shapes that the images of a run can get."""
     if cfg.buckets:
-        return shapes(cfg.resolution, cfg.bucket_step, cfg.bucket_max_aspect)
+        return bucket_shapes(cfg.resolution, cfg.bucket_step, cfg.bucket_max_aspect)
     return [(cfg.resolution, cfg.resolution)]

@@ -1,4 +1,4 @@
-"""The datasets that are known by a bare name."""
+"""The built-in datasets, which are given by a short name."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from sdtune.config.sections import UserError
-from sdtune.data.probes import cache_root
+from sdtune.data.cache_folder import cache_root
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -16,7 +16,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 def digits() -> Path:
     """scikit-learn's ``load_digits``, 1797 handwritten digits of 8 x 8 grey pixels, in folders ``0`` to ``9``.
 
-    Written once into the cache, whole or not at all. The 17 levels of grey, 0 to 16, span 0 to 255.
+    Written into the cache once, under another name that is then changed. The 17 levels of grey, 0 to 16, span 0 to 255.
     """
     folder = cache_root() / "datasets" / "digits"
     if folder.is_dir():
@@ -46,4 +46,4 @@ BUILT_IN: dict[str, Callable[[], Path]] = {
     "tiny-word": lambda: ASSETS / "tiny-word",
     "digits": digits,
 }
-"""Name of a dataset to what gives its folder."""
+"""Name of a dataset -> function that gives its folder."""

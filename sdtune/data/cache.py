@@ -1,12 +1,13 @@
-"""Tensors computed once and kept on disk, memory-mapped, each under a key made of what it was computed from.
+"""A cache of tensors on disk. The key of a tensor is a hash of what it was computed from.
 
-A store is a folder of safetensors files, each written under another name and renamed, so that a run that dies
-leaves nothing half-written, and two runs that fill the same store at once at worst compute a tensor twice.
+A store is a folder of safetensors files, which are memory-mapped. Each file is written under another name and then
+renamed, so a run that dies leaves no half-written file, and two runs that fill one store at the same time compute a
+tensor twice at worst.
 """
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sdtune.data import cache_root
 from sdtune.run.processes import store_barrier
 
 CHUNK = 64
-"""Tensors in a file: what a run that dies loses at most."""
+"""Tensors in a file. A run that dies loses at most this many."""
 
 
 def digest(*parts: object) -> str:
@@ -39,36 +40,38 @@ def weights_digest(module: nn.Module) -> str:
 
 
 class Store(Mapping[str, Tensor]):
-    """The tensors of a folder by key; opened anew in each process that reads them."""
+    """The tensors of a folder by key. Each process that reads them opens the files itself."""
 
     def __init__(self, folder: Path):
-        self.folder, self.opened = folder, {}
+        self.folder = folder
+        self.opened: dict[str, Any] = {}
         self.index: dict[str, str] = {}
         for file in sorted(folder.glob("*.safetensors")):
             try:
                 with safe_open(file, framework="pt") as tensors:
                     self.index |= dict.fromkeys(tensors.keys(), file.name)
             except SafetensorError:
-                file.unlink()  # a disk error: what it held is computed again
+                file.unlink()  # a disk error: its tensors are computed again
 
     def __getitem__(self, key: str) -> Tensor:
         name = self.index[key]
         if name not in self.opened:
-            self.opened[name] = safe_open(self.folder / name, framework="pt").__enter__()
-        return self.opened[name].get_tensor(key)
+            self.opened[name] = safe_open(self.folder / name, framework="pt").__enter__()  # type: ignore[no-untyped-call]
+        tensor: Tensor = self.opened[name].get_tensor(key)
+        return tensor
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self.index)
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"opened": {}}  # an open file does not travel to a loader's worker
 
 
-class Outlines(Mapping[str, Tensor]):
-    """What a store would hold, of a model on the meta device: shapes, computed when they are asked for."""
+class MetaStore(Mapping[str, Tensor]):
+    """Stands for a store when the model is on the meta device: gives tensors that have a shape and no values."""
 
     def __init__(self, keys: Iterable[str], compute: Callable[[str], Tensor]):
         self.known, self.compute = list(keys), compute
@@ -76,19 +79,19 @@ class Outlines(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         return self.compute(key)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self.known)
 
     def __len__(self) -> int:
         return len(self.known)
 
 
-def write(
+def write_tensors(
     file: Path,
     tensors: dict[str, Tensor],
     way_out: str = "make room, set SDTUNE_CACHE to a folder on another disk, or train with --no-cache",
 ) -> None:
-    """A file of the store, whole or not at all."""
+    """Write a file of a store. If the run dies or the disk is full, there is no file."""
     new = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         save_file(tensors, new)
@@ -98,23 +101,30 @@ def write(
         raise UserError(f"{file.parent}: the cache cannot be written ({error}); {way_out}") from None
 
 
-def keep(name: str, module: nn.Module, keys: Iterable[str], compute: Callable[[str], Tensor], title: str) -> Any:
-    """What ``compute`` makes of ``keys`` by the weights of ``module``: the store ``name`` of exactly those, filled."""
+def cached_tensors(
+    name: str, module: Any, keys: Iterable[str], compute: Callable[[str], Tensor], title: str
+) -> Mapping[str, Tensor]:
+    """The tensors that ``compute`` gives for ``keys``: read from the store ``name``, or computed and stored now.
+
+    Args:
+        module: the model that ``compute`` runs, which has a ``device``. Other weights have another store.
+        title: of the progress bar.
+    """
     if module.device.type == "meta":
-        return Outlines(keys, compute)
+        return MetaStore(keys, compute)
     return fill(cache_root() / name / weights_digest(module), keys, compute, title)
 
 
 def fill(folder: Path, keys: Iterable[str], compute: Callable[[str], Tensor], title: str) -> Store:
-    """The store at ``folder`` once it holds ``keys``; each process computes its share of what is missing.
+    """Fill the store at ``folder`` so that it holds ``keys``. Each process computes a share of the missing ones.
 
-    One tensor is computed at a time: how many share a batch would show in its last bits, and which share one
-    depends on the number of processes.
+    Tensors are computed one at a time. In a batch, the size of the batch would change their last bits, and who
+    shares a batch depends on the number of processes.
     """
     state = PartialState()
     folder.mkdir(parents=True, exist_ok=True)
     missing = sorted(set(keys) - Store(folder).index.keys())
-    store_barrier()  # all have looked before one writes, so that the shares are of one list
+    store_barrier()  # nobody writes before all processes have listed what is missing
     mine = missing[state.process_index :: state.num_processes]
     chunks = [mine[i : i + CHUNK] for i in range(0, len(mine), CHUNK)]
     todo = ((chunk, key) for chunk in chunks for key in chunk)
@@ -123,7 +133,7 @@ def fill(folder: Path, keys: Iterable[str], compute: Callable[[str], Tensor], ti
     for chunk, key in track(todo, f"{title} ({len(missing)} of them)", total=len(mine), disable=quiet, transient=True):
         done[key] = compute(key).cpu().contiguous()
         if len(done) == len(chunk):
-            write(folder / f"{digest(*chunk)}.safetensors", done)
+            write_tensors(folder / f"{digest(*chunk)}.safetensors", done)
             done = {}
     store_barrier()
     return Store(folder)

@@ -1,4 +1,4 @@
-"""A folder of images with a metadata table or a caption file beside each image."""
+"""Reads a folder of images with metadata tables, or with a caption file next to each image."""
 
 import difflib
 import os
@@ -9,30 +9,35 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdtune.config.sections import Data, UserError
+from sdtune.config.sections import Captions, Data, UserError
+from sdtune.data.cache_folder import local_stamp
 from sdtune.data.images import ACCEPTED, EXTENSIONS
 from sdtune.data.metadata import (
     TABLES,
-    Found,
+    Listing,
     caption_column,
     class_column,
+    listed_error,
     parse_captions,
     parse_class,
-    problem_list,
-    read_table,
+    read_metadata,
     read_text,
 )
-from sdtune.data.probes import stamp
 
 
 def read_folder(
-    cfg: Data, folder: Path, wanted: bool, default: str | None = None, class_from: str | None = None
-) -> Found:
+    cfg: Data,
+    folder: Path,
+    captions: Captions | None,
+    default_caption: str | None,
+    class_from: str | None,
+) -> Listing:
     """All images below the folder, sorted by name.
 
     Args:
-        wanted: whether each needs a caption; ``default`` is that of images that have none of their own.
-        class_from: column of the class of each; ``folder`` is the name of its folder.
+        captions: options of the captions that every image needs; ``None`` reads no captions.
+        default_caption: of images that have no caption of their own.
+        class_from: the column of the classes; ``folder`` for the names of the folders; ``None`` for no classes.
     """
     files, ignored = _walk(folder)
     images = {name: path for name, path in files.items() if path.suffix.lower() in EXTENSIONS}
@@ -43,30 +48,30 @@ def read_folder(
     texts = {name[:-4]: path for name, path in files.items() if name.endswith(".txt") and name[:-4] in stems}
     ignored += files.keys() - images.keys() - tables.keys() - {f"{stem}.txt" for stem in texts}
 
-    if not wanted:
+    if captions is None:
         found: dict[str, tuple[str, ...]] = dict.fromkeys(images, ())
-    elif cfg.caption is not None:
-        found = dict.fromkeys(images, (cfg.caption,))
+    elif captions.caption is not None:
+        found = dict.fromkeys(images, (captions.caption,))
     elif tables:
         found = _from_tables(
             folder,
             images,
             tables,
-            lambda columns: caption_column(cfg, columns, "file_name"),
-            partial(parse_captions, default=default),
+            lambda columns: caption_column(captions, cfg.dataset, columns, "file_name"),
+            partial(parse_captions, default=default_caption),
             ", or give --caption",
-            None if default is None else (default,),
+            None if default_caption is None else (default_caption,),
         )
-    elif texts and cfg.caption_column is not None:
-        raise UserError(f"--caption-column {cfg.caption_column}: {folder} has caption files, not metadata")
+    elif texts and captions.caption_column is not None:
+        raise UserError(f"--caption-column {captions.caption_column}: {folder} has caption files, not metadata")
     elif texts:
-        found = _from_texts(folder, images, texts, default)
-    elif default is not None:
-        found = dict.fromkeys(images, (default,))
+        found = _from_texts(folder, images, texts, default_caption)
+    elif default_caption is not None:
+        found = dict.fromkeys(images, (default_caption,))
     else:
         raise UserError(
             f"{folder}: the images have no captions; add metadata.jsonl with lines such as "
-            '{"file_name": "a.png", "text": "a cat"}, or a.txt beside a.png, or give --caption'
+            '{"file_name": "a.png", "text": "a cat"}, or a.txt next to a.png, or give --caption'
         )
     names = sorted(images)
     classes: dict[str, Any] = dict.fromkeys(images)
@@ -80,10 +85,10 @@ def read_folder(
         classes = _from_tables(
             folder, images, tables, lambda columns: class_column(class_from, columns, cfg.dataset), parse_class
         )
-    return Found(
+    return Listing(
         dataset=str(folder),
-        memo=str(folder.resolve()),
-        keys=[f"{name}:{stamp(images[name])}" for name in names],
+        cache_name=str(folder.resolve()),
+        keys=[f"{name}:{local_stamp(images[name])}" for name in names],
         names=names,
         captions=[found[name] for name in names],
         classes=[classes[name] for name in names],
@@ -93,12 +98,13 @@ def read_folder(
 
 
 def _walk(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """Files by their name below the folder, and what is passed over: hidden, linked folders, devices."""
+    """Files by their name below the folder, and what is not read: hidden files, linked folders, devices."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
 
-    files, ignored = {}, []
+    files: dict[str, Path] = {}
+    ignored: list[str] = []
     for parent, folders, names in os.walk(folder, onerror=refuse):
         at = Path(parent)
         for name in list(folders):
@@ -115,7 +121,7 @@ def _walk(folder: Path) -> tuple[dict[str, Path], list[str]]:
 
 
 def _name(path: Path, folder: Path) -> str:
-    """Below the folder, with slashes; the same on file systems that compose accents and those that do not."""
+    """The path below the folder, with slashes; the same whether or not the file system composes accents."""
     readable = os.fsencode(path.relative_to(folder).as_posix()).decode("utf-8", "backslashreplace")
     return unicodedata.normalize("NFC", readable)
 
@@ -123,7 +129,8 @@ def _name(path: Path, folder: Path) -> str:
 def _from_texts(
     folder: Path, images: dict[str, Path], texts: dict[str, Path], default: str | None
 ) -> dict[str, tuple[str, ...]]:
-    found, problems = {}, []
+    found: dict[str, tuple[str, ...]] = {}
+    problems: list[str] = []
     for name in sorted(images):
         stem = name.rpartition(".")[0]
         if stem not in texts and default is None:
@@ -135,15 +142,15 @@ def _from_texts(
         except (OSError, ValueError) as error:
             problems.append(f"{stem}.txt: {error}")
     if problems:
-        raise problem_list(f"{folder}: every image needs a caption; mend these, or give --caption for all", problems)
+        raise listed_error(f"{folder}: every image needs a caption; correct these, or give --caption for all", problems)
     return found
 
 
 def _from_folders(folder: Path, images: dict[str, Path]) -> dict[str, str]:
     stray = [name for name in sorted(images) if "/" not in name]
     if stray:
-        head = f"{folder}: --class-column folder wants every image in a folder named as its class; these are in none"
-        raise problem_list(head, stray)
+        head = f"{folder}: --class-column folder needs each image in a folder named as its class; these are not"
+        raise listed_error(head, stray)
     return {name: name.split("/")[-2] for name in images}
 
 
@@ -156,17 +163,17 @@ def _from_tables(
     otherwise: str = "",
     default: Any = None,
 ) -> dict[str, Any]:
-    """What the tables say of each image, in the column that ``choose`` picks, as ``parse`` reads it.
+    """The values of each image in the tables, from the column that ``choose`` picks, read by ``parse``.
 
     Args:
-        otherwise: a further way out, for the message.
-        default: of images that no table names; none wants all to be named.
+        otherwise: another way out, for the message.
+        default: of images without a row; ``None`` if every image needs a row.
     """
     found: dict[str, Any] = {}
-    places: dict[str, str] = {}  # where an image was first named
+    places: dict[str, str] = {}  # of the first row of each image
     problems: list[str] = []
     for table, path in sorted(tables.items()):
-        columns, rows, broken = read_table(path, table)
+        columns, rows, broken = read_metadata(path, table)
         problems += broken
         if not rows:
             problems += [] if broken else [f"{table}: no rows"]
@@ -196,17 +203,17 @@ def _from_tables(
     else:
         problems += [f"{name}: no row in {where}" for name in unnamed]
     if problems:
-        raise problem_list(f"{folder}: images and metadata do not match; mend these{otherwise}", problems)
+        raise listed_error(f"{folder}: images and metadata do not match; correct these{otherwise}", problems)
     return found
 
 
 def _named(file_name: Any, parent: Path, folder: Path, images: dict[str, Path]) -> str:
-    """The image that a row means. Raises: ValueError that says why not, LookupError if there is none."""
+    """The image that a row names. Raises: ValueError that says what is wrong; LookupError if there is no such image."""
     if not isinstance(file_name, str) or not file_name:
         raise ValueError("file_name is missing")
     if "://" in file_name:
         raise ValueError(f"{file_name} is an address; download the image into the folder")
-    outside = f"{file_name} leads out of the dataset folder; copy the image into it"
+    outside = f"{file_name} is outside of the dataset folder; copy the image into it"
     inside = os.path.relpath(os.path.normpath(parent / file_name), folder)
     if inside.startswith("..") or Path(file_name).is_absolute() or re.match(r"[A-Za-z]:[\\/]", file_name):
         raise ValueError(outside)
@@ -216,7 +223,7 @@ def _named(file_name: Any, parent: Path, folder: Path, images: dict[str, Path]) 
             raise ValueError(f"{file_name} is not one of {ACCEPTED}")
         raise LookupError(name)
     home = folder.resolve()
-    if home.parent.name == "snapshots":  # of the Hub's cache, where files are links to blobs/ two folders up
+    if home.parent.name == "snapshots":  # in the Hub's cache, where files are links to blobs/ two folders up
         home = home.parent.parent
     if not images[name].resolve().is_relative_to(home):
         raise ValueError(outside)

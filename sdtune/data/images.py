@@ -1,9 +1,9 @@
-"""Image files to pixels: one defined conversion for every mode and format that a folder of images may hold.
+"""Decodes image files: one defined conversion to pixels for every accepted format and mode.
 
 Pillow's own ``convert("RGB")`` turns 16-bit grey white and float TIFF black, shows the colours hidden under
 full transparency, and leaves EXIF orientation to the caller. Here grey of any depth is scaled to 8 bits,
-transparency is laid on white where the pixels have no alpha, CMYK goes through its embedded profile, and every
-image comes out upright.
+transparency becomes white where the pixels have no alpha, CMYK is converted with its embedded profile, and every
+image is turned upright.
 """
 
 import hashlib
@@ -12,17 +12,18 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
-"""What counts as an image in a folder, in lower case."""
+"""Endings of files that count as images, in lower case."""
 
 ACCEPTED = ", ".join(sorted(extension[1:] for extension in EXTENSIONS))
-"""The same for messages."""
+"""The same as text for messages."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-"""What is opened, whatever the name says. An .eps in disguise would start Ghostscript."""
+"""Formats that are opened, whatever the ending of the file. An .eps named .png would start Ghostscript."""
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 """Channels of a tensor to Pillow's mode: grey, grey and alpha, colour, colour and alpha."""
@@ -31,7 +32,7 @@ MAX_PIXELS = 50_000_000
 """A 12,000 x 12,000 1-bit PNG has 17 KB on disk and 1.5 GB in memory."""
 
 _ORIENTATION = 0x0112  # the EXIF tag
-_UPRIGHT = {
+_UPRIGHT: dict[int, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -43,8 +44,8 @@ _UPRIGHT = {
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What one look at a file tells: upright size in pixels, hash, mode that holds all it has, what is wrong."""
+class ImageInfo:
+    """Facts of an image file: size in pixels when upright, hash of its bytes, mode, and what is wrong with it."""
 
     width: int
     height: int
@@ -54,15 +55,15 @@ class Probe:
     problem: str | None = None
 
 
-def probe(data: Path | bytes, max_pixels: int = MAX_PIXELS) -> Probe:
-    """Look at a file as training will: decode all of it, since a header says nothing of a missing end.
+def inspect_image(data: Path | bytes, max_pixels: int = MAX_PIXELS) -> ImageInfo:
+    """Decode an image completely, as training will, since a header does not show that the end is missing.
 
-    A decompression bomb is refused from its header. Never raises: what is wrong is in ``problem``.
+    A decompression bomb is refused from its header. Never raises: ``problem`` says what is wrong.
     """
     try:
         content = data if isinstance(data, bytes) else data.read_bytes()
     except OSError as error:
-        return Probe(0, 0, "", problem=f"cannot be read ({error.strerror})")
+        return ImageInfo(0, 0, "", problem=f"cannot be read ({error.strerror})")
     digest = hashlib.sha256(content).hexdigest()
     width = height = 0
     too_large = f"more than {max_pixels / 1e6:g} million pixels; make it smaller"
@@ -70,16 +71,16 @@ def probe(data: Path | bytes, max_pixels: int = MAX_PIXELS) -> Probe:
         with Image.open(BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
-                return Probe(width, height, digest, problem=f"{width} x {height} are {too_large}")
+                return ImageInfo(width, height, digest, problem=f"{width} x {height} are {too_large}")
             mode = _mode_of(image)
             width, height = _upright(image, mode).size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return Probe(width, height, digest, problem=too_large)
+        return ImageInfo(width, height, digest, problem=too_large)
     except UnidentifiedImageError:
-        return Probe(width, height, digest, problem=_not_an_image(content))
-    except Exception as error:  # Pillow's decoders raise whatever a broken file makes them trip over
-        return Probe(width, height, digest, problem=f"truncated or corrupt ({error})")
-    return Probe(width, height, digest, mode)
+        return ImageInfo(width, height, digest, problem=_not_an_image(content))
+    except Exception as error:  # a broken file can raise any error in Pillow's decoders
+        return ImageInfo(width, height, digest, problem=f"truncated or corrupt ({error})")
+    return ImageInfo(width, height, digest, mode)
 
 
 def decode(data: Path | bytes, mode: str = "RGB") -> Image.Image:
@@ -94,7 +95,7 @@ def decode(data: Path | bytes, mode: str = "RGB") -> Image.Image:
 
 
 def cover(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:
-    """The size in pixels at which an image of ``size`` just covers ``width`` x ``height``."""
+    """The smallest size in pixels to which an image of ``size`` can be scaled to cover ``width`` x ``height``."""
     scale = max(width / size[0], height / size[1])
     return max(width, round(size[0] * scale)), max(height, round(size[1] * scale))
 
@@ -111,13 +112,13 @@ def to_tensor(
     """Resize to cover ``width`` x ``height``, crop, then flip: float32 [C, height, width] in [-1, 1].
 
     Args:
-        left, top: share of the slack that is cut away on that side, in [0, 1]; 0.5 is the centre.
+        left, top: share of the surplus that is cut off on that side, in [0, 1]; 0.5 is the centre.
         interpolation: Pillow's name of the filter, in lower case.
     """
     covering = cover(image.size, width, height)
     x, y = corner(image.size, width, height, left, top)
-    # Resizing only the box that is kept gives the pixels of resize-then-crop (the filter still sees past the
-    # box's edges) without the covering image, which is 850,000 pixels wide for one of 5000 x 3.
+    # Resizing only the crop's box gives the same pixels as resize-then-crop (the filter still sees beyond the
+    # box's edges) without the scaled image, which would be 850,000 pixels wide for one of 5000 x 3.
     sx, sy = image.width / covering[0], image.height / covering[1]
     right, bottom = min((x + width) * sx, image.width), min((y + height) * sy, image.height)
     resample = Image.Resampling[interpolation.upper()]
@@ -135,10 +136,10 @@ def _mode_of(image: Image.Image) -> str:
 
 
 def _upright(image: Image.Image, mode: str) -> Image.Image:
-    image.load()  # first: TIFF turns itself and drops the tag here, PNG may carry EXIF after the pixels
+    image.load()  # first: TIFF turns itself and drops the tag here, and PNG may have EXIF after the pixels
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # broken EXIF says nothing of the pixels
+    except Exception:  # the pixels may be good although the EXIF data is broken
         orientation = 1
     pixels = _converted(image, mode)
     return pixels.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else pixels
@@ -151,8 +152,10 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
         try:
             profile = ImageCms.ImageCmsProfile(BytesIO(image.info["icc_profile"]))
             screen = ImageCms.createProfile("sRGB")
-            return ImageCms.profileToProfile(image, profile, screen, outputMode="RGB").convert(mode)
-        except (ImageCms.PyCMSError, OSError):  # a broken profile: as without one
+            converted = ImageCms.profileToProfile(image, profile, screen, outputMode="RGB")
+            assert converted is not None
+            return converted.convert(mode)
+        except (ImageCms.PyCMSError, OSError):  # a broken profile counts as none
             return image.convert("RGB").convert(mode)
     if image.has_transparency_data:
         seen = image.convert("RGBA")
@@ -164,19 +167,20 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode) if image.mode in ("1", "L") else image.convert("RGB").convert(mode)
 
 
-def _eight_bits(image: Image.Image) -> np.ndarray:
+def _eight_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
     """Grey of more than 8 bits as uint8 [H, W].
 
-    ``I;16`` spans 0..65535. 32-bit integers and floats do not say what they span: the smallest of the usual
-    ranges (0..1 for floats, 0..255, 0..65535) that holds all values, else from the lowest to the highest.
+    ``I;16`` spans 0..65535. 32-bit integers and floats have no fixed range: the smallest of the usual
+    ranges (0..1 for floats, 0..255, 0..65535) that holds all values is taken, else lowest to highest value.
     """
     grey = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
     low, high = float(grey.min()), float(grey.max())
-    ranges = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
-    top = next((top for top in ranges if low >= 0 and high <= top), None)
-    if top is None:
-        grey, top = grey - low, max(high - low, 1e-9)
-    return np.rint(grey * (255 / top)).astype(np.uint8)
+    ranges: tuple[int, ...] = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
+    span: float | None = next((top for top in ranges if low >= 0 and high <= top), None)
+    if span is None:
+        grey, span = grey - low, max(high - low, 1e-9)
+    eight: npt.NDArray[np.uint8] = np.rint(grey * (255 / span)).astype(np.uint8)
+    return eight
 
 
 def _not_an_image(content: bytes) -> str:

@@ -1,18 +1,19 @@
-"""The text beside images: metadata tables, caption files, and what counts as a caption or a class.
+"""Reads metadata tables and caption files, and checks captions and classes.
 
 A table is ``metadata.jsonl``, ``.csv`` or ``.parquet`` with a column ``file_name`` (the imagefolder
-convention); a caption file is ``a.txt`` beside ``a.png`` (kohya's).
+convention). A caption file is ``a.txt`` next to ``a.png`` (the convention of sd-scripts).
 """
 
 import csv
 import difflib
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdtune.config.sections import Data, UserError
+from sdtune.config.sections import Captions, UserError
 
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -20,55 +21,55 @@ _LISTED = 10  # problems in one message; the rest is counted
 
 
 @dataclass
-class Found:
-    """What a source holds before any image is looked at; the lists run in parallel."""
+class Listing:
+    """The images of a source before any of them is inspected. All lists have one entry for each image."""
 
     dataset: str
-    """What messages call it."""
-    memo: str
-    """Under which name the probes of its images are kept ..."""
+    """Its name in messages."""
+    cache_name: str
+    """Its name in the cache of inspected images ..."""
     keys: list[str]
-    """... and under which key each; both together change when an image does."""
+    """... and the key of each image there. One of them changes when an image changes."""
     names: list[str]
     captions: list[tuple[str, ...]]
     classes: list[str | None]
-    sources: list[Path] | list[int]
-    """Per image its file, or its row in ``table``."""
+    sources: Sequence[Path | int]
+    """For each image its file, or its row in ``table``."""
     ignored: list[str] = field(default_factory=list)
     table: Any = None
-    """A ``datasets.Dataset`` of the one column of images."""
+    """A ``datasets.Dataset`` with only the column of images; None for a folder."""
 
 
-def problem_list(head: str, problems: list[str]) -> UserError:
-    """One error for all problems of a kind: the head says what to do, a line names each."""
+def listed_error(head: str, problems: list[str]) -> UserError:
+    """One error for all problems of a kind: ``head`` says what to do, and each problem is a line."""
     shown = problems[:_LISTED]
     if len(problems) > _LISTED:
         shown.append(f"... and {len(problems) - _LISTED} more")
     return UserError("\n  ".join([head, *shown]))
 
 
-def caption_column(cfg: Data, columns: list[str], other: str) -> str:
-    """``cfg.caption_column``, else ``text``, else the only column beside ``other``, which finds the image.
+def caption_column(options: Captions, dataset: str, columns: list[str], other: str) -> str:
+    """The column of the captions: ``--caption-column``, else ``text``, else the only column that is not ``other``.
 
     Raises: UserError that lists the columns.
     """
     rest = [column for column in columns if column != other]
     there = ", ".join(columns) or "none"
-    if cfg.caption_column is not None:
-        if cfg.caption_column in columns:
-            return cfg.caption_column
-        raise UserError(f"--caption-column {cfg.caption_column}: no such column in {cfg.dataset}; it has {there}")
+    if options.caption_column is not None:
+        if options.caption_column in columns:
+            return options.caption_column
+        raise UserError(f"--caption-column {options.caption_column}: no such column in {dataset}; it has {there}")
     if "text" in rest:
         return "text"
     if len(rest) == 1:
         return rest[0]
     if not rest:
-        raise UserError(f"{cfg.dataset} has no captions (columns: {there}): add a column `text`, or give --caption")
-    raise UserError(f"{cfg.dataset}: say with --caption-column which column is the caption; it has {there}")
+        raise UserError(f"{dataset} has no captions (columns: {there}): add a column `text`, or give --caption")
+    raise UserError(f"{dataset}: give the column of the captions with --caption-column; the columns are {there}")
 
 
 def parse_captions(value: Any, default: str | None = None) -> tuple[str, ...]:
-    """The captions in a cell, which holds a string or a list of them; ``default`` where it holds none.
+    """The captions in a cell, which holds a text or a list of texts; ``default`` for an empty cell.
 
     Raises: ValueError that says what is wrong.
     """
@@ -111,7 +112,7 @@ def parse_class(value: Any) -> str:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, with or without a byte order mark. Raises: ValueError that names the line."""
+    """The text of a UTF-8 file, with or without a byte order mark. Raises: ValueError that names the line."""
     content = path.read_bytes()
     try:
         return content.decode("utf-8-sig")
@@ -120,8 +121,8 @@ def read_text(path: Path) -> str:
         raise ValueError(f"line {line} is not UTF-8 text; save the file as UTF-8") from None
 
 
-def read_table(path: Path, shown: str) -> tuple[list[str], list[tuple[str, dict[str, Any]]], list[str]]:
-    """The columns, the rows, each with its place as ``shown:line``, and the problems of a metadata table."""
+def read_metadata(path: Path, shown: str) -> tuple[list[str], list[tuple[str, dict[str, Any]]], list[str]]:
+    """Read a metadata table: its columns; its rows, each with its place as ``shown:line``; its problems."""
     try:
         if path.suffix == ".parquet":
             rows, problems = _parquet(path, shown)
@@ -137,7 +138,8 @@ Table = tuple[list[tuple[str, dict[str, Any]]], list[str]]
 
 
 def _jsonl(text: str, shown: str) -> Table:
-    rows, problems = [], []
+    rows: list[tuple[str, dict[str, Any]]] = []
+    problems: list[str] = []
     for number, line in enumerate(text.split("\n"), 1):  # splitlines() would break at U+2028 inside a caption
         if not line.strip():
             continue
@@ -175,7 +177,7 @@ def _csv(text: str, shown: str) -> Table:
 
 
 def _parquet(path: Path, shown: str) -> Table:
-    import pyarrow.parquet  # half a second, and only this format needs it
+    import pyarrow.parquet  # takes half a second, and only this format needs it
 
     table = pyarrow.parquet.read_table(path)
     return [(f"{shown}: row {number}", row) for number, row in enumerate(table.to_pylist())], []

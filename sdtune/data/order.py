@@ -1,4 +1,4 @@
-"""Which image a position shows: seeded permutations one after another, and one shape per optimizer step."""
+"""The order of images: one seeded permutation after another, and one shape per optimizer step."""
 
 import torch
 
@@ -6,22 +6,23 @@ from sdtune.run.rng import generator
 
 
 class Order:
-    """``order[position]`` is an index; a function of seed and position alone.
+    """``order[position]`` is the index of an image. It depends on seed and position only.
 
-    Each bucket is an endless stream: a permutation of its images (times ``repeats``), then another, with no
-    seam at the end of an epoch, so that a bucket smaller than a group works too. In a round each bucket gives
-    as many groups as its images fill, the last not quite, and the groups of a round are permuted. With one
-    bucket this is the plain stream of permutations, whatever the group.
+    Each bucket is an endless stream: a permutation of its images (times ``repeats``), then another one. Groups run
+    across the end of an epoch, so a bucket may be smaller than a group. In a round each bucket gives
+    as many groups as its images fill, rounded up, and the groups of a round are permuted. With one
+    bucket this is one permutation after another, whatever the group.
 
     Args:
-        buckets: the indices of the images of one shape, for each shape.
+        buckets: for each shape, the indices of its images.
         group: images per optimizer step.
     """
 
     def __init__(self, seed: object, buckets: list[list[int]], repeats: int, group: int) -> None:
         self.seed, self.buckets, self.repeats, self.group = seed, buckets, repeats, group
         self.groups = [-(-len(bucket) * repeats // group) for bucket in buckets]  # per round
-        self._kept: dict[object, tuple[int, list]] = {}
+        self._rounds: tuple[int, list[tuple[int, int]]] = (-1, [])
+        self._permutations: dict[object, tuple[int, list[int]]] = {}
 
     def __getitem__(self, position: int) -> int:
         step, j = divmod(position, self.group)
@@ -33,21 +34,20 @@ class Order:
 
     def _round(self, number: int) -> list[tuple[int, int]]:
         """For each step of a round its bucket, and how many groups that bucket gave before it."""
-        kept = self._kept.get("round")
-        if kept is None or kept[0] != number:
+        if self._rounds[0] != number:
             slots = [bucket for bucket, groups in enumerate(self.groups) for _ in range(groups)]
             given = [number * groups for groups in self.groups]
             steps = []
             for slot in self._permutation("rounds", len(slots), number):
                 steps.append((slots[slot], given[slots[slot]]))
                 given[slots[slot]] += 1
-            self._kept["round"] = kept = (number, steps)
-        return kept[1]
+            self._rounds = (number, steps)
+        return self._rounds[1]
 
     def _permutation(self, name: object, count: int, epoch: int) -> list[int]:
-        """Kept until another epoch is asked for: the positions of a worker only grow."""
-        kept = self._kept.get(name)
-        if kept is None or kept[0] != epoch:
+        """Remembers only the last epoch asked for, since the positions of a worker only grow."""
+        last = self._permutations.get(name)
+        if last is None or last[0] != epoch:
             drawn = torch.randperm(count, generator=generator(self.seed, "order", name, epoch))
-            self._kept[name] = kept = (epoch, drawn.tolist())
-        return kept[1]
+            self._permutations[name] = last = (epoch, drawn.tolist())
+        return last[1]

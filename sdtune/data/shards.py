@@ -1,8 +1,8 @@
-"""Data sets in shards, too large to look at image by image: what is in each shard is looked up once and kept.
+"""Datasets in shards, too large to inspect every image before training. Each shard is indexed once.
 
-A shard is a tar file of webdataset's convention (``tars``) or a row group of a parquet file (``row_groups``). What a
-run holds in memory is a few numbers for each shard; where the images of a shard lie is in a file of the cache, mapped
-into memory while a window of the run lies in that shard. Images and captions are read from there, by byte range.
+A shard is a tar file in webdataset's format (``tar_shards``) or a row group of a parquet file (``parquet_shards``). A
+run holds a few numbers for each shard in memory. The places of the images in a shard are in an index file of the cache,
+which is memory-mapped while a window of the run covers that shard. Images and captions are read by byte range.
 """
 
 import hashlib
@@ -18,51 +18,51 @@ from accelerate.utils import broadcast_object_list
 from rich.progress import track
 
 from sdtune.config.sections import UserError
-from sdtune.data.files import remote, stamp_of
-from sdtune.data.metadata import problem_list
-from sdtune.data.probes import cache_root
+from sdtune.data.cache_folder import cache_root
+from sdtune.data.files import file_stamp, is_remote
+from sdtune.data.metadata import listed_error
+from sdtune.data.shard_order import IntArray
 from sdtune.data.sources import Row
 from sdtune.run.processes import store_barrier
 
 _VERSION = 1
 READERS = 16
-"""Shards that are looked up at the same time where they are far away, which is waiting for the most part."""
+"""Remote shards that are indexed at the same time, since most of that time is spent waiting."""
 
 
 class Record(NamedTuple):
-    """One image as it lies in a shard."""
+    """One image of a shard."""
 
     name: str
     captions: tuple[str, ...]
     content: bytes | None
-    """The file; none where it was encoded already."""
+    """The bytes of the image file; None if only its moments are stored."""
 
 
-class Index(NamedTuple):
-    """What is known of a shard; the rest is in ``file``."""
+class ShardIndex(NamedTuple):
+    """The index of a shard. The places of the images are in ``file``."""
 
     file: Path
-    count: int
-    """Images."""
+    images: int
     left_out: int
-    """Samples that lack an image or a caption."""
+    """Samples without an image or a caption."""
     content: str
-    """Hash of what the shard says of itself: names, places and sizes of what it holds."""
+    """Hash of the names, places and sizes of what the shard holds."""
 
 
 class Shards:
-    """A data set in shards. A subclass says how one is opened.
+    """A dataset in shards. A subclass implements ``open``.
 
     Attributes:
-        names: of each shard, for messages.
+        names: the name of each shard, for messages.
         counts: images of each shard, int64.
-        contents: a hash of each shard's table of contents; with the names they make the fingerprint.
-        notes: what a person should know, a line each.
-        column, caption: where captions are, or the one of all images; neither where none is read.
+        contents: a hash of each shard's contents; with the names they make the fingerprint.
+        notes: lines to tell the user.
+        column, caption: the column of the captions, or one caption for all images; both empty if none is read.
     """
 
     rows: tuple[Row, ...] = ()
-    """Nothing is known of single images before they are read."""
+    """Empty: nothing is known of single images before they are read."""
     classes: tuple[str, ...] = ()
 
     def __init__(
@@ -86,27 +86,27 @@ class Shards:
 
     @property
     def sizes(self) -> list[int]:
-        """Images of each part of the data set, of which there is one."""
+        """Images of each part of the dataset. There is one part."""
         return [len(self)]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def open(self, shard: int) -> Any:
-        """What gives the ``Record`` of the n-th image of a shard by ``record(n)``, closed when it is forgotten."""
+        """Open a shard: its ``record(n)`` gives the ``Record`` of image n. It closes when nothing refers to it."""
         raise NotImplementedError
 
-    def place(self, index: int) -> tuple[int, int]:
-        """Shard, and number in it, of the image that is ``index``-th in the order of the names of the shards."""
+    def locate(self, index: int) -> tuple[int, int]:
+        """The shard of image ``index``, and its number in that shard. Shards are in the order of ``names``."""
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         return shard, index - int(self.starts[shard])
 
-    def opened(self, shard: int, lane: int = -1, live: frozenset[int] = frozenset()) -> Any:
-        """The opened shard; a lane keeps those in which its window lies, and closes the others.
+    def get_open(self, shard: int, lane: int = -1, live: frozenset[int] = frozenset()) -> Any:
+        """The opened shard. A lane holds the shards ``live`` of its window open, and closes the others.
 
-        Without a lane it is one that any lane has opened, else it is kept until another is asked for.
+        Without a lane, a shard that any lane has opened is used; else it stays open until another one is needed.
         """
-        if self._process != os.getpid():  # a loader's worker: connections do not survive a fork
+        if self._process != os.getpid():  # a worker of the loader: connections do not survive a fork
             self._opened, self._process = {}, os.getpid()
         if lane == -1:
             lane = next((lane for lane, held in self._opened.items() if shard in held), -1)
@@ -118,22 +118,22 @@ class Shards:
         return mine[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_opened": {}}  # an open file does not travel to a loader's worker
+        return self.__dict__ | {"_opened": {}}  # an open file cannot be sent to a worker of the loader
 
 
-# ---- looking up what is in each shard
+# ---- the index of each shard
 
 
-def look_up(urls: list[str], how: str, build: Callable[[str], tuple[np.ndarray, int, str]]) -> list[Index]:
-    """What is in each shard, from the cache or by ``build``; each process looks up its share.
+def index_shards(urls: list[str], how: str, build: Callable[[str], tuple[IntArray, int, str]]) -> list[ShardIndex]:
+    """The index of each shard, from the cache or made by ``build``. Each process makes a share of the missing ones.
 
     Args:
-        how: what ``build`` looks for; another ``how`` is another index.
-        build: table to keep, samples left out and content of a shard. Raises ValueError or OSError that says what is
-            wrong with it.
+        how: the settings of ``build``; with other settings the index is another one.
+        build: gives the table of places, the number of samples left out, and the hash of the contents of a shard.
+            Raises ValueError or OSError for a shard that cannot be used.
 
     Raises:
-        UserError: names all shards that are damaged or gone.
+        UserError: names all shards that are damaged or missing.
     """
     state, folder = PartialState(), cache_root() / "shards"
     stamps, problems = _stamps(urls)
@@ -156,61 +156,62 @@ def look_up(urls: list[str], how: str, build: Callable[[str], tuple[np.ndarray, 
             new.replace(folder / f"{key}-{len(table)}-{left_out}-{content}.npy")
         except OSError as error:
             way_out = "make room, or set SDTUNE_CACHE to a folder on another disk"
-            raise UserError(f"{folder}: what is in the shards cannot be kept ({error}); {way_out}") from None
+            raise UserError(f"{folder}: the index of the shards cannot be written ({error}); {way_out}") from None
         return None
 
-    with ThreadPoolExecutor(READERS if any(map(remote, urls)) else 1) as pool:
-        # What is wrong in one process's share is found again by all below, so that all of them stop.
-        there, known = [key for key, when in zip(keys, stamps, strict=True) if when], _kept(folder)
-        todo = [key for key in there[state.process_index :: state.num_processes] if key not in known]
+    with ThreadPoolExecutor(READERS if any(map(is_remote, urls)) else 1) as pool:
+        # Below, all processes repeat the shards in which one of them found a fault, so that all of them stop.
+        present = [key for key, when in zip(keys, stamps, strict=True) if when]
+        known = _known_indexes(folder)
+        todo = [key for key in present[state.process_index :: state.num_processes] if key not in known]
         quiet = not state.is_main_process or len(todo) < 64
         found = pool.map(make, todo)
         problems += [p for p in track(found, "Reading shards", total=len(todo), disable=quiet, transient=True) if p]
         store_barrier()
-        known = _kept(folder)
-        again = [key for key in there if key not in known and key not in todo]
-        problems += [problem for problem in pool.map(make, again) if problem]
+        known = _known_indexes(folder)
+        failed = [key for key in present if key not in known and key not in todo]
+        problems += [problem for problem in pool.map(make, failed) if problem]
     if problems:
-        raise problem_list(
+        raise listed_error(
             f"{len(problems)} of {len(urls)} shards cannot be used; mend them, or leave them out", sorted(problems)
         )
-    known = _kept(folder)
+    known = _known_indexes(folder)
     return [known[key] for key in keys]
 
 
-def _kept(folder: Path) -> dict[str, Index]:
-    """All that is known of shards, by key, from one listing of the folder: there may be 100,000 of them."""
+def _known_indexes(folder: Path) -> dict[str, ShardIndex]:
+    """All indexes in the folder by key, from one listing, since there may be 100,000."""
     found = {}
     for file in folder.glob("[!.]*.npy"):
         key, count, left_out, content = file.stem.split("-")
-        found[key] = Index(file, int(count), int(left_out), content)
+        found[key] = ShardIndex(file, int(count), int(left_out), content)
     return found
 
 
 def _stamps(urls: list[str]) -> tuple[list[str], list[str]]:
-    """What changes when a shard does, of each, empty for those that are not there; and what is wrong with these.
+    """For each shard a text that changes when it changes, empty if it is missing; and a line for each missing shard.
 
-    Only the first process asks for shards that are far away.
+    Only the first process asks for remote shards.
     """
     state = PartialState()
 
     def ask(url: str) -> tuple[str, str]:
         try:
-            return stamp_of(url), ""
+            return file_stamp(url), ""
         except FileNotFoundError:
             return "", f"{url}: no such file"
         except OSError as error:
             return "", f"{url}: cannot be read ({error.strerror or error})"
         except UserError:
             raise
-        except Exception as error:  # each file system raises kinds of its own
+        except Exception as error:  # each file system raises other errors
             return "", f"{url}: cannot be read ({str(error) or type(error).__name__})"
 
-    asked = [ask(url) for url in urls if not remote(url)]
-    if far := [url for url in urls if remote(url)]:
+    asked = [ask(url) for url in urls if not is_remote(url)]
+    if remote := [url for url in urls if is_remote(url)]:
         if state.is_main_process:
             with ThreadPoolExecutor(READERS) as pool:
-                asked += pool.map(ask, far)
+                asked += pool.map(ask, remote)
         store_barrier()
         if state.num_processes > 1:
             (asked,) = broadcast_object_list([asked])

@@ -1,7 +1,7 @@
-"""Where images and captions come from: a folder, a dataset saved by ``datasets``, or one on the Hub.
+"""Loads the images and captions of a folder, of a dataset saved by ``datasets``, or of the Hub.
 
-Whatever the source, the result is the same list of rows: name, captions, upright size and hash of the image.
-All that is wrong with a dataset is found here, before training, and all problems of a kind are named at once.
+Every source gives the same list of rows: name, captions, upright size and hash of each image. Everything that is wrong
+with a dataset is found here, before training, and one message names all problems of a kind.
 """
 
 import hashlib
@@ -14,20 +14,20 @@ from typing import Any
 
 import torch
 
-from sdtune.config.sections import Data, UserError
-from sdtune.data.buckets import candidates, nearest
+from sdtune.config.sections import Captions, Data, Run, UserError
+from sdtune.data.buckets import nearest_shape, training_shapes
 from sdtune.data.builtin import BUILT_IN
 from sdtune.data.folders import read_folder
-from sdtune.data.metadata import Found, problem_list
-from sdtune.data.patterns import names_shards
-from sdtune.data.probes import probe_all
-from sdtune.data.tables import cell, is_table, read_table
+from sdtune.data.image_info import inspect_images
+from sdtune.data.metadata import Listing, listed_error
+from sdtune.data.shard_names import is_sharded
+from sdtune.data.tables import is_table, read_cell, read_dataset
 from sdtune.run.rng import generator
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image: its name in the dataset, its captions, its upright size in pixels, the hash of its bytes."""
+    """One image: its name in the dataset, its captions, its size in pixels when upright, the hash of its bytes."""
 
     name: str
     captions: tuple[str, ...]
@@ -35,13 +35,13 @@ class Row:
     height: int
     sha256: str
     mode: str = "RGB"
-    """The smallest Pillow mode that holds all it has: L, LA, RGB or RGBA."""
+    """The smallest Pillow mode that loses nothing: L, LA, RGB or RGBA."""
     label: str | None = None
-    """Its class."""
+    """Its class, if classes are read."""
 
 
-def captioned(images: "Images", captions: Sequence[str]) -> "Images":
-    """The same images, each with ``captions`` in place of its own; one of them is drawn each time."""
+def with_captions(images: "Images", captions: Sequence[str]) -> "Images":
+    """The same images, each with ``captions`` instead of its own. One of them is drawn each time."""
     rows = [replace(row, captions=tuple(captions)) for row in images.rows]
     return replace(images, rows=rows)
 
@@ -52,39 +52,41 @@ class Images:
 
     rows: list[Row]
     ignored: list[str]
-    """Names of stray files that were left alone."""
+    """Names of files that are not used."""
     skipped: list[tuple[str, str]]
-    """Names of bad images left out on request, and what is wrong with each."""
-    sources: list[Path] | list[int]
-    """Per row its file, or its row in ``table``."""
+    """Names of bad images that are left out by ``--on-bad-image skip``, and what is wrong with each."""
+    sources: Sequence[Path | int]
+    """For each row its file, or its row in ``table``."""
     table: Any = None
-    """A ``datasets.Dataset`` of one column, or none for a folder."""
+    """A ``datasets.Dataset`` of one column; None for a folder."""
     fingerprint: str = field(init=False)
-    """Hash of names, image bytes, captions and classes; independent of where the dataset lies."""
+    """Hash of names, image bytes, captions and classes. It does not depend on where the dataset is."""
 
     def __post_init__(self) -> None:
-        listed = sorted((r.name, r.sha256, r.captions, *([r.label] if r.label else [])) for r in self.rows)
-        self.fingerprint = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+        listed: list[Any] = [(r.name, r.sha256, r.captions, *([r.label] if r.label else [])) for r in self.rows]
+        self.fingerprint = hashlib.sha256(json.dumps(sorted(listed)).encode()).hexdigest()
 
     @property
     def sizes(self) -> list[int]:
-        """Images of each part that a stream shows in turn; there is one."""
+        """Images of each part that a stream shows in turn. There is one part."""
         return [len(self.rows)]
 
     def read(self, index: int) -> Path | bytes:
         """The file of an image, or its bytes."""
         source = self.sources[index]
-        return source if isinstance(source, Path) else cell(self.table, source)
+        return source if isinstance(source, Path) else read_cell(self.table, source)
 
     @property
     def classes(self) -> list[str]:
-        """The names of all classes; in order of number where all are whole numbers, else of the alphabet."""
+        """The names of all classes, sorted as numbers if all are whole numbers, else by the alphabet."""
         names = {row.label for row in self.rows if row.label is not None}
-        return sorted(names, key=int if all(re.fullmatch(r"-?\d+", name) for name in names) else str)
+        if all(re.fullmatch(r"-?\d+", name) for name in names):
+            return sorted(names, key=int)
+        return sorted(names)
 
 
 class Mixture:
-    """Two sets of images as one. A stream shows them in turn, so each makes up half, whatever their sizes."""
+    """Two sets of images. A stream shows them in turn, so half of its images are of each set, whatever their sizes."""
 
     def __init__(self, first: Images, second: Images):
         self.parts = (first, second)
@@ -102,63 +104,74 @@ class Mixture:
         return first.read(index) if index < own else second.read(index - own)
 
 
+def caption_options(cfg: Data, captions: bool) -> Captions | None:
+    """The options of ``cfg`` for captions; None if captions are not read."""
+    if not captions:
+        return None
+    assert isinstance(cfg, Captions)
+    return cfg
+
+
 def load_images(
-    cfg: Data, captions: bool = True, default: str | None = None, class_column: str | None = None
+    cfg: Data, captions: bool = True, default_caption: str | None = None, class_column: str | None = None
 ) -> Images:
     """Find, read and check the dataset of ``cfg``.
 
     Args:
-        captions: whether every image needs one; else none is read.
-        default: the caption of images that have none of their own.
-        class_column: column of a table that holds the class of each image; ``folder`` means its folder's name.
+        captions: whether every image needs a caption; else no captions are read.
+        default_caption: of images that have no caption of their own.
+        class_column: the column of the classes; ``folder`` for the names of the folders; ``None`` for no classes.
 
-    Raises: UserError for whatever is wrong with it.
+    Raises: UserError for everything that is wrong with the dataset.
     """
-    if cfg.dataset not in BUILT_IN and names_shards(cfg.dataset):
+    if cfg.dataset not in BUILT_IN and is_sharded(cfg.dataset):
         raise UserError(
             f"--dataset {cfg.dataset}: tar shards are for lora, text-to-image and ddpm; unpack them into a folder"
         )
     folder = BUILT_IN[cfg.dataset]() if cfg.dataset in BUILT_IN else Path(cfg.dataset).expanduser()
-    read = read_folder if folder.is_dir() and not is_table(folder) else read_table
-    return _checked(cfg, read(cfg, folder, captions, default, class_column))
+    read = read_folder if folder.is_dir() and not is_table(folder) else read_dataset
+    return _check_images(cfg, read(cfg, folder, caption_options(cfg, captions), default_caption, class_column))
 
 
-def _checked(cfg: Data, found: Found) -> Images:
+def _check_images(cfg: Data, found: Listing) -> Images:
+    """Inspect the images of a listing. Raises: UserError that names all bad and too small images."""
     count = len(found.names)
-    kept = list(range(count))
+    chosen = list(range(count))
     if cfg.max_train_samples is not None:
+        assert isinstance(cfg, Run)
         drawn = torch.randperm(count, generator=generator(cfg.seed, "max_train_samples"))
-        kept = sorted(drawn[: cfg.max_train_samples].tolist())
+        chosen = sorted(drawn[: cfg.max_train_samples].tolist())
 
     def read(index: int) -> Path | bytes:
-        source = found.sources[kept[index]]
-        return source if isinstance(source, Path) else cell(found.table, source)
+        source = found.sources[chosen[index]]
+        return source if isinstance(source, Path) else read_cell(found.table, source)
 
-    probes = probe_all(found.memo, [found.keys[i] for i in kept], read)
+    infos = inspect_images(found.cache_name, [found.keys[i] for i in chosen], read)
 
-    shapes = candidates(cfg)
-    bad, small = {}, {}
-    for i, probe in zip(kept, probes, strict=True):
-        if probe.problem:
-            bad[i] = probe.problem
+    shapes = training_shapes(cfg)
+    bad: dict[int, str] = {}
+    small: dict[int, str] = {}
+    for i, info in zip(chosen, infos, strict=True):
+        if info.problem:
+            bad[i] = info.problem
             continue
-        width, height = nearest(shapes, probe.width, probe.height)
-        if max(width / probe.width, height / probe.height) > 4:
-            small[i] = f"{probe.width} x {probe.height} is less than a quarter of {width} x {height}"
+        width, height = nearest_shape(shapes, info.width, info.height)
+        if max(width / info.width, height / info.height) > 4:
+            small[i] = f"{info.width} x {info.height} is less than a quarter of {width} x {height}"
     skip = bad | small
     for problems, head in (
         (bad, "cannot be read: repair or remove them, or leave them out with --on-bad-image skip"),
         (small, "too small: lower --resolution, or leave them out with --on-bad-image skip"),
     ):
-        if problems and (cfg.on_bad_image == "error" or len(skip) == len(kept)):
+        if problems and (cfg.on_bad_image == "error" or len(skip) == len(chosen)):
             lines = [f"{found.names[i]}: {problem}" for i, problem in problems.items()]
-            raise problem_list(f"{found.dataset}: {len(problems)} of {len(kept)} images {head}", lines)
+            raise listed_error(f"{found.dataset}: {len(problems)} of {len(chosen)} images {head}", lines)
 
     rows = [
-        Row(found.names[i], found.captions[i], probe.width, probe.height, probe.sha256, probe.mode, found.classes[i])
-        for i, probe in zip(kept, probes, strict=True)
+        Row(found.names[i], found.captions[i], info.width, info.height, info.sha256, info.mode, found.classes[i])
+        for i, info in zip(chosen, infos, strict=True)
         if i not in skip
     ]
-    skipped = [(found.names[i], skip[i]) for i in kept if i in skip]
-    sources = [found.sources[i] for i in kept if i not in skip]
+    skipped = [(found.names[i], skip[i]) for i in chosen if i in skip]
+    sources = [found.sources[i] for i in chosen if i not in skip]
     return Images(rows, found.ignored, skipped, sources, found.table)

@@ -1,29 +1,28 @@
-"""Images by position: which sample the p-th of a run is depends on (seed, p) alone.
+"""Samples by position in the run. The sample at position p depends on (seed, p) only.
 
-A sample is an image, a crop, a flip and a caption; each is drawn from a generator of its own, named by what
-it is for and by the position. So any process can ask for any position in any order, an interrupted run goes
-on with ``stream[p]``, and no sampler has a state. Positions ``[s * group, (s + 1) * group)`` make step s,
-whatever part of a step is a process, an accumulation or a batch (``positions``).
+A sample is an image, a crop, a flip and a caption. Each is drawn from its own generator, which is seeded by a name and
+the position. So any process can ask for any position in any order, an interrupted run continues with ``stream[p]``,
+and no sampler has a state. Positions ``[s * group, (s + 1) * group)`` make step s, however a step is divided into
+processes, accumulation and batches (``positions``).
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from sdtune.config.sections import UserError
-from sdtune.data.buckets import Shape, candidates, nearest
+from sdtune.config.sections import Captions, Data, Run, UserError
+from sdtune.data.buckets import Shape, nearest_shape, training_shapes
 from sdtune.data.images import corner, cover, decode, to_tensor
 from sdtune.data.order import Order
-from sdtune.data.sources import Images, Mixture, Row
+from sdtune.data.sources import Images, Mixture
 from sdtune.run.rng import generator
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image as it is shown once: ``width`` x ``height`` pixels, cut at ``left``, ``top`` in [0, 1]."""
+    """One image as it is shown at a position: ``width`` x ``height`` pixels, cropped at ``left``, ``top`` in [0, 1]."""
 
     index: int
     """Its row in ``images.rows``."""
@@ -35,48 +34,60 @@ class Sample:
     flip: bool
     caption: str
     part: int
-    """0, or 1 when it is of the second part of a ``Mixture``."""
+    """1 for an image of the second part of a ``Mixture``, else 0."""
 
 
 class Stream:
-    """An endless stream of samples addressed by position.
+    """An endless stream of samples, addressed by position.
 
-    ``Order`` says which image a position shows. With buckets the samples of a group have one shape; without,
+    ``Order`` gives the image of a position. With buckets the samples of a group have one shape; without buckets
     the stream does not depend on ``group``. Even positions show the first part of a ``Mixture``, odd ones the second.
 
     Args:
-        cfg: a config with the Data section and a seed.
+        cfg: a config with the sections Data and Run; options of Captions are read if it has them.
         group: images per optimizer step: batch x accumulation x processes.
-        mode: what every image becomes: L, LA, RGB or RGBA.
+        mode: the mode to which all images are converted: L, LA, RGB or RGBA.
+
+    Raises: UserError if all images are held out.
     """
 
-    def __init__(self, cfg: Any, images: Images | Mixture, group: int, mode: str = "RGB") -> None:
-        self.cfg, self.images, self.group, self.mode = cfg, images, group, mode
+    images: Images | Mixture
+    holdout: list[Sample]
+
+    def __init__(self, cfg: Data, images: Images | Mixture, group: int, mode: str = "RGB") -> None:
+        self._configure(cfg, group, mode)
+        self.images = images
         count, held = images.sizes[0], cfg.num_holdout_images
         if held >= count:
             left = f"{cfg.dataset} has {count} usable images"
             raise UserError(f"--num-holdout-images {held} leaves nothing to train on: {left}")
-        drawn = torch.randperm(count, generator=generator(cfg.seed, "holdout")).tolist() if held else []
+        drawn = torch.randperm(count, generator=generator(self.seed, "holdout")).tolist() if held else []
         held_out = sorted(drawn[:held])
         self.indices = sorted(set(range(len(images.rows))) - set(held_out))
-        shapes = candidates(cfg)
-        self.shapes: list[Shape] = [nearest(shapes, row.width, row.height) for row in images.rows]
+        shapes = training_shapes(cfg)
+        self.shapes: list[Shape] = [nearest_shape(shapes, row.width, row.height) for row in images.rows]
         self.buckets: dict[Shape, list[int]] = {}
         for index in self.indices:
             self.buckets.setdefault(self.shapes[index], []).append(index)
         self.first = count
         self.orders = [self._order(part, len(images.sizes)) for part in range(len(images.sizes))]
         self.epoch_length = (count - held) * cfg.repeats * len(self.orders)
-        self.holdout = [self._plain(index) for index in held_out]
+        self.holdout = [self._unaugmented(index) for index in held_out]
+
+    def _configure(self, cfg: Data, group: int, mode: str) -> None:
+        assert isinstance(cfg, Run)
+        self.cfg: Data = cfg
+        self.seed, self.group, self.mode = cfg.seed, group, mode
+        self.caption_options = cfg if isinstance(cfg, Captions) else None
 
     def __getitem__(self, position: int) -> Sample:
-        """Sample ``position`` of the run, without its pixels."""
+        """The sample at ``position``, without its pixels."""
         turn, part = divmod(position, len(self.orders))
-        sample = self._plain(self.orders[part][turn])
-        return self._varied(sample, self.images.rows[sample.index].captions, position)
+        sample = self._unaugmented(self.orders[part][turn])
+        return self._augmented(sample, self.images.rows[sample.index].captions, position)
 
-    def _varied(self, sample: Sample, captions: tuple[str, ...], position: int) -> Sample:
-        """The sample with the crop, flip and caption of a position."""
+    def _augmented(self, sample: Sample, captions: tuple[str, ...], position: int) -> Sample:
+        """``sample`` with the crop, flip and caption of a position."""
         if not self.cfg.center_crop:
             left, top = torch.rand(2, generator=self._rng("crop", position)).tolist()
             sample = replace(sample, left=left, top=top)
@@ -85,41 +96,46 @@ class Stream:
         return replace(sample, caption=self._caption(captions, position))
 
     def _order(self, part: int, parts: int) -> Order:
-        """Of the images of one part; the second has draws of its own, and no repeats, since it never ends an epoch."""
-        buckets = [[i for i in held if (i >= self.first) == part] for _, held in sorted(self.buckets.items())]
-        seed, repeats = (self.cfg.seed, self.cfg.repeats) if part == 0 else ((self.cfg.seed, part), 1)
-        return Order(seed, [held for held in buckets if held], repeats, self.group // parts or 1)
+        """The order of the images of one part. The second part has its own draws and no repeats."""
+        buckets = [[i for i in bucket if (i >= self.first) == part] for _, bucket in sorted(self.buckets.items())]
+        seed: object = self.seed if part == 0 else (self.seed, part)
+        repeats = self.cfg.repeats if part == 0 else 1
+        return Order(seed, [bucket for bucket in buckets if bucket], repeats, self.group // parts or 1)
 
     # ---- draws
 
     def _rng(self, *names: object) -> torch.Generator:
-        return generator(self.cfg.seed, *names)
+        return generator(self.seed, *names)
 
     def _uniform(self, purpose: str, position: int) -> float:
-        return torch.rand((), generator=self._rng(purpose, position)).item()
+        return float(torch.rand((), generator=self._rng(purpose, position)))
 
-    def _plain(self, index: int) -> Sample:
+    def _unaugmented(self, index: int) -> Sample:
         """Centre crop, no flip, first caption."""
         row, (width, height) = self.images.rows[index], self.shapes[index]
         caption = row.captions[0] if row.captions else ""
         return Sample(index, row.name, width, height, 0.5, 0.5, False, caption, int(index >= self.first))
 
     def _caption(self, captions: tuple[str, ...], position: int) -> str:
-        cfg = self.cfg
-        if not captions or (cfg.caption_dropout and self._uniform("dropout", position) < cfg.caption_dropout):
+        options = self.caption_options
+        if not captions or options is None:
+            return ""
+        if options.caption_dropout and self._uniform("dropout", position) < options.caption_dropout:
             return ""
         caption = captions[0]
         if len(captions) > 1:
-            caption = captions[torch.randint(len(captions), (), generator=self._rng("caption", position)).item()]
+            drawn = torch.randint(len(captions), (), generator=self._rng("caption", position))
+            caption = captions[int(drawn)]
         if not self._shuffles(caption):
             return caption
         tags = _tags(caption)
-        front, rest = tags[: cfg.keep_tags], tags[cfg.keep_tags :]
+        front, rest = tags[: options.keep_tags], tags[options.keep_tags :]
         order = torch.randperm(len(rest), generator=self._rng("tags", position)).tolist()
         return ", ".join(front + [rest[i] for i in order])
 
     def _shuffles(self, caption: str) -> bool:
-        return self.cfg.shuffle_tags and len(_tags(caption)) > self.cfg.keep_tags + 1
+        options = self.caption_options
+        return options is not None and options.shuffle_tags and len(_tags(caption)) > options.keep_tags + 1
 
     # ---- pixels
 
@@ -139,22 +155,22 @@ class Stream:
             self.cfg.image_interpolation_mode,
         )
 
-    def pixel_key(self, sample: Sample) -> str:
-        """Names what ``pixels(sample)`` returns: image bytes, shape, crop in pixels, flip, mode, filter."""
+    def pixel_key(self, sample: Sample) -> Any:
+        """A key for ``pixels(sample)``: image bytes, shape, crop in pixels, flip, mode, filter."""
         row, width, height = self.images.rows[sample.index], sample.width, sample.height
         x, y = corner((row.width, row.height), width, height, sample.left, sample.top)
         flip = "-flip" if sample.flip else ""
         mode = "" if self.mode == "RGB" else f"-{self.mode}"
         return f"{row.sha256}-{width}x{height}+{x}+{y}{flip}{mode}-{self.cfg.image_interpolation_mode}"
 
-    # ---- what can be computed once
+    # ---- what can be cached
 
     @property
     def pixels_cacheable(self) -> str | None:
-        """None when every image has few variants (``pixel_variants``), else why not."""
+        """None if all ``pixel_variants`` can be listed, else the reason why not."""
         if self.cfg.center_crop or not any(self._slack(index) for index in self.indices):
             return None
-        return "random crops differ each time; --center-crop makes them alike"
+        return "random crops differ each time; use --center-crop"
 
     def _slack(self, index: int) -> bool:
         row, shape = self.images.rows[index], self.shapes[index]
@@ -162,19 +178,19 @@ class Stream:
 
     @property
     def text_cacheable(self) -> str | None:
-        """None when ``texts`` holds every caption that the stream can give, else why not."""
+        """None if ``texts`` holds every caption that the stream can give, else the reason why not."""
         captions = (caption for index in self.indices for caption in self.images.rows[index].captions)
         return "shuffled tags differ each time" if any(map(self._shuffles, captions)) else None
 
     def pixel_variants(self) -> list[Sample]:
-        """A sample for each ``pixel_key`` that training and holdout can ask for, if ``pixels_cacheable``."""
-        variants = [self._plain(index) for index in self.indices]
+        """A sample for each ``pixel_key`` of training and holdout; only if ``pixels_cacheable`` is None."""
+        variants = [self._unaugmented(index) for index in self.indices]
         if self.cfg.random_flip:
             variants = [replace(sample, flip=flip) for sample in variants for flip in (False, True)]
         return list({self.pixel_key(sample): sample for sample in variants + self.holdout}.values())
 
     def texts(self) -> list[str]:
-        """All captions as they are written, and the empty one, sorted."""
+        """All captions as they are written, and the empty caption, sorted."""
         return sorted({caption for row in self.images.rows for caption in row.captions} | {""})
 
 
@@ -184,7 +200,7 @@ def _tags(caption: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Positions:
-    """A batch sampler: lists of positions in the order in which one process trains on them."""
+    """A batch sampler: lists of positions, in the order in which one process trains on them."""
 
     first_step: int
     steps: int
@@ -206,73 +222,3 @@ class Positions:
 def positions(first_step: int, steps: int, batch: int, accumulation: int, rank: int, world: int) -> Positions:
     """The batches of ``rank`` for ``steps`` optimizer steps, micro-batch after micro-batch."""
     return Positions(first_step, steps, batch, accumulation, rank, world)
-
-
-# ---- what to read before training
-
-
-def report(stream: Stream, count_tokens: Callable[[str], int] | None = None, window: int = 77) -> list[str]:
-    """What a person should know of the data before training, one line each.
-
-    Args:
-        count_tokens: length of a caption in tokens, begin and end marks included; none reads no caption.
-        window: the most tokens the text encoder reads, begin and end marks included.
-    """
-    images, rows = stream.images, stream.images.rows
-    held = f", {len(stream.holdout)} more held out" if stream.holdout else ""
-    if len(images.sizes) > 1:
-        held += f", {images.sizes[1]} of them of the class; each step shows as many of the class as of the subject"
-    steps = f"{stream.epoch_length / stream.group:.4g} steps of {stream.group} images"
-    lines = [f"images: {len(stream.indices)}{held}; an epoch is {steps}"]
-    if images.ignored:
-        lines.append(f"other files, ignored: {len(images.ignored)} ({_few(images.ignored)})")
-    if images.skipped:
-        named = [f"{name}: {reason}" for name, reason in images.skipped]
-        lines.append(f"bad images, left out: {len(named)} ({_few(named)})")
-    if stream.cfg.buckets:
-        lines.append(_bucket_line(stream))
-    lines += _small_line(stream)
-    copies = [count for count in Counter(row.sha256 for row in rows).values() if count > 1]
-    if copies:
-        lines.append(f"exact copies of other images, so seen more often: {sum(copies) - len(copies)}")
-    if count_tokens:
-        lines += _long_captions(rows, count_tokens, window)
-    return lines
-
-
-def _few(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _bucket_line(stream: Stream) -> str:
-    sizes = sorted(stream.buckets.items(), key=lambda item: (-len(item[1]), item[0]))
-    line = "buckets: " + ", ".join(f"{width} x {height}: {len(held)}" for (width, height), held in sizes)
-    least = len(sizes[-1][1]) * stream.cfg.repeats
-    share = -(-least // stream.group) * stream.group / least
-    if share > 1:
-        line += f"; a step has one shape, so images of the last are seen {share:.3g} times an epoch"
-    return line
-
-
-def _small_line(stream: Stream) -> list[str]:
-    scales = []
-    for index in stream.indices:
-        row, (width, height) = stream.images.rows[index], stream.shapes[index]
-        scales.append((max(width / row.width, height / row.height), row))
-    small = [(scale, row) for scale, row in scales if scale > 1]
-    if not small:
-        return []
-    _, row = max(small, key=lambda item: item[0])
-    least = f"the smallest is {row.name}, {row.width} x {row.height}"
-    return [f"images smaller than their training shape, enlarged: {len(small)} ({least})"]
-
-
-def _long_captions(rows: list[Row], count_tokens: Callable[[str], int], window: int) -> list[str]:
-    lengths = [(count_tokens(caption), row.name) for row in rows for caption in row.captions]
-    over = sorted([(length, name) for length, name in lengths if length > window], key=lambda item: -item[0])
-    if not over:
-        return []
-    lost = sum(length - window for length, _ in over)
-    longest = ", ".join(f"{name}: {length}" for length, name in over[:3])
-    head = f"captions over the text encoder's {window} tokens"
-    return [f"{head}: {len(over)}, {lost} tokens lost (longest {longest})"]

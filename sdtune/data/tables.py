@@ -1,4 +1,4 @@
-"""A table of images through ``datasets``: saved by ``save_to_disk``, downloaded, or on the Hub."""
+"""Reads a table of images with ``datasets``: saved by ``save_to_disk``, downloaded, or on the Hub."""
 
 import difflib
 import re
@@ -7,24 +7,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdtune.config.sections import Data, UserError
+from sdtune.config.sections import Captions, Data, Model, UserError
 from sdtune.data.builtin import BUILT_IN
+from sdtune.data.cache_folder import local_stamp
 from sdtune.data.metadata import (
     TABLES,
-    Found,
+    Listing,
     caption_column,
     class_column,
+    listed_error,
     parse_captions,
     parse_class,
-    problem_list,
 )
-from sdtune.data.probes import stamp
 
 _FORMS = f"a folder of images, a Hub id such as user/name, a dataset saved by save_to_disk, or {' or '.join(BUILT_IN)}"
 
 
 def is_table(folder: Path) -> bool:
-    """Whether the folder is for ``datasets`` to load: a saved dataset, or a copy of a Hub repository."""
+    """Whether ``datasets`` can load the folder: it is a saved dataset, or a copy of a Hub repository."""
     shards = (path for path in (folder / "data").glob("*.parquet") if path.name not in TABLES)
     return _is_saved(folder) or any(shards)
 
@@ -33,28 +33,31 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def read_table(
-    cfg: Data, folder: Path, wanted: bool, default: str | None = None, class_from: str | None = None
-) -> Found:
-    """The split of a dataset, images undecoded; for ``wanted``, ``default``, ``class_from`` see ``read_folder``."""
+def read_dataset(
+    cfg: Data,
+    folder: Path,
+    captions: Captions | None,
+    default_caption: str | None,
+    class_from: str | None,
+) -> Listing:
+    """The split of a dataset, with undecoded images. The arguments are those of ``read_folder``."""
     if not folder.is_dir() and not _is_hub_id(cfg.dataset):
         raise UserError(f"--dataset {cfg.dataset}: {_missing(folder)}; give {_FORMS}")
-    import datasets  # a second; folders do without
+    import datasets  # takes a second, and folders do not need it
 
     try:
         if folder.is_dir() and _is_saved(folder):
             table = datasets.load_from_disk(str(folder))
         else:
             at = str(folder) if folder.is_dir() else cfg.dataset
-            # cache_dir is an option of the base model, which a recipe may be without.
-            cache_dir = getattr(cfg, "cache_dir", None)
+            cache_dir = cfg.cache_dir if isinstance(cfg, Model) else None
             table = datasets.load_dataset(
                 at,
                 cfg.dataset_config_name,
                 revision=cfg.dataset_revision,
                 cache_dir=cache_dir and str(cache_dir),
             )
-    except Exception as error:  # the library's, the Hub's or the network's
+    except Exception as error:  # of the library, the Hub or the network
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         here = "" if folder.is_dir() else ", and there is no such folder"
         raise UserError(f"--dataset {cfg.dataset} cannot be loaded: {reason}{here}; give {_FORMS}") from error
@@ -62,23 +65,23 @@ def read_table(
         if cfg.split not in table:
             raise UserError(f"--split {cfg.split}: no such split in {cfg.dataset}; it has {', '.join(table)}")
         table = table[cfg.split]
-    return _from_table(cfg, table.with_format(None), wanted, default, class_from)
+    return _list_table(cfg, table.with_format(None), captions, default_caption, class_from)
 
 
-def files_of(cfg: Data) -> list[str]:
+def split_files(cfg: Data) -> list[str]:
     """The parquet or tar files of a split, as paths or ``hf://`` URLs of one commit; none is downloaded."""
     folder = Path(cfg.dataset).expanduser()
     if not folder.is_dir() and not _is_hub_id(cfg.dataset):
         raise UserError(
-            f"--dataset {cfg.dataset}: {_missing(folder)}; --streaming wants a Hub id, or tar shards by name"
+            f"--dataset {cfg.dataset}: {_missing(folder)}; --streaming needs a Hub id, or the names of tar shards"
         )
-    import datasets  # a second; folders do without
+    import datasets  # takes a second, and folders do not need it
 
     at = str(folder) if folder.is_dir() else cfg.dataset
     try:
         builder = datasets.load_dataset_builder(at, cfg.dataset_config_name, revision=cfg.dataset_revision)
         splits = builder.config.data_files or {}
-    except Exception as error:  # the library's, the Hub's or the network's
+    except Exception as error:  # of the library, the Hub or the network
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"--dataset {cfg.dataset} cannot be loaded: {reason}") from error
     if cfg.split not in splits:
@@ -91,7 +94,9 @@ def files_of(cfg: Data) -> list[str]:
     return files
 
 
-def _from_table(cfg: Data, table: Any, wanted: bool, default: str | None, class_from: str | None) -> Found:
+def _list_table(
+    cfg: Data, table: Any, captions: Captions | None, default_caption: str | None, class_from: str | None
+) -> Listing:
     import datasets
 
     columns = ", ".join(table.column_names)
@@ -107,32 +112,30 @@ def _from_table(cfg: Data, table: Any, wanted: bool, default: str | None, class_
         raise UserError(f"--dataset {cfg.dataset}: no images in split {cfg.split}")
 
     count = len(table)
-    if not wanted:
+    if captions is None:
         found: list[tuple[str, ...]] = [()] * count
-    elif cfg.caption is not None:
-        found = [(cfg.caption,)] * count
-    elif default is not None and cfg.caption_column is None and "text" not in table.column_names:
-        found = [(default,)] * count
+    elif captions.caption is not None:
+        found = [(captions.caption,)] * count
+    elif default_caption is not None and captions.caption_column is None and "text" not in table.column_names:
+        found = [(default_caption,)] * count
     else:
-        column = caption_column(cfg, table.column_names, cfg.image_column)
+        column = caption_column(captions, cfg.dataset, table.column_names, cfg.image_column)
         head = f"{cfg.dataset}: every image needs a caption; or give --caption for all"
-        found = _parsed(table[column], partial(parse_captions, default=default), head)
+        found = _parsed(table[column], partial(parse_captions, default=default_caption), head)
     classes: list[Any] = [None] * count
     if class_from:
         column = class_column(class_from, table.column_names, cfg.dataset)
-        cells, names = (
-            table[column],
-            getattr(table.features[column], "names", None),
-        )  # of a ClassLabel, which has -1 too
-        if names:
-            cells = [names[cell] if cell is not None and cell >= 0 else None for cell in cells]
+        cells, feature = table[column], table.features[column]
+        if isinstance(feature, datasets.ClassLabel):
+            # -1 stands for a missing class.
+            cells = [feature.names[cell] if cell is not None and cell >= 0 else None for cell in cells]
         classes = _parsed(cells, parse_class, f"{cfg.dataset}: every image needs a class in column {column}")
     # The fingerprint alone is not enough: one made by `map` over files stays the same when the files change.
-    stamps = [stamp(Path(file["filename"])) for file in table.cache_files]
+    stamps = [local_stamp(Path(file["filename"])) for file in table.cache_files]
     images = table.select_columns([cfg.image_column]).cast_column(cfg.image_column, datasets.Image(decode=False))
-    return Found(
+    return Listing(
         dataset=cfg.dataset,
-        memo=f"{table._fingerprint} {cfg.image_column} {stamps}",
+        cache_name=f"{table._fingerprint} {cfg.image_column} {stamps}",
         keys=[str(i) for i in range(count)],
         names=[f"row {i}" for i in range(count)],
         captions=found,
@@ -143,28 +146,30 @@ def _from_table(cfg: Data, table: Any, wanted: bool, default: str | None, class_
 
 
 def _parsed(cells: Iterable[Any], parse: Callable[[Any], Any], head: str) -> list[Any]:
-    """Each cell as ``parse`` reads it. Raises: UserError that begins with ``head`` and names the rows it cannot."""
-    found, problems = [], []
+    """``parse`` of each cell. Raises: UserError that begins with ``head`` and names the rows that cannot be read."""
+    found: list[Any] = []
+    problems: list[str] = []
     for number, value in enumerate(cells):
         try:
             found.append(parse(value))
         except ValueError as error:
             problems.append(f"row {number}: {error}")
     if problems:
-        raise problem_list(head, problems)
+        raise listed_error(head, problems)
     return found
 
 
-def cell(table: Any, row: int) -> Path | bytes:
-    """The bytes of an image in a table of undecoded images, or where its file is."""
+def read_cell(table: Any, row: int) -> Path | bytes:
+    """The bytes of an image in a table of undecoded images, or the path of its file."""
     (image,) = table[row].values()
     if image is None:
         return b""
-    return image["bytes"] if image["bytes"] is not None else Path(image["path"])
+    content: bytes | None = image["bytes"]
+    return content if content is not None else Path(image["path"])
 
 
 def _is_hub_id(dataset: str) -> bool:
-    """``user/name``, unless there is a folder ``user`` here: then it is more likely a mistyped path."""
+    """Whether it is ``user/name``. If there is a folder ``user`` here, it is more likely a mistyped path."""
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", dataset)) and not Path(dataset).parent.is_dir()
 
 

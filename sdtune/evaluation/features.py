@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from sdtune.config.sections import UserError
 from sdtune.data import Images, cache_root
-from sdtune.data.cache import Store, digest, weights_digest, write
+from sdtune.data.cache import Store, digest, weights_digest, write_tensors
 from sdtune.data.images import decode
 from sdtune.evaluation.inception import Inception, download, load_inception
 from sdtune.models.vision import device, frozen, load_pretrained
@@ -111,7 +111,7 @@ def features_of(images: Images, network: nn.Module, rows: Sequence[int] | None =
                 squares = list(pool.map(lambda key: read(images, by_content[key], network.side), keys))
                 found |= zip(keys, forward(squares, network).clone(), strict=True)
                 bar.advance(task, len(keys))
-            write(folder / f"{digest(*chunk)}.safetensors", found)
+            write_tensors(folder / f"{digest(*chunk)}.safetensors", found)
     store = Store(folder)
     return torch.stack([store[images.rows[i].sha256] for i in rows])
 

@@ -38,9 +38,8 @@ def class_images(cfg: DreamBoothConfig, family: Any) -> Images:
     """
     folder = (cfg.class_data or cfg.output_dir / FOLDER).expanduser()
     if family.device.type == "meta" and len(image_files(folder)) < cfg.num_class_images:
-        return load_images(
-            cfg, default=cfg.instance_prompt
-        )  # a check generates none: the subject's own take their place
+        # Nothing is drawn on the meta device: the images of the subject take their place.
+        return load_images(cfg, default_caption=cfg.instance_prompt)
     own = [p for p in image_files(folder) if not p.name.startswith(MADE)]
     missing_count = cfg.num_class_images - len(own)
     if missing_count > 0:
@@ -55,7 +54,7 @@ def class_images(cfg: DreamBoothConfig, family: Any) -> Images:
     caption = cfg.class_prompt[0] if cfg.class_prompt else None
     changed = {"dataset": str(folder), "caption": None, "caption_column": None}
     changed["max_train_samples"] = cfg.num_class_images
-    return load_images(cfg.model_copy(update=changed), default=caption)
+    return load_images(cfg.model_copy(update=changed), default_caption=caption)
 
 
 def prepare_folder(cfg: DreamBoothConfig, folder: Path, own: list[Path], missing_count: int) -> None:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from sdtune.config.methods.classifier import ClassifierConfig
 from sdtune.data import Stream, load_images
-from sdtune.data.pixels import classes_of, mode_for, pixels
+from sdtune.data.pixel_dataset import choose_mode, class_names, pixel_dataset
 from sdtune.diffusion import noise_schedule
 from sdtune.diffusion.objective import DDPM
 from sdtune.models import pixel_models
@@ -30,12 +30,12 @@ class Classifier(Recipe):
         self.scheduler = noise_schedule.classifier_scheduler(cfg)
         self.process = DDPM(self.scheduler.alphas_cumprod)
         self.images = load_images(cfg, captions=False, class_column=cfg.class_column)
-        self.mode = mode_for(cfg, self.images, None)
-        self.classes = classes_of(cfg, self.images)
+        self.mode = choose_mode(cfg, self.images, None)
+        self.classes = class_names(cfg, self.images)
         self.classifier = pixel_models.classifier(cfg, len(self.mode), len(self.classes))
 
     def dataset(self, group, log):
-        return pixels(self.cfg, Stream(self.cfg, self.images, group, self.mode), log, self.classes)
+        return pixel_dataset(self.cfg, Stream(self.cfg, self.images, group, self.mode), log, self.classes)
 
     def forward(self, batch):
         t, y = self.process.timesteps(batch["u"]), batch["label"]

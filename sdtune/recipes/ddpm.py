@@ -10,7 +10,7 @@ import torch
 
 from sdtune.config.methods.ddpm import DdpmConfig
 from sdtune.data import open_images, open_stream
-from sdtune.data.pixels import classes_of, mode_for, pixels
+from sdtune.data.pixel_dataset import choose_mode, class_names, pixel_dataset
 from sdtune.diffusion import noise_schedule
 from sdtune.diffusion.objective import DDPM, denoising_loss
 from sdtune.diffusion.pixel_sampler import draw, to_images
@@ -28,15 +28,15 @@ class Ddpm(Recipe):
         self.scheduler = noise_schedule.noise_scheduler(cfg, model.scheduler)
         self.objective = DDPM.of(cfg, self.scheduler)
         self.images = open_images(cfg, captions=False, class_column=cfg.class_column)
-        self.mode = mode_for(cfg, self.images, model.channels)
-        self.classes = classes_of(cfg, self.images, model.classes)
+        self.mode = choose_mode(cfg, self.images, model.channels)
+        self.classes = class_names(cfg, self.images, model.classes)
         self.unet = pixel_models.build(cfg, model, len(self.mode), self.classes)
 
     def dataset(self, group, log):
         for line in (pixel_models.describe(self.unet), *noise_schedule.describe(self.scheduler)):
             log(line)
         stream = open_stream(self.cfg, self.images, group, self.mode)
-        return pixels(self.cfg, stream, log, self.classes, self.cfg.class_dropout)
+        return pixel_dataset(self.cfg, stream, log, self.classes, self.cfg.class_dropout)
 
     def forward(self, batch):
         c = batch.get("label")

@@ -14,7 +14,7 @@ from torch import nn
 
 from sdtune import __version__
 from sdtune.data import Images, Mixture, Shards, open_images, open_stream
-from sdtune.data.captioned import text_to_image
+from sdtune.data.text_to_image import text_to_image_dataset
 from sdtune.diffusion.objective import denoising_loss
 from sdtune.models import families
 from sdtune.recipes.recipe import Recipe
@@ -46,7 +46,7 @@ class FineTune(Recipe):
 
     def dataset(self, group, log):
         stream = open_stream(self.cfg, self.images, group)
-        return text_to_image(self.cfg, self.family, stream, log, trains_text=self.trains_text)
+        return text_to_image_dataset(self.cfg, self.family, stream, log, trains_text=self.trains_text)
 
     def forward(self, batch):
         x0, text = self.family.latents(batch), self.family.conditioning(batch)

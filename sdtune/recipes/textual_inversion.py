@@ -7,7 +7,7 @@ template such as "a photo of {}", drawn at random, captions it with the new word
 """
 
 from sdtune.config.methods.textual_inversion import TextualInversionConfig
-from sdtune.data import captioned, load_images
+from sdtune.data import load_images, with_captions
 from sdtune.models import new_token
 from sdtune.models.formats import embedding
 from sdtune.recipes.caption_templates import filled
@@ -27,7 +27,7 @@ class TextualInversion(FineTune):
         cfg = self.cfg
         if cfg.caption or cfg.caption_column:
             return new_token.require_word(cfg.placeholder_token, load_images(cfg))
-        return captioned(load_images(cfg, captions=False), filled(cfg))
+        return with_captions(load_images(cfg, captions=False), filled(cfg))
 
     def forward(self, batch):
         loss = super().forward(batch)

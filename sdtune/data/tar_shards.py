@@ -1,9 +1,10 @@
-"""Tar files of webdataset's convention: the members of a sample follow one another, under one name but for the ending.
+"""Tar files in webdataset's format: the members of a sample follow one another and differ only in their endings.
 
     000017.jpg 000017.txt 000018.jpg 000018.txt ...
 
-A tar has no table of contents, so the headers of each are walked once. Kept are 32 bytes for each image: where it and
-its caption lie. The header in front of an image gives its name when it is read, and tells a file that was changed.
+A tar file has no table of contents, so all its headers are read once. The index holds 32 bytes for each image: the
+places of the image and its caption. When an image is read, the header in front of it gives its name and shows whether
+the file has changed.
 """
 
 import hashlib
@@ -14,40 +15,40 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from sdtune.config.sections import UserError
-from sdtune.data.files import opened, patiently, remote, system_of
+from sdtune.config.sections import Captions, Data, UserError
+from sdtune.data.files import file_system, is_remote, open_file, read_with_retries
 from sdtune.data.images import EXTENSIONS
 from sdtune.data.metadata import parse_captions
-from sdtune.data.shards import Record, Shards, look_up
+from sdtune.data.shard_order import IntArray
+from sdtune.data.shards import Record, Shards, index_shards
 
 BLOCK = tarfile.BLOCKSIZE
 IMAGE = "image"
-"""``--image-column`` when it is not given: a member of any accepted extension."""
+"""The default of ``--image-column``: a member with any accepted ending."""
 
 
-def open_tars(cfg: Any, urls: list[str], captions: bool) -> "Tars":
-    """The shards at ``urls``, all of them looked into.
+def open_tar_shards(cfg: Data, urls: list[str], captions: Captions | None) -> "TarShards":
+    """Index the tar files at ``urls``.
 
     Args:
-        captions: whether every image needs one; else none is read.
+        captions: whether every image needs a caption; else none is read.
     """
-    column = (cfg.caption_column or "txt") if captions and cfg.caption is None else None
+    column = (captions.caption_column or "txt") if captions and captions.caption is None else None
     strict = cfg.on_bad_image == "error"
     how = repr((cfg.image_column, column, strict))
-    found = look_up(urls, how, lambda url: contents(url, cfg.image_column, column, strict))
+    found = index_shards(urls, how, lambda url: index_tar(url, cfg.image_column, column, strict))
     left_out = sum(index.left_out for index in found)
     notes = [f"samples without an image or a caption, left out: {left_out}"] if left_out else []
-    if empty := sum(index.count == 0 for index in found):
+    if empty := sum(index.images == 0 for index in found):
         notes.append(f"empty shards: {empty}")
-    caption = (cfg.caption,) if captions and cfg.caption is not None else ()
-    return Tars(
+    caption = (captions.caption,) if captions and captions.caption is not None else ()
+    return TarShards(
         urls,
         [index.file for index in found],
-        [i.count for i in found],
+        [i.images for i in found],
         [i.content for i in found],
         notes,
         column,
@@ -55,8 +56,8 @@ def open_tars(cfg: Any, urls: list[str], captions: bool) -> "Tars":
     )
 
 
-class Tars(Shards):
-    """Args: urls, index files, images and contents of the shards; column of the caption, or one caption for all."""
+class TarShards(Shards):
+    """Tar files. ``files`` are their index files; for the other arguments see ``Shards``."""
 
     def __init__(
         self,
@@ -71,35 +72,37 @@ class Tars(Shards):
         super().__init__([url.rpartition("/")[2] for url in urls], counts, contents, notes, column, caption)
         self.urls, self.files = urls, files
 
-    def open(self, shard: int) -> "Tar":
-        return Tar(self, shard)
+    def open(self, shard: int) -> "OpenTar":
+        return OpenTar(self, shard)
 
 
-class Tar:
-    """One tar file, opened."""
+class OpenTar:
+    """An opened tar file."""
 
-    def __init__(self, shards: Tars, shard: int):
+    def __init__(self, shards: TarShards, shard: int):
         self.closing = ExitStack()
         self.url, self.name, self.shards = shards.urls[shard], shards.names[shard], shards
         self.table = np.load(shards.files[shard], mmap_mode="r")
-        if remote(self.url):
-            self.system, self.path = system_of(self.url)
+        if is_remote(self.url):
+            self.system, self.path = file_system(self.url)
         else:
             try:
                 self.file = os.open(self.url, os.O_RDONLY)
             except OSError as error:
-                raise UserError(f"{self.url} was there when training began, but not now: {error.strerror}") from None
+                raise UserError(
+                    f"{self.url} could be read when training began, but not now: {error.strerror}"
+                ) from None
             self.closing.callback(os.close, self.file)
 
     def __del__(self) -> None:
         self.closing.close()
 
     def record(self, nth: int) -> Record:
-        """Raises: ValueError that says what is wrong with the caption."""
+        """Raises: ValueError if the caption cannot be used."""
         at, size, text_at, text_size = self.table[nth].tolist()
         first = (min(at, text_at) if text_size else at) - BLOCK
         last = max(at + size, text_at + text_size)
-        data = self._bytes(first, last)  # members of a sample are neighbours: one read
+        data = self._bytes(first, last)  # the members of a sample are neighbours, so one read is enough
         member = self._member(data, at - first, size)
         if not self.shards.column:
             captions = self.shards.caption
@@ -109,8 +112,10 @@ class Tar:
         return Record(f"{self.name}/{member}", captions, data[at - first :][:size])
 
     def _bytes(self, first: int, last: int) -> bytes:
-        if remote(self.url):
-            return patiently(self.url, lambda: self.system.cat_file(self.path, start=first, end=last))
+        if is_remote(self.url):
+            system, path = self.system, self.path
+            data: bytes = read_with_retries(self.url, lambda: system.cat_file(path, start=first, end=last))
+            return data
         return os.pread(self.file, last - first, first)
 
     def _member(self, data: bytes, at: int, size: int) -> str:
@@ -121,7 +126,7 @@ class Tar:
                 return header.name.encode(errors="surrogateescape").decode(errors="backslashreplace")
         except tarfile.HeaderError:
             pass
-        raise UserError(f"{self.url} changed since this command looked into it; give the command again")
+        raise UserError(f"{self.url} has changed since this command read its headers; start the command again")
 
 
 def _captions(data: bytes, kind: str, column: str) -> tuple[str, ...]:
@@ -136,52 +141,56 @@ def _captions(data: bytes, kind: str, column: str) -> tuple[str, ...]:
     except ValueError:
         cells = None
     if not isinstance(cells, dict):
-        raise ValueError("its .json member is no JSON object")
+        raise ValueError("its .json member is not a JSON object")
     return parse_captions(cells.get(column))
 
 
-# ---- what is in a tar
+# ---- the index of a tar file
 
 
-def contents(url: str, image: str, column: str | None, strict: bool) -> tuple[np.ndarray, int, str]:
-    """Offset and size of each image and its caption, int64 ``[images, 4]``; samples without either; a hash.
+def index_tar(url: str, image: str, column: str | None, strict: bool) -> tuple[IntArray, int, str]:
+    """Offset and size of each image and of its caption, int64 ``[images, 4]``; samples without one of them; a hash.
 
     Raises:
-        ValueError: it is damaged; or, if ``strict``, there is a sample without image or caption, or no sample.
+        ValueError: the file is damaged; or, if ``strict``, a sample has no image or caption, or there is no sample.
     """
-    rows, lacking, seen, said = [], [], [], hashlib.sha256()
-    samples = 0
+    rows: list[tuple[int, int, int, int]] = []
+    incomplete: list[str] = []
+    members_seen: list[str] = []
+    checksum, samples = hashlib.sha256(), 0
     for key, group in groupby(_members(url), lambda member: _split(member.name)[0]):
         samples += 1
         members = {}
         for member in group:
-            said.update(
+            checksum.update(
                 f"{member.name}\0{member.offset_data}\0{member.size}\0{member.chksum}\0".encode(errors="replace")
             )
             members[_split(member.name)[1]] = member
-        pictures = [kind for kind in members if (f".{kind}" in EXTENSIONS if image == IMAGE else kind == image)]
+        images = [kind for kind in members if (f".{kind}" in EXTENSIONS if image == IMAGE else kind == image)]
         text = members.get(column or "", members.get("json")) if column else None
-        if len(pictures) > 1:
+        if len(images) > 1:
             raise ValueError(
-                f"sample {key} has images {' and '.join(pictures)}; say with --image-column which to train on"
+                f"sample {key} has images {' and '.join(images)}; say with --image-column which to train on"
             )
-        if not pictures or not members[pictures[0]].size or (column and (text is None or not text.size)):
-            lacking.append(key)
-            seen = seen or sorted(members)
+        if not images or not members[images[0]].size or (column and (text is None or not text.size)):
+            incomplete.append(key)
+            members_seen = members_seen or sorted(members)
             continue
-        picture = members[pictures[0]]
-        rows.append((picture.offset_data, picture.size, text.offset_data if text else 0, text.size if text else 0))
+        image_member = members[images[0]]
+        rows.append(
+            (image_member.offset_data, image_member.size, text.offset_data if text else 0, text.size if text else 0)
+        )
     if strict and not samples:
-        raise ValueError("an empty shard; remove it, or pass over it with --on-bad-image skip")
-    if lacking and (strict or not rows):
-        parts = "an image" + (
-            f" and a caption (.{column}, or {column!r} in .json; --caption-column names another)" if column else ""
+        raise ValueError("an empty shard; remove it, or leave it out with --on-bad-image skip")
+    if incomplete and (strict or not rows):
+        parts = "image" + (
+            f" or caption (.{column}, or {column!r} in .json; --caption-column names another)" if column else ""
         )
         raise ValueError(
-            f"{len(lacking)} of {samples} samples are without {parts}, or not beside it: {lacking[0]} has "
-            f"{', '.join(seen)}; or leave them out with --on-bad-image skip"
+            f"{len(incomplete)} of {samples} samples have no {parts}, or these are not next to each other: "
+            f"{incomplete[0]} has {', '.join(members_seen)}; or leave them out with --on-bad-image skip"
         )
-    return np.array(rows, np.int64).reshape(-1, 4), len(lacking), said.hexdigest()[:16]
+    return np.array(rows, np.int64).reshape(-1, 4), len(incomplete), checksum.hexdigest()[:16]
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -192,20 +201,20 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _members(url: str) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar, without what is hidden. Raises: ValueError if it is damaged or cut short."""
+    """The files in a tar file, without hidden ones. Raises: ValueError if it is damaged or cut short."""
     with ExitStack() as closing:
-        file = closing.enter_context(opened(url))
+        file = closing.enter_context(open_file(url))
         try:
             tar = closing.enter_context(tarfile.open(fileobj=file, mode="r:"))
             while member := tar.next():
-                tar.members = []  # tarfile keeps every one
+                tar.members = []  # type: ignore[attr-defined]  # or tarfile would hold all of them
                 last = member.name.rpartition("/")[2]
                 if member.isfile() and not last.startswith((".", "__")) and "." in last:
                     yield member
-            end = tar.offset  # tarfile takes a damaged header for the end, and says nothing
+            end = tar.offset  # tarfile silently takes a damaged header for the end
             file.seek(end)
             if file.read(BLOCK) != bytes(BLOCK):
                 raise ValueError(f"damaged or cut short at byte {end}; copy it again")
         except (tarfile.TarError, EOFError) as error:
-            hint = "; a compressed tar has to be unpacked" if url.endswith(("gz", "bz2", "xz", "zst")) else ""
-            raise ValueError(f"not a whole tar file ({error}){hint}; copy it again") from None
+            hint = "; unpack a compressed tar file first" if url.endswith(("gz", "bz2", "xz", "zst")) else ""
+            raise ValueError(f"not a complete tar file ({error}){hint}; copy it again") from None

@@ -1,4 +1,4 @@
-"""Names of shards: a folder of tar files, ``shards/{000000..000099}.tar``, ``shards/*.tar``, URLs with such braces."""
+"""Finds the shards of a dataset: a folder of tar files, ``shards/{000000..000099}.tar``, ``shards/*.tar``, URLs."""
 
 import itertools
 import re
@@ -10,8 +10,8 @@ from sdtune.data.images import EXTENSIONS
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
-def names_shards(dataset: str) -> bool:
-    """Whether it is tar files: by its name, or a folder that holds some and no images beside them."""
+def is_sharded(dataset: str) -> bool:
+    """Whether the dataset is tar files: by its name, or because the folder has tar files and no images."""
     if re.search(r"\.(tar|tgz)(\.\w+)?\}?$", dataset):
         return True
     folder = Path(dataset).expanduser()
@@ -22,10 +22,12 @@ def names_shards(dataset: str) -> bool:
 
 
 def shard_urls(dataset: str) -> list[str]:
-    """The shards that ``dataset`` names, sorted. Raises: UserError if there are none, or braces are not closed."""
+    """The shards that ``dataset`` names, sorted. Raises: UserError if no file matches, or for braces not closed."""
     if re.match(r"\w+://[^/]*:[^/]*@", dataset):
-        raise UserError("--dataset: holds a password, which would stand in the run's records; put it in ~/.netrc")
-    found = expand(dataset)
+        raise UserError(
+            "--dataset: the URL has a password, which would be written into the run's records; put it in ~/.netrc"
+        )
+    found = expand_braces(dataset)
     if "://" in dataset:
         return sorted(found)
     if Path(dataset).expanduser().is_dir():
@@ -42,12 +44,13 @@ def shard_urls(dataset: str) -> list[str]:
     return sorted(set(paths))
 
 
-def expand(pattern: str) -> list[str]:
-    """``{00..12}`` becomes the numbers, as wide as the first; ``{a,b}`` the words.
+def expand_braces(pattern: str) -> list[str]:
+    """Replace ``{00..12}`` by the numbers, with as many digits as the first, and ``{a,b}`` by the words.
 
-    Raises: UserError for braces that stand for nothing.
+    Raises: UserError for braces that match nothing.
     """
-    parts, end = [], 0
+    parts: list[list[str]] = []
+    end = 0
     for braces in _BRACES.finditer(pattern):
         parts += [[pattern[end : braces.start()]], _choices(pattern, braces[1])]
         end = braces.end()

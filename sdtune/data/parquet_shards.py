@@ -1,4 +1,4 @@
-"""Parquet files, near or on the Hub: a shard is a row group, which is read whole and kept while a window lies in it."""
+"""Parquet files, on disk or remote. A shard is a row group, which is in memory while a window covers it."""
 
 import hashlib
 from contextlib import ExitStack
@@ -6,17 +6,22 @@ from typing import Any
 
 import numpy as np
 
-from sdtune.config.sections import UserError
-from sdtune.data.files import opened, patiently
+from sdtune.config.sections import Captions, Data, UserError
+from sdtune.data.files import open_file, read_with_retries
 from sdtune.data.metadata import caption_column, parse_captions
-from sdtune.data.shards import Record, Shards, look_up
+from sdtune.data.shard_order import IntArray
+from sdtune.data.shards import Record, Shards, index_shards
 
 
-def open_row_groups(cfg: Any, urls: list[str], captions: bool) -> "RowGroups":
-    """The parquet files at ``urls``, their footers read; for ``captions`` see ``open_tars``."""
-    found = look_up(urls, f"parquet {cfg.image_column}", lambda url: _groups(url, cfg.image_column))
-    column = caption_column(cfg, _columns(urls[0]), cfg.image_column) if captions and cfg.caption is None else None
-    caption = (cfg.caption,) if captions and cfg.caption is not None else ()
+def open_parquet_shards(cfg: Data, urls: list[str], captions: Captions | None) -> "ParquetShards":
+    """Index the parquet files at ``urls`` by their footers; for ``captions`` see ``open_tar_shards``."""
+    found = index_shards(urls, f"parquet {cfg.image_column}", lambda url: _index_parquet(url, cfg.image_column))
+    column: str | None = None
+    caption: tuple[str, ...] = ()
+    if captions and captions.caption is not None:
+        caption = (captions.caption,)
+    elif captions:
+        column = caption_column(captions, cfg.dataset, _columns(urls[0]), cfg.image_column)
     names, counts, contents, places = [], [], [], []
     for url, index in zip(urls, found, strict=True):
         for group, rows in enumerate(np.load(index.file).tolist()):
@@ -24,11 +29,11 @@ def open_row_groups(cfg: Any, urls: list[str], captions: bool) -> "RowGroups":
             counts.append(rows)
             contents.append(index.content)
             places.append((url, group))
-    return RowGroups(names, counts, contents, places, cfg.image_column, column, caption)
+    return ParquetShards(names, counts, contents, places, cfg.image_column, column, caption)
 
 
-class RowGroups(Shards):
-    """Args: names, rows and contents of the row groups; file and number of each; columns, or one caption for all."""
+class ParquetShards(Shards):
+    """Row groups. ``places`` are the file and number of each; for the other arguments see ``Shards``."""
 
     def __init__(
         self,
@@ -43,21 +48,21 @@ class RowGroups(Shards):
         super().__init__(names, counts, contents, [], column, caption)
         self.places, self.image = places, image
 
-    def open(self, shard: int) -> "RowGroup":
-        return RowGroup(self, shard)
+    def open(self, shard: int) -> "OpenRowGroup":
+        return OpenRowGroup(self, shard)
 
 
-class RowGroup:
-    """One row group, in memory."""
+class OpenRowGroup:
+    """A row group in memory."""
 
-    def __init__(self, shards: RowGroups, shard: int):
+    def __init__(self, shards: ParquetShards, shard: int):
         url, group = shards.places[shard]
         self.name, self.shards = shards.names[shard], shards
         columns = [shards.image, *([shards.column] if shards.column else [])]
-        self.rows = patiently(url, lambda: _read(url, group, columns))
+        self.rows = read_with_retries(url, lambda: _read(url, group, columns))
 
     def record(self, nth: int) -> Record:
-        """Raises: ValueError that says what is wrong with the caption."""
+        """Raises: ValueError if the caption cannot be used."""
         image = self.rows[self.shards.image][nth].as_py()
         content = image["bytes"] if isinstance(image, dict) else image
         captions = self.shards.caption
@@ -72,9 +77,9 @@ def _read(url: str, group: int, columns: list[str]) -> Any:
 
 
 def _file(url: str, closing: ExitStack) -> Any:
-    import pyarrow.parquet  # half a second, and only this format needs it
+    import pyarrow.parquet  # takes half a second, and only this format needs it
 
-    file = pyarrow.parquet.ParquetFile(closing.enter_context(opened(url)), pre_buffer=True)
+    file = pyarrow.parquet.ParquetFile(closing.enter_context(open_file(url)), pre_buffer=True)
     return closing.enter_context(file)
 
 
@@ -83,15 +88,15 @@ def _columns(url: str) -> list[str]:
         return list(_file(url, closing).schema_arrow.names)
 
 
-def _groups(url: str, image: str) -> tuple[np.ndarray, int, str]:
-    """Rows of each row group, and a hash of the footer. Raises: ValueError if it cannot be used."""
+def _index_parquet(url: str, image: str) -> tuple[IntArray, int, str]:
+    """Rows of each row group, zero, and a hash of the footer. Raises: ValueError if the file cannot be used."""
     import pyarrow
 
     with ExitStack() as closing:
         try:
             file = _file(url, closing)
         except pyarrow.ArrowException as error:
-            raise ValueError(f"not a whole parquet file ({str(error).splitlines()[0]})") from None
+            raise ValueError(f"not a complete parquet file ({str(error).splitlines()[0]})") from None
         schema, metadata = file.schema_arrow, file.metadata
     if image not in schema.names:
         raise UserError(f"--image-column {image}: no such column in {url}; it has {', '.join(schema.names)}")
@@ -102,5 +107,5 @@ def _groups(url: str, image: str) -> tuple[np.ndarray, int, str]:
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     if not metadata.num_rows:
         raise ValueError("it has no rows")
-    said = repr([(g.num_rows, g.total_byte_size, g.column(0).data_page_offset) for g in groups])
-    return np.array([g.num_rows for g in groups], np.int64), 0, hashlib.sha256(said.encode()).hexdigest()[:16]
+    facts = repr([(g.num_rows, g.total_byte_size, g.column(0).data_page_offset) for g in groups])
+    return np.array([g.num_rows for g in groups], np.int64), 0, hashlib.sha256(facts.encode()).hexdigest()[:16]

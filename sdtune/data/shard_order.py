@@ -1,55 +1,59 @@
-"""Which image of a sharded set a position shows: shards permuted for each epoch, images inside a moving window.
+"""The order of images in a sharded dataset: shards are permuted for each epoch, images inside a window.
 
-An epoch is the shards in a permuted order, one after another, cut into ``lanes`` equal runs. A lane is an endless
-stream of its own, and a step takes as many images of each, side by side: so a process, which has a run of a step's
-positions, reads the shards of its own lanes and no others, though the order knows nothing of processes. Inside a lane
-the images of a window are permuted. All of it is drawn from seed, epoch, lane and window: no buffer has a state.
+An epoch is all shards in a permuted order, cut into ``lanes`` equal parts. Each lane is an endless stream, and a step
+takes equally many images from each lane, one lane after another. So a process, which reads consecutive positions of a
+step, reads only the shards of its own lanes, although the order does not depend on the processes. Inside a lane the
+images of a window are permuted. Everything is drawn from seed, epoch, lane and window: there is no shuffle buffer
+whose state would have to be saved.
 """
 
 import math
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from sdtune.run.rng import generator
 
+IntArray = npt.NDArray[np.int64]
+
 
 class Place(NamedTuple):
-    """One image of a sharded set."""
+    """Where an image of a sharded dataset is."""
 
     shard: int
     nth: int
-    """Among the images of its shard that the order may show."""
+    """Its number among the images of its shard that are trained on."""
     lane: int
     live: frozenset[int]
-    """The shards that the lane's window lies in."""
+    """The shards that the lane's window covers."""
 
 
 class Window(NamedTuple):
     key: tuple[int, int]
-    order: np.ndarray
+    order: IntArray
     live: frozenset[int]
 
 
-class Lanes:
-    """``lanes[position]`` is a ``Place``; a function of seed, group and position alone.
+class ShardOrder:
+    """``order[position]`` is a ``Place``. It depends on seed, group and position only.
 
     Args:
-        counts: images of each shard, int64 ``[shards]``; memory is a few numbers for each shard, none for each image.
+        counts: images of each shard, int64 ``[shards]``. Memory grows with the shards, not with the images.
         group: images per optimizer step.
-        lanes: how many lanes there should be; there are as many as divide ``group`` too.
-        window: images that are shuffled at a time, over all lanes.
+        lanes: lanes asked for; there are as many as also divide ``group``.
+        window: images that are shuffled at a time, in all lanes together.
     """
 
-    def __init__(self, seed: int, counts: np.ndarray, group: int, lanes: int, window: int) -> None:
+    def __init__(self, seed: int, counts: IntArray, group: int, lanes: int, window: int) -> None:
         self.seed, self.counts, self.group = seed, counts, group
         self.total = int(counts.sum())
         self.lanes = math.gcd(group, lanes)
         if self.lanes > self.total:
             self.lanes = 1
         self.window = max(1, window // self.lanes)
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._epochs: dict[int, tuple[IntArray, IntArray]] = {}
         self._windows: dict[int, Window] = {}
 
     def __getitem__(self, position: int) -> Place:
@@ -66,17 +70,17 @@ class Lanes:
         return Place(int(order[at]), first + int(window.order[slot]) - int(edges[at]), lane, window.live)
 
     def _window(self, lane: int, epoch: int, number: int, first: int, count: int) -> Window:
-        """Kept until the lane moves on: the positions of a worker only grow."""
-        kept = self._windows.get(lane)
-        if kept is None or kept.key != (epoch, number):
+        """Remembers only the last window of a lane, since the positions of a worker only grow."""
+        window = self._windows.get(lane)
+        if window is None or window.key != (epoch, number):
             drawn = torch.randperm(count, generator=generator(self.seed, "window", epoch, lane, number)).numpy()
             order, edges = self._epoch(epoch)
             shards = order[_slot(edges, first) : _slot(edges, first + count - 1) + 1]
-            self._windows[lane] = kept = Window((epoch, number), drawn, frozenset(shards.tolist()))
-        return kept
+            self._windows[lane] = window = Window((epoch, number), drawn, frozenset(shards.tolist()))
+        return window
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards in the order of an epoch, and where each begins; lanes may be in two epochs at once."""
+    def _epoch(self, epoch: int) -> tuple[IntArray, IntArray]:
+        """The shards in the order of an epoch, and where each begins. Lanes may be in two epochs at the same time."""
         if epoch not in self._epochs:
             order = torch.randperm(len(self.counts), generator=generator(self.seed, "shards", epoch)).numpy()
             self._epochs[epoch] = order, np.concatenate([[0], np.cumsum(self.counts[order])])
@@ -85,6 +89,6 @@ class Lanes:
         return self._epochs[epoch]
 
 
-def _slot(edges: np.ndarray, rank: int) -> int:
-    """Which run between ``edges`` holds ``rank``; empty runs hold none."""
+def _slot(edges: IntArray, rank: int) -> int:
+    """The number of the interval between ``edges`` that holds ``rank``; empty intervals hold none."""
     return int(np.searchsorted(edges, rank, side="right")) - 1

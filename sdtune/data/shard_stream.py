@@ -1,0 +1,193 @@
+"""Samples of a sharded dataset by position. Nothing is known of an image before it is read.
+
+So there are no buckets, no repeats, and no report of sizes and copies. A bad image is reported when it is read. Then
+the run ends, or the next usable image of the same shard takes its place, at the same position in every run.
+"""
+
+import sys
+from contextlib import suppress
+from functools import cached_property
+
+import torch
+from PIL import Image
+
+from sdtune.config.sections import Classes, Data, Latents, Streaming, UserError
+from sdtune.data.images import decode, inspect_image, to_tensor
+from sdtune.data.parquet_shards import open_parquet_shards
+from sdtune.data.shard_names import is_sharded, shard_urls
+from sdtune.data.shard_order import ShardOrder
+from sdtune.data.shards import Record, Shards
+from sdtune.data.sources import Images, Mixture, caption_options, load_images
+from sdtune.data.stream import Sample, Stream
+from sdtune.data.tables import split_files
+from sdtune.data.tar_shards import open_tar_shards
+
+PREVIEW_CAPTIONS = 16
+"""How many captions of a dataset can become prompts of the sample grids."""
+
+
+def open_images(cfg: Data, captions: bool = True, class_column: str | None = None) -> Images | Shards:
+    """``load_images``, or the shards of a dataset that is streamed."""
+    shards = is_sharded(cfg.dataset)
+    if isinstance(cfg, Streaming) and (shards or cfg.streaming):
+        refuse_unsupported(cfg)
+        if shards:
+            return open_tar_shards(cfg, shard_urls(cfg.dataset), caption_options(cfg, captions))
+        urls = split_files(cfg)
+        open_shards = open_tar_shards if urls[0].endswith(".tar") else open_parquet_shards
+        return open_shards(cfg, urls, caption_options(cfg, captions))
+    if isinstance(cfg, Latents) and cfg.shard_cache:
+        raise UserError("--shard-cache: only for streamed datasets; other datasets are cached without it")
+    return load_images(cfg, captions, class_column=class_column)
+
+
+def open_stream(cfg: Data, images: Images | Mixture | Shards, group: int, mode: str = "RGB") -> Stream:
+    """The samples of the images that ``open_images`` gave."""
+    return ShardStream(cfg, images, group, mode) if isinstance(images, Shards) else Stream(cfg, images, group, mode)
+
+
+def refuse_unsupported(cfg: Data) -> None:
+    """Raises: UserError for options that need every image to be inspected before training."""
+    needs = {
+        "buckets": cfg.buckets,
+        "repeats": cfg.repeats > 1,
+        "max-train-samples": cfg.max_train_samples,
+        "class-column": isinstance(cfg, Classes) and cfg.class_column,
+    }
+    if given := [name for name, asked in needs.items() if asked]:
+        why = "images of a streamed dataset are not inspected before training"
+        raise UserError(f"--{given[0]}: {why}; leave it out, or train from a folder of images")
+
+
+class ShardStream(Stream):
+    """A ``Stream`` over ``Shards``, in the order of ``ShardOrder``.
+
+    The first ``--num-holdout-images`` images of the first shards are held out. ``Sample.index`` counts images in the
+    order of the shards' names. For the arguments see ``Stream``; ``cfg`` has the section Streaming too.
+    """
+
+    images: Shards  # type: ignore[assignment]
+    order: ShardOrder
+
+    def __init__(self, cfg: Data, shards: Shards, group: int, mode: str = "RGB") -> None:
+        assert isinstance(cfg, Streaming)
+        self._configure(cfg, group, mode)
+        self.images = shards
+        held = cfg.num_holdout_images
+        if held >= len(shards):
+            left = f"{cfg.dataset} has {len(shards)} images"
+            raise UserError(f"--num-holdout-images {held} leaves nothing to train on: {left}")
+        self.holdout_counts = (held - shards.starts[:-1]).clip(0, shards.counts)  # of each shard, its first
+        self.order = ShardOrder(
+            self.seed, shards.counts - self.holdout_counts, group, cfg.stream_lanes, cfg.shuffle_window
+        )
+        self.epoch_length = len(shards) - held
+        self._read: tuple[int, Image.Image | None] = (-1, None)
+
+    def __getitem__(self, position: int) -> Sample:
+        """The sample at ``position``. Raises: UserError for a bad image, unless ``--on-bad-image skip``."""
+        place = self.order[position]
+        shard, first, count = place.shard, int(self.holdout_counts[place.shard]), int(self.images.counts[place.shard])
+        opened = self.images.get_open(shard, place.lane, place.live)
+        for further in range(count - first):
+            nth = first + (place.nth + further) % (count - first)
+            try:
+                record = opened.record(nth)
+                image = self._image(record)
+            except ValueError as error:
+                self.reject(f"position {position}: {self.images.names[shard]}, image {nth}", error)
+                continue
+            index = int(self.images.starts[shard]) + nth
+            self._read = (index, image)
+            return self._augmented(self._sample(index, record), record.captions, position)
+        raise UserError(f"{self.images.names[shard]}: none of its images can be used; remove it from the dataset")
+
+    @cached_property
+    def holdout(self) -> list[Sample]:  # type: ignore[override]
+        """The held-out samples, without their pixels."""
+        try:
+            return [self._sample(index, self._record(index)) for index in range(self.cfg.num_holdout_images)]
+        except ValueError as error:
+            raise UserError(f"--num-holdout-images: the first images are held out, but {error}") from None
+
+    def unaugmented(self, index: int) -> tuple[Sample, tuple[str, ...]]:
+        """The sample of an image with centre crop and no flip, and its captions. Raises: ValueError for a bad image."""
+        record = self._record(index)
+        self._read = (index, self._image(record))
+        return self._sample(index, record), record.captions
+
+    def _record(self, index: int) -> Record:
+        shard, nth = self.images.locate(index)
+        record: Record = self.images.get_open(shard).record(nth)
+        return record
+
+    def _sample(self, index: int, record: Record) -> Sample:
+        """Centre crop, no flip, first caption."""
+        caption = record.captions[0] if record.captions else ""
+        return Sample(index, record.name, self.cfg.resolution, self.cfg.resolution, 0.5, 0.5, False, caption, 0)
+
+    def _image(self, record: Record) -> Image.Image | None:
+        """The decoded image; None if only its moments are stored. Raises: ValueError for a bad image."""
+        if record.content is None:
+            return None
+        side = self.cfg.resolution
+        try:
+            image = decode(record.content, self.mode)
+        except Exception as error:  # a broken file can raise any error in Pillow's decoders
+            raise ValueError(f"{record.name}: {inspect_image(record.content).problem or error}") from None
+        if side / min(image.size) > 4:
+            size = f"{image.width} x {image.height}"
+            raise ValueError(f"{record.name}: {size} is less than a quarter of {side} x {side}")
+        return image
+
+    def reject(self, where: str, error: ValueError) -> None:
+        """Report a bad image. Raises: UserError, unless ``--on-bad-image skip``."""
+        if self.cfg.on_bad_image == "error":
+            raise UserError(
+                f"{where}: {error}; repair it, or show the next image instead with --on-bad-image skip --allow-change"
+            ) from None
+        print(f"{where}: {error}; the next image is shown instead", file=sys.stderr)
+
+    def pixels(self, sample: Sample) -> torch.Tensor:
+        """float32 [C, height, width] in [-1, 1]."""
+        if self._read[0] != sample.index:
+            try:
+                self._read = (sample.index, self._image(self._record(sample.index)))
+            except ValueError as error:
+                raise UserError(str(error)) from None
+        image = self._read[1]
+        assert image is not None
+        return to_tensor(
+            image,
+            sample.width,
+            sample.height,
+            sample.left,
+            sample.top,
+            sample.flip,
+            self.cfg.image_interpolation_mode,
+        )
+
+    def pixel_key(self, sample: Sample) -> tuple[int, bool]:
+        """The key of its moments."""
+        return sample.index, sample.flip
+
+    def texts(self) -> list[str]:
+        """The captions of the first images."""
+        found = {""}
+        for index in range(min(PREVIEW_CAPTIONS, len(self.images))):
+            with suppress(ValueError):
+                found.update(self._record(index).captions)
+        return sorted(found)
+
+    def summary(self) -> list[str]:
+        """Lines about the data that the user should read before training."""
+        counts = self.images.counts
+        more = f", {self.cfg.num_holdout_images} more held out" if self.cfg.num_holdout_images else ""
+        steps = f"{self.epoch_length / self.group:.4g} steps of {self.group} images"
+        return [
+            f"images: {self.epoch_length}{more}, streamed; an epoch is {steps}",
+            f"shards: {len(counts)}, of {counts.min()} to {counts.max()} images; lanes: {self.order.lanes}, "
+            f"each shuffled {self.order.window} at a time",
+            *self.images.notes,
+            "sizes, copies and lengths of captions are not checked; a bad image is reported when it is read",
+        ]

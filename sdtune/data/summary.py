@@ -1,0 +1,74 @@
+"""What a user should know of a dataset before training: sizes, small images, copies, long captions."""
+
+from collections import Counter
+from collections.abc import Callable
+
+from sdtune.data.sources import Row
+from sdtune.data.stream import Stream
+
+
+def summarize(stream: Stream, count_tokens: Callable[[str], int] | None = None, window: int = 77) -> list[str]:
+    """Lines about the data that the user should read before training.
+
+    Args:
+        count_tokens: gives the length of a caption in tokens, with the special ones; ``None`` reads no captions.
+        window: tokens that the text encoder reads, with the special ones.
+    """
+    images, rows = stream.images, stream.images.rows
+    more = f", {len(stream.holdout)} more held out" if stream.holdout else ""
+    if len(images.sizes) > 1:
+        more += f", {images.sizes[1]} of them of the class; each step shows as many of the class as of the subject"
+    steps = f"{stream.epoch_length / stream.group:.4g} steps of {stream.group} images"
+    lines = [f"images: {len(stream.indices)}{more}; an epoch is {steps}"]
+    if images.ignored:
+        lines.append(f"other files, ignored: {len(images.ignored)} ({_first_names(images.ignored)})")
+    if images.skipped:
+        named = [f"{name}: {reason}" for name, reason in images.skipped]
+        lines.append(f"bad images, left out: {len(named)} ({_first_names(named)})")
+    if stream.cfg.buckets:
+        lines.append(_bucket_line(stream))
+    lines += _small_line(stream)
+    copies = [count for count in Counter(row.sha256 for row in rows).values() if count > 1]
+    if copies:
+        lines.append(f"exact copies of other images, which are therefore shown more often: {sum(copies) - len(copies)}")
+    if count_tokens:
+        lines += _long_captions(rows, count_tokens, window)
+    return lines
+
+
+def _first_names(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _bucket_line(stream: Stream) -> str:
+    sizes = sorted(stream.buckets.items(), key=lambda item: (-len(item[1]), item[0]))
+    line = "buckets: " + ", ".join(f"{width} x {height}: {len(held)}" for (width, height), held in sizes)
+    least = len(sizes[-1][1]) * stream.cfg.repeats
+    share = -(-least // stream.group) * stream.group / least
+    if share > 1:
+        line += f"; a step has one shape, so images of the last one are shown {share:.3g} times an epoch"
+    return line
+
+
+def _small_line(stream: Stream) -> list[str]:
+    scales = []
+    for index in stream.indices:
+        row, (width, height) = stream.images.rows[index], stream.shapes[index]
+        scales.append((max(width / row.width, height / row.height), row))
+    small = [(scale, row) for scale, row in scales if scale > 1]
+    if not small:
+        return []
+    _, row = max(small, key=lambda item: item[0])
+    least = f"the smallest is {row.name}, {row.width} x {row.height}"
+    return [f"images smaller than their training shape, enlarged: {len(small)} ({least})"]
+
+
+def _long_captions(rows: list[Row], count_tokens: Callable[[str], int], window: int) -> list[str]:
+    lengths = [(count_tokens(caption), row.name) for row in rows for caption in row.captions]
+    over = sorted([(length, name) for length, name in lengths if length > window], key=lambda item: -item[0])
+    if not over:
+        return []
+    lost = sum(length - window for length, _ in over)
+    longest = ", ".join(f"{name}: {length}" for length, name in over[:3])
+    head = f"captions over the text encoder's {window} tokens"
+    return [f"{head}: {len(over)}, {lost} tokens lost (longest {longest})"]
