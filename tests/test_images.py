@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from sdtune.data.images import MAX_PIXELS, decode, probe, to_tensor
+from sdtune.data.images import MAX_PIXELS, decode, inspect_image, to_tensor
 
 SIZE = (20, 12)
 
@@ -74,7 +74,7 @@ def test_all_exif_orientations_are_upright_and_equal(format_):
         image = picture() if method is None else picture().transpose(method)
         data = encoded(image, format_, exif=exif, **({} if format_ == "TIFF" else {"quality": 100}))
         assert abs(pixels(decode(data)) - pixels(picture())).mean() < 6, orientation
-        assert (probe(data).width, probe(data).height) == SIZE, orientation
+        assert (inspect_image(data).width, inspect_image(data).height) == SIZE, orientation
 
 
 def test_orientation_beside_transparency_and_grey():
@@ -88,7 +88,7 @@ def test_orientation_beside_transparency_and_grey():
 
 def test_broken_exif_leaves_the_pixels():
     data = encoded(picture(), "JPEG", exif=b"Exif\0\0" + b"\xff" * 40)
-    assert probe(data).problem is None
+    assert inspect_image(data).problem is None
     assert decode(data).size == SIZE
 
 
@@ -182,14 +182,14 @@ def test_the_profile_of_a_cmyk_image_is_used(monkeypatch):
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
 def test_a_file_cut_short_is_found(format_):
     whole = encoded(picture((64, 64)), format_)
-    assert probe(whole).problem is None
-    assert "truncated or corrupt" in probe(whole[: len(whole) * 2 // 3]).problem
+    assert inspect_image(whole).problem is None
+    assert "truncated or corrupt" in inspect_image(whole[: len(whole) * 2 // 3]).problem
 
 
 def test_a_damaged_checksum_is_found():
     data = bytearray(encoded(picture((64, 64))))
     data[data.index(b"IDAT") + 40] ^= 0xFF
-    assert "truncated or corrupt" in probe(bytes(data)).problem
+    assert "truncated or corrupt" in inspect_image(bytes(data)).problem
 
 
 @pytest.mark.parametrize(
@@ -203,13 +203,13 @@ def test_a_damaged_checksum_is_found():
     ],
 )
 def test_what_is_no_image_is_called_by_its_name(data, said):
-    assert said in probe(data).problem
+    assert said in inspect_image(data).problem
     with pytest.raises(OSError, match="cannot identify"):
         decode(data)
 
 
 def test_a_missing_file_is_a_problem_not_an_exception(tmp_path):
-    assert "No such file" in probe(tmp_path / "gone.png").problem
+    assert "No such file" in inspect_image(tmp_path / "gone.png").problem
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -218,22 +218,22 @@ def test_a_bomb_is_refused_from_its_header(side):
     data = bomb(side)
     assert len(data) < 60_000
     start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = probe(data)
+    found = inspect_image(data)
     assert "more than 50 million pixels" in found.problem
     assert time.monotonic() - start < 0.5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KB
 
 
 def test_a_large_image_below_the_limit_passes():
-    assert probe(encoded(Image.new("1", (1000, 1000)))).problem is None
-    assert probe(encoded(Image.new("1", (1000, 1000))), max_pixels=999_999).problem
+    assert inspect_image(encoded(Image.new("1", (1000, 1000)))).problem is None
+    assert inspect_image(encoded(Image.new("1", (1000, 1000))), max_pixels=999_999).problem
     assert MAX_PIXELS == 50_000_000
 
 
 def test_probe_of_a_path_and_of_its_bytes_agree(tmp_path):
     (tmp_path / "a.jpg").write_bytes(encoded(picture()))  # a PNG by content
-    assert probe(tmp_path / "a.jpg") == probe(encoded(picture()))
-    assert len(probe(tmp_path / "a.jpg").sha256) == 64
+    assert inspect_image(tmp_path / "a.jpg") == inspect_image(encoded(picture()))
+    assert len(inspect_image(tmp_path / "a.jpg").sha256) == 64
 
 
 # ---- geometry
