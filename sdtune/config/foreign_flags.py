@@ -2,9 +2,13 @@
 
 ANSWERS = {
     "allow_tf32": "TF32 is on wherever the GPU has it; leave the flag out",
+    "alpha_mask": "masks are files next to the images; use --masked-loss",
     "cache_latents": "VAE moments are computed once anyway (--cache); leave the flag out",
+    "caption_extension": "caption files of any usual ending are found; leave the flag out",
+    "caption_separator": "a comma, also those of Chinese and Japanese; leave the flag out",
     "class_labels_conditioning": "it is for DeepFloyd IF, which is no base here; leave the flag out",
     "enable_npu_flash_attention": "torch's own attention does the same; leave the flag out",
+    "enable_wildcard": "use --caption-per-line",
     "enable_xformers_memory_efficient_attention": "torch's own attention does the same; leave the flag out",
     "foreach_ema": "the average is moved in one call anyway; leave the flag out",
     "hub_token": "a token on the command line ends up in logs; set HF_TOKEN or run `hf auth login`",
@@ -17,6 +21,7 @@ ANSWERS = {
     "image_column_name": "use --image-column",
     "overwrite_output_dir": "the same command continues its run; use --overwrite to discard it and start anew",
     "initializer_concept": "use --initializer-token",
+    "keep_tokens_separator": "`|||` separates tags that stay in place; leave the flag out",
     "local_rank": "accelerate and torchrun say it in the environment; leave the flag out",
     "logging_dir": "trackers write into the run's folder; use --output-dir",
     "lora_rank": "use --rank",

@@ -122,6 +122,10 @@ class Source(Section):
     """Split of a Hub or saved dataset."""
     image_column: str = "image"
     """Column that holds the image."""
+    follow_links: bool = False
+    """Read images that are links out of the dataset folder, and folders that are links; captions never are."""
+    first_frame: bool = False
+    """Take the first frame of animations and the first page of TIFF files. Default: they are an error."""
 
 
 class Data(Source):
@@ -131,6 +135,8 @@ class Data(Source):
     """Use this many images, drawn with the seed. Default: all of them."""
     repeats: Count = 1
     """How often an epoch shows each image."""
+    folder_repeats: bool = False
+    """Show images of a folder such as `10_sks toy` 10 times an epoch, captioned `sks toy` if they have no caption."""
     resolution: Annotated[int, Ge(8)] = 512
     """Side of the training images in pixels; with buckets, the side of a square of the same area."""
     center_crop: bool = True
@@ -141,7 +147,7 @@ class Data(Source):
     """Resampling filter of the resize."""
     buckets: bool = False
     """Keep aspect ratios: group images into shapes of about the same area; a batch has one shape."""
-    bucket_step: Annotated[int, Ge(8)] = 64
+    bucket_step: Annotated[int, Ge(8)] = 32
     """Sides of the buckets are multiples of this many pixels."""
     bucket_max_aspect: Annotated[float, Ge(1)] = 2.0
     """Longest side of a bucket over its shortest."""
@@ -174,6 +180,8 @@ class Captions(Section):
     """One caption for all images, in place of their own. Default: their own captions."""
     caption_dropout: Share = 0.0
     """Share of captions that are left empty. Classifier-free guidance needs some."""
+    caption_per_line: bool = False
+    """Each line of a caption file is a caption, of which one is drawn each time. Default: the lines are joined."""
     shuffle_tags: bool = False
     """Shuffle the comma-separated tags of a caption each time."""
     keep_tags: Natural = 0
@@ -184,6 +192,11 @@ class Captions(Section):
     def describe(self) -> Description:
         known = super().describe()
         return known._replace(trigger=known.trigger or self.caption)
+
+
+class Masks(Section):
+    masked_loss: bool = False
+    """Weigh the loss at each place by the image's mask (`a-mask.png` or `masks/a.png`), where it has one."""
 
 
 class Classes(Section):

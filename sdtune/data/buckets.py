@@ -4,15 +4,19 @@ import math
 
 from sdtune.config.sections import Data, UserError
 
+SMALLEST = 0.85
+"""Smallest area of a bucket, as a share of the square of the resolution."""
+
 Shape = tuple[int, int]
 """(width, height) in pixels."""
 
 
 def bucket_shapes(resolution: int, step: int, max_aspect: float) -> list[Shape]:
-    """All bucket shapes, largest area first: the square, and for each width the largest height that fits.
+    """All bucket shapes, largest area first.
 
-    Sides are multiples of ``step``, areas at most ``resolution`` squared, longest over shortest side at most
-    ``max_aspect``.
+    Sides are multiples of ``step``, the longest side is at most ``max_aspect`` times the shortest, and areas are
+    between ``SMALLEST`` and 1 times ``resolution`` squared. If the step is a sixteenth of the resolution, photographs
+    of 5:4, 4:3, 3:2, 16:10 and 16:9 lose less than 3 % of their area.
 
     Raises: UserError if ``step`` is larger than ``resolution``.
     """
@@ -20,10 +24,11 @@ def bucket_shapes(resolution: int, step: int, max_aspect: float) -> list[Shape]:
     if not square:
         raise UserError(f"--bucket-step {step} is larger than --resolution {resolution}: make it smaller")
     found = {(square, square)}
+    largest = resolution * resolution
     for width in range(step, square + 1, step):
-        height = resolution * resolution // width // step * step
-        if height <= width * max_aspect:
-            found |= {(width, height), (height, width)}
+        for height in range(width, largest // width + 1, step):
+            if height <= width * max_aspect and width * height >= SMALLEST * largest:
+                found |= {(width, height), (height, width)}
     return sorted(found, key=lambda shape: (-shape[0] * shape[1], shape))
 
 

@@ -56,7 +56,7 @@ class Store(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         name = self.index[key]
         if name not in self.opened:
-            self.opened[name] = safe_open(self.folder / name, framework="pt").__enter__()  # type: ignore[no-untyped-call]
+            self.opened[name] = safe_open(self.folder / name, framework="pt").__enter__()
         tensor: Tensor = self.opened[name].get_tensor(key)
         return tensor
 

@@ -47,7 +47,7 @@ class EncodedShards(Shards):
 class EncodedShard:
     def __init__(self, file: Path):
         try:
-            self.tensors = safe_open(file, framework="pt").__enter__()  # type: ignore[no-untyped-call]
+            self.tensors = safe_open(file, framework="pt").__enter__()
             self.table = json.loads(bytes(self.tensors.get_tensor("table").numpy()))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} cannot be read ({error}); remove it and give the command again") from None

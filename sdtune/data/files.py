@@ -40,7 +40,7 @@ class HttpFileSystem:
         return HttpFile(self, url, mode, size=self.info(url)["size"])
 
 
-class HttpFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no types
+class HttpFile(AbstractBufferedFile):
     def _fetch_range(self, start: int, end: int) -> bytes:
         content: bytes = self.fs.cat_file(self.path, start, min(end, self.size))
         return content

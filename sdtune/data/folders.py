@@ -1,28 +1,18 @@
 """Reads a folder of images with metadata tables, or with a caption file next to each image."""
 
-import difflib
-import os
 import re
-import unicodedata
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdtune.config.sections import Captions, Data, UserError
+from sdtune.config.sections import Captions, Data, Masks, UserError
 from sdtune.data.cache_folder import local_stamp
-from sdtune.data.images import ACCEPTED, EXTENSIONS
-from sdtune.data.metadata import (
-    TABLES,
-    Listing,
-    caption_column,
-    class_column,
-    listed_error,
-    parse_captions,
-    parse_class,
-    read_metadata,
-    read_text,
-)
+from sdtune.data.folder_captions import caption_files, read_caption_files, read_tables, tables_of
+from sdtune.data.folder_files import FolderFiles, find_files
+from sdtune.data.metadata import Listing, caption_column, class_column, listed_error, parse_captions, parse_class
+
+_REPEATED = re.compile(r"(\d{1,3})_(.+)")
+_TEXT_LIKE = frozenset({".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml", ".xml", ".xlsx", ".md", ".npz"})
 
 
 def read_folder(
@@ -31,6 +21,7 @@ def read_folder(
     captions: Captions | None,
     default_caption: str | None,
     class_from: str | None,
+    leave_out: Path | None = None,
 ) -> Listing:
     """All images below the folder, sorted by name.
 
@@ -38,193 +29,127 @@ def read_folder(
         captions: options of the captions that every image needs; ``None`` reads no captions.
         default_caption: of images that have no caption of their own.
         class_from: the column of the classes; ``folder`` for the names of the folders; ``None`` for no classes.
-    """
-    files, ignored = _walk(folder)
-    images = {name: path for name, path in files.items() if path.suffix.lower() in EXTENSIONS}
-    if not images:
-        raise UserError(f"--dataset {cfg.dataset}: no images in {folder.absolute()}; accepted are {ACCEPTED}")
-    tables = {name: path for name, path in files.items() if path.name in TABLES}
-    stems = {name.rpartition(".")[0] for name in images}
-    texts = {name[:-4]: path for name, path in files.items() if name.endswith(".txt") and name[:-4] in stems}
-    ignored += files.keys() - images.keys() - tables.keys() - {f"{stem}.txt" for stem in texts}
+        leave_out: a folder below it that is not read.
 
-    if captions is None:
-        found: dict[str, tuple[str, ...]] = dict.fromkeys(images, ())
-    elif captions.caption is not None:
-        found = dict.fromkeys(images, (captions.caption,))
-    elif tables:
-        found = _from_tables(
-            folder,
-            images,
-            tables,
-            lambda columns: caption_column(captions, cfg.dataset, columns, "file_name"),
-            partial(parse_captions, default=default_caption),
-            ", or give --caption",
-            None if default_caption is None else (default_caption,),
-        )
-    elif texts and captions.caption_column is not None:
-        raise UserError(f"--caption-column {captions.caption_column}: {folder} has caption files, not metadata")
-    elif texts:
-        found = _from_texts(folder, images, texts, default_caption)
-    elif default_caption is not None:
-        found = dict.fromkeys(images, (default_caption,))
-    else:
-        raise UserError(
-            f"{folder}: the images have no captions; add metadata.jsonl with lines such as "
-            '{"file_name": "a.png", "text": "a cat"}, or a.txt next to a.png, or give --caption'
-        )
-    names = sorted(images)
-    classes: dict[str, Any] = dict.fromkeys(images)
+    Raises: UserError that names all files that are missing or cannot be used.
+    """
+    files = find_files(folder, cfg.dataset, cfg.follow_links, leave_out)
+    tables, texts = tables_of(files), caption_files(files)
+    notes: list[str] = []
+    found: dict[str, tuple[str, ...]] = dict.fromkeys(files.images, ())
+    if captions is not None:
+        found = _captions(cfg, files, captions, tables, texts, default_caption, notes)
+    classes: dict[str, Any] = dict.fromkeys(files.images)
     if class_from == "folder":
-        classes = _from_folders(folder, images)
+        classes = _from_folders(files)
     elif class_from and not tables:
         raise UserError(
             f"--class-column {class_from}: {folder} has no metadata; `--class-column folder` takes the folders' names"
         )
     elif class_from:
-        classes = _from_tables(
-            folder, images, tables, lambda columns: class_column(class_from, columns, cfg.dataset), parse_class
-        )
+        choose = partial(class_column, class_from, dataset=cfg.dataset)
+        classes = read_tables(files, tables, choose, parse_class, [])
+    names = sorted(files.images)
+    masks = [files.masks.get(name) for name in names]
+    notes += _notes(cfg, files)
+    used = {*tables, *(name for image in texts for name in texts[image])}
     return Listing(
         dataset=str(folder),
         cache_name=str(folder.resolve()),
-        keys=[f"{name}:{local_stamp(images[name])}" for name in names],
+        keys=[f"{name}:{local_stamp(files.images[name])}" for name in names],
         names=names,
         captions=[found[name] for name in names],
         classes=[classes[name] for name in names],
-        sources=[images[name] for name in names],
-        ignored=sorted(ignored),
+        sources=[files.images[name] for name in names],
+        ignored=sorted({*files.ignored, *(files.others.keys() - used)}),
+        repeats=[_repeats(name) for name in names] if cfg.folder_repeats else [],
+        masks=masks if isinstance(cfg, Masks) and cfg.masked_loss else [],
+        notes=notes,
     )
 
 
-def _walk(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """Files by their name below the folder, and what is not read: hidden files, linked folders, devices."""
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
-
-    files: dict[str, Path] = {}
-    ignored: list[str] = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        at = Path(parent)
-        for name in list(folders):
-            if name.startswith(".") or (at / name).is_symlink():
-                folders.remove(name)
-                ignored.append(_name(at / name, folder) + "/")
-        for name in names:
-            path = at / name
-            if name.startswith(".") or not path.is_file():
-                ignored.append(_name(path, folder))
-            else:
-                files[_name(path, folder)] = path
-    return files, ignored
-
-
-def _name(path: Path, folder: Path) -> str:
-    """The path below the folder, with slashes; the same whether or not the file system composes accents."""
-    readable = os.fsencode(path.relative_to(folder).as_posix()).decode("utf-8", "backslashreplace")
-    return unicodedata.normalize("NFC", readable)
-
-
-def _from_texts(
-    folder: Path, images: dict[str, Path], texts: dict[str, Path], default: str | None
-) -> dict[str, tuple[str, ...]]:
-    found: dict[str, tuple[str, ...]] = {}
-    problems: list[str] = []
-    for name in sorted(images):
-        stem = name.rpartition(".")[0]
-        if stem not in texts and default is None:
-            problems.append(f"{name}: no {stem}.txt")
-            continue
-        try:
-            text = read_text(texts[stem]) if stem in texts else ""
-            found[name] = parse_captions(" ".join(text.split()), default)
-        except (OSError, ValueError) as error:
-            problems.append(f"{stem}.txt: {error}")
-    if problems:
-        raise listed_error(f"{folder}: every image needs a caption; correct these, or give --caption for all", problems)
-    return found
-
-
-def _from_folders(folder: Path, images: dict[str, Path]) -> dict[str, str]:
-    stray = [name for name in sorted(images) if "/" not in name]
-    if stray:
-        head = f"{folder}: --class-column folder needs each image in a folder named as its class; these are not"
-        raise listed_error(head, stray)
-    return {name: name.split("/")[-2] for name in images}
-
-
-def _from_tables(
-    folder: Path,
-    images: dict[str, Path],
+def _captions(
+    cfg: Data,
+    files: FolderFiles,
+    captions: Captions,
     tables: dict[str, Path],
-    choose: Callable[[list[str]], str],
-    parse: Callable[[Any], Any],
-    otherwise: str = "",
-    default: Any = None,
-) -> dict[str, Any]:
-    """The values of each image in the tables, from the column that ``choose`` picks, read by ``parse``.
-
-    Args:
-        otherwise: another way out, for the message.
-        default: of images without a row; ``None`` if every image needs a row.
-    """
-    found: dict[str, Any] = {}
-    places: dict[str, str] = {}  # of the first row of each image
-    problems: list[str] = []
-    for table, path in sorted(tables.items()):
-        columns, rows, broken = read_metadata(path, table)
-        problems += broken
-        if not rows:
-            problems += [] if broken else [f"{table}: no rows"]
-            continue
-        if "file_name" not in columns:
-            raise UserError(f"{path}: no column file_name, which finds the image; it has {', '.join(columns)}")
-        column = choose(columns)
-        for place, row in rows:
-            try:
-                name = _named(row.get("file_name"), path.parent, folder, images)
-                if name in places:
-                    raise ValueError(f"{name} has a row already at {places[name]}")
-                places[name] = place
-                found[name] = parse(row.get(column))
-            except ValueError as error:
-                problems.append(f"{place}: {error}")
-            except LookupError:
-                # Comparing names is slow, and only the first problems are shown.
-                guesses = images if len(problems) < 10 and len(images) < 5000 else ()
-                close = difflib.get_close_matches(row["file_name"], guesses, 1, 0.8)
-                guess = f"; did you mean {close[0]}?" if close else ""
-                problems.append(f"{place}: there is no image {row['file_name']}{guess}")
-    where = " or ".join(sorted(tables))
-    unnamed = sorted(images.keys() - places.keys())
-    if default is not None:
-        found |= dict.fromkeys(unnamed, default)
-    else:
-        problems += [f"{name}: no row in {where}" for name in unnamed]
-    if problems:
-        raise listed_error(f"{folder}: images and metadata do not match; correct these{otherwise}", problems)
-    return found
+    texts: dict[str, list[str]],
+    default: str | None,
+    notes: list[str],
+) -> dict[str, tuple[str, ...]]:
+    """The captions of each image, from where the options and the files say."""
+    if captions.caption is not None:
+        return dict.fromkeys(files.images, (captions.caption,))
+    if tables:
+        return read_tables(
+            files,
+            tables,
+            lambda columns: caption_column(captions, cfg.dataset, columns, "file_name"),
+            partial(parse_captions, default=default),
+            notes,
+            ", or give --caption",
+            None if default is None else (default,),
+        )
+    if texts and captions.caption_column is not None:
+        raise UserError(f"--caption-column {captions.caption_column}: {files.folder} has caption files, not metadata")
+    of_folders = {name: match[2] for name in files.images if cfg.folder_repeats and (match := _repeated(name))}
+    if not texts and default is None and not of_folders:
+        there = sorted(name for name in files.others if Path(name).suffix.lower() in _TEXT_LIKE)
+        others = f"; it has {', '.join(there[:5])}, which is not read" if there else ""
+        raise UserError(
+            f"{files.folder}: the images have no captions{others}; add metadata.jsonl with lines such as "
+            '{"file_name": "a.png", "text": "a cat"}, or a.txt next to a.png, or give --caption'
+        )
+    if of_folders:
+        bare = {name: (text,) for name, text in of_folders.items() if name not in texts}
+        notes.append(f"images captioned with the name of their folder: {len(bare)}")
+        rest = FolderFiles(files.folder, {n: p for n, p in files.images.items() if n not in bare}, others=files.others)
+        return bare | read_caption_files(rest, texts, captions, default, notes)
+    return read_caption_files(files, texts, captions, default, notes)
 
 
-def _named(file_name: Any, parent: Path, folder: Path, images: dict[str, Path]) -> str:
-    """The image that a row names. Raises: ValueError that says what is wrong; LookupError if there is no such image."""
-    if not isinstance(file_name, str) or not file_name:
-        raise ValueError("file_name is missing")
-    if "://" in file_name:
-        raise ValueError(f"{file_name} is an address; download the image into the folder")
-    outside = f"{file_name} is outside of the dataset folder; copy the image into it"
-    inside = os.path.relpath(os.path.normpath(parent / file_name), folder)
-    if inside.startswith("..") or Path(file_name).is_absolute() or re.match(r"[A-Za-z]:[\\/]", file_name):
-        raise ValueError(outside)
-    name = unicodedata.normalize("NFC", Path(inside).as_posix())
-    if name not in images:
-        if Path(name).suffix.lower() not in EXTENSIONS:
-            raise ValueError(f"{file_name} is not one of {ACCEPTED}")
-        raise LookupError(name)
-    home = folder.resolve()
-    if home.parent.name == "snapshots":  # in the Hub's cache, where files are links to blobs/ two folders up
-        home = home.parent.parent
-    if not images[name].resolve().is_relative_to(home):
-        raise ValueError(outside)
-    return name
+def _repeated(name: str) -> re.Match[str] | None:
+    """The repeats and the words of a folder such as ``10_sks toy``, in the layout of kohya's scripts."""
+    return _REPEATED.fullmatch(name.split("/")[-2]) if "/" in name else None
+
+
+def _repeats(name: str) -> int:
+    match = _repeated(name)
+    return max(1, int(match[1])) if match else 1
+
+
+def _notes(cfg: Data, files: FolderFiles) -> list[str]:
+    notes = []
+    if files.own:
+        notes.append(f"written by sdtune, left out: {_first(files.own)}")
+    if files.linked:
+        notes.append(f"links to folders, not read without --follow-links: {_first(files.linked)}")
+    if files.masks:
+        used = isinstance(cfg, Masks) and cfg.masked_loss
+        end = "their images are weighted by them" if used else "not trained on"
+        if isinstance(cfg, Masks) and not used:
+            end += "; --masked-loss weighs the loss by them"
+        notes.append(f"masks: {len(files.masks)}, {end}")
+    if isinstance(cfg, Masks) and cfg.masked_loss and len(files.masks) < len(files.images):
+        notes.append(f"images without a mask, which count in full: {len(files.images) - len(files.masks)}")
+    folders = sorted({name.split("/")[-2] for name in files.images if _repeated(name)})
+    if folders and not cfg.folder_repeats:
+        notes.append(
+            f"folders named like kohya's repeats: {_first(folders)}; their images are shown as often as others; "
+            "--folder-repeats takes the numbers"
+        )
+    elif folders:
+        notes.append(f"repeats by the names of folders: {_first(folders)}")
+    return notes
+
+
+def _first(names: list[str], most: int = 5) -> str:
+    return ", ".join(sorted(names)[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _from_folders(files: FolderFiles) -> dict[str, str]:
+    """The class of each image by the name of its folder."""
+    if stray := [name for name in sorted(files.images) if "/" not in name]:
+        head = f"{files.folder}: --class-column folder needs each image in a folder named as its class; these are not"
+        raise listed_error(head, stray)
+    return {name: name.split("/")[-2] for name in files.images}

@@ -6,6 +6,7 @@ same time; if it cannot be read, all images are inspected again.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -22,7 +24,7 @@ from rich.progress import Progress
 from sdtune.data.cache_folder import cache_root
 from sdtune.data.images import ImageInfo, inspect_image
 
-_VERSION = 2
+_VERSION = 3
 _PATIENCE = 1.0  # seconds before a progress bar is worth its lines
 
 
@@ -32,11 +34,18 @@ def inspect_images(dataset: str, keys: list[str], read: Callable[[int], Path | b
     Args:
         dataset: names the file of results, e.g. the absolute path of the folder.
         keys: one per image; a key must change when its image changes.
+        read: gives the file or the bytes of an image, or raises a ValueError that says why it cannot.
     """
     results_file = cache_root() / "probes" / f"{hashlib.sha256(dataset.encode(errors='replace')).hexdigest()[:32]}.json"
     memo = _load_results(results_file)
     found = {key: ImageInfo(*memo[key]) for key in keys if key in memo}
     missing = [index for index, key in enumerate(keys) if key not in found]
+
+    def inspect(index: int) -> ImageInfo:
+        try:
+            return inspect_image(read(index))
+        except ValueError as error:
+            return ImageInfo(0, 0, "", problem=str(error))
 
     progress = Progress(console=Console(stderr=True), transient=True)
     task = progress.add_task("Reading images", total=len(missing))
@@ -46,7 +55,7 @@ def inspect_images(dataset: str, keys: list[str], read: Callable[[int], Path | b
     with warnings.catch_warnings(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         warnings.simplefilter("ignore")
         try:
-            for index, result in zip(missing, pool.map(lambda i: inspect_image(read(i)), missing), strict=True):
+            for index, result in zip(missing, pool.map(inspect, missing), strict=True):
                 found[keys[index]] = result
                 progress.advance(task)
                 if progress.console.is_terminal and time.monotonic() - start > _PATIENCE:
@@ -57,22 +66,25 @@ def inspect_images(dataset: str, keys: list[str], read: Callable[[int], Path | b
     if missing:
         # Only good images: a bad one may be readable next time, and there are few. Other remembered results stay,
         # since another run may use another part of the dataset.
-        good = {key: (p.width, p.height, p.sha256, p.mode) for key, p in found.items() if not p.problem}
+        good = {key: dataclasses.astuple(info)[:-1] for key, info in found.items() if not info.problem}
         _store_results(results_file, memo | good)
     return [found[key] for key in keys]
 
 
-def _load_results(results_file: Path) -> dict[str, tuple[int, int, str, str]]:
+def _load_results(results_file: Path) -> dict[str, tuple[Any, ...]]:
     try:
         memo = json.loads(results_file.read_bytes())
         if memo["version"] != _VERSION:
             return {}
-        return {key: (int(w), int(h), str(sha), str(mode)) for key, (w, h, sha, mode) in memo["probes"].items()}
+        return {
+            key: (int(w), int(h), str(sha), str(mode), int(frames), bool(dim), bool(blank))
+            for key, (w, h, sha, mode, frames, dim, blank) in memo["probes"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
-def _store_results(results_file: Path, memo: dict[str, tuple[int, int, str, str]]) -> None:
+def _store_results(results_file: Path, memo: dict[str, tuple[Any, ...]]) -> None:
     # If there is no place to write, images are inspected again next time.
     with contextlib.suppress(OSError):
         results_file.parent.mkdir(parents=True, exist_ok=True)

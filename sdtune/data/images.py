@@ -7,6 +7,7 @@ image is turned upright.
 """
 
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -16,21 +17,32 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+from sdtune.data.missing_rows import missing_rows
+
+with suppress(ImportError):  # the extra `heic`
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
+EXTENSIONS = frozenset(".png .apng .jpg .jpeg .jfif .webp .bmp .tif .tiff .gif .avif .heic .heif".split())
 """Endings of files that count as images, in lower case."""
 
 ACCEPTED = ", ".join(sorted(extension[1:] for extension in EXTENSIONS))
 """The same as text for messages."""
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "HEIF")
 """Formats that are opened, whatever the ending of the file. An .eps named .png would start Ghostscript."""
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 """Channels of a tensor to Pillow's mode: grey, grey and alpha, colour, colour and alpha."""
 
+ANIMATED = frozenset({"PNG", "GIF", "WEBP", "TIFF", "AVIF"})
+"""Formats whose further frames are images too. In JPEG (MPO) and HEIF files they are depth maps and the like."""
+
 MAX_PIXELS = 50_000_000
 """A 12,000 x 12,000 1-bit PNG has 17 KB on disk and 1.5 GB in memory."""
 
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT: dict[int, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -52,6 +64,12 @@ class ImageInfo:
     sha256: str
     mode: str = "RGB"
     """One of `MODES`."""
+    frames: int = 1
+    """Frames of an animation, or pages."""
+    dim: bool = False
+    """It has 16 bits a channel, but no value above 4095, as if 12 bits were meant."""
+    blank: bool = False
+    """All of its pixels are black."""
     problem: str | None = None
 
 
@@ -72,26 +90,46 @@ def inspect_image(data: Path | bytes, max_pixels: int = MAX_PIXELS) -> ImageInfo
             width, height = image.size
             if width * height > max_pixels:
                 return ImageInfo(width, height, digest, problem=f"{width} x {height} are {too_large}")
-            mode = _mode_of(image)
-            width, height = _upright(image, mode).size
+            mode, frames = _mode_of(image), frames_of(image)
+            pixels = _upright(image, mode)
+            width, height = pixels.size
+            blank = pixels.convert("RGB").getbbox() is None
+            dim = image.mode.startswith("I;16") and not blank and int(np.asarray(image).max()) < 4096
+            short = missing_rows(content, image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return ImageInfo(width, height, digest, problem=too_large)
     except UnidentifiedImageError:
         return ImageInfo(width, height, digest, problem=_not_an_image(content))
     except Exception as error:  # a broken file can raise any error in Pillow's decoders
         return ImageInfo(width, height, digest, problem=f"truncated or corrupt ({error})")
-    return ImageInfo(width, height, digest, mode)
+    if short:
+        return ImageInfo(width, height, digest, problem="truncated: its last rows are missing")
+    return ImageInfo(width, height, digest, mode, frames, dim, blank)
 
 
-def decode(data: Path | bytes, mode: str = "RGB") -> Image.Image:
+def frames_of(image: Image.Image) -> int:
+    """Frames of an animation, or pages; further pictures in a photograph do not count."""
+    return int(getattr(image, "n_frames", 1)) if image.format in ANIMATED else 1
+
+
+def decode(data: Path | bytes, mode: str = "RGB", first_frame: bool = True) -> Image.Image:
     """The image in one of `MODES`, 8 bits a channel, upright.
+
+    Args:
+        first_frame: take the first frame of an animation, which is an error otherwise.
 
     Raises: OSError (also for a file that is no image), ValueError or SyntaxError on a broken file.
     """
     with Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"more than {MAX_PIXELS / 1e6:g} million pixels")
+        if not first_frame and (frames := frames_of(image)) > 1:
+            raise ValueError(many_frames(frames))
         return _upright(image, mode)
+
+
+def many_frames(frames: int) -> str:
+    return f"has {frames} frames; take the first with --first-frame, or save the one that is meant"
 
 
 def cover(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:
@@ -191,4 +229,6 @@ def _not_an_image(content: bytes) -> str:
         return "a Git LFS pointer, not the image; run `git lfs pull`"
     if start.startswith((b"<!doctype html", b"<html")):
         return "a web page, not an image"
-    return "not a PNG, JPEG, WebP, BMP or TIFF image"
+    if content[4:8] == b"ftyp" and content[8:12] in _HEIF_BRANDS:
+        return "a HEIC image; pip install 'sdtune[heic]'"
+    return f"not an image of the accepted kinds ({ACCEPTED})"

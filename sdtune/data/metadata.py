@@ -1,7 +1,8 @@
 """Reads metadata tables and caption files, and checks captions and classes.
 
-A table is ``metadata.jsonl``, ``.csv`` or ``.parquet`` with a column ``file_name`` (the imagefolder
-convention). A caption file is ``a.txt`` next to ``a.png`` (the convention of sd-scripts).
+A table is ``metadata.jsonl``, ``.csv`` or ``.parquet`` with a column ``file_name`` (the imagefolder convention), or
+``captions.json``, an object of captions by file name. A caption file is ``a.txt`` next to ``a.png`` (the convention of
+sd-scripts).
 """
 
 import csv
@@ -15,7 +16,14 @@ from typing import Any
 
 from sdtune.config.sections import Captions, UserError
 
-TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.json")
+"""Names of tables, in lower case."""
+
+MAX_CAPTION = 20_000
+"""Most characters of a caption. A text encoder reads a few hundred; a tokenizer takes a minute for 20 million."""
+
+MAX_CAPTION_FILE = 1_000_000
+"""Bytes of a file that holds the captions of one image."""
 
 _LISTED = 10  # problems in one message; the rest is counted
 
@@ -38,6 +46,14 @@ class Listing:
     ignored: list[str] = field(default_factory=list)
     table: Any = None
     """A ``datasets.Dataset`` with only the column of images; None for a folder."""
+    repeats: list[int] = field(default_factory=list)
+    """How often an epoch shows each image; empty for once each."""
+    masks: Sequence[Path | None] = ()
+    """The mask of each image; empty if masks are not used."""
+    notes: list[str] = field(default_factory=list)
+    """Lines that the user should read."""
+    table_folder: Path | None = None
+    """Where image files that the table only names may be; None if none is read."""
 
 
 def listed_error(head: str, problems: list[str]) -> UserError:
@@ -53,19 +69,27 @@ def caption_column(options: Captions, dataset: str, columns: list[str], other: s
 
     Raises: UserError that lists the columns.
     """
-    rest = [column for column in columns if column != other]
+    rest = [column for column in columns if column.casefold() != other.casefold()]
     there = ", ".join(columns) or "none"
     if options.caption_column is not None:
-        if options.caption_column in columns:
-            return options.caption_column
+        if given := column_named(options.caption_column, columns):
+            return given
         raise UserError(f"--caption-column {options.caption_column}: no such column in {dataset}; it has {there}")
-    if "text" in rest:
-        return "text"
+    if text := column_named("text", rest):
+        return text
     if len(rest) == 1:
         return rest[0]
     if not rest:
         raise UserError(f"{dataset} has no captions (columns: {there}): add a column `text`, or give --caption")
     raise UserError(f"{dataset}: give the column of the captions with --caption-column; the columns are {there}")
+
+
+def column_named(name: str, columns: list[str]) -> str | None:
+    """The column ``name``, else the only one that differs from it in upper and lower case alone."""
+    if name in columns:
+        return name
+    alike = [column for column in columns if column.casefold() == name.casefold()]
+    return alike[0] if len(alike) == 1 else None
 
 
 def parse_captions(value: Any, default: str | None = None) -> tuple[str, ...]:
@@ -82,7 +106,9 @@ def parse_captions(value: Any, default: str | None = None) -> tuple[str, ...]:
         if text is None:
             raise ValueError("the caption is missing")
         if not isinstance(text, str):
-            raise ValueError(f"the caption is {json.dumps(text, default=str)[:40]}, which is not text")
+            raise ValueError(f"the caption is {_shown(text)}, which is not text")
+        if len(text) > MAX_CAPTION:
+            raise ValueError(f"the caption has {len(text):,} characters; at most {MAX_CAPTION:,} are read")
         if not text.strip():
             raise ValueError("the caption is empty")
         if any("\ud800" <= char <= "\udfff" for char in text):
@@ -107,8 +133,22 @@ def parse_class(value: Any) -> str:
     if value is None or (isinstance(value, str) and not value.strip()):
         raise ValueError("the class is missing")
     if not isinstance(value, str | int):
-        raise ValueError(f"the class is {json.dumps(value, default=str)[:40]}, neither a name nor a whole number")
+        raise ValueError(f"the class is {_shown(value)}, neither a name nor a whole number")
     return str(value).strip()
+
+
+def _shown(value: Any) -> str:
+    """A value of the wrong kind, for a message; nested ones only by their kind, since they may be deep or large."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    return json.dumps(value, default=str)[:40]
+
+
+def read_caption(path: Path) -> str:
+    """The text of the caption file of one image. Raises: ValueError if it is too large or not UTF-8."""
+    if (size := path.stat().st_size) > MAX_CAPTION_FILE:
+        raise ValueError(f"has {size:,} bytes; a caption file has at most {MAX_CAPTION_FILE:,}")
+    return read_text(path)
 
 
 def read_text(path: Path) -> str:
@@ -124,11 +164,13 @@ def read_text(path: Path) -> str:
 def read_metadata(path: Path, shown: str) -> tuple[list[str], list[tuple[str, dict[str, Any]]], list[str]]:
     """Read a metadata table: its columns; its rows, each with its place as ``shown:line``; its problems."""
     try:
-        if path.suffix == ".parquet":
+        kind = path.suffix.lower()
+        if kind == ".parquet":
             rows, problems = _parquet(path, shown)
         else:
-            rows, problems = (_csv if path.suffix == ".csv" else _jsonl)(read_text(path), shown)
-    except (OSError, ValueError) as error:
+            read = {".csv": _csv, ".json": _json}.get(kind, _jsonl)
+            rows, problems = read(read_text(path), shown)
+    except (OSError, ValueError, RecursionError) as error:
         return [], [], [f"{shown}: {str(error).splitlines()[0]}"]
     columns = list(dict.fromkeys(column for _, row in rows for column in row))
     return columns, rows, problems
@@ -153,6 +195,19 @@ def _jsonl(text: str, shown: str) -> Table:
         else:
             problems.append(f'{shown}:{number}: not an object such as {{"file_name": "a.png", "text": "a cat"}}')
     return rows, problems
+
+
+def _json(text: str, shown: str) -> Table:
+    """``{"a.png": "a cat"}``, or an object with ``caption`` or ``text`` for each name (kohya's metadata)."""
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        return [], [f'{shown}: not an object such as {{"a.png": "a cat"}}']
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for name, value in content.items():
+        if isinstance(value, dict):
+            value = next((value[key] for key in ("text", "caption", "captions") if key in value), None)
+        rows.append((f"{shown}: {name}", {"file_name": name, "text": value}))
+    return rows, []
 
 
 def _csv(text: str, shown: str) -> Table:

@@ -11,14 +11,14 @@ from functools import cached_property
 import torch
 from PIL import Image
 
-from sdtune.config.sections import Classes, Data, Latents, Streaming, UserError
+from sdtune.config.sections import Classes, Data, Latents, Masks, Streaming, UserError
 from sdtune.data.images import decode, inspect_image, to_tensor
 from sdtune.data.parquet_shards import open_parquet_shards
 from sdtune.data.shard_names import is_sharded, shard_urls
 from sdtune.data.shard_order import ShardOrder
 from sdtune.data.shards import Record, Shards
 from sdtune.data.sources import Images, Mixture, caption_options, load_images
-from sdtune.data.stream import Sample, Stream
+from sdtune.data.stream import Sample, Stream, without_separators
 from sdtune.data.tables import split_files
 from sdtune.data.tar_shards import open_tar_shards
 
@@ -53,6 +53,8 @@ def refuse_unsupported(cfg: Data) -> None:
         "repeats": cfg.repeats > 1,
         "max-train-samples": cfg.max_train_samples,
         "class-column": isinstance(cfg, Classes) and cfg.class_column,
+        "masked-loss": isinstance(cfg, Masks) and cfg.masked_loss,
+        "folder-repeats": cfg.folder_repeats,
     }
     if given := [name for name, asked in needs.items() if asked]:
         why = "images of a streamed dataset are not inspected before training"
@@ -123,7 +125,7 @@ class ShardStream(Stream):
 
     def _sample(self, index: int, record: Record) -> Sample:
         """Centre crop, no flip, first caption."""
-        caption = record.captions[0] if record.captions else ""
+        caption = without_separators(record.captions[0]) if record.captions else ""
         return Sample(index, record.name, self.cfg.resolution, self.cfg.resolution, 0.5, 0.5, False, caption, 0)
 
     def _image(self, record: Record) -> Image.Image | None:
@@ -132,7 +134,7 @@ class ShardStream(Stream):
             return None
         side = self.cfg.resolution
         try:
-            image = decode(record.content, self.mode)
+            image = decode(record.content, self.mode, self.cfg.first_frame)
         except Exception as error:  # a broken file can raise any error in Pillow's decoders
             raise ValueError(f"{record.name}: {inspect_image(record.content).problem or error}") from None
         if side / min(image.size) > 4:

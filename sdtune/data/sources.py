@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
-from sdtune.config.sections import Captions, Data, Run, UserError
+from sdtune.config.sections import Captions, Data, Masks, Run, UserError
 from sdtune.data.buckets import nearest_shape, training_shapes
 from sdtune.data.builtin import BUILT_IN
+from sdtune.data.cache_folder import local_stamp
 from sdtune.data.folders import read_folder
 from sdtune.data.image_info import inspect_images
+from sdtune.data.images import ImageInfo, many_frames
 from sdtune.data.metadata import Listing, listed_error
 from sdtune.data.shard_names import is_sharded
 from sdtune.data.tables import is_table, read_cell, read_dataset
@@ -38,6 +40,10 @@ class Row:
     """The smallest Pillow mode that loses nothing: L, LA, RGB or RGBA."""
     label: str | None = None
     """Its class, if classes are read."""
+    repeats: int = 1
+    """How often an epoch shows it, for each of ``--repeats``."""
+    mask: str | None = None
+    """Hash of its mask, if masks are used."""
 
 
 def with_captions(images: "Images", captions: Sequence[str]) -> "Images":
@@ -59,11 +65,20 @@ class Images:
     """For each row its file, or its row in ``table``."""
     table: Any = None
     """A ``datasets.Dataset`` of one column; None for a folder."""
+    table_folder: Path | None = None
+    """Where image files that the table only names may lie; None if none is read."""
+    masks: Sequence[Path | None] = ()
+    """For each row its mask; empty if masks are not used."""
+    notes: Sequence[str] = ()
+    """Lines that the user should read."""
     fingerprint: str = field(init=False)
     """Hash of names, image bytes, captions and classes. It does not depend on where the dataset is."""
 
     def __post_init__(self) -> None:
-        listed: list[Any] = [(r.name, r.sha256, r.captions, *([r.label] if r.label else [])) for r in self.rows]
+        listed: list[Any] = [
+            (r.name, r.sha256, r.captions, *filter(None, (r.label, r.mask, r.repeats > 1 and r.repeats)))
+            for r in self.rows
+        ]
         self.fingerprint = hashlib.sha256(json.dumps(sorted(listed)).encode()).hexdigest()
 
     @property
@@ -74,7 +89,11 @@ class Images:
     def read(self, index: int) -> Path | bytes:
         """The file of an image, or its bytes."""
         source = self.sources[index]
-        return source if isinstance(source, Path) else read_cell(self.table, source)
+        return source if isinstance(source, Path) else read_cell(self.table, source, self.table_folder)
+
+    def mask(self, index: int) -> Path | None:
+        """The file of the mask of an image, if it has one and masks are used."""
+        return self.masks[index] if self.masks else None
 
     @property
     def classes(self) -> list[str]:
@@ -92,16 +111,27 @@ class Mixture:
         self.parts = (first, second)
         self.rows = [*first.rows, *second.rows]
         self.ignored, self.skipped = first.ignored + second.ignored, first.skipped + second.skipped
+        self.notes = [*first.notes, *second.notes]
         self.fingerprint = first.fingerprint + second.fingerprint
 
     @property
     def sizes(self) -> list[int]:
+        """Images of each part."""
         return [len(part.rows) for part in self.parts]
 
     def read(self, index: int) -> Path | bytes:
+        """The file of an image, or its bytes."""
+        part, own = self._find(index)
+        return part.read(own)
+
+    def mask(self, index: int) -> Path | None:
+        """The file of the mask of an image."""
+        part, own = self._find(index)
+        return part.mask(own)
+
+    def _find(self, index: int) -> tuple[Images, int]:
         first, second = self.parts
-        own = len(first.rows)
-        return first.read(index) if index < own else second.read(index - own)
+        return (first, index) if index < len(first.rows) else (second, index - len(first.rows))
 
 
 def caption_options(cfg: Data, captions: bool) -> Captions | None:
@@ -113,7 +143,11 @@ def caption_options(cfg: Data, captions: bool) -> Captions | None:
 
 
 def load_images(
-    cfg: Data, captions: bool = True, default_caption: str | None = None, class_column: str | None = None
+    cfg: Data,
+    captions: bool = True,
+    default_caption: str | None = None,
+    class_column: str | None = None,
+    leave_out: Path | None = None,
 ) -> Images:
     """Find, read and check the dataset of ``cfg``.
 
@@ -121,6 +155,7 @@ def load_images(
         captions: whether every image needs a caption; else no captions are read.
         default_caption: of images that have no caption of their own.
         class_column: the column of the classes; ``folder`` for the names of the folders; ``None`` for no classes.
+        leave_out: a folder below the dataset's that is not read.
 
     Raises: UserError for everything that is wrong with the dataset.
     """
@@ -129,8 +164,12 @@ def load_images(
             f"--dataset {cfg.dataset}: tar shards are for lora, text-to-image and ddpm; unpack them into a folder"
         )
     folder = BUILT_IN[cfg.dataset]() if cfg.dataset in BUILT_IN else Path(cfg.dataset).expanduser()
-    read = read_folder if folder.is_dir() and not is_table(folder) else read_dataset
-    return _check_images(cfg, read(cfg, folder, caption_options(cfg, captions), default_caption, class_column))
+    options = caption_options(cfg, captions)
+    if folder.is_dir() and not is_table(folder):
+        return _check_images(cfg, read_folder(cfg, folder, options, default_caption, class_column, leave_out))
+    if isinstance(cfg, Masks) and cfg.masked_loss:
+        raise UserError(f"--masked-loss: reads masks of a folder of images, and {cfg.dataset} is a table; leave it out")
+    return _check_images(cfg, read_dataset(cfg, folder, options, default_caption, class_column))
 
 
 def _check_images(cfg: Data, found: Listing) -> Images:
@@ -144,7 +183,7 @@ def _check_images(cfg: Data, found: Listing) -> Images:
 
     def read(index: int) -> Path | bytes:
         source = found.sources[chosen[index]]
-        return source if isinstance(source, Path) else read_cell(found.table, source)
+        return source if isinstance(source, Path) else read_cell(found.table, source, found.table_folder)
 
     infos = inspect_images(found.cache_name, [found.keys[i] for i in chosen], read)
 
@@ -152,26 +191,76 @@ def _check_images(cfg: Data, found: Listing) -> Images:
     bad: dict[int, str] = {}
     small: dict[int, str] = {}
     for i, info in zip(chosen, infos, strict=True):
-        if info.problem:
-            bad[i] = info.problem
+        if info.problem or (info.frames > 1 and not cfg.first_frame):
+            bad[i] = info.problem or many_frames(info.frames)
             continue
         width, height = nearest_shape(shapes, info.width, info.height)
         if max(width / info.width, height / info.height) > 4:
             small[i] = f"{info.width} x {info.height} is less than a quarter of {width} x {height}"
     skip = bad | small
     for problems, head in (
-        (bad, "cannot be read: repair or remove them, or leave them out with --on-bad-image skip"),
+        (bad, "cannot be used: repair or remove them, or leave them out with --on-bad-image skip"),
         (small, "too small: lower --resolution, or leave them out with --on-bad-image skip"),
     ):
         if problems and (cfg.on_bad_image == "error" or len(skip) == len(chosen)):
             lines = [f"{found.names[i]}: {problem}" for i, problem in problems.items()]
             raise listed_error(f"{found.dataset}: {len(problems)} of {len(chosen)} images {head}", lines)
 
+    used = {i: info for i, info in zip(chosen, infos, strict=True) if i not in skip}
+    masks = _check_masks(found, used)
     rows = [
-        Row(found.names[i], found.captions[i], info.width, info.height, info.sha256, info.mode, found.classes[i])
-        for i, info in zip(chosen, infos, strict=True)
-        if i not in skip
+        Row(
+            name=found.names[i],
+            captions=found.captions[i],
+            width=info.width,
+            height=info.height,
+            sha256=info.sha256,
+            mode=info.mode,
+            label=found.classes[i],
+            repeats=found.repeats[i] if found.repeats else 1,
+            mask=masks.get(i),
+        )
+        for i, info in used.items()
     ]
-    skipped = [(found.names[i], skip[i]) for i in chosen if i in skip]
-    sources = [found.sources[i] for i in chosen if i not in skip]
-    return Images(rows, found.ignored, skipped, sources, found.table)
+    return Images(
+        rows=rows,
+        ignored=found.ignored,
+        skipped=[(found.names[i], skip[i]) for i in chosen if i in skip],
+        sources=[found.sources[i] for i in used],
+        table=found.table,
+        table_folder=found.table_folder,
+        masks=[found.masks[i] for i in used] if found.masks else (),
+        notes=[*found.notes, *_pixel_notes(found, used)],
+    )
+
+
+def _pixel_notes(found: Listing, used: dict[int, ImageInfo]) -> list[str]:
+    notes = []
+    if dim := [found.names[i] for i, info in used.items() if info.dim]:
+        some = ", ".join(dim[:3])
+        notes.append(f"16-bit images without a value above 4095, which therefore stay dark: {len(dim)} ({some})")
+    if frames := [found.names[i] for i, info in used.items() if info.frames > 1]:
+        notes.append(f"images with several frames, of which the first is used: {len(frames)} ({', '.join(frames[:3])})")
+    return notes
+
+
+def _check_masks(found: Listing, used: dict[int, ImageInfo]) -> dict[int, str]:
+    """The hash of the mask of each image that has one. Raises: UserError that names all masks that cannot be used."""
+    paths = {i: path for i in used if found.masks and (path := found.masks[i])}
+    keys = [f"{path}:{local_stamp(path)}" for path in paths.values()]
+    infos = inspect_images(f"{found.cache_name} masks", keys, list(paths.values()).__getitem__)
+    problems, hashes = [], {}
+    for (i, path), info in zip(paths.items(), infos, strict=True):
+        image = used[i]
+        if info.problem:
+            problems.append(f"{path}: {info.problem}")
+        elif info.blank:
+            problems.append(f"{path}: is all black, so nothing of {found.names[i]} would be trained on")
+        elif abs(info.width * image.height - info.height * image.width) > 0.02 * info.width * image.height:
+            sizes = f"{info.width} x {info.height}, and its image {image.width} x {image.height}"
+            problems.append(f"{path}: has another shape than its image: {sizes}")
+        hashes[i] = info.sha256
+    if problems:
+        head = f"{found.dataset}: masks that cannot be used; correct these, or leave out --masked-loss"
+        raise listed_error(head, problems)
+    return hashes

@@ -6,18 +6,22 @@ and no sampler has a state. Positions ``[s * group, (s + 1) * group)`` make step
 processes, accumulation and batches (``positions``).
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from sdtune.config.sections import Captions, Data, Run, UserError
+from sdtune.config.sections import Captions, Data, Masks, Run, UserError
 from sdtune.data.buckets import Shape, nearest_shape, training_shapes
 from sdtune.data.images import corner, cover, decode, to_tensor
 from sdtune.data.order import Order
 from sdtune.data.sources import Images, Mixture
 from sdtune.run.rng import generator
+
+SEPARATOR = "|||"
+"""In a caption: the tags before it stay in front when tags are shuffled, those after a second one at the end."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,10 @@ class Stream:
     def __init__(self, cfg: Data, images: Images | Mixture, group: int, mode: str = "RGB") -> None:
         self._configure(cfg, group, mode)
         self.images = images
+        if self.masked and not any(row.mask for row in images.rows):
+            raise UserError(
+                f"--masked-loss: {cfg.dataset} has no masks, such as a-mask.png next to a.png; leave it out"
+            )
         count, held = images.sizes[0], cfg.num_holdout_images
         if held >= count:
             left = f"{cfg.dataset} has {count} usable images"
@@ -68,10 +76,11 @@ class Stream:
         self.shapes: list[Shape] = [nearest_shape(shapes, row.width, row.height) for row in images.rows]
         self.buckets: dict[Shape, list[int]] = {}
         for index in self.indices:
-            self.buckets.setdefault(self.shapes[index], []).append(index)
+            self.buckets.setdefault(self.shapes[index], []).extend([index] * images.rows[index].repeats)
         self.first = count
         self.orders = [self._order(part, len(images.sizes)) for part in range(len(images.sizes))]
-        self.epoch_length = (count - held) * cfg.repeats * len(self.orders)
+        once = sum(images.rows[index].repeats for index in self.indices if index < count)
+        self.epoch_length = once * cfg.repeats * len(self.orders)
         self.holdout = [self._unaugmented(index) for index in held_out]
 
     def _configure(self, cfg: Data, group: int, mode: str) -> None:
@@ -113,7 +122,7 @@ class Stream:
     def _unaugmented(self, index: int) -> Sample:
         """Centre crop, no flip, first caption."""
         row, (width, height) = self.images.rows[index], self.shapes[index]
-        caption = row.captions[0] if row.captions else ""
+        caption = without_separators(row.captions[0]) if row.captions else ""
         return Sample(index, row.name, width, height, 0.5, 0.5, False, caption, int(index >= self.first))
 
     def _caption(self, captions: tuple[str, ...], position: int) -> str:
@@ -127,15 +136,14 @@ class Stream:
             drawn = torch.randint(len(captions), (), generator=self._rng("caption", position))
             caption = captions[int(drawn)]
         if not self._shuffles(caption):
-            return caption
-        tags = _tags(caption)
-        front, rest = tags[: options.keep_tags], tags[options.keep_tags :]
-        order = torch.randperm(len(rest), generator=self._rng("tags", position)).tolist()
-        return ", ".join(front + [rest[i] for i in order])
+            return without_separators(caption)
+        front, tags, back = _parts(caption, options.keep_tags)
+        order = torch.randperm(len(tags), generator=self._rng("tags", position)).tolist()
+        return ", ".join([*front, *(tags[i] for i in order), *back])
 
     def _shuffles(self, caption: str) -> bool:
         options = self.caption_options
-        return options is not None and options.shuffle_tags and len(_tags(caption)) > options.keep_tags + 1
+        return options is not None and options.shuffle_tags and len(_parts(caption, options.keep_tags)[1]) > 1
 
     # ---- pixels
 
@@ -154,6 +162,23 @@ class Stream:
             sample.flip,
             self.cfg.image_interpolation_mode,
         )
+
+    @property
+    def masked(self) -> bool:
+        """Whether the loss is weighted by masks."""
+        return isinstance(self.cfg, Masks) and self.cfg.masked_loss
+
+    def mask(self, sample: Sample) -> torch.Tensor:
+        """The mask of ``pixels(sample)``, with the same crop and flip: float32 [1, height, width] in [0, 1]."""
+        path = self.images.mask(sample.index)
+        if path is None:
+            return torch.ones(1, sample.height, sample.width)
+        try:
+            image = decode(path, "L")
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError(f"{path} could be read when training began, but not now: {error}") from error
+        crop = sample.width, sample.height, sample.left, sample.top, sample.flip
+        return (to_tensor(image, *crop, "box") + 1) / 2
 
     def pixel_key(self, sample: Sample) -> Any:
         """A key for ``pixels(sample)``: image bytes, shape, crop in pixels, flip, mode, filter."""
@@ -190,12 +215,30 @@ class Stream:
         return list({self.pixel_key(sample): sample for sample in variants + self.holdout}.values())
 
     def texts(self) -> list[str]:
-        """All captions as they are written, and the empty caption, sorted."""
-        return sorted({caption for row in self.images.rows for caption in row.captions} | {""})
+        """All captions without shuffling, and the empty caption, sorted."""
+        return sorted({without_separators(caption) for row in self.images.rows for caption in row.captions} | {""})
 
 
 def _tags(caption: str) -> list[str]:
-    return [tag.strip() for tag in caption.split(",") if tag.strip()]
+    """Tags between commas, also those of Chinese and Japanese."""
+    return [tag.strip() for tag in re.split("[,，、]", caption) if tag.strip()]
+
+
+def _parts(caption: str, keep_tags: int) -> tuple[list[str], list[str], list[str]]:
+    """The tags that stay in front, those that are shuffled, and those that stay at the end.
+
+    ``|||`` separates the three, as in kohya's scripts; without it the first ``keep_tags`` stay in front.
+    """
+    if SEPARATOR in caption:
+        front, tags, *back = (_tags(part) for part in caption.split(SEPARATOR, 2))
+        return front, tags, back[0] if back else []
+    tags = _tags(caption)
+    return tags[:keep_tags], tags[keep_tags:], []
+
+
+def without_separators(caption: str) -> str:
+    """A caption in its own order; ``|||`` becomes a comma."""
+    return ", ".join(tag for part in _parts(caption, 0) for tag in part) if SEPARATOR in caption else caption
 
 
 @dataclass(frozen=True)

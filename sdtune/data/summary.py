@@ -1,10 +1,14 @@
 """What a user should know of a dataset before training: sizes, small images, copies, long captions."""
 
+import re
 from collections import Counter
 from collections.abc import Callable
 
 from sdtune.data.sources import Row
-from sdtune.data.stream import Stream
+from sdtune.data.stream import SEPARATOR, Stream
+
+_WEIGHTS = re.compile(r"\([^()]{1,200}:\s*-?\d+\.?\d*\s*\)|<(?:lora|lyco|lycoris|hypernet):[^<>]{1,200}>")
+"""Weights of A1111 and ComfyUI."""
 
 
 def summarize(stream: Stream, count_tokens: Callable[[str], int] | None = None, window: int = 77) -> list[str]:
@@ -20,6 +24,7 @@ def summarize(stream: Stream, count_tokens: Callable[[str], int] | None = None, 
         more += f", {images.sizes[1]} of them of the class; each step shows as many of the class as of the subject"
     steps = f"{stream.epoch_length / stream.group:.4g} steps of {stream.group} images"
     lines = [f"images: {len(stream.indices)}{more}; an epoch is {steps}"]
+    lines += images.notes
     if images.ignored:
         lines.append(f"other files, ignored: {len(images.ignored)} ({_first_names(images.ignored)})")
     if images.skipped:
@@ -27,10 +32,12 @@ def summarize(stream: Stream, count_tokens: Callable[[str], int] | None = None, 
         lines.append(f"bad images, left out: {len(named)} ({_first_names(named)})")
     if stream.cfg.buckets:
         lines.append(_bucket_line(stream))
+    lines += _cropped_line(stream)
     lines += _small_line(stream)
     copies = [count for count in Counter(row.sha256 for row in rows).values() if count > 1]
     if copies:
         lines.append(f"exact copies of other images, which are therefore shown more often: {sum(copies) - len(copies)}")
+    lines += _syntax_lines(stream)
     if count_tokens:
         lines += _long_captions(rows, count_tokens, window)
     return lines
@@ -42,12 +49,43 @@ def _first_names(names: list[str], most: int = 5) -> str:
 
 def _bucket_line(stream: Stream) -> str:
     sizes = sorted(stream.buckets.items(), key=lambda item: (-len(item[1]), item[0]))
-    line = "buckets: " + ", ".join(f"{width} x {height}: {len(held)}" for (width, height), held in sizes)
+    line = "buckets: " + ", ".join(f"{width} x {height}: {len(set(held))}" for (width, height), held in sizes)
     least = len(sizes[-1][1]) * stream.cfg.repeats
     share = -(-least // stream.group) * stream.group / least
     if share > 1:
         line += f"; a step has one shape, so images of the last one are shown {share:.3g} times an epoch"
     return line
+
+
+def _cropped_line(stream: Stream) -> list[str]:
+    """How much of their area images lose that are cropped to another shape."""
+    lost = []
+    for index in stream.indices:
+        row, (width, height) = stream.images.rows[index], stream.shapes[index]
+        scale = max(width / row.width, height / row.height)
+        lost.append((1 - width * height / (row.width * row.height * scale**2), row.name))
+    cropped = [pair for pair in lost if pair[0] > 0.03]
+    if not cropped:
+        return []
+    most, name = max(cropped)
+    way_out = "a larger --bucket-max-aspect or a smaller --bucket-step" if stream.cfg.buckets else "--buckets"
+    return [
+        f"images that lose more than 3 % when cropped: {len(cropped)} (most {name}, {most:.0%}); {way_out} keeps more"
+    ]
+
+
+def _syntax_lines(stream: Stream) -> list[str]:
+    """Captions in which signs have a meaning to other programs, or to this one."""
+    named = [(row.name, caption) for row in stream.images.rows for caption in row.captions]
+    lines = []
+    if weighted := [name for name, caption in named if _WEIGHTS.search(caption)]:
+        lines.append(
+            f"captions with weights such as (word:1.2) or <lora:...>, which are read as ordinary text: {len(weighted)} "
+            f"({_first_names(weighted, 3)})"
+        )
+    if separated := [name for name, caption in named if SEPARATOR in caption]:
+        lines.append(f"captions in which {SEPARATOR} separates tags that stay in place: {len(separated)}")
+    return lines
 
 
 def _small_line(stream: Stream) -> list[str]:

@@ -1,6 +1,7 @@
 """Reads a table of images with ``datasets``: saved by ``save_to_disk``, downloaded, or on the Hub."""
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 from sdtune.config.sections import Captions, Data, Model, UserError
 from sdtune.data.builtin import BUILT_IN
 from sdtune.data.cache_folder import local_stamp
+from sdtune.data.images import EXTENSIONS
 from sdtune.data.metadata import (
     TABLES,
     Listing,
@@ -20,13 +22,24 @@ from sdtune.data.metadata import (
     parse_class,
 )
 
-_FORMS = f"a folder of images, a Hub id such as user/name, a dataset saved by save_to_disk, or {' or '.join(BUILT_IN)}"
+_FORMS = (
+    "a folder of images, a Hub id such as user/name, a .parquet file, a dataset saved by save_to_disk, or "
+    f"{' or '.join(BUILT_IN)}"
+)
 
 
 def is_table(folder: Path) -> bool:
-    """Whether ``datasets`` can load the folder: it is a saved dataset, or a copy of a Hub repository."""
-    shards = (path for path in (folder / "data").glob("*.parquet") if path.name not in TABLES)
-    return _is_saved(folder) or any(shards)
+    """Whether ``datasets`` can load the folder: a saved dataset, or parquet files as in a copy of a Hub repository."""
+    if _is_saved(folder) or any(path.name.lower() not in TABLES for path in (folder / "data").glob("*.parquet")):
+        return True
+    found = False
+    for _, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        endings = {Path(name).suffix.lower() for name in names if not name.startswith(".")}
+        if endings & EXTENSIONS:
+            return False  # a folder of images
+        found |= any(name.endswith(".parquet") and name.lower() not in TABLES for name in names)
+    return found
 
 
 def _is_saved(folder: Path) -> bool:
@@ -41,22 +54,23 @@ def read_dataset(
     class_from: str | None,
 ) -> Listing:
     """The split of a dataset, with undecoded images. The arguments are those of ``read_folder``."""
-    if not folder.is_dir() and not _is_hub_id(cfg.dataset):
+    is_file = folder.suffix == ".parquet" and folder.is_file()
+    if not folder.is_dir() and not is_file and not _is_hub_id(cfg.dataset):
         raise UserError(f"--dataset {cfg.dataset}: {_missing(folder)}; give {_FORMS}")
     import datasets  # takes a second, and folders do not need it
 
+    from_images = False
     try:
         if folder.is_dir() and _is_saved(folder):
             table = datasets.load_from_disk(str(folder))
         else:
-            at = str(folder) if folder.is_dir() else cfg.dataset
+            at = "parquet" if is_file else str(folder) if folder.is_dir() else cfg.dataset
             cache_dir = cfg.cache_dir if isinstance(cfg, Model) else None
+            options = {"data_files": str(folder)} if is_file else {"revision": cfg.dataset_revision}
             table = datasets.load_dataset(
-                at,
-                cfg.dataset_config_name,
-                revision=cfg.dataset_revision,
-                cache_dir=cache_dir and str(cache_dir),
+                at, cfg.dataset_config_name, cache_dir=cache_dir and str(cache_dir), **options
             )
+            from_images = True
     except Exception as error:  # of the library, the Hub or the network
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         here = "" if folder.is_dir() else ", and there is no such folder"
@@ -65,7 +79,12 @@ def read_dataset(
         if cfg.split not in table:
             raise UserError(f"--split {cfg.split}: no such split in {cfg.dataset}; it has {', '.join(table)}")
         table = table[cfg.split]
-    return _list_table(cfg, table.with_format(None), captions, default_caption, class_from)
+    listing = _list_table(cfg, table.with_format(None), captions, default_caption, class_from)
+    if from_images and table.info.builder_name == "imagefolder":
+        listing.table_folder = Path("/")  # the library itself wrote the paths, of the files that it downloaded
+    elif folder.is_dir():
+        listing.table_folder = folder.resolve()
+    return listing
 
 
 def split_files(cfg: Data) -> list[str]:
@@ -103,10 +122,9 @@ def _list_table(
     if cfg.image_column not in table.column_names:
         raise UserError(f"--image-column {cfg.image_column}: no such column in {cfg.dataset}; it has {columns}")
     feature = table.features[cfg.image_column]
-    if not isinstance(feature, datasets.Image) and getattr(feature, "dtype", "") not in (
-        "binary",
-        "large_binary",
-    ):
+    is_struct = isinstance(feature, dict) and "bytes" in feature  # as pandas writes an image of datasets
+    is_bytes = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
+    if not isinstance(feature, datasets.Image) and not is_struct and not is_bytes:
         raise UserError(f"--image-column {cfg.image_column} of {cfg.dataset} holds no images; it has {columns}")
     if not len(table):
         raise UserError(f"--dataset {cfg.dataset}: no images in split {cfg.split}")
@@ -159,13 +177,24 @@ def _parsed(cells: Iterable[Any], parse: Callable[[Any], Any], head: str) -> lis
     return found
 
 
-def read_cell(table: Any, row: int) -> Path | bytes:
-    """The bytes of an image in a table of undecoded images, or the path of its file."""
+def read_cell(table: Any, row: int, folder: Path | None) -> Path | bytes:
+    """The bytes of an image in a table of undecoded images, or the path of its file.
+
+    Args:
+        folder: where such files may be; ``None`` if none is read, since a table can name any file of the machine.
+
+    Raises: ValueError for a file elsewhere.
+    """
     (image,) = table[row].values()
     if image is None:
         return b""
     content: bytes | None = image["bytes"]
-    return content if content is not None else Path(image["path"])
+    if content is not None:
+        return content
+    path = image["path"] or ""
+    if folder is None or not path or not (folder / path).resolve().is_relative_to(folder):
+        raise ValueError(f"holds no image but a path, {path!r}, which is not read; save the dataset with its images")
+    return folder / path
 
 
 def _is_hub_id(dataset: str) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 from sdtune.config.sections import Captions, Data, UserError
 from sdtune.data.files import file_system, is_remote, open_file, read_with_retries
 from sdtune.data.images import EXTENSIONS
-from sdtune.data.metadata import parse_captions
+from sdtune.data.metadata import MAX_CAPTION_FILE, parse_captions
 from sdtune.data.shard_order import IntArray
 from sdtune.data.shards import Record, Shards, index_shards
 
@@ -100,6 +100,8 @@ class OpenTar:
     def record(self, nth: int) -> Record:
         """Raises: ValueError if the caption cannot be used."""
         at, size, text_at, text_size = self.table[nth].tolist()
+        if text_size > MAX_CAPTION_FILE:
+            raise ValueError(f"its caption has {text_size:,} bytes; at most {MAX_CAPTION_FILE:,} are read")
         first = (min(at, text_at) if text_size else at) - BLOCK
         last = max(at + size, text_at + text_size)
         data = self._bytes(first, last)  # the members of a sample are neighbours, so one read is enough
@@ -130,6 +132,7 @@ class OpenTar:
 
 
 def _captions(data: bytes, kind: str, column: str) -> tuple[str, ...]:
+    """The captions in a member. Raises: ValueError that says what is wrong."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -138,7 +141,7 @@ def _captions(data: bytes, kind: str, column: str) -> tuple[str, ...]:
         return parse_captions(" ".join(text.split()))
     try:
         cells = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         cells = None
     if not isinstance(cells, dict):
         raise ValueError("its .json member is not a JSON object")
@@ -209,6 +212,8 @@ def _members(url: str) -> Iterator[tarfile.TarInfo]:
             while member := tar.next():
                 tar.members = []  # type: ignore[attr-defined]  # or tarfile would hold all of them
                 last = member.name.rpartition("/")[2]
+                if member.issparse():
+                    raise ValueError(f"{member.name} is stored as a sparse file; pack the shard without --sparse")
                 if member.isfile() and not last.startswith((".", "__")) and "." in last:
                     yield member
             end = tar.offset  # tarfile silently takes a damaged header for the end

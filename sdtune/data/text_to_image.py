@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 from torch import Tensor
+from torch.nn import functional
 
 from sdtune.config.sections import Latents, UserError
 from sdtune.data import Sample, ShardStream, Stream, cache, summarize
@@ -88,6 +89,8 @@ class TextToImageDataset(DenoisingDataset):
             item["pixels"] = self.stream.pixels(sample)
         else:
             item["moments"] = self.moments[self.stream.pixel_key(sample)]
+        if self.stream.masked:
+            item["mask"] = functional.avg_pool2d(self.stream.mask(sample), downscale)
         if self.texts is None:
             item["tokens"] = self.tokens(sample.caption)
         else:

@@ -23,7 +23,7 @@ class Objective(Protocol):
     def noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
     def weight(self, t: Tensor) -> Tensor: ...
-    def distance(self, pred: Tensor, target: Tensor) -> Tensor: ...
+    def distance(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor: ...
 
 
 def per_image(x: Tensor, like: Tensor) -> Tensor:
@@ -155,11 +155,17 @@ class DDPM:
                 weight = snr.clamp(max=self.snr_gamma)
         return weight.float()
 
-    def distance(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Mean squared or pseudo-Huber error of each image, in float32: ``[B]``."""
+    def distance(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Mean squared or pseudo-Huber error of each image, in float32: ``[B]``.
+
+        Args:
+            mask: weights of the mean, at least 0 and not all 0, ``[B, 1, H, W]``.
+        """
         squared = (pred.float() - target.float()).square()
         if self.huber_c is not None:
             squared = (squared + self.huber_c**2).sqrt() - self.huber_c
+        if mask is not None:
+            squared = squared * (mask / mask.mean(dim=(1, 2, 3), keepdim=True))
         return squared.flatten(1).mean(1)
 
 
@@ -198,9 +204,10 @@ def denoising_loss(
         predict: ``(x_t, t) -> pred``, the network with its conditioning bound.
         x0: clean images or latents ``[B, C, H, W]``.
         batch: ``u`` ``[B]`` uniform in [0, 1), ``noise`` like ``x0``, and, under input perturbation
-            (Ning et al. 2023), the noise that the input gets in its place as ``input_noise``.
+            (Ning et al. 2023), the noise that the input gets in its place as ``input_noise``; with masks, the
+            weights ``mask`` ``[B, 1, H, W]`` of the error at each place.
     """
     t, noise = objective.timesteps(batch["u"]), batch["noise"]
     x_t = objective.noise(x0, batch.get("input_noise", noise), t)
     target = objective.target(x0, noise, t)
-    return objective.distance(predict(x_t, t), target) * objective.weight(t)
+    return objective.distance(predict(x_t, t), target, batch.get("mask")) * objective.weight(t)

@@ -140,7 +140,7 @@ def collect(cfg: EvaluateConfig, judges: Judges) -> Samples:
         judges.questions(cfg, plan)
         sample(plan.sampling)
         return samples_of(plan.sampling.output_dir)
-    return samples_of(Path(cfg.samples).expanduser())
+    return samples_of(Path(cfg.samples).expanduser(), cfg)
 
 
 def described(name: str, images: Images, rows: Sequence[int]) -> dict[str, Any]:

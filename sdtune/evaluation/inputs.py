@@ -50,7 +50,8 @@ class Plan:
 
 def read(option: str, name: str, cfg: EvaluateConfig | None = None, captions: bool = False) -> Images:
     """A folder or dataset; errors name ``option``. Columns and versions in ``cfg`` are those of the reference."""
-    fields = ("dataset_config_name", "dataset_revision", "split", "image_column", "caption_column")
+    columns = ("dataset_config_name", "dataset_revision", "split", "image_column", "caption_column")
+    fields = ("follow_links", "first_frame", *(columns if option == "--reference" else ()))
     source = {field: getattr(cfg, field) for field in fields} if cfg else {}
     try:
         return load_images(Captioned(dataset=name, resolution=8, **source), captions)
@@ -58,12 +59,12 @@ def read(option: str, name: str, cfg: EvaluateConfig | None = None, captions: bo
         raise UserError(str(error).replace("--dataset", option, 1)) from error
 
 
-def samples_of(folder: Path) -> Samples:
+def samples_of(folder: Path, cfg: EvaluateConfig | None = None) -> Samples:
     """The images of a folder that its ``prompts.jsonl`` lists, with their prompts and classes.
 
     Without that file: all images of the folder, and the class of each is the name of its own folder.
     """
-    images = read("SAMPLES", str(folder))
+    images = read("SAMPLES", str(folder), cfg)
     by_name = {row.name: k for k, row in enumerate(images.rows)}
     file = folder / "prompts.jsonl"
     if not file.is_file():

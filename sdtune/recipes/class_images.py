@@ -19,8 +19,8 @@ from rich.progress import track
 from sdtune.config.methods.dreambooth import DreamBoothConfig
 from sdtune.config.sections import UserError
 from sdtune.data import Images, load_images
-from sdtune.data.images import EXTENSIONS
-from sdtune.data.metadata import TABLES
+from sdtune.data.folder_captions import has_captions
+from sdtune.data.folder_files import find_images
 from sdtune.run import rng
 from sdtune.run.processes import store_barrier
 from sdtune.run.public_name import public_name
@@ -37,10 +37,10 @@ def class_images(cfg: DreamBoothConfig, family: Any) -> Images:
         UserError: there are too few and no class prompt to generate more, or they were generated with other settings.
     """
     folder = (cfg.class_data or cfg.output_dir / FOLDER).expanduser()
-    if family.device.type == "meta" and len(image_files(folder)) < cfg.num_class_images:
+    if family.device.type == "meta" and len(find_images(folder)) < cfg.num_class_images:
         # Nothing is drawn on the meta device: the images of the subject take their place.
         return load_images(cfg, default_caption=cfg.instance_prompt)
-    own = [p for p in image_files(folder) if not p.name.startswith(MADE)]
+    own = [p for p in find_images(folder) if not p.name.startswith(MADE)]
     missing_count = cfg.num_class_images - len(own)
     if missing_count > 0:
         if PartialState().is_main_process:
@@ -76,7 +76,7 @@ def prepare_folder(cfg: DreamBoothConfig, folder: Path, own: list[Path], missing
     except OSError as error:
         raise UserError(f"--class-data {folder}: cannot be written ({error.strerror})") from None
     wanted = {path_of(folder, k) for k in range(missing_count)}
-    for file in [p for p in image_files(folder) if p.name.startswith(MADE)]:
+    for file in [p for p in find_images(folder) if p.name.startswith(MADE)]:
         with Image.open(file) as image:
             made = image.info.get("sdtune", "no settings")
         if cfg.class_data and made != settings(cfg):
@@ -121,17 +121,6 @@ def settings(cfg: DreamBoothConfig) -> str:
     names = "revision seed class_prompt sample_batch_size class_inference_steps class_guidance_scale resolution".split()
     chosen = {"model": public_name(cfg.model)} | {name: getattr(cfg, name) for name in names}
     return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
-
-
-def image_files(folder: Path) -> list[Path]:
-    shown = (p for p in folder.glob("**/*") if not p.name.startswith("."))
-    return sorted(p for p in shown if p.suffix.lower() in EXTENSIONS)
-
-
-def has_captions(folder: Path) -> bool:
-    """Whether images of a folder have captions of their own: a text file of the same name, or a table."""
-    texts = (p.with_suffix(".txt").exists() for p in image_files(folder))
-    return any(texts) or any((folder / table).exists() for table in TABLES)
 
 
 def path_of(folder: Path, k: int) -> Path:

@@ -45,7 +45,7 @@ class DreamBooth(FineTune):
 
     def load_images(self):
         cfg = self.cfg
-        images = load_images(cfg, default_caption=cfg.instance_prompt)
+        images = load_images(cfg, default_caption=cfg.instance_prompt, leave_out=cfg.class_data)
         return new_token.require_word(cfg.placeholder_token, images) if cfg.placeholder_token else images
 
     def add_adapters(self):

@@ -28,6 +28,12 @@ BEGUN = ("metrics.jsonl", "checkpoints/*", "*.safetensors", ARTEFACT)
 """Files of which one exists once a run has reached its first step."""
 
 
+def is_run(folder: Path) -> bool:
+    """Whether an sdtune run wrote into this folder, or is about to."""
+    traces = (".lock", "metrics.jsonl", "checkpoints", ARTEFACT)
+    return (folder / "config.yaml").is_file() and any((folder / trace).exists() for trace in traces)
+
+
 def open_run(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) -> IO[str]:
     """Create ``cfg.output_dir``, or make sure that the run in it is this one.
 

@@ -14,6 +14,7 @@ from sdtune.config.sections import (
     Denoising,
     Description,
     Hub,
+    Masks,
     Model,
     NonNegative,
     Optim,
@@ -27,7 +28,7 @@ from sdtune.config.sections import (
 )
 
 
-class DreamBoothConfig(NewWord, Adapter, Denoising, Model, Captions, Data, Optim, Prompts, Preview, Hub, Run):
+class DreamBoothConfig(NewWord, Adapter, Denoising, Model, Captions, Masks, Data, Optim, Prompts, Preview, Hub, Run):
     """A subject or style from a handful of images (DreamBooth; Ruiz et al. 2022), all weights or as LoRA."""
 
     method: ClassVar[str] = "dreambooth"

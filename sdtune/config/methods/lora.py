@@ -10,6 +10,7 @@ from sdtune.config.sections import (
     Denoising,
     Hub,
     Latents,
+    Masks,
     Model,
     Optim,
     Preview,
@@ -19,7 +20,9 @@ from sdtune.config.sections import (
 )
 
 
-class LoraConfig(Adapter, Denoising, Model, Captions, Latents, Streaming, Data, Optim, Prompts, Preview, Hub, Run):
+class LoraConfig(
+    Adapter, Denoising, Model, Captions, Masks, Latents, Streaming, Data, Optim, Prompts, Preview, Hub, Run
+):
     """Low-rank adapters on a text-to-image model (LoRA; Hu et al. 2021)."""
 
     method: ClassVar[str] = "lora"

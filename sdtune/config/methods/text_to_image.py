@@ -11,6 +11,7 @@ from sdtune.config.sections import (
     Denoising,
     Hub,
     Latents,
+    Masks,
     Model,
     NonNegative,
     Optim,
@@ -23,7 +24,7 @@ from sdtune.config.sections import (
 )
 
 
-class TextToImageConfig(Denoising, Model, Captions, Latents, Streaming, Data, Optim, Prompts, Preview, Hub, Run):
+class TextToImageConfig(Denoising, Model, Captions, Masks, Latents, Streaming, Data, Optim, Prompts, Preview, Hub, Run):
     """Full fine-tuning of a text-to-image model's denoiser (Rombach et al. 2022)."""
 
     method: ClassVar[str] = "text-to-image"

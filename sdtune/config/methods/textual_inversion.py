@@ -9,6 +9,7 @@ from sdtune.config.sections import (
     Data,
     Denoising,
     Hub,
+    Masks,
     Model,
     Natural,
     NonNegative,
@@ -20,7 +21,7 @@ from sdtune.config.sections import (
 )
 
 
-class TextualInversionConfig(NewWord, Denoising, Model, Captions, Data, Optim, Prompts, Preview, Hub, Run):
+class TextualInversionConfig(NewWord, Denoising, Model, Captions, Masks, Data, Optim, Prompts, Preview, Hub, Run):
     """A new word for what a few images show; nothing of the base moves (Textual Inversion; Gal et al. 2022)."""
 
     method: ClassVar[str] = "textual-inversion"

@@ -1,0 +1,187 @@
+"""Finds the caption of each image of a folder: in a file next to it, or in metadata tables."""
+
+import difflib
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from sdtune.config.sections import Captions, UserError
+from sdtune.data.folder_files import FolderFiles, find_files
+from sdtune.data.images import ACCEPTED, EXTENSIONS
+from sdtune.data.metadata import TABLES, column_named, listed_error, parse_captions, read_caption, read_metadata
+
+CAPTION_FILES = (".txt", ".caption")
+"""Endings of caption files, in lower case."""
+_INSIDE_ONLY = "captions and metadata are never read from outside of it: copy the files into it"
+
+
+def tables_of(files: FolderFiles) -> dict[str, Path]:
+    """The metadata tables, by name."""
+    return {name: path for name, path in files.others.items() if name.rpartition("/")[2].lower() in TABLES}
+
+
+def caption_files(files: FolderFiles) -> dict[str, list[str]]:
+    """Name of an image -> names of its caption files: ``a.txt``, ``a.caption`` or ``a.png.txt`` for ``a.png``."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(files.others):
+        base, dot, ending = name.rpartition(".")
+        if f"{dot}{ending}".lower() in CAPTION_FILES:
+            found.setdefault(base, []).append(name)
+    owners = {image: found.get(image, []) + found.get(image.rpartition(".")[0], []) for image in files.images}
+    return {image: names for image, names in owners.items() if names}
+
+
+def has_captions(folder: Path) -> bool:
+    """Whether a folder has a metadata table, or an image in it a caption file."""
+    try:
+        files = find_files(folder, str(folder), follow_links=True)
+    except UserError:
+        return False
+    return bool(tables_of(files) or caption_files(files))
+
+
+def read_caption_files(
+    files: FolderFiles, texts: dict[str, list[str]], options: Captions, default: str | None, notes: list[str]
+) -> dict[str, tuple[str, ...]]:
+    """The captions of each image.
+
+    Args:
+        default: of images without a caption file; ``None`` if every image needs one.
+        notes: gets lines that the user should read.
+
+    Raises: UserError that names all images without a caption, and all files that cannot be read.
+    """
+    files.refuse_outside((name for names in texts.values() for name in names), _INSIDE_ONLY)
+    found: dict[str, tuple[str, ...]] = {}
+    problems: list[str] = []
+    joined = 0
+    for image in sorted(files.images):
+        names = texts.get(image, [])
+        if not names and default is None:
+            problems.append(f"{image}: no {image.rpartition('.')[0]}.txt")
+            continue
+        if len(names) > 1:
+            problems.append(f"{image}: has captions in {' and in '.join(names)}; remove all but one")
+            continue
+        try:
+            lines = read_caption(files.others[names[0]]).splitlines() if names else []
+            lines = [" ".join(line.split()) for line in lines if line.strip()]
+            joined += len(lines) > 1
+            value = lines if options.caption_per_line and lines else " ".join(lines)
+            found[image] = parse_captions(value, default)
+        except (OSError, ValueError) as error:
+            problems.append(f"{names[0]}: {error}")
+    if problems:
+        head = f"{files.folder}: every image needs a caption; correct these, or give --caption for all"
+        raise listed_error(head, problems)
+    if joined and not options.caption_per_line:
+        notes.append(
+            f"caption files with several lines, joined to one caption: {joined}; if each line is a caption of its own, "
+            "--caption-per-line draws one each time"
+        )
+    return found
+
+
+class ImageNames:
+    """Finds the image that a table means by a file name."""
+
+    def __init__(self, images: Iterable[str]):
+        self.images = set(images)
+        self.folded: dict[str, list[str]] = {}
+        self.other_case = 0
+        """How many names differed in case from the name of the image."""
+        for image in self.images:
+            self.folded.setdefault(image.casefold(), []).append(image)
+        self.stems = Counter(image.rpartition(".")[0] for image in self.images)
+
+    def find(self, file_name: Any, parent: Path, folder: Path, stem_is_enough: bool) -> str:
+        """The name of the image.
+
+        Args:
+            parent: the folder of the table.
+            stem_is_enough: whether the name may lack its ending.
+
+        Raises: ValueError that says what is wrong; LookupError if there is no such image.
+        """
+        if not isinstance(file_name, str) or not file_name:
+            raise ValueError("file_name is missing")
+        if "://" in file_name:
+            raise ValueError(f"{file_name} is a URL; download the image into the folder")
+        inside = os.path.relpath(os.path.normpath(parent / file_name), folder)
+        if inside.startswith("..") or Path(file_name).is_absolute() or re.match(r"[A-Za-z]:[\\/]", file_name):
+            raise ValueError(f"{file_name} is outside of the dataset folder; copy the image into it")
+        name = unicodedata.normalize("NFC", Path(inside).as_posix())
+        if name in self.images:
+            return name
+        if stem_is_enough and self.stems[name] == 1:
+            return next(image for image in self.images if image.rpartition(".")[0] == name)
+        if len(alike := self.folded.get(name.casefold(), [])) == 1:
+            self.other_case += 1
+            return alike[0]
+        if Path(name).suffix.lower() not in EXTENSIONS and not stem_is_enough:
+            raise ValueError(f"{file_name} is not one of {ACCEPTED}")
+        raise LookupError(name)
+
+
+def read_tables(
+    files: FolderFiles,
+    tables: dict[str, Path],
+    choose: Callable[[list[str]], str],
+    parse: Callable[[Any], Any],
+    notes: list[str],
+    otherwise: str = "",
+    default: Any = None,
+) -> dict[str, Any]:
+    """The values of each image in the tables, from the column that ``choose`` picks, read by ``parse``.
+
+    Args:
+        notes: gets lines that the user should read.
+        otherwise: another way out, for the message.
+        default: of images without a row; ``None`` if every image needs a row.
+    """
+    files.refuse_outside(tables, _INSIDE_ONLY)
+    names = ImageNames(files.images)
+    found: dict[str, Any] = {}
+    places: dict[str, str] = {}  # of the first row of each image
+    problems: list[str] = []
+    for table, path in sorted(tables.items()):
+        columns, rows, broken = read_metadata(path, table)
+        problems += broken
+        if not rows:
+            problems += [] if broken else [f"{table}: no rows"]
+            continue
+        key = column_named("file_name", columns)
+        if key is None:
+            raise UserError(f"{path}: no column file_name, which finds the image; it has {', '.join(columns)}")
+        column = choose(columns)
+        for place, row in rows:
+            try:
+                name = names.find(row.get(key), path.parent, files.folder, path.suffix.lower() == ".json")
+                if name in places:
+                    raise ValueError(f"{name} has a row already at {places[name]}")
+                places[name] = place
+                found[name] = parse(row.get(column))
+            except ValueError as error:
+                problems.append(f"{place}: {error}")
+            except LookupError:
+                # Comparing names is slow, and only the first problems are shown.
+                guesses = files.images if len(problems) < 10 and len(files.images) < 5000 else ()
+                close = difflib.get_close_matches(row[key], guesses, 1, 0.8)
+                guess = f"; did you mean {close[0]}?" if close else ""
+                problems.append(f"{place}: there is no image {row[key]}{guess}")
+    unnamed = sorted(files.images.keys() - places.keys())
+    if default is not None:
+        found |= dict.fromkeys(unnamed, default)
+    else:
+        problems += [f"{name}: no row in {' or '.join(sorted(tables))}" for name in unnamed]
+    if problems:
+        raise listed_error(f"{files.folder}: images and metadata do not match; correct these{otherwise}", problems)
+    if names.other_case:
+        notes.append(
+            f"file names in the metadata that differ from the image's in upper and lower case: {names.other_case}"
+        )
+    return found

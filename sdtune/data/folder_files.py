@@ -1,0 +1,199 @@
+"""Finds the files of a dataset folder, and sorts out links that leave it, masks, and what sdtune itself wrote."""
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from sdtune.config.sections import UserError
+from sdtune.data.images import ACCEPTED, EXTENSIONS
+from sdtune.data.metadata import listed_error
+from sdtune.run.folder import OWN_FOLDERS, is_run
+
+MASK_FOLDERS = ("masks", "mask")
+_MASK = re.compile(r"(.+)(?:-|_|\.)(?:mask|masklabel)", re.IGNORECASE)
+_CLASS_IMAGE = re.compile(r"made-\d+\.png")
+
+
+@dataclass
+class FolderFiles:
+    """The files below a folder, by their names relative to it."""
+
+    folder: Path
+    images: dict[str, Path] = field(default_factory=dict)
+    masks: dict[str, Path] = field(default_factory=dict)
+    """Name of an image -> its mask."""
+    others: dict[str, Path] = field(default_factory=dict)
+    """Files that are neither images nor masks: captions, tables, and files that are not used."""
+    ignored: list[str] = field(default_factory=list)
+    """Names of hidden files, devices, and masks without an image."""
+    linked: list[str] = field(default_factory=list)
+    """Names of folders that are links, which are not read without ``--follow-links``."""
+    own: list[str] = field(default_factory=list)
+    """Names of folders and images that sdtune wrote."""
+    outside: set[str] = field(default_factory=set)
+    """Names of files that are links out of the folder, or lie in a folder that is one."""
+
+    def refuse_outside(self, names: Iterable[str], way_out: str) -> None:
+        """Raises: UserError if one of ``names`` is a link out of the folder."""
+        if found := sorted(self.outside.intersection(names)):
+            head = f"{self.folder}: links lead out of the dataset folder; {way_out}"
+            raise listed_error(head, [f"{name} -> {os.path.realpath(self.folder / name)}" for name in found])
+
+
+def find_files(folder: Path, dataset: str, follow_links: bool = False, leave_out: Path | None = None) -> FolderFiles:
+    """The files below ``folder``.
+
+    Args:
+        dataset: the value of ``--dataset``, for messages.
+        follow_links: read images that are links out of the folder, and folders that are links.
+        leave_out: a folder below it that is not read.
+
+    Raises:
+        UserError: there are no images, an image is a link out of the folder, or a folder cannot be read.
+    """
+    found = FolderFiles(folder)
+    for name, path in _walk(found, follow_links, leave_out):
+        kind = found.images if path.suffix.lower() in EXTENSIONS else found.others
+        kind[name] = path
+    _leave_out_class_images(found)
+    _pair_masks(found)
+    if not found.images:
+        raise UserError(f"--dataset {dataset}: no images in {folder.absolute()}{_reason(found)}")
+    if not follow_links:
+        found.refuse_outside(
+            [*found.images, *(_name(path, folder) for path in found.masks.values())],
+            "copy the images into it, or read them with --follow-links",
+        )
+    return found
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The image files below ``folder`` that ``find_files`` finds, sorted by name; empty if there are none."""
+    try:
+        found = find_files(folder, str(folder), follow_links=True)
+    except UserError:
+        return []
+    return [found.images[name] for name in sorted(found.images)]
+
+
+def _reason(found: FolderFiles) -> str:
+    """Why there are no images, as the end of a message."""
+    if found.own:
+        return f": {', '.join(found.own[:3])} was written by sdtune, which is never its input"
+    if found.linked:
+        return f"; {', '.join(found.linked[:3])} is a link to a folder, which --follow-links reads"
+    endings = {Path(name).suffix.lower() for name in found.others}
+    if archives := sorted(endings & {".zip", ".tar", ".tgz", ".gz", ".7z", ".rar"}):
+        return f"; unpack the {' and '.join(archives)} files first"
+    if ".arrow" in endings:
+        return "; the .arrow files are a cache of the datasets library: save the dataset with save_to_disk"
+    return f"; accepted are {ACCEPTED}"
+
+
+def _walk(found: FolderFiles, follow_links: bool, leave_out: Path | None) -> Iterator[tuple[str, Path]]:
+    """The files with their names; fills ``ignored``, ``linked``, ``own`` and ``outside`` of ``found``."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    folder, home = found.folder, _home(found.folder)
+    left_out = leave_out and leave_out.resolve()
+    visited: set[Path] = set()  # targets of links to folders
+    linked: set[Path] = set()  # folders that are reached through a link
+    root_is_run = is_run(folder)
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=follow_links):
+        at = Path(parent)
+        through_link = at in linked
+        for name in sorted(folders):
+            path = at / name
+            skip = True
+            if name.startswith("."):
+                found.ignored.append(_name(path, folder) + "/")
+            elif path.is_symlink() and not follow_links:
+                found.linked.append(_name(path, folder) + "/")
+            elif is_run(path) or (root_is_run and at == folder and name in OWN_FOLDERS):
+                found.own.append(_name(path, folder) + "/")
+            elif left_out and path.resolve() == left_out:
+                found.ignored.append(_name(path, folder) + "/")
+            elif path.is_symlink() and (path.resolve().is_relative_to(home) or path.resolve() in visited):
+                found.ignored.append(_name(path, folder) + "/")  # it is read already, or would never end
+            else:
+                skip = False
+            if skip:
+                folders.remove(name)
+            elif through_link or path.is_symlink():
+                linked.add(path)
+                visited.add(path.resolve())
+        for name in names:
+            path = at / name
+            shown = _name(path, folder)
+            if name.startswith(".") or not path.is_file():
+                found.ignored.append(shown)
+                continue
+            if through_link or (path.is_symlink() and not path.resolve().is_relative_to(home)):
+                found.outside.add(shown)
+            yield shown, path
+
+
+def _home(folder: Path) -> Path:
+    """The folder out of which links may not lead: its own, but in the Hub's cache the folder of the repository."""
+    home = folder.resolve()
+    return home.parent.parent if home.parent.name == "snapshots" else home
+
+
+def _name(path: Path, folder: Path) -> str:
+    """The path below the folder, with slashes; the same whether or not the file system composes accents."""
+    readable = os.fsencode(path.relative_to(folder).as_posix()).decode("utf-8", "backslashreplace")
+    return unicodedata.normalize("NFC", readable)
+
+
+def _leave_out_class_images(found: FolderFiles) -> None:
+    """Class images that DreamBooth drew into a folder below this one are not images of the dataset."""
+    for name in [name for name in found.images if "/" in name and _CLASS_IMAGE.fullmatch(name.rpartition("/")[2])]:
+        try:
+            with Image.open(found.images[name], formats=("PNG",)) as image:
+                drawn = "sdtune" in image.info
+        except (OSError, SyntaxError, ValueError):
+            continue
+        if drawn:
+            del found.images[name]
+            found.own.append(name)
+
+
+def _pair_masks(found: FolderFiles) -> None:
+    """Move masks from ``images`` to ``masks``.
+
+    A mask is ``a-mask.png`` or ``a_mask.png`` next to ``a.jpg``, or ``masks/a.png`` in a folder next to it. In a folder
+    of masks, those without an image are left out too.
+    """
+    stems: dict[str, list[str]] = {}
+    for name in found.images:
+        stems.setdefault(name.rpartition(".")[0], []).append(name)
+    masks, lonely = {}, {}
+    for name in found.images:
+        folder, _, last = name.rpartition("/")
+        stem = last.rpartition(".")[0]
+        above, _, inner = folder.rpartition("/")
+        marked = _MASK.fullmatch(stem)
+        beside = stems.get(f"{folder}/{marked[1]}" if folder else marked[1]) if marked else None
+        in_mask_folder = inner.lower() in MASK_FOLDERS
+        if in_mask_folder and not beside:
+            bare = marked[1] if marked else stem
+            beside = stems.get(f"{above}/{bare}" if above else bare)
+        if beside:
+            masks[name] = beside
+        elif in_mask_folder:
+            lonely[name] = folder
+    folders = {name.rpartition("/")[0] for name in masks}
+    for name, owners in masks.items():
+        path = found.images.pop(name)
+        found.masks |= dict.fromkeys((owner for owner in owners if owner not in masks), path)
+    for name, folder in lonely.items():
+        if folder in folders:
+            del found.images[name]
+            found.ignored.append(name)
