@@ -330,10 +330,10 @@ def test_a_hub_dataset_is_asked_for_as_configured(monkeypatch, tmp_path):
 
 def test_no_images(folder):
     (folder / ".a.png").write_bytes(b"")
-    (folder / "a.gif").write_bytes(b"")
+    (folder / "a.psd").write_bytes(b"")
     said = refusal(folder)
     assert str(folder) in said
-    assert "bmp, jpeg, jpg, png, tif, tiff, webp" in said
+    assert "apng, avif, bmp, gif, heic, heif, jfif, jpeg, jpg, png, tif, tiff, webp" in said
 
 
 def test_no_captions(folder):
@@ -446,7 +446,7 @@ def test_bad_images_are_all_named_or_left_out(folder):
     (folder / "001.png").write_bytes(whole[: len(whole) // 2])
     (folder / "003.png").write_bytes(b"<html>no</html>")
     said = refusal(folder)
-    assert "2 of 5 images cannot be read" in said
+    assert "2 of 5 images cannot be used" in said
     assert "--on-bad-image skip" in said
     assert "001.png: truncated" in said
     assert "003.png: a web page" in said
@@ -759,6 +759,8 @@ def test_the_report_of_a_mixed_folder(folder):
         "images: 6; an epoch is 1.5 steps of 4 images",
         "other files, ignored: 1 (README.md)",
         f"buckets: 32 x 16: 5, 24 x 24: 1; {alone}",
+        "images that lose more than 3 % when cropped: 5 (most copy.png, 25%); "
+        "a larger --bucket-max-aspect or a smaller --bucket-step keeps more",
         "images smaller than their training shape, enlarged: 6 (the smallest is 004.png, 16 x 16)",
         "exact copies of other images, which are therefore shown more often: 1",
         "captions over the text encoder's 5 tokens: 1, 1 tokens lost (longest copy.png: 6)",

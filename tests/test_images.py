@@ -198,8 +198,8 @@ def test_a_damaged_checksum_is_found():
         (b"", "empty file"),
         (b"<!DOCTYPE html><html>404</html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a PNG, JPEG"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a PNG, JPEG"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image of the accepted kinds"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image of the accepted kinds"),
     ],
 )
 def test_what_is_no_image_is_called_by_its_name(data, said):
