@@ -335,7 +335,7 @@ def test_what_is_wrong_with_classes(refused, ddpm, tmp_path, capsys, places):
     picture("RGB", 0).save(stray / "stray.png")
     words = contract.command("ddpm", places, tmp_path / "x", "--dataset", str(stray), "--class-column", "folder")
     assert status(words) == 2
-    assert "these are in none\n  stray.png" in capsys.readouterr().err
+    assert "these are not\n  stray.png" in capsys.readouterr().err
     rows = [{"file_name": f"two/{k}.png", "kind": kind} for k, kind in enumerate(["a", None, 0.5])]
     half = classified(tmp_path / "half", ("two",))
     (half / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -402,6 +402,6 @@ def test_digits_are_those_of_scikit_learn():
     assert {row.mode for row in images.rows} == {"L"}
     for index in range(0, 1797, 89):
         number = int(Path(images.rows[index].name).stem)
-        levels = (stream.pixels(stream._plain(index))[0] + 1) * 8
+        levels = (stream.pixels(stream._unaugmented(index))[0] + 1) * 8
         assert np.array_equal(levels.round().numpy(), truth.images[number])
         assert images.rows[index].label == str(truth.target[number])

@@ -204,7 +204,7 @@ def test_methods_and_folders_that_do_not_stream(tars, pictures, tmp_path, capsys
     assert status(lora(pictures, tmp_path / "run", "--streaming")) == 2
     assert "--streaming: reads .parquet or .tar files" in capsys.readouterr().err
     assert status(lora(pictures, tmp_path / "other", "--shard-cache", str(tmp_path))) == 2
-    assert "--shard-cache: is for data sets that are streamed" in capsys.readouterr().err
+    assert "--shard-cache: only for streamed datasets" in capsys.readouterr().err
     assert status(lora(tars, tmp_path / "third", "--shard-cache", str(tmp_path))) == 2
     assert "random crops differ each time" in capsys.readouterr().err
     assert status(f"ddpm --dataset {tars} --class-column cls --output-dir {tmp_path}/ddpm".split()) == 2
