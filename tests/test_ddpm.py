@@ -378,7 +378,7 @@ def test_a_continued_model_keeps_its_classes_in_their_order(ddpm, bare, tmp_path
     (first / "classes.json").unlink()
     assert "no classes.json that names them" in answer(capsys, bare("x", "--model", str(first), *few))
     plain = ddpm("plain")
-    assert "has no classes; leave one of them out" in answer(capsys, bare("x", "--model", str(plain), *few))
+    assert "has no classes; leave one of the two options out" in answer(capsys, bare("x", "--model", str(plain), *few))
 
 
 def test_what_cannot_be_continued(bare, sd, tmp_path, capsys):
