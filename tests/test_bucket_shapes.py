@@ -2,7 +2,7 @@
 
 import pytest
 
-from sdtune.config.methods import LoraConfig
+from sdtune.config.methods.lora import LoraConfig
 from sdtune.data.buckets import bucket_shapes, nearest_shape
 from tests.datasets import paint, summary
 

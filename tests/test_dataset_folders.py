@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sdtune.config.methods import DdpmConfig
+from sdtune.config.methods.ddpm import DdpmConfig
 from sdtune.config.sections import UserError
 from sdtune.data import Stream, load_images
 from tests.datasets import captions, config, names, paint, refusal, rows_to, summary, write
