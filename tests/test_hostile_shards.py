@@ -10,7 +10,7 @@ import pytest
 from sdtune.config.sections import UserError
 from sdtune.data import open_images
 from tests.tars import drawn, pack
-from tests.test_image_kinds import animated
+from tests.test_image_kinds import NOISE, animated, taller
 from tests.test_streaming import config, stream
 
 
@@ -63,3 +63,18 @@ def test_animations_in_shards_are_bad_images(tmp_path):
         [stream(folder)[position] for position in range(8)]
     taken = stream(folder, first_frame=True)
     assert len({taken[p].name for p in range(16)}) == 4
+
+
+def test_images_without_their_last_rows_are_bad_images(tmp_path):
+    data = io.BytesIO()
+    NOISE.save(data, "PNG")
+    folder = shard(tmp_path / "shards", png=taller(data.getvalue(), "PNG"))
+    with pytest.raises(UserError, match="its last rows are missing"):
+        [stream(folder)[position] for position in range(8)]
+
+
+def test_a_caption_a_line(tmp_path):
+    folder = shard(tmp_path / "shards", txt=b"a heart\n a  red heart\n")
+    assert open_images(config(folder)).get_open(0).record(0).captions == ("a heart a red heart",)
+    each = open_images(config(folder, caption_per_line=True)).get_open(0).record(0).captions
+    assert each == ("a heart", "a red heart")

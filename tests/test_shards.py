@@ -138,7 +138,7 @@ def spoil_two(folder):
             "or these are not next to each other: 000006 has txt; or leave them out with --on-bad-image skip",
         ),
         (spoil_empty, "000004.tar: an empty shard; remove it, or leave it out with --on-bad-image skip"),
-        (spoil_two, "000004.tar: sample a has images png and jpg; say with --image-column which to train on"),
+        (spoil_two, "000004.tar: sample a has images png and jpg; choose one with --image-column"),
     ],
 )
 def test_a_shard_that_cannot_be_used_is_one_line(spoil, told, copy):

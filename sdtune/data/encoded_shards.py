@@ -100,7 +100,8 @@ def encode_shards(
     """
     state, shards, cfg = PartialState(), stream.images, stream.cfg
     images = ShardImages(stream)
-    how = (key, dtype, cfg.resolution, cfg.image_interpolation_mode, images.flips, shards.column, shards.caption)
+    how = [key, dtype, cfg.resolution, cfg.image_interpolation_mode, images.flips, shards.column, shards.caption]
+    how += ["caption per line"] if stream.caption_options and stream.caption_options.caption_per_line else []
     folder = folder / cache.digest(*how)
     folder.mkdir(parents=True, exist_ok=True)
     parts = zip(shards.names, shards.contents, strict=True)

@@ -12,7 +12,7 @@ from typing import Any
 from sdtune.config.sections import Captions, UserError
 from sdtune.data.folder_files import FolderFiles, find_files
 from sdtune.data.images import ACCEPTED, EXTENSIONS
-from sdtune.data.metadata import TABLES, column_named, listed_error, parse_captions, read_caption, read_metadata
+from sdtune.data.metadata import TABLES, column_named, listed_error, parse_caption_text, read_caption, read_metadata
 
 CAPTION_FILES = (".txt", ".caption")
 """Endings of caption files, in lower case."""
@@ -68,11 +68,9 @@ def read_caption_files(
             problems.append(f"{image}: has captions in {' and in '.join(names)}; remove all but one")
             continue
         try:
-            lines = read_caption(files.others[names[0]]).splitlines() if names else []
-            lines = [" ".join(line.split()) for line in lines if line.strip()]
-            joined += len(lines) > 1
-            value = lines if options.caption_per_line and lines else " ".join(lines)
-            found[image] = parse_captions(value, default)
+            text = read_caption(files.others[names[0]]) if names else ""
+            joined += len(text.strip().splitlines()) > 1
+            found[image] = parse_caption_text(text, options.caption_per_line, default)
         except (OSError, ValueError) as error:
             problems.append(f"{names[0]}: {error}")
     if problems:

@@ -72,10 +72,10 @@ def find_files(folder: Path, dataset: str, follow_links: bool = False, leave_out
     return found
 
 
-def find_images(folder: Path) -> list[Path]:
+def find_images(folder: Path, leave_out: Path | None = None) -> list[Path]:
     """The image files below ``folder`` that ``find_files`` finds, sorted by name; empty if there are none."""
     try:
-        found = find_files(folder, str(folder), follow_links=True)
+        found = find_files(folder, str(folder), follow_links=True, leave_out=leave_out)
     except UserError:
         return []
     return [found.images[name] for name in sorted(found.images)]
@@ -180,13 +180,13 @@ def _pair_masks(found: FolderFiles) -> None:
         stem = last.rpartition(".")[0]
         above, _, inner = folder.rpartition("/")
         marked = _MASK.fullmatch(stem)
-        beside = stems.get(f"{folder}/{marked[1]}" if folder else marked[1]) if marked else None
+        owners = stems.get(f"{folder}/{marked[1]}" if folder else marked[1]) if marked else None
         in_mask_folder = inner.lower() in MASK_FOLDERS
-        if in_mask_folder and not beside:
-            bare = marked[1] if marked else stem
-            beside = stems.get(f"{above}/{bare}" if above else bare)
-        if beside:
-            masks[name] = beside
+        if in_mask_folder and not owners:
+            stem = marked[1] if marked else stem
+            owners = stems.get(f"{above}/{stem}" if above else stem)
+        if owners:
+            masks[name] = owners
         elif in_mask_folder:
             lonely[name] = folder
     folders = {name.rpartition("/")[0] for name in masks}

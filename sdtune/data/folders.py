@@ -77,7 +77,7 @@ def _captions(
     default: str | None,
     notes: list[str],
 ) -> dict[str, tuple[str, ...]]:
-    """The captions of each image, from where the options and the files say."""
+    """The captions of each image: one for all, of the tables, of caption files or of the folders' names."""
     if captions.caption is not None:
         return dict.fromkeys(files.images, (captions.caption,))
     if tables:

@@ -39,6 +39,8 @@ MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 ANIMATED = frozenset({"PNG", "GIF", "WEBP", "TIFF", "AVIF"})
 """Formats whose further frames are images too. In JPEG (MPO) and HEIF files they are depth maps and the like."""
 
+TRUNCATED = "truncated: its last rows are missing"
+
 MAX_PIXELS = 50_000_000
 """A 12,000 x 12,000 1-bit PNG has 17 KB on disk and 1.5 GB in memory."""
 
@@ -103,7 +105,7 @@ def inspect_image(data: Path | bytes, max_pixels: int = MAX_PIXELS) -> ImageInfo
     except Exception as error:  # a broken file can raise any error in Pillow's decoders
         return ImageInfo(width, height, digest, problem=f"truncated or corrupt ({error})")
     if short:
-        return ImageInfo(width, height, digest, problem="truncated: its last rows are missing")
+        return ImageInfo(width, height, digest, problem=TRUNCATED)
     return ImageInfo(width, height, digest, mode, frames, dim, blank)
 
 
@@ -112,11 +114,12 @@ def frames_of(image: Image.Image) -> int:
     return int(getattr(image, "n_frames", 1)) if image.format in ANIMATED else 1
 
 
-def decode(data: Path | bytes, mode: str = "RGB", first_frame: bool = True) -> Image.Image:
+def decode(data: Path | bytes, mode: str = "RGB", first_frame: bool = True, complete: bool = False) -> Image.Image:
     """The image in one of `MODES`, 8 bits a channel, upright.
 
     Args:
         first_frame: take the first frame of an animation, which is an error otherwise.
+        complete: make sure that no rows are missing; an image that `inspect_image` has seen needs no second look.
 
     Raises: OSError (also for a file that is no image), ValueError or SyntaxError on a broken file.
     """
@@ -125,7 +128,10 @@ def decode(data: Path | bytes, mode: str = "RGB", first_frame: bool = True) -> I
             raise ValueError(f"more than {MAX_PIXELS / 1e6:g} million pixels")
         if not first_frame and (frames := frames_of(image)) > 1:
             raise ValueError(many_frames(frames))
-        return _upright(image, mode)
+        pixels = _upright(image, mode)
+        if complete and missing_rows(data if isinstance(data, bytes) else data.read_bytes(), image):
+            raise ValueError(TRUNCATED)
+        return pixels
 
 
 def many_frames(frames: int) -> str:

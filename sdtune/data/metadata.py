@@ -116,6 +116,12 @@ def parse_captions(value: Any, default: str | None = None) -> tuple[str, ...]:
     return tuple(text.strip() for text in texts)
 
 
+def parse_caption_text(text: str, per_line: bool, default: str | None = None) -> tuple[str, ...]:
+    """The captions in the text of a caption file: its lines joined to one, or with ``per_line`` one in each line."""
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    return parse_captions(lines if per_line and lines else " ".join(lines), default)
+
+
 def class_column(name: str, columns: list[str], dataset: str) -> str:
     """``name``, the column of the class. Raises: UserError that lists the columns."""
     if name in columns:

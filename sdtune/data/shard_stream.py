@@ -134,7 +134,7 @@ class ShardStream(Stream):
             return None
         side = self.cfg.resolution
         try:
-            image = decode(record.content, self.mode, self.cfg.first_frame)
+            image = decode(record.content, self.mode, self.cfg.first_frame, complete=True)
         except Exception as error:  # a broken file can raise any error in Pillow's decoders
             raise ValueError(f"{record.name}: {inspect_image(record.content).problem or error}") from None
         if side / min(image.size) > 4:

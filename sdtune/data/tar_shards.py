@@ -21,7 +21,7 @@ import numpy as np
 from sdtune.config.sections import Captions, Data, UserError
 from sdtune.data.files import file_system, is_remote, open_file, read_with_retries
 from sdtune.data.images import EXTENSIONS
-from sdtune.data.metadata import MAX_CAPTION_FILE, parse_captions
+from sdtune.data.metadata import MAX_CAPTION_FILE, parse_caption_text, parse_captions
 from sdtune.data.shard_order import IntArray
 from sdtune.data.shards import Record, Shards, index_shards
 
@@ -36,6 +36,7 @@ def open_tar_shards(cfg: Data, urls: list[str], captions: Captions | None) -> "T
     Args:
         captions: whether every image needs a caption; else none is read.
     """
+    per_line = captions is not None and captions.caption_per_line
     column = (captions.caption_column or "txt") if captions and captions.caption is None else None
     strict = cfg.on_bad_image == "error"
     how = repr((cfg.image_column, column, strict))
@@ -53,6 +54,7 @@ def open_tar_shards(cfg: Data, urls: list[str], captions: Captions | None) -> "T
         notes,
         column,
         caption,
+        per_line,
     )
 
 
@@ -68,9 +70,10 @@ class TarShards(Shards):
         notes: list[str],
         column: str | None,
         caption: tuple[str, ...],
+        per_line: bool = False,
     ):
         super().__init__([url.rpartition("/")[2] for url in urls], counts, contents, notes, column, caption)
-        self.urls, self.files = urls, files
+        self.urls, self.files, self.per_line = urls, files, per_line
 
     def open(self, shard: int) -> "OpenTar":
         return OpenTar(self, shard)
@@ -110,7 +113,7 @@ class OpenTar:
             captions = self.shards.caption
         else:
             kind = self._member(data, text_at - first, text_size).rpartition(".")[2]
-            captions = _captions(data[text_at - first :][:text_size], kind, self.shards.column)
+            captions = _captions(data[text_at - first :][:text_size], kind, self.shards.column, self.shards.per_line)
         return Record(f"{self.name}/{member}", captions, data[at - first :][:size])
 
     def _bytes(self, first: int, last: int) -> bytes:
@@ -131,14 +134,14 @@ class OpenTar:
         raise UserError(f"{self.url} has changed since this command read its headers; start the command again")
 
 
-def _captions(data: bytes, kind: str, column: str) -> tuple[str, ...]:
+def _captions(data: bytes, kind: str, column: str, per_line: bool) -> tuple[str, ...]:
     """The captions in a member. Raises: ValueError that says what is wrong."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError("its caption is not UTF-8 text") from None
     if kind != "json" or column == "json":
-        return parse_captions(" ".join(text.split()))
+        return parse_caption_text(text, per_line)
     try:
         cells = json.loads(text)
     except (ValueError, RecursionError):
@@ -172,9 +175,7 @@ def index_tar(url: str, image: str, column: str | None, strict: bool) -> tuple[I
         images = [kind for kind in members if (f".{kind}" in EXTENSIONS if image == IMAGE else kind == image)]
         text = members.get(column or "", members.get("json")) if column else None
         if len(images) > 1:
-            raise ValueError(
-                f"sample {key} has images {' and '.join(images)}; say with --image-column which to train on"
-            )
+            raise ValueError(f"sample {key} has images {' and '.join(images)}; choose one with --image-column")
         if not images or not members[images[0]].size or (column and (text is None or not text.size)):
             incomplete.append(key)
             members_seen = members_seen or sorted(members)

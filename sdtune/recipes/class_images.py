@@ -37,10 +37,10 @@ def class_images(cfg: DreamBoothConfig, family: Any) -> Images:
         UserError: there are too few and no class prompt to generate more, or they were generated with other settings.
     """
     folder = (cfg.class_data or cfg.output_dir / FOLDER).expanduser()
-    if family.device.type == "meta" and len(find_images(folder)) < cfg.num_class_images:
+    if family.device.type == "meta" and len(find_images(folder, Path(cfg.dataset))) < cfg.num_class_images:
         # Nothing is drawn on the meta device: the images of the subject take their place.
         return load_images(cfg, default_caption=cfg.instance_prompt)
-    own = [p for p in find_images(folder) if not p.name.startswith(MADE)]
+    own = [p for p in find_images(folder, Path(cfg.dataset)) if not p.name.startswith(MADE)]
     missing_count = cfg.num_class_images - len(own)
     if missing_count > 0:
         if PartialState().is_main_process:
@@ -54,7 +54,7 @@ def class_images(cfg: DreamBoothConfig, family: Any) -> Images:
     caption = cfg.class_prompt[0] if cfg.class_prompt else None
     changed = {"dataset": str(folder), "caption": None, "caption_column": None}
     changed["max_train_samples"] = cfg.num_class_images
-    return load_images(cfg.model_copy(update=changed), default_caption=caption)
+    return load_images(cfg.model_copy(update=changed), default_caption=caption, leave_out=Path(cfg.dataset))
 
 
 def prepare_folder(cfg: DreamBoothConfig, folder: Path, own: list[Path], missing_count: int) -> None:
@@ -76,7 +76,7 @@ def prepare_folder(cfg: DreamBoothConfig, folder: Path, own: list[Path], missing
     except OSError as error:
         raise UserError(f"--class-data {folder}: cannot be written ({error.strerror})") from None
     wanted = {path_of(folder, k) for k in range(missing_count)}
-    for file in [p for p in find_images(folder) if p.name.startswith(MADE)]:
+    for file in [p for p in find_images(folder, Path(cfg.dataset)) if p.name.startswith(MADE)]:
         with Image.open(file) as image:
             made = image.info.get("sdtune", "no settings")
         if cfg.class_data and made != settings(cfg):
