@@ -208,7 +208,7 @@ def test_hub_killed_during_the_final_push(here, sd, pictures, tmp_path, capfd):
     here.fail("POST .*/commit/", here.close)
     assert status(command(sd, pictures, out, *SAMPLES, "--push-to-hub")) == 0  # it trained well
     said = capfd.readouterr().err
-    assert f"the run is complete in {out}; this finishes the push: sdtune push {out}\n" in said
+    assert f"the run is complete in {out}; this command finishes the push: sdtune push {out}\n" in said
     assert (out / "report.html").exists()
     here.start()
     here.fail("POST .*/commit/", 403)
@@ -281,5 +281,5 @@ def test_only_the_first_of_two_processes_meets_the_hub(server, elsewhere, sd, pi
     words = command(sd, pictures, tmp_path / "run", "--push-to-hub", "--num-processes", "2", "--train-batch-size", "1")
     code, said = elsewhere("-m", "sdtune", *words)
     assert code == 0, said
-    assert "this finishes the push" in said
+    assert "this command finishes the push" in said
     assert sum(path == "/api/whoami-v2" for _, path, _, _ in server.requests) == 1
