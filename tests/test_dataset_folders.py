@@ -70,6 +70,20 @@ def test_captions_in_a_linked_folder_are_outside(folder, tmp_path):
     assert "linked/a.txt -> " in refusal(folder, follow_links=True)
 
 
+def test_only_the_hubs_cache_is_made_of_links(tmp_path):
+    secret = write(tmp_path / "datasets--a--b" / "blobs" / "1", "a heart")
+    for folder, fine in (("datasets--a--b/snapshots/1/deep", True), ("backup/snapshots/1", False)):
+        paint(tmp_path / folder / "a.png")
+        (tmp_path / folder / "a.txt").symlink_to(secret)
+        if fine:
+            assert captions(load_images(config(tmp_path / folder))) == {"a.png": ("a heart",)}
+        else:
+            write(tmp_path / "backup" / "blobs" / "1", "secret")
+            (tmp_path / folder / "a.txt").unlink()
+            (tmp_path / folder / "a.txt").symlink_to(tmp_path / "backup" / "blobs" / "1")
+            assert "a.txt -> " in refusal(tmp_path / folder)
+
+
 # ---- what sdtune wrote
 
 
@@ -257,6 +271,11 @@ def test_weights_in_captions_are_told(folder, text):
     assert "read as ordinary text: 1 (a.png)" in summary(folder)
     write(folder / "a.txt", "a heart (red), 16:9, <s1>")
     assert "ordinary text" not in summary(folder)
+    began = time.monotonic()
+    for endless in ("(a:" + "1" * 19_000, "(a " * 6_000, "(" + ":" * 19_000, "<lora:" * 3_000):
+        write(folder / "a.txt", endless)
+        assert "ordinary text" not in summary(folder)
+    assert time.monotonic() - began < 5
 
 
 def test_endless_captions_are_refused_at_once(folder):

@@ -143,7 +143,11 @@ def _walk(found: FolderFiles, follow_links: bool, leave_out: Path | None) -> Ite
 def _home(folder: Path) -> Path:
     """The folder out of which links may not lead: its own, but in the Hub's cache the folder of the repository."""
     home = folder.resolve()
-    return home.parent.parent if home.parent.name == "snapshots" else home
+    for at in (home, *home.parents):
+        repository = at.parent.parent
+        if at.parent.name == "snapshots" and repository.name.startswith(("datasets--", "models--")):
+            return repository  # its snapshots are links into its blobs
+    return home
 
 
 def _name(path: Path, folder: Path) -> str:

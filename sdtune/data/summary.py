@@ -7,7 +7,9 @@ from collections.abc import Callable
 from sdtune.data.sources import Row
 from sdtune.data.stream import SEPARATOR, Stream
 
-_WEIGHTS = re.compile(r"\([^()]{1,200}:\s*-?\d+\.?\d*\s*\)|<(?:lora|lyco|lycoris|hypernet):[^<>]{1,200}>")
+_WEIGHTS = re.compile(
+    r"\([^()]{1,200}:\s{0,9}-?\d{1,9}(?:\.\d{0,9})?\s{0,9}\)|<(?:lora|lyco|lycoris|hypernet):[^<>]{1,200}>"
+)
 """Weights of A1111 and ComfyUI."""
 
 
