@@ -1,8 +1,10 @@
 """What the tests share: a tiny pipeline, a folder of pictures, and the command line itself."""
 
+import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
@@ -12,6 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from huggingface_hub import HfApi, constants
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from sdtune.cli import main
@@ -21,6 +24,16 @@ from tests.tinyhub import TinyHub
 from tests.tinysd import save_tiny_sd
 
 torch.set_num_threads(1)
+
+FUZZ = {"deadline": None, "database": None}
+FUZZ |= {"suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
+settings.register_profile("short", max_examples=15, derandomize=True, **FUZZ)
+settings.register_profile("long", max_examples=1000, **FUZZ)
+
+
+def pytest_configure(config):
+    """The fuzzers try a few examples, always the same; ``-m fuzz`` tries a thousand new ones."""
+    settings.load_profile("long" if config.option.markexpr == "fuzz" else "short")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -80,16 +93,36 @@ def here(server, monkeypatch):
     return server
 
 
-LONG = ["--steps", "60", "--checkpointing-steps", "5", "--log-steps", "1", "--train-batch-size", "1"]
+LONG = ["--steps", "40", "--checkpointing-steps", "5", "--log-steps", "1", "--train-batch-size", "1"]
 """Options of a run that is long enough to be interrupted."""
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(places, tmp_path_factory) -> Path:
-    """Such a run on two processes, which nothing interrupted."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    ranks.trained(2, command(*places, folder / "run", *LONG), folder / "said")
-    return folder / "run"
+def shared(places, tmp_path_factory) -> Callable[..., Path]:
+    """The folder of a finished run, to be read alone: made once a session, by whichever worker asks first.
+
+    Arguments are the recipe and its options; ``world`` processes make it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    common = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    common.mkdir(exist_ok=True)
+
+    def run(recipe: str, *options: str, world: int = 1) -> Path:
+        out = common / hashlib.sha256(repr((recipe, options, world)).encode()).hexdigest()[:16]
+        done = out.with_suffix(".done")
+        with ranks.locked(out.with_suffix(".lock")):
+            if not done.exists():
+                ranks.train(world, contract.command(recipe, places, out, *options), out.with_suffix(".output"))
+                done.touch()
+        return out
+
+    return run
+
+
+@pytest.fixture
+def uninterrupted(shared) -> Path:
+    """A long run on two processes, which nothing interrupted."""
+    return shared("lora", *LONG, world=2)
 
 
 @pytest.fixture

@@ -1,4 +1,9 @@
-"""What every recipe is held to in ``test_resume`` and ``test_cuts``: a new one adds a row here, and nothing there."""
+"""What every recipe is held to in ``test_resume`` and ``test_cuts``: a new one adds a row here, and nothing there.
+
+A row costs the suite at most 20 s: its runs are small, what several tests compare with is made once a session
+(``conftest.shared``), processes are forked, and a variant is one killed run of 24 steps. Put options that do not meet
+into one variant; a variant of its own is for what has a state of its own to save.
+"""
 
 import shlex
 from dataclasses import dataclass, field
@@ -25,7 +30,7 @@ class Contract:
         weights: the file of the artefact that holds what was trained, below the run's folder.
         variants: further options, by name, with each of which a killed run has to go on to the same bits.
         draws: options that draw whatever the recipe can draw; however a step is cut, it has to end the same.
-        previews: options that make it look at itself on the way, which must change nothing.
+        previews: options that make it draw samples on the way, which must change nothing.
         method: its command, where that is not the name of the row.
     """
 
@@ -41,11 +46,14 @@ class Contract:
 
 
 NO_PREVIEWS = {"--num-validation-images": 0}
-WORKERS = {"workers": ["--dataloader-num-workers", "2"]}
-CUT_AND_AVERAGED = {
-    "accumulation": ["--train-batch-size", "1", "--gradient-accumulation-steps", "2"],
-    "average": ["--use-ema", "--ema-power", "0.75"],
+COMMON = {
+    "plain": [],
+    "workers, accumulation, average": [
+        *("--dataloader-num-workers", "2", "--train-batch-size", "1", "--gradient-accumulation-steps", "2"),
+        *("--use-ema", "--ema-power", "0.75"),
+    ],
 }
+"""Variants of every recipe."""
 SMALL = {
     "--resolution": 16,
     "--block-out-channels": "8 16",
@@ -63,9 +71,7 @@ RECIPES = {
         settings={"--model": "{sd}", "--resolution": 32, **NO_PREVIEWS},
         weights="pytorch_lora_weights.safetensors",
         variants={
-            "plain": [],
-            **WORKERS,
-            **CUT_AND_AVERAGED,
+            **COMMON,
             "text encoder, dropout": ["--train-text-encoder", "--dropout", "0.1", "--lr-scheduler", "cosine"],
             "8 bits": ["--quantize-base", "int8", "--optimizer", "torchao_adamw8bit", "--rank", "128"],
             "random crops, flips, buckets": ["--no-center-crop", "--random-flip", "--buckets", "--bucket-step", "8"],
@@ -87,9 +93,7 @@ RECIPES = {
         },
         weights="unet/diffusion_pytorch_model.safetensors",
         variants={
-            "plain": [],
-            **WORKERS,
-            **CUT_AND_AVERAGED,
+            **COMMON,
             "text encoder, flips": ["--train-text-encoder", "--random-flip", "--no-center-crop", "--snr-gamma", "5"],
         },
         draws=["--learning-rate", "1e-5", "--random-flip", "--prior-loss-weight", "0.5", "--use-ema"],
@@ -106,7 +110,7 @@ RECIPES = {
         },
         weights="pytorch_lora_weights.safetensors",
         variants={
-            "plain": [],
+            **COMMON,
             "text encoder, dropout": ["--train-text-encoder", "--dropout", "0.1", "--placeholder-frac", "0.5"],
         },
         draws=["--learning-rate", "1e-4", "--random-flip", "--train-text-encoder"],
@@ -116,9 +120,7 @@ RECIPES = {
         settings={"--model": "{sd}", "--resolution": 32, "--placeholder-token": "<thing>", "--num-vectors": 2},
         weights="learned_embeds.safetensors",
         variants={
-            "plain": [],
-            **WORKERS,
-            **CUT_AND_AVERAGED,
+            **COMMON,
             "flips, norm": ["--random-flip", "--norm-weight", "0.1", "--snr-gamma", "5"],
         },
         draws=["--learning-rate", "1e-3", "--random-flip", "--learnable-property", "style", "--use-ema"],
@@ -127,7 +129,7 @@ RECIPES = {
     "text-to-image": Contract(
         settings={"--model": "{sd}", "--resolution": 32, "--learning-rate": "1e-3"},
         weights="unet/diffusion_pytorch_model.safetensors",
-        variants={"plain": [], **CUT_AND_AVERAGED, "dream": ["--dream"]},
+        variants={**COMMON, "dream": ["--dream"]},
         draws=["--learning-rate", "1e-5", "--random-flip", "--caption-dropout", "0.2", "--use-ema", "--dream"],
         previews=["--num-validation-images", "3"],
     ),
@@ -135,9 +137,8 @@ RECIPES = {
         settings=SMALL | NO_PREVIEWS,
         weights="unet/diffusion_pytorch_model.safetensors",
         variants={
+            **COMMON,
             "plain": ["--no-use-ema"],
-            **WORKERS,
-            **CUT_AND_AVERAGED,
             "classes, dropout": ["--class-column", "text", "--class-dropout", "0.3", "--dropout", "0.1"],
             "random crops, flips, velocity": ["--no-center-crop", "--random-flip", "--prediction-type", "v_prediction"],
         },
@@ -150,7 +151,7 @@ RECIPES = {
     "classifier": Contract(
         settings=SMALL | {"--class-column": "text", "--attention-head-dim": 8},
         weights="diffusion_pytorch_model.safetensors",
-        variants={"plain": [], **WORKERS, **CUT_AND_AVERAGED, "dropout, flips": ["--dropout", "0.1", "--random-flip"]},
+        variants={**COMMON, "dropout, flips": ["--dropout", "0.1", "--random-flip"]},
         draws=[*STEADY, "--random-flip", "--no-center-crop", "--use-ema"],
     ),
 }

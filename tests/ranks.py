@@ -1,13 +1,22 @@
-"""Processes forked from the tests, where everything is imported already: those of a run, and launchers."""
+"""Processes forked from the tests, where everything is imported already: the ranks of a run, launchers, victims.
 
+A fresh Python spends five seconds on imports; a fork spends none. What has to be a real process is started with
+`launch`.
+"""
+
+import fcntl
 import os
+import signal
 import socket
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -35,14 +44,14 @@ class Forked:
         torch.set_num_threads(1)
         work()
 
-    def code(self, seconds: float = 120) -> int | None:
-        """How it ended."""
+    def exit_code(self, seconds: float = 120) -> int | None:
+        """How it ended; a negative number is the signal that killed it."""
         self.process.join(seconds)
         self.process.kill()
         self.process.join()
         return self.process.exitcode
 
-    def said(self, end: str) -> str:
+    def output(self, end: str) -> str:
         return self.name.with_suffix(f".{end}").read_text()
 
 
@@ -63,17 +72,62 @@ class Ranks:
             for rank in range(world)
         ]
 
-    def codes(self) -> list[int | None]:
-        return [rank.code() for rank in self.all]
+    def exit_codes(self) -> list[int | None]:
+        return [rank.exit_code() for rank in self.all]
 
-    def said(self, end: str) -> str:
-        return "".join(rank.said(end) for rank in self.all)
+    def output(self, end: str) -> str:
+        return "".join(rank.output(end) for rank in self.all)
 
 
-def trained(world: int, words: list[str], folder: Path, **environment: str) -> None:
-    """Run a command line on ``world`` processes to its end."""
+def train(world: int, words: list[str], folder: Path, **environment: str) -> str:
+    """Run a command line on ``world`` processes to its end; what they printed. One needs no launcher."""
+    if world == 1:
+        alone = Forked(partial(main, words), folder / "0", **environment)
+        assert alone.exit_code() == 0, alone.output("err")
+        return alone.output("out")
     ranks = Ranks(world, words, folder, **environment)
-    assert ranks.codes() == [0] * world, ranks.said("err")
+    assert ranks.exit_codes() == [0] * world, ranks.output("err")
+    return ranks.output("out")
+
+
+def launch(words: list[str], **environment: str) -> subprocess.CompletedProcess:
+    """Run a command line as a user does: a fresh Python, and its own launcher where it asks for processes."""
+    line = [sys.executable, "-m", "sdtune", *words]
+    return subprocess.run(line, env=os.environ | environment, capture_output=True, text=True)
+
+
+def interrupt(words: list[str], folder: Path, number: signal.Signals, when: Callable[[], bool]) -> tuple[int, str]:
+    """Run a command line in a fork that sends itself a signal once ``when()`` holds; exit code and output.
+
+    A thread of the victim looks, so that a busy machine slows both alike.
+    """
+
+    def watched() -> None:
+        Thread(target=watch, daemon=True).start()
+        main(words)
+
+    def watch() -> None:
+        while not when():
+            time.sleep(0.002)
+        os.kill(os.getpid(), number)
+
+    victim = Forked(watched, folder / "victim")
+    code = victim.exit_code()
+    assert code, f"it ended before it could be interrupted: {victim.output('err')}"
+    return code, victim.output("out")
+
+
+def launch_and_interrupt(words: list[str], number: signal.Signals, when: Callable[[], bool]) -> tuple[int, str]:
+    """As `interrupt`, with a real process that gets its signal from outside."""
+    child = subprocess.Popen([sys.executable, "-m", "sdtune", *words], stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not when() and child.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert child.poll() is None, "it ended before it could be interrupted"
+    child.send_signal(number)
+    printed, _ = child.communicate(timeout=60)
+    return child.returncode, printed
 
 
 def reached(out: Path, lines: int) -> bool:
@@ -89,3 +143,11 @@ def wait_until(holds: Callable[[], bool], *running: Forked) -> None:
         assert time.monotonic() < deadline
         assert all(forked.process.is_alive() for forked in running), "it ended before it could be interrupted"
         time.sleep(0.005)
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """One process at a time; the others wait."""
+    with file.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

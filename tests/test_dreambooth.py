@@ -2,11 +2,8 @@
 
 import hashlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import datasets
 import numpy as np
@@ -21,9 +18,8 @@ from sdtune.config.sections import UserError
 from sdtune.data import Mixture, Stream, load_images
 from sdtune.recipes.dreambooth import DreamBooth
 from sdtune.run import checkpoints
-from tests import contract
+from tests import contract, ranks
 from tests.conftest import status
-from tests.test_resume import start_then_kill
 
 LORA, EMBEDDING = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
 PROMPT = "a red circle"
@@ -130,42 +126,43 @@ def test_several_class_prompts_take_turns_and_caption_their_pictures(subject):
     assert told == ["a red circle", "a blue square"] * 3
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("processes", [1, 2])
 def test_interrupted_making_goes_on_to_the_same_bytes(processes, subject, places, tmp_path):
     options = ["--prior-preservation", *MADE, "--num-class-images", "21", "--sample-batch-size", "2"]
     whole = digests(subject("whole", *options) / "class-pictures")
     cut = tmp_path / "cut"
     third = cut / "class-pictures" / "made-00004.png"
-    code, _ = start_then_kill(words(places, cut, *options), cut, signal.SIGKILL, third.exists)
+    code, _ = ranks.interrupt(words(places, cut, *options), tmp_path / "output", signal.SIGKILL, third.exists)
     assert code == -signal.SIGKILL
     made = digests(cut / "class-pictures")
     assert 5 <= len(made) < 21
     kept = (cut / "class-pictures" / "made-00000.png").stat().st_mtime_ns
-    more = ["--train-batch-size", str(2 // processes), "--num-processes", str(processes)]
-    done = subprocess.run([sys.executable, "-m", "sdtune", *words(places, cut, *options, *more)], capture_output=True)
-    assert done.returncode == 0, done.stderr
+    again = words(places, cut, *options, "--train-batch-size", str(2 // processes))
+    ranks.train(processes, again, tmp_path / "output")
     assert digests(cut / "class-pictures") == whole
     assert (cut / "class-pictures" / "made-00000.png").stat().st_mtime_ns == kept, "it was made anew"
 
 
+@pytest.mark.processes
 def test_ctrl_c_does_not_wait_for_the_last_class_picture(places, tmp_path):
     """And what stopped before its first step is in no other run's way."""
     options, out = ["--prior-preservation", *MADE, "--sample-batch-size", "1"], tmp_path / "run"
     first = out / "class-pictures" / "made-00000.png"
     many = [*options, "--num-class-images", "400"]
-    code, _ = start_then_kill(words(places, out, *many), out, signal.SIGINT, first.exists)
+    code, _ = ranks.interrupt(words(places, out, *many), tmp_path / "output", signal.SIGINT, first.exists)
     assert code == 128 + signal.SIGINT
     assert 1 <= len(digests(out / "class-pictures")) < 400
     assert status(words(places, out, *options, "--num-class-images", "2", "--learning-rate", "1e-3")) == 0
     assert len(digests(out / "class-pictures")) == 2
 
 
+@pytest.mark.processes
 def test_two_processes_make_the_same_pictures(subject, places, tmp_path):
     options = ["--prior-preservation", *MADE, "--num-class-images", "9", "--sample-batch-size", "2"]
     whole = subject("whole", *options, "--train-batch-size", "2")
-    two = words(places, tmp_path / "two", *options, "--train-batch-size", "1", "--num-processes", "2")
-    done = subprocess.run([sys.executable, "-m", "sdtune", *two], env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    two = words(places, tmp_path / "two", *options, "--train-batch-size", "1")
+    ranks.train(2, two, tmp_path / "output")
     assert digests(whole / "class-pictures") == digests(tmp_path / "two" / "class-pictures")
 
 

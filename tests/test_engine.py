@@ -1,10 +1,7 @@
 """Steps on many processes and in half precision: what is sharded learns the same, what overflows is skipped."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 from diffusers import AutoencoderKL
@@ -15,36 +12,29 @@ from sdtune.config.methods.lora import LoraConfig
 from sdtune.run.checkpoints import found
 from sdtune.training import engine, optim
 from tests import ranks
+from tests.compare import difference
 from tests.conftest import status
 from tests.contract import RECIPES, command
-from tests.test_cuts import difference
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 CUT = ["--train-batch-size", "2", "--gradient-accumulation-steps", "2"]
 
 
-def run(words, **environment):
-    done = subprocess.run(
-        [sys.executable, "-m", "sdtune", *words], env=os.environ | environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
+@pytest.mark.processes
 @pytest.mark.parametrize("recipe", ["lora", "dreambooth", "ddpm"])
-def test_sharded_is_the_same_run(recipe, trained, places, tmp_path):
+def test_sharded_is_the_same_run(recipe, shared, trained, places, tmp_path):
     """Two processes that hold half of each weight, then one, then two again learn what one process learns."""
     contract, out = RECIPES[recipe], tmp_path / "sharded"
-    whole = contract.artefact(trained(recipe, "whole", *contract.draws, "--train-batch-size", "8"))
+    whole = contract.artefact(shared(recipe, *contract.draws, "--train-batch-size", "8"))
     words = command(recipe, places, out, *contract.draws, *CUT, *contract.previews, "--export-steps", "2")
-    told = run([*words, "--num-processes", "2", "--steps", "4"], **FSDP)
-    assert "each in 2 slices" in told
+    printed = ranks.train(2, [*words, "--steps", "4"], tmp_path / "first", **FSDP)
+    assert "each in 2 slices" in printed
     saved = found(out / "checkpoints")[-1]
     weights, moments = load_file(saved / "weights.safetensors"), load_file(saved / "optimizer.safetensors")
     assert all(moments[f"{name}|exp_avg"].shape == weight.shape for name, weight in weights.items())
     assert (out / "exports" / "step-000002").is_dir()
     trained(recipe, "sharded", *contract.draws, "--train-batch-size", "8", *contract.previews, "--steps", "8")
-    assert "continuing at step 8" in run([*words, "--num-processes", "2"], **FSDP)
+    assert "continuing at step 8" in ranks.train(2, words, tmp_path / "last", **FSDP)
     assert difference(whole, contract.artefact(out)) < 1e-6
     kinds = [json.loads(file.read_text())["_class_name"] for file in out.glob("unet/config.json")]
     assert all(kind.startswith("UNet2D") for kind in kinds)  # not the class that FSDP makes of it
@@ -107,7 +97,7 @@ def test_overflow_of_many_processes_is_that_of_all(way, places, tmp_path, monkey
 
     def run(name, steps):
         words = command("lora", places, tmp_path / name, *half, "--steps", steps)
-        ranks.trained(2, words, tmp_path / f"{name}-said", **WAYS[way])
+        ranks.train(2, words, tmp_path / f"{name}-output", **WAYS[way])
         return [line for line in lines_of(tmp_path / name) if "loss" in line]
 
     lines = run("whole", "12")

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from sdtune.run import checkpoints
+from tests import ranks
+from tests.compare import assert_same_bits
 from tests.conftest import command, status
-from tests.test_resume import assert_same_bits, start_then_kill
 
 
 @pytest.fixture
@@ -268,14 +269,16 @@ def test_never_starts_anew_when_no_checkpoint_is_whole(lora, tmp_path, capfd):
     assert "--overwrite" in said
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_first(number, lora, sd, pictures, tmp_path):
-    options = ["--steps", "60", "--checkpointing-steps", "0", "--log-steps", "5"]
+    options = ["--steps", "24", "--checkpointing-steps", "0", "--log-steps", "5"]
     whole = lora("whole", *options)
     out = tmp_path / "cut"
     words = command(sd, pictures, out, *options)
     metrics = out / "metrics.jsonl"
-    code, said = start_then_kill(words, out, number, lambda: metrics.exists() and metrics.stat().st_size > 50)
+    begun = lambda: metrics.exists() and metrics.stat().st_size > 50  # noqa: E731
+    code, said = ranks.interrupt(words, tmp_path / "output", number, begun)
     assert code == 128 + number
     assert "continue with: sdtune lora" in said
     assert len(checkpoints.found(out / "checkpoints")) == 1

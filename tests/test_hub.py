@@ -14,8 +14,9 @@ from PIL import Image
 
 from sdtune.publish import hub, model_card, publish
 from sdtune.run.contact_sheet import cells
+from tests import ranks
+from tests.compare import assert_same_bits
 from tests.conftest import command, status
-from tests.test_resume import assert_same_bits
 
 SAMPLES = ("--num-validation-images", "2", "--validation-prompt", "a red circle", "--validation-inference-steps", "3")
 PUSHED = {".gitattributes", "README.md", "config.yaml", "metrics.jsonl", "pytorch_lora_weights.safetensors"}
@@ -276,6 +277,7 @@ def test_words_of_the_command(tmp_path, capfd):
         assert told in capfd.readouterr().err
 
 
+<<<<<<< HEAD
 def test_only_the_first_of_two_processes_meets_the_hub(server, elsewhere, sd, pictures, tmp_path):
     server.fail("POST .*/commit/", 403)
     words = command(sd, pictures, tmp_path / "run", "--push-to-hub", "--num-processes", "2", "--train-batch-size", "1")
@@ -283,3 +285,13 @@ def test_only_the_first_of_two_processes_meets_the_hub(server, elsewhere, sd, pi
     assert code == 0, said
     assert "this command finishes the push" in said
     assert sum(path == "/api/whoami-v2" for _, path, _, _ in server.requests) == 1
+=======
+@pytest.mark.processes
+def test_only_the_first_of_two_processes_meets_the_hub(here, sd, pictures, tmp_path):
+    here.fail("POST .*/commit/", 403)
+    words = command(sd, pictures, tmp_path / "run", "--push-to-hub", "--train-batch-size", "1")
+    started = ranks.Ranks(2, words, tmp_path / "output")
+    assert started.exit_codes() == [0, 0], started.output("err")
+    assert "this finishes the push" in started.output("err")
+    assert sum(path == "/api/whoami-v2" for _, path, _, _ in here.requests) == 1
+>>>>>>> 0b2cd5e (Tests: what several compare with is trained once a session, ranks and victims are forked, options are tables; lower bounds are what is tested)

@@ -23,11 +23,10 @@ from sdtune.data import cache
 from sdtune.run import checkpoints, folder, metrics, processes
 from sdtune.training import launch
 from tests import ranks
+from tests.compare import assert_same_bits, difference
 from tests.conftest import LONG, command, status
 from tests.contract import RECIPES
 from tests.ranks import reached, wait_until
-from tests.test_cuts import difference
-from tests.test_resume import assert_same_bits
 
 SHIPPED = {name.partition("/")[2]: path for name, path in shipped.ready_made("accelerate").items()}
 EXPECTED = {
@@ -88,49 +87,49 @@ def test_accelerate_takes_every_shipped_config_in_every_precision(name, precisio
     assert ("ACCELERATE_USE_FSDP" in told) is (name == "fsdp2")
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_config_trains_on_the_cpu_to_the_weights_of_one_process(name, places, lora, tmp_path, edited):
+@pytest.mark.processes
+@pytest.mark.parametrize("name", ["cpu", "multi-node", "fsdp2", "fp16"])  # multi-gpu and bf16 are fp16 by other words
+def test_shipped_config_trains_on_the_cpu_to_the_weights_of_one_process(name, places, shared, tmp_path, edited):
     learnt = RECIPES["lora"].artefact
     small = ["--learning-rate", "1e-4", "--steps", "3"]
     file = edited(name, num_processes=2)
     cut = ["--train-batch-size", "1", "--accelerate-config", str(file)]
-    ranks.trained(2, command(*places, tmp_path / "two", *small, *cut), tmp_path / "said")
-    said = (tmp_path / "said" / "0.out").read_text()
+    ranks.train(2, command(*places, tmp_path / "two", *small, *cut), tmp_path / "output")
+    said = (tmp_path / "output" / "0.out").read_text()
     assert ("(FSDP2)" in said) is (name == "fsdp2")
     half = ["--mixed-precision", name] if name in launch.PRECISIONS else []
     near = 1e-4 if half else 1e-6
-    assert difference(learnt(lora("one", *small, *half)), learnt(tmp_path / "two")) < near
+    assert difference(learnt(shared("lora", *small, *half)), learnt(tmp_path / "two")) < near
 
 
 WAYS = {
-    "flag": (["--mixed-precision", "{}"], None),
-    "config": (["--config", "{run}"], None),
-    "accelerate config file": (["--accelerate-config", "{file}"], None),
-    "accelerate launch": ([], ["--mixed_precision", "{}"]),
-    "accelerate launch with a config file": ([], ["--config_file", "{file}"]),
+    "config": ("fp16", ["--config", "{run}"], None),
+    "accelerate config file": ("bf16", ["--accelerate-config", "{file}"], None),
+    "accelerate launch": ("bf16", [], ["--mixed_precision", "{}"]),
+    "accelerate launch with a config file": ("fp16", [], ["--config_file", "{file}"]),
 }
-"""How a precision can be asked for: options of the run, and of the launcher."""
+"""How a precision can be asked for, besides its flag: options of the run, and of the launcher."""
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_precision_is_the_same_however_it_is_asked_for(precision, way, lora, places, tmp_path, edited):
-    own, launcher = WAYS[way]
+def test_a_precision_is_the_same_however_it_is_asked_for(way, shared, places, tmp_path, edited):
+    precision, own, launcher = WAYS[way]
     (tmp_path / "run.yaml").write_text(f"mixed_precision: {precision}\n")
     told = {"run": tmp_path / "run.yaml", "file": edited(precision, num_processes=1, distributed_type="NO")}
     words = command(*places, tmp_path / "asked", "--steps", "2", *(word.format(precision, **told) for word in own))
     if launcher is None:
-        started = ranks.Forked(partial(main, words), tmp_path / "said")
+        started = ranks.Forked(partial(main, words), tmp_path / "output")
     else:
         line = [word.format(precision, **told) for word in launcher]
         line += ["--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no", "--cpu"]
-        started = ranks.Forked(partial(accelerate_launch, *line, "-m", "sdtune", *words), tmp_path / "said")
-    assert started.code() == 0, started.said("err")
+        started = ranks.Forked(partial(accelerate_launch, *line, "-m", "sdtune", *words), tmp_path / "output")
+    assert started.exit_code() == 0, started.output("err")
     saved = json.loads((checkpoints.found(tmp_path / "asked" / "checkpoints")[-1] / "state.json").read_text())
     assert (saved["scaler"] is not None) is (precision == "fp16")
     learnt = RECIPES["lora"].artefact
     asked = learnt(tmp_path / "asked")
-    assert difference(learnt(lora("flag", "--steps", "2", "--mixed-precision", precision)), asked) == 0
+    assert difference(learnt(shared("lora", "--steps", "2", "--mixed-precision", precision)), asked) == 0
     assert {t.dtype.itemsize for t in asked.values()} == {4}
 
 
@@ -177,11 +176,12 @@ def test_too_few_gpus_are_no_reason_to_train_on_the_cpu(monkeypatch):
     assert os.environ["ACCELERATE_USE_CPU"] == "true"
 
 
+@pytest.mark.processes
 def test_launcher_that_started_another_number_of_processes(places, tmp_path, edited):
     file = edited("multi-gpu", num_processes=3)
-    started = ranks.Ranks(2, command(*places, tmp_path / "run", "--accelerate-config", str(file)), tmp_path / "said")
-    assert started.codes() == [2, 2]
-    assert f"{file} says num_processes: 3; the launcher started 2" in started.said("err")
+    started = ranks.Ranks(2, command(*places, tmp_path / "run", "--accelerate-config", str(file)), tmp_path / "output")
+    assert started.exit_codes() == [2, 2]
+    assert f"{file} says num_processes: 3; the launcher started 2" in started.output("err")
 
 
 # ---- when a process fails ------------------------------------------------------------------------------
@@ -210,14 +210,15 @@ def worker(launcher: ranks.Forked, rank: int) -> psutil.Process:
     return next(p for p in running if p.environ().get("RANK") == str(rank))
 
 
+@pytest.mark.processes
 def test_error_of_one_process_is_told_once_and_ends_the_others(places, tmp_path):
     file = tmp_path / "fails.py"
     file.write_text(FAILS)
     words = ["run", str(file), *command(*places, tmp_path / "run", *LONG)[1:]]
-    started = ranks.Ranks(3, words, tmp_path / "said")
-    codes = started.codes()
+    started = ranks.Ranks(3, words, tmp_path / "output")
+    codes = started.exit_codes()
     assert codes == [processes.EXIT_PEER_DIED, 1, processes.EXIT_PEER_DIED]
-    told = started.said("err")
+    told = started.output("err")
     assert told.count("ZeroDivisionError: the seventh batch of process 1") == 1
     assert told.count("failed: process 1 of 3: ZeroDivisionError; the last checkpoint, step-000005, is complete; ") == 1
     assert "closed by peer" not in told
@@ -226,16 +227,17 @@ def test_error_of_one_process_is_told_once_and_ends_the_others(places, tmp_path)
     assert saved.name == "step-000005" and checkpoints.verify(saved) is None
 
 
+@pytest.mark.processes
 def test_killed_process_is_named_and_the_same_command_continues_to_the_same_bits(uninterrupted, places, tmp_path):
     """On one machine, under `sdtune` itself, at a step that is another each time."""
     cut = tmp_path / "cut"
     words = command(*places, cut, *LONG, "--num-processes", "2")
     launcher = ranks.Forked(partial(main, words), tmp_path / "launcher")
-    rank, step = random.randrange(2), random.randrange(6, 30)
+    rank, step = random.randrange(2), random.randrange(6, 20)
     wait_until(lambda: reached(cut, step), launcher)
     worker(launcher, rank).send_signal(signal.SIGKILL)
-    assert launcher.code(30) == 1
-    said = launcher.said("err")
+    assert launcher.exit_code(30) == 1
+    said = launcher.output("err")
     told = [line for line in said.splitlines() if line.startswith("failed: ")]
     assert len(told) == 1, said
     last = checkpoints.found(cut / "checkpoints")[-1].name
@@ -244,21 +246,23 @@ def test_killed_process_is_named_and_the_same_command_continues_to_the_same_bits
     )
     assert told[0].endswith("--num-processes 2") and f"continue with: sdtune lora --output-dir {cut}" in told[0]
     assert "Traceback" not in said and "[c10d]" not in said
-    ranks.trained(2, words, tmp_path / "said")
+    ranks.train(2, words, tmp_path / "output")
     assert_same_bits(uninterrupted, cut)
 
 
+@pytest.mark.processes
 def test_process_that_hangs_is_named_after_the_time_out(places, tmp_path):
     out = tmp_path / "run"
-    started = ranks.Ranks(2, command(*places, out, *LONG, "--ddp-timeout", "3"), tmp_path / "said")
+    started = ranks.Ranks(2, command(*places, out, *LONG, "--ddp-timeout", "3"), tmp_path / "output")
     wait_until(lambda: reached(out, 6))
     os.kill(started.all[1].process.pid, signal.SIGSTOP)
-    assert started.all[0].code() == 1
-    assert "failed: process 1 of 2 did not answer for 3 s (--ddp-timeout)" in started.said("err")
-    assert started.all[1].code(0) == -signal.SIGKILL
+    assert started.all[0].exit_code() == 1
+    assert "failed: process 1 of 2 did not answer for 3 s (--ddp-timeout)" in started.output("err")
+    assert started.all[1].exit_code(0) == -signal.SIGKILL
     assert checkpoints.found(out / "checkpoints")
 
 
+@pytest.mark.processes
 def test_one_process_may_work_alone_for_longer_than_a_collective_waits(places, tmp_path, monkeypatch):
     """Checkpoints, copies of the artefact, sample grids of the first process; a share of the cache of another."""
     alone, patience = [], 2
@@ -282,21 +286,22 @@ def test_one_process_may_work_alone_for_longer_than_a_collective_waits(places, t
     monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / "cache"))
     options = ["--steps", "2", "--export-steps", "2", "--num-validation-images", "1", "--train-batch-size", "1"]
     words = command(*places, tmp_path / "run", *options, "--validation-inference-steps", "1")
-    started = ranks.Ranks(2, [*words, "--ddp-timeout", str(patience)], tmp_path / "said")
-    assert started.codes() == [0, 0], started.said("err")
-    assert all(f"{name} took its time" in started.said("out") for name in alone)
+    started = ranks.Ranks(2, [*words, "--ddp-timeout", str(patience)], tmp_path / "output")
+    assert started.exit_codes() == [0, 0], started.output("err")
+    assert all(f"{name} took its time" in started.output("out") for name in alone)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_signal_to_one_process_saves_and_ends_all(number, places, tmp_path):
     out = tmp_path / "run"
     words = command(*places, out, *LONG, "--checkpointing-steps", "0")
-    started = ranks.Ranks(2, words, tmp_path / "said")
+    started = ranks.Ranks(2, words, tmp_path / "output")
     wait_until(lambda: reached(out, 3))
     os.kill(started.all[1].process.pid, number)
-    assert started.codes() == [128 + number] * 2
-    assert "and saved; continue with: sdtune lora" in started.said("out")
-    assert started.said("out").rstrip().endswith("under the same launcher")
+    assert started.exit_codes() == [128 + number] * 2
+    assert "and saved; continue with: sdtune lora" in started.output("out")
+    assert started.output("out").rstrip().endswith("under the same launcher")
     assert len(checkpoints.found(out / "checkpoints")) == 1
 
 
@@ -308,6 +313,7 @@ def free_port() -> str:
         return str(server.getsockname()[1])
 
 
+@pytest.mark.processes
 def test_two_machines_under_accelerate_lose_a_process_and_go_on_under_torchrun(uninterrupted, places, tmp_path):
     """Each a launcher with one process, on this host."""
     cut = tmp_path / "cut"
@@ -323,7 +329,7 @@ def test_two_machines_under_accelerate_lose_a_process_and_go_on_under_torchrun(u
     ]
     wait_until(lambda: reached(cut, 8), *machines)
     worker(machines[1], 1).send_signal(signal.SIGKILL)
-    assert 0 not in [machine.code(60) for machine in machines]
+    assert 0 not in [machine.exit_code(60) for machine in machines]
     said = machines[0].said("err")
     assert said.count("failed: process 1 of 2 died without a message") == 1
     assert said.count("under the same launcher") == 1
@@ -335,6 +341,6 @@ def test_two_machines_under_accelerate_lose_a_process_and_go_on_under_torchrun(u
         )
         for k in range(2)
     ]
-    assert [machine.code() for machine in machines] == [0, 0], machines[0].said("err")
+    assert [machine.exit_code() for machine in machines] == [0, 0], machines[0].said("err")
     assert "continuing at step" in machines[0].said("out")
     assert_same_bits(uninterrupted, cut)

@@ -1,20 +1,20 @@
 """Many processes and recipes of one's own: the same code path, the true exit code."""
 
-import os
 import signal
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from sdtune.cli import main
 from sdtune.run import checkpoints
 from sdtune.run.signals import Stopping
+from tests import ranks
+from tests.compare import assert_same_bits, difference
 from tests.conftest import command, status
-from tests.test_cuts import difference
-from tests.test_resume import assert_same_bits, start_then_kill
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "my_lora.py"
 
@@ -41,21 +41,24 @@ def test_recipe_out_of_tree_has_flags_resume_and_record(sd, pictures, tmp_path, 
     assert "did you mean --gain" in capsys.readouterr().err
 
 
+@pytest.mark.processes
 def test_recipe_out_of_tree_runs_on_two_processes(sd, pictures, tmp_path):
     assert status(own(sd, pictures, tmp_path / "one", "--learning-rate", "1e-4")) == 0
     options = ["--learning-rate", "1e-4", "--train-batch-size", "1", "--num-processes", "2"]
     words = own(sd, pictures, tmp_path / "two", *options)
-    done = subprocess.run([sys.executable, "-m", "sdtune", *words], env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    launcher = ranks.Forked(partial(main, words), tmp_path / "output" / "launcher")
+    assert launcher.exit_code() == 0, launcher.output("err")
     one, two = (load_file(tmp_path / run / "pytorch_lora_weights.safetensors") for run in ("one", "two"))
     assert difference(one, two) < 1e-6
 
 
+@pytest.mark.processes
 def test_two_processes_stop_together_when_told(sd, pictures, tmp_path):
     out = tmp_path / "run"
     words = command(sd, pictures, out, "--steps", "200", "--num-processes", "2", "--checkpointing-steps", "0")
     metrics = out / "metrics.jsonl"
-    code, said = start_then_kill(words, out, signal.SIGTERM, lambda: metrics.exists() and metrics.stat().st_size > 50)
+    begun = lambda: metrics.exists() and metrics.stat().st_size > 50  # noqa: E731
+    code, said = ranks.interrupt(words, tmp_path / "output", signal.SIGTERM, begun)
     assert code == 143
     assert "continue with: sdtune lora" in said
     assert len(checkpoints.found(out / "checkpoints")) == 1
@@ -75,11 +78,12 @@ def test_signal_that_comes_while_processes_agree_counts_at_the_next_step(monkeyp
         assert stopping.agreed() and stopping.signal == signal.SIGTERM
 
 
+@pytest.mark.processes
 def test_mistake_found_by_a_launched_process_is_exit_code_2(sd, pictures, tmp_path):
     words = command(sd, pictures, tmp_path / "run", "--target-modules", "to_nothing", "--num-processes", "2")
-    done = subprocess.run([sys.executable, "-m", "sdtune", *words], env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "--target-modules to_nothing" in done.stderr
+    launcher = ranks.Forked(partial(main, words), tmp_path / "output" / "launcher")
+    assert launcher.exit_code() == 2
+    assert "--target-modules to_nothing" in launcher.output("err")
 
 
 def test_file_without_one_recipe(tmp_path, capsys):

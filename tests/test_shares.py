@@ -3,6 +3,8 @@
 import json
 import os
 
+import pytest
+
 from sdtune.data import cache
 from sdtune.recipes import class_images
 from tests import ranks
@@ -11,6 +13,7 @@ from tests.contract import command
 MADE = ["--prior-preservation", "--class-prompt", "a red circle", "--num-class-images", "6", "--sample-batch-size", "1"]
 
 
+@pytest.mark.processes
 def test_class_pictures_that_are_missing_are_shared_out_evenly(trained, places, tmp_path, monkeypatch):
     """Two processes have made theirs when the run is killed, and the third has made none."""
     once = [*MADE, "--class-inference-steps", "1", "--steps", "1", "--num-validation-images", "0"]
@@ -27,13 +30,14 @@ def test_class_pictures_that_are_missing_are_shared_out_evenly(trained, places, 
         class_images, "write", lambda path, *more: (print(os.environ["RANK"], path.name), real(path, *more))
     )
     words = command("dreambooth", places, tmp_path / "run", *once, "--class-data", str(two), "--train-batch-size", "1")
-    ranks.trained(2, words, tmp_path / "said")
-    drew = [(tmp_path / "said" / f"{rank}.out").read_text() for rank in range(2)]
+    ranks.train(2, words, tmp_path / "output")
+    drew = [(tmp_path / "output" / f"{rank}.out").read_text() for rank in range(2)]
     assert ["0 made-00001.png" in drew[0], "1 made-00004.png" in drew[1]] == [True, True]
     assert "made-00004.png" not in drew[0]
     assert {path.name: path.read_bytes() for path in two.iterdir()} == made
 
 
+@pytest.mark.processes
 def test_captions_and_images_are_encoded_once_each(places, tmp_path, monkeypatch):
     """By one process or the other, of each store about half; what is kept is what one process keeps."""
     real = cache.write_tensors
@@ -48,10 +52,10 @@ def test_captions_and_images_are_encoded_once_each(places, tmp_path, monkeypatch
         monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / f"cache-{world}"))
         cut = ["--steps", "1", "--train-batch-size", str(2 // world)]
         words = command("lora", places, tmp_path / f"run-{world}", *cut)
-        ranks.trained(world, words, tmp_path / f"said-{world}")
+        ranks.train(world, words, tmp_path / f"output-{world}")
         shares = []
         for rank in range(world):
-            lines = (tmp_path / f"said-{world}" / f"{rank}.out").read_text().splitlines()
+            lines = (tmp_path / f"output-{world}" / f"{rank}.out").read_text().splitlines()
             shares.append([json.loads(line) for line in lines if line.startswith("[")])
         done = [(store, key) for share in shares for store, keys in share for key in keys]
         assert len(done) == len(set(done))

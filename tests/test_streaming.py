@@ -1,11 +1,8 @@
 """Training from shards: the order, the bytes, exact resume and the cuts of a step; what is wrong with a shard."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -18,10 +15,10 @@ from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import RunFailed, UserError
 from sdtune.data import ShardStream, cache, encoded_shards, files, open_images
 from sdtune.data.shard_order import ShardOrder
+from tests import ranks
+from tests.compare import assert_same_bits, difference
 from tests.conftest import status
 from tests.tars import UNEQUAL, parquet, unequal
-from tests.test_cuts import difference
-from tests.test_resume import assert_same_bits, start_then_kill
 from tests.tinyhub import TinyHub
 
 DRAWS = ["--no-center-crop", "--random-flip", "--caption-dropout", "0.2", "--noise-offset", "0.05"]
@@ -103,25 +100,27 @@ def test_what_is_kept_of_an_image_is_32_bytes(tars):
 # ---- training
 
 
+@pytest.mark.processes
 def test_killed_run_continues_to_the_same_bits_with_other_workers(tars, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert status(lora(tars, whole, "--dataloader-num-workers", "0", "--steps", "16")) == 0
     words = lora(tars, cut, "--dataloader-num-workers", "2", "--steps", "16")
-    code, _ = start_then_kill(words, cut, signal.SIGKILL, (cut / "checkpoints" / "step-000006").exists)
+    third = cut / "checkpoints" / "step-000006"
+    code, _ = ranks.interrupt(words, tmp_path / "output", signal.SIGKILL, third.exists)
     assert code == -signal.SIGKILL
     assert status(words) == 0
     assert_same_bits(whole, cut)
 
 
+@pytest.mark.processes
 def test_cut_into_processes_and_accumulation(tars, tmp_path):
     pattern = tars / "{000000..000004}.tar"
     assert status(lora(pattern, tmp_path / "whole", "--num-holdout-images", "8")) == 0
-    cut = ["--num-processes", "2", "--train-batch-size", "1", "--gradient-accumulation-steps", "2"]
+    cut = ["--train-batch-size", "1", "--gradient-accumulation-steps", "2"]
     words = lora(pattern, tmp_path / "cut", "--num-holdout-images", "8", *cut)
-    done = subprocess.run([sys.executable, "-m", "sdtune", *words], env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "images: 17, 8 more held out, streamed" in done.stdout
-    assert "shards: 5, of 1 to 9 images; lanes: 4" in done.stdout
+    printed = ranks.train(2, words, tmp_path / "output")
+    assert "images: 17, 8 more held out, streamed" in printed
+    assert "shards: 5, of 1 to 9 images; lanes: 4" in printed
     one, other = (load_file(tmp_path / run / "pytorch_lora_weights.safetensors") for run in ("whole", "cut"))
     assert difference(one, other) < 1e-6
     lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
@@ -215,14 +214,13 @@ def hub(tmp_path_factory, monkeypatch):
         yield running
 
 
+@pytest.mark.processes
 def test_a_hub_dataset_is_trained_on_without_a_download(hub, tmp_path):
     """The same bits as from the same files on disk; they are asked for in parts, and nothing is kept of them."""
     assert status(lora(hub.folder / "pictures", tmp_path / "near", "--streaming", "--steps", "4")) == 0
     known = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": hub.token}
     words = lora("tester/pictures", tmp_path / "far", "--streaming", "--steps", "4", "--dataloader-num-workers", "2")
-    done = subprocess.run(
-        [sys.executable, "-m", "sdtune", *words], env=os.environ | known, capture_output=True, text=True
-    )
+    done = ranks.launch(words, **known)
     assert done.returncode == 0, done.stderr
     assert "shards: 6, of 4 to 4 images" in done.stdout
     one, other = (load_file(tmp_path / run / "pytorch_lora_weights.safetensors") for run in ("near", "far"))
