@@ -277,21 +277,11 @@ def test_words_of_the_command(tmp_path, capfd):
         assert told in capfd.readouterr().err
 
 
-<<<<<<< HEAD
-def test_only_the_first_of_two_processes_meets_the_hub(server, elsewhere, sd, pictures, tmp_path):
-    server.fail("POST .*/commit/", 403)
-    words = command(sd, pictures, tmp_path / "run", "--push-to-hub", "--num-processes", "2", "--train-batch-size", "1")
-    code, said = elsewhere("-m", "sdtune", *words)
-    assert code == 0, said
-    assert "this command finishes the push" in said
-    assert sum(path == "/api/whoami-v2" for _, path, _, _ in server.requests) == 1
-=======
 @pytest.mark.processes
 def test_only_the_first_of_two_processes_meets_the_hub(here, sd, pictures, tmp_path):
     here.fail("POST .*/commit/", 403)
     words = command(sd, pictures, tmp_path / "run", "--push-to-hub", "--train-batch-size", "1")
     started = ranks.Ranks(2, words, tmp_path / "output")
     assert started.exit_codes() == [0, 0], started.output("err")
-    assert "this finishes the push" in started.output("err")
+    assert "this command finishes the push" in started.output("err")
     assert sum(path == "/api/whoami-v2" for _, path, _, _ in here.requests) == 1
->>>>>>> 0b2cd5e (Tests: what several compare with is trained once a session, ranks and victims are forked, options are tables; lower bounds are what is tested)
