@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +93,21 @@ def here(server, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client's own second between two tries
     monkeypatch.setenv("HF_TOKEN", server.token)
     return server
+
+
+@pytest.fixture
+def elsewhere(server, tmp_path):
+    """Run a program in a process of its own, as a user would; its exit code and all that it printed."""
+
+    def run(*words, token=server.token, **environment):
+        known = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": token}
+        known |= {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(
+            [sys.executable, *words], env=os.environ | known | environment, capture_output=True, text=True, timeout=300
+        )
+        return ended.returncode, ended.stdout + ended.stderr
+
+    return run
 
 
 LONG = ["--steps", "40", "--checkpointing-steps", "5", "--log-steps", "1", "--train-batch-size", "1"]

@@ -19,7 +19,6 @@ from sdtune.publish import publish
 from sdtune.run import folder
 from sdtune.run.contact_sheet import cells
 from tests.conftest import command, status
-from tests.test_hub import elsewhere, here, server  # noqa: F401
 from tests.test_usage import ran
 
 FILE = Path(__file__).with_name("own_pipeline.py")
@@ -175,7 +174,7 @@ image.images[0].save(sys.argv[2])
 """
 
 
-def test_pushed_pipeline_loads_by_its_name_and_draws_the_same(here, elsewhere, run, tmp_path):  # noqa: F811
+def test_pushed_pipeline_loads_by_its_name_and_draws_the_same(here, elsewhere, run, tmp_path):
     assert status(["push", str(run)]) == 0
     files = here.files("tester/whole")
     artefact = content(run, folder.artefact(run))
@@ -192,7 +191,7 @@ def test_pushed_pipeline_loads_by_its_name_and_draws_the_same(here, elsewhere, r
         assert image.tobytes() == drawn(run)
 
 
-def test_stages_on_the_way_to_the_hub_never_touch_the_run(here, sd, pictures, tmp_path, monkeypatch):  # noqa: F811
+def test_stages_on_the_way_to_the_hub_never_touch_the_run(here, sd, pictures, tmp_path, monkeypatch):
     out, seen = tmp_path / "staged", []
     checkpoint = publish.Publisher.checkpoint
 

@@ -3,8 +3,6 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from threading import Event
 
@@ -20,21 +18,6 @@ from tests.conftest import command, status
 
 SAMPLES = ("--num-validation-images", "2", "--validation-prompt", "a red circle", "--validation-inference-steps", "3")
 PUSHED = {".gitattributes", "README.md", "config.yaml", "metrics.jsonl", "pytorch_lora_weights.safetensors"}
-
-
-@pytest.fixture
-def elsewhere(server, tmp_path):
-    """Run a program in a process of its own, as a user would; its exit code and all that it printed."""
-
-    def run(*words, token=server.token, **environment):
-        known = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": token}
-        known |= {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-        ended = subprocess.run(
-            [sys.executable, *words], env=os.environ | known | environment, capture_output=True, text=True, timeout=300
-        )
-        return ended.returncode, ended.stdout + ended.stderr
-
-    return run
 
 
 LOAD = """

@@ -4,10 +4,10 @@ import pytest
 
 from sdtune.publish import hub
 from tests.conftest import command, status
-from tests.test_hub import SAMPLES, elsewhere, here, server  # noqa: F401
+from tests.test_hub import SAMPLES
 
 
-def test_planted_token_is_nowhere(server, elsewhere, sd, pictures, tmp_path):  # noqa: F811
+def test_planted_token_is_nowhere(server, elsewhere, sd, pictures, tmp_path):
     """Train, sample and push with a token in the environment; then look through all that was written and sent."""
     out = tmp_path / "run"
     said = ""
@@ -36,7 +36,7 @@ def test_planted_token_is_nowhere(server, elsewhere, sd, pictures, tmp_path):  #
 
 
 @pytest.mark.parametrize("name", ["README.md", "metrics.jsonl"])
-def test_token_in_a_file_stops_the_push(name, here, lora, sd, pictures, capfd):  # noqa: F811
+def test_token_in_a_file_stops_the_push(name, here, lora, sd, pictures, capfd):
     secret = "hf_" + "Abcd1234" * 4
     prompt = secret if name == "README.md" else "a red circle"
     run = lora("run", *SAMPLES[:2], "--validation-inference-steps", "2", "--validation-prompt", prompt)
