@@ -189,3 +189,14 @@ def test_an_import_that_breaks_a_law_is_seen_however_it_is_written(source, found
 def test_a_file_is_read_in_one_sitting():
     long = {n: c for n, p in MODULES.items() if (c := len(p.read_text(encoding="utf-8").splitlines())) > LINES}
     assert {name: count for name, count in long.items() if name not in TABLES} == {}
+
+
+def test_a_package_hides_none_of_its_modules_behind_another_name():
+    """Whichever is imported last would win."""
+    hidden = []
+    for init in ROOT.rglob("__init__.py"):
+        modules = {path.stem for path in (*init.parent.glob("*.py"), *init.parent.glob("*/"))}
+        for node in ast.parse(init.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom):
+                hidden += [f"{init.parent.name}.{alias.name}" for alias in node.names if alias.name in modules]
+    assert hidden == []

@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from sdtune.cli import function
+from sdtune.cli import imported
 from sdtune.config import parsing
 from sdtune.config.commands import methods
 from sdtune.training import memory_estimate
@@ -54,7 +54,7 @@ def outlined(words):
     config = next(c for c in methods() if c.method == words[0])
     names = [word[2:].replace("-", "_") for word in words[1::2]]
     cfg = parsing.resolve(config, None, dict(zip(names, words[2::2], strict=True)), [])
-    recipe, dataset = memory_estimate.meta_recipe(function(cfg.entry), cfg, cfg.train_batch_size, lambda line: None)
+    recipe, dataset = memory_estimate.meta_recipe(imported(cfg.entry), cfg, cfg.train_batch_size, lambda line: None)
     return memory_estimate.estimate(recipe, dataset, torch.device("cpu"), base=0)
 
 
