@@ -8,17 +8,20 @@ same seeded input.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from warnings import catch_warnings
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdtune.config.sections import RunFailed, UserError
 from sdtune.config.verbs import ConvertConfig, SampleConfig
-from sdtune.models.formats import AdapterFile, comfyui, embedding, metadata, read, staged, write
+from sdtune.models.attach import Key, Layers, keyed
+from sdtune.models.formats import AdapterFile, Module, comfyui, embedding, kohya, metadata, read, staged, write
+from sdtune.models.formats.files import HOLD_WORDS
 from sdtune.models.loading import load_pipeline
 
 CHANGE, OUTPUT = 1e-2, 1e-5
@@ -49,12 +52,55 @@ def convert(cfg: ConvertConfig) -> str:
         return f"{cfg.output}: {cfg.to}, textual inversion {found.token}; checked: all vectors read back equal"
     adapter = read(cfg.input)
     pipe = base_model(cfg.model, adapter)
+    if cfg.to == "comfyui" and cfg.model:
+        adapter = for_comfyui(adapter, Layers(pipe.components))
     with staged(cfg.output) as new:
         write(new, adapter, cfg.to)
         how = check(new, adapter, cfg.to, pipe)
-    note = f"\nnote: {comfyui.NOTE_DORA}" if cfg.to == "comfyui" and "dora" in adapter.kinds else ""
+    notes = "".join(f"\nnote: {note}" for note in notes_of(adapter, cfg.to))
     count = len(adapter.modules())
-    return f"{cfg.output}: {cfg.to}, {'/'.join(adapter.kinds)} of {count} modules; checked: {how}{note}"
+    return f"{cfg.output}: {cfg.to}, {'/'.join(adapter.kinds)} of {count} modules; checked: {how}{notes}"
+
+
+def notes_of(adapter: AdapterFile, to: str) -> list[str]:
+    """What readers of the format ``to`` do not do with this adapter, a sentence each."""
+    modules, notes = adapter.modules(), []
+    rows = [m for m in modules.values() if m.magnitude is not None and not m.axis]
+    if to == "comfyui" and any(m.base_norm for m in rows):
+        notes.append("the file is for ComfyUI alone: its DoRA is exact there, and wrong in A1111, Forge and diffusers")
+    elif to == "comfyui" and rows:
+        notes.append(comfyui.NOTE_DORA)
+    if to == "kohya":
+        missed = ["DoRA's magnitudes"] if any(m.magnitude is not None for m in modules.values()) else []
+        missed += sorted({name.split(".")[1] for name in modules if name.split(".")[1] in kohya.UNREAD})
+        if missed:
+            notes.append(
+                f"sd-scripts' own reader ignores {', '.join(missed)}, which this file has; A1111, Forge and ComfyUI "
+                "read them"
+            )
+    if adapter.words and to not in HOLD_WORDS:
+        names = ", ".join(word.token for word in adapter.words)
+        notes.append(f"{to} has no place for the words {names}, which the input brings along: they are left out")
+    return notes
+
+
+def for_comfyui(adapter: AdapterFile, layers: Layers) -> AdapterFile:
+    """The adapter with DoRA's norms of rows as ComfyUI needs them to be exact: times ``||W|| / ||W + s B A||``.
+
+    ComfyUI divides them by the norm of the base's row, where the paper divides by that of the changed row.
+    """
+    layers.check("--model", keyed(adapter))
+
+    def exact(key: Key, module: Module) -> Module:
+        if module.magnitude is None or module.axis or module.base_norm:
+            return module
+        weight = layers.modules[key].weight.detach().cpu().double()
+        changed = weight + module.product(weight.shape)
+        ratio = weight.flatten(1).norm(dim=1) / changed.flatten(1).norm(dim=1)
+        return replace(module, magnitude=(module.magnitude.double() * ratio).float(), base_norm=True)
+
+    parts = {part: {n: exact((part, n), m) for n, m in own.items()} for part, own in adapter.parts.items()}
+    return replace(adapter, parts=parts)
 
 
 def base_model(name: str | None, adapter: AdapterFile) -> Any:
@@ -91,7 +137,7 @@ def check(file: Path, adapter: AdapterFile, to: str, pipe: Any = None) -> str:
         without = outputs(pipe)
     with merged(pipe, adapter):
         want = outputs(pipe)
-    stock = to in ("peft", "diffusers") or adapter.kinds == ["lora"]
+    stock = to in ("peft", "diffusers") or (adapter.kinds == ["lora"] and not adapter.words)
     reader, refusal = "PEFT" if to == "peft" else "diffusers", ""
     if stock:
         try:
@@ -121,6 +167,8 @@ def compare(adapter: AdapterFile, written: AdapterFile) -> float:
         raise RunFailed(
             f"{len(unpaired)} modules are in one file only, such as {unpaired[0]}; the new file was deleted"
         )
+    if [w.token for w in adapter.words] != [w.token for w in written.words] and written.format in HOLD_WORDS:
+        raise RunFailed("its words do not read back as they were; the new file was deleted")
     worst = 0.0
     for name, module in want.items():
         other = got[name]
@@ -133,7 +181,8 @@ def compare(adapter: AdapterFile, written: AdapterFile) -> float:
         deviation = float((one - two).norm()) / size if size else float(two.norm())
         # a factor that goes into fp16 or bf16 weights rounds each of them once
         limit = max(1e-6, max(torch.finfo(t.dtype).eps for t in module.tensors.values()))
-        if not deviation <= limit or not same_norm or module.axis != other.axis:
+        same_norm = same_norm and (module.axis, module.base_norm) == (other.axis, other.base_norm)
+        if not deviation <= limit or not same_norm:
             raise RunFailed(f"{name}: changes by {deviation:.1e} of its size in the new file, which was deleted")
         worst = max(worst, deviation)
     return worst
@@ -142,35 +191,19 @@ def compare(adapter: AdapterFile, written: AdapterFile) -> float:
 @contextmanager
 def merged(pipe: Any, adapter: AdapterFile) -> Iterator[None]:
     """Inside the block, ``pipe`` has the changes of ``adapter`` added to its weights."""
-    layers = {}
-    for part, modules in adapter.parts.items():
-        model = getattr(pipe, part, None)
-        known = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
-        for name, module in modules.items():
-            found = known.get(name) or known.get(name.removeprefix("text_model."))
-            layers[f"{part}.{name}"] = (module, getattr(found, "weight", None))
-    missing = [n for n, (m, weight) in layers.items() if weight is None or not matches(m.shape, weight.shape)]
-    if missing:
-        raise UserError(
-            f"--model: {len(layers) - len(missing)} of {len(layers)} modules fit the base; "
-            f"these do not: {', '.join(missing[:3])}"
-        )
-    old = {name: weight.detach().clone() for name, (_, weight) in layers.items()}
+    layers, modules = Layers(pipe.components), keyed(adapter)
+    layers.check("--model", modules)
+    weights = {key: layers.modules[key].weight for key in modules}
+    old = {key: weight.detach().clone() for key, weight in weights.items()}
     try:
         with torch.no_grad():
-            for module, weight in layers.values():
-                weight.add_(module.delta(base=weight.detach().cpu()).to(weight))
+            for key, module in modules.items():
+                weights[key].add_(module.delta(base=weights[key].detach().cpu()).to(weights[key]))
         yield
     finally:
         with torch.no_grad():
-            for name, (_, weight) in layers.items():
-                weight.copy_(old[name])
-
-
-def matches(product: tuple[int, ...], weight: torch.Size) -> bool:
-    """Whether a product of shape ``product`` can be added to a weight; a 2-D product has the kernel in its columns."""
-    same_size = product[0] == weight[0] and torch.Size(product).numel() == weight.numel()
-    return same_size and (len(product) == 2 or product == tuple(weight))
+            for key, weight in weights.items():
+                weight.copy_(old[key])
 
 
 @torch.no_grad()

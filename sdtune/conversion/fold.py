@@ -9,26 +9,23 @@ scales what earlier adapters have added to the layer, so the order of ``--adapte
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from warnings import catch_warnings
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch import Tensor
 
 from sdtune.config.sections import RunFailed, UserError
 from sdtune.config.verbs import MergeConfig, SampleConfig
 from sdtune.models import formats
-from sdtune.models.adapters import is_target
-from sdtune.models.formats import PARTS, AdapterFile, Module
-from sdtune.models.loading import load_adapters, load_pipeline
+from sdtune.models.attach import Key, Layers, attach, in_peft, published_name
+from sdtune.models.formats import AdapterFile, Module
+from sdtune.models.loading import load_pipeline
 from sdtune.models.pipeline_folder import forget_machine
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -39,68 +36,44 @@ ROUNDED = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1}
 SIDE = 256
 """Largest side of the image that is compared; the layers are the same at any size."""
 
-Change = tuple[str, float, AdapterFile, dict[tuple[str, str], Module]]
+Change = tuple[str, float, AdapterFile, dict[Key, Module]]
 """An adapter: its path or id, its weight, the file as read, and its modules with the weight in their scale."""
 
 
-class Base:
-    """The layers of a pipeline in fp32, by part and by the names of the published checkpoints."""
+class Base(Layers):
+    """The layers of a pipeline in fp32."""
 
     def __init__(self, pipe: DiffusionPipeline, where: str):
+        super().__init__(pipe.components)
         self.pipe, self.where = pipe, where
-
-    def _named(self) -> Iterator[tuple[str, nn.Module]]:
-        for part in PARTS:
-            if isinstance(module := self.pipe.components.get(part), nn.Module):
-                yield part, module
-
-    @cached_property
-    def layers(self) -> dict[tuple[str, str], nn.Module]:
-        """Every linear and convolution layer that an adapter can change."""
-        return {
-            (part, _published(part, name)): layer
-            for part, module in self._named()
-            for name, layer in module.named_modules()
-            if is_target(layer) and getattr(layer, "groups", 1) == 1
-        }
 
     @cached_property
     def rest(self) -> dict[str, Tensor]:
         """Every other parameter: norms, biases, embeddings."""
-        ours = {f"{part}.{name}.weight" for part, name in self.layers}
-        named = {f"{p}.{_published(p, n)}": t.detach() for p, m in self._named() for n, t in m.named_parameters()}
+        ours = {f"{part}.{name}.weight" for part, name in self.modules}
+        named = {
+            f"{part}.{published_name(part, name)}": tensor.detach()
+            for part, model in self.parts.items()
+            for name, tensor in model.named_parameters()
+        }
         return {name: tensor for name, tensor in named.items() if name not in ours}
 
-    def weight(self, key: tuple[str, str]) -> Tensor:
-        return self.layers[key].weight.detach().cpu()
+    def weight(self, key: Key) -> Tensor:
+        return self.modules[key].weight.detach().cpu()
 
-    def check_modules(self, where: str, modules: Mapping[tuple[str, str], Module]) -> None:
-        """Check that the base has a layer of the right shape for every module.
-
-        Raises:
-            UserError: a module without one.
-        """
-        layers = self.layers
-        if missing := [key for key in modules if key not in layers]:
-            raise UserError(
-                f"--adapter {where}: {len(modules) - len(missing)} of its {len(modules)} modules are layers of "
-                f"--model {self.where}; it has no {'.'.join(missing[0])}"
-            )
-        for key, module in modules.items():
-            shape, made = layers[key].weight.shape, module.product().shape
-            if made[0] != shape[0] or made.numel() != shape.numel():
-                shapes = ("x".join(map(str, s)) for s in (shape, made))
-                raise UserError(f"--adapter {where}: {'.'.join(key)} is {' in the base, '.join(shapes)} in the adapter")
+    def check_modules(self, where: str, modules: Mapping[Key, Module]) -> None:
+        """``UserError`` unless the base has a layer of the right shape for every module."""
+        self.check(f"--adapter {where}", modules, f"--model {self.where}")
 
     def check_loaded(self, file: Path, modules: Mapping[tuple[str, str], Module]) -> None:
         """Load an adapter file through diffusers and compare the change that it applies to each layer."""
-        load_adapters(self.pipe, [str(file)])
+        self.pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="adapter_0")
         seen = set()
-        for part, module in self._named():
+        for part, module in self.parts.items():
             for name, layer in module.named_modules():
                 if not hasattr(layer, "get_delta_weight"):
                     continue
-                key = part, _published(part, name)
+                key = part, published_name(part, name)
                 seen.add(key)
                 got = layer.get_delta_weight("adapter_0").detach().double().cpu()
                 if not formats.close(modules[key].delta(got.shape), got, 1e-5):
@@ -118,18 +91,13 @@ def open_base(cfg: MergeConfig, model: str, flag: str = "--model") -> Base:
         raise UserError(str(error).replace("--model", flag, 1)) from None
 
 
-def in_diffusers(module: Module) -> bool:
-    """Whether diffusers can load it at run time: LoRA and DoRA on rows can be, LyCORIS's kinds cannot."""
-    return module.kind == "lora" and not module.axis
-
-
 def changed(weight: Tensor, modules: Sequence[Module]) -> Tensor:
     """The weight with these changes in float64: first those that diffusers loads, in their order, then the others."""
     weight = weight.double()
     now = weight.clone()
-    for module in sorted(modules, key=lambda m: not in_diffusers(m)):
+    for module in sorted(modules, key=lambda m: not in_peft(m)):
         change = module.delta(base=weight)
-        if module.magnitude is not None and in_diffusers(module):
+        if module.magnitude is not None and in_peft(module):
             rows = list(range(1, weight.ndim))
             raw = weight + module.product(weight.shape)
             gain = (weight + change).square().sum(rows, keepdim=True) / raw.square().sum(rows, keepdim=True)
@@ -150,7 +118,7 @@ def fold(cfg: MergeConfig, changes: Sequence[Change], provenance: Mapping[str, A
     base = open_base(cfg, cfg.model)
     for where, _, _, modules in changes:
         base.check_modules(where, modules)
-    layers = base.layers
+    layers = base.modules
     with torch.no_grad():
         for key, layer in layers.items():
             own = [modules[key] for _, _, _, modules in changes if key in modules]
@@ -158,7 +126,7 @@ def fold(cfg: MergeConfig, changes: Sequence[Change], provenance: Mapping[str, A
                 layer.weight.copy_(changed(layer.weight.cpu(), own))
     summary, image = _same_image(cfg, changes, base.pipe)
     wanted = base.pipe.to("cpu", dtype)
-    if broken := [n for part, m in base._named() for n, p in m.named_parameters() if not bool(p.isfinite().all())]:
+    if broken := [n for part, m in base.parts.items() for n, p in m.named_parameters() if not bool(p.isfinite().all())]:
         raise UserError(f"--dtype {cfg.dtype}: {broken[0]} holds values out of its range")
     old = out.with_name(f".{out.name}.old")
     try:
@@ -204,7 +172,7 @@ def _same_image(cfg: MergeConfig, changes: Sequence[Change], merged: DiffusionPi
 def _verify(cfg: MergeConfig, base: Base, folder: Path, image: np.ndarray) -> None:
     """Compare every weight of the folder with what was computed, and its image with the one in fp32."""
     merged = load_pipeline(SampleConfig(model=str(folder), prompt=[""]))
-    for part, module in base._named():
+    for part, module in base.parts.items():
         state = merged.components[part].state_dict()
         wrong = [k for k, v in module.state_dict().items() if not torch.equal(v.to(state[k].dtype), state[k].cpu())]
         if wrong:
@@ -231,40 +199,17 @@ def rms(difference: np.ndarray) -> float:
 
 @contextmanager
 def at_run_time(pipe: DiffusionPipeline, changes: Sequence[Change]) -> Iterator[None]:
-    """Inside the block, the adapters are applied at run time: LoRA and DoRA by diffusers' loader, others by hooks."""
-    hooks = []
-    with tempfile.TemporaryDirectory() as folder:
-        loaded = []
-        layers = Base(pipe, "").layers
-        for k, (_, weight, adapter, modules) in enumerate(changes):
-            others = {key: m for key, m in modules.items() if not in_diffusers(m)}
-            hooks += [layers[key].register_forward_hook(_adding(m, layers[key])) for key, m in others.items()]
-            own = {p: {n: m for n, m in ms.items() if (p, n) not in others} for p, ms in adapter.parts.items()}
-            if any(own.values()):
-                file = Path(folder) / f"{k}.safetensors"
-                formats.write(file, AdapterFile({p: ms for p, ms in own.items() if ms}), "diffusers")
-                loaded.append(f"{file}={weight!r}")
-        with catch_warnings(action="ignore", category=UserWarning):  # peft warns of a second adapter
-            load_adapters(pipe, loaded)
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-def _adding(module: Module, layer: nn.Module) -> Any:
-    weight = layer.weight
-    change = module.delta(base=weight.detach().cpu()).to(weight)
-
-    def hook(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if isinstance(layer, nn.Conv2d):
-            return output + F.conv2d(inputs[0], change, None, layer.stride, layer.padding, layer.dilation)
-        return output + F.linear(inputs[0], change)
-
-    return hook
-
-
-def _published(part: str, name: str) -> str:
-    """The published name of a module; transformers 5.6 dropped the level ``text_model.`` from its own."""
-    return f"text_model.{name.removeprefix('text_model.')}" if part.startswith("text_encoder") else name
+    """Inside the block, the adapters are applied at run time, as `sdtune sample` does."""
+    layers, names, weights, hooks = Layers(pipe.components), [], [], []
+    for k, (where, weight, adapter, _) in enumerate(changes):
+        own, added = attach(layers, f"adapter_{k}", adapter, weight, f"--adapter {where}")
+        names += own
+        weights += [weight] * len(own)
+        hooks += added
+    if names:
+        pipe.set_adapters(names, weights)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

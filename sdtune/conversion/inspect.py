@@ -8,7 +8,8 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from sdtune.config.verbs import InspectConfig
-from sdtune.models.formats import AdapterFile, embedding, metadata, read
+from sdtune.models.formats import AdapterFile, Embedding, embedding, metadata, read
+from sdtune.models.formats.tensor_file import json_object
 
 BAR = 40
 """Characters of the longest bar."""
@@ -24,7 +25,7 @@ def inspect(cfg: InspectConfig) -> str:
     if cfg.png:
         norm_chart(facts["norms"], str(cfg.input.name)).save(cfg.png, format="PNG")
     if cfg.as_json:
-        return json.dumps(facts, indent=2, ensure_ascii=False)
+        return json.dumps(plain_json(facts), indent=2, ensure_ascii=False, allow_nan=False)
     return "\n".join([*lines(facts), *bars(facts["norms"])])
 
 
@@ -42,6 +43,7 @@ def of_adapter(adapter: AdapterFile) -> dict[str, Any]:
         "targets": sorted({target(name) for name in modules}),
         "modules": {part: len(own) for part, own in sorted(adapter.parts.items())},
         "parameters": sum(m.parameters() for m in modules.values()),
+        "words": [word.token for word in adapter.words],
         "dtype": sorted({str(t.dtype).removeprefix("torch.") for m in modules.values() for t in m.tensors.values()}),
         "trigger": trigger(adapter.metadata, metadata.provenance(adapter)),
         "trained": trained(adapter.metadata, metadata.provenance(adapter)),
@@ -49,7 +51,7 @@ def of_adapter(adapter: AdapterFile) -> dict[str, Any]:
     }
 
 
-def of_embedding(found: embedding.Embedding) -> dict[str, Any]:
+def of_embedding(found: Embedding) -> dict[str, Any]:
     return {
         "format": found.format,
         "kind": ["textual inversion"],
@@ -59,6 +61,15 @@ def of_embedding(found: embedding.Embedding) -> dict[str, Any]:
         "trained": trained(found.metadata, {}),
         "norms": {f"{part} {k}": round(float(v.norm()), 6) for part, t in found.parts.items() for k, v in enumerate(t)},
     }
+
+
+def plain_json(value: Any) -> Any:
+    """The same for JSON, which has no NaN and no infinity: they become null; what is nested too deeply becomes text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): plain_json(v) for k, v in value.items()}
+    return [plain_json(v) for v in value] if isinstance(value, list) else value
 
 
 def block(name: str) -> str:
@@ -84,12 +95,11 @@ def counted(values: Any) -> dict[str, int]:
 def trigger(about: dict[str, str], record: dict[str, Any]) -> list[str]:
     words = record.get("trigger") or record.get("instance_prompt") or about.get("modelspec.trigger_phrase")
     if words:
-        return [words] if isinstance(words, str) else list(words)
-    try:
-        folders = json.loads(about.get("ss_tag_frequency", "{}")).values()
-        tags = sum((Counter(tags) for tags in folders), Counter())
-    except (ValueError, AttributeError, TypeError):
-        return []
+        return [str(word) for word in words] if isinstance(words, list) else [str(words)]
+    tags: Counter[str] = Counter()
+    for folder in json_object(about.get("ss_tag_frequency")).values():
+        if isinstance(folder, dict):
+            tags.update({tag: count for tag, count in folder.items() if isinstance(count, int)})
     return [tag for tag, _ in tags.most_common(5)]
 
 

@@ -45,7 +45,7 @@ class Source:
     def modules(self) -> dict[tuple[str, str], Module]:
         """By (part, name), the weight multiplied into their scale as at run time, so inside DoRA's norm."""
         return {
-            (part, name): replace(module, alpha=module.alpha * self.weight)
+            (part, name): module.scaled(self.weight)
             for part, modules in sorted(self.file.parts.items())
             for name, module in sorted(modules.items())
         }
@@ -97,12 +97,14 @@ def merge(cfg: MergeConfig) -> list[str]:
 def read_source(text: str) -> Source:
     """The adapter that ``PATH_OR_ID[=WEIGHT]`` names."""
     where, weight = split_weight(text)
-    folder = Path(where)
-    if folder.is_dir() and (peft := files.peft_folders(folder)):
-        adapter, read = formats.read(folder), [f / peft_folder.WEIGHTS for f in peft.values()]
-    else:
-        read = [locate(where, option="--adapter")]
-        adapter = formats.read(read[0])
+    adapter = formats.read(where, "--adapter")
+    peft = files.peft_folders(Path(where)) if Path(where).is_dir() else {}
+    read = [f / peft_folder.WEIGHTS for f in peft.values()] or [locate(where, option="--adapter")]
+    if adapter.words:
+        raise UserError(
+            f"--adapter {where}: also holds the words {', '.join(w.token for w in adapter.words)}, which a merged file "
+            "cannot hold; sdtune convert writes the adapter alone with --to diffusers"
+        )
     if not adapter.modules():
         raise UserError(f"--adapter {where}: changes no layer")
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in read)).hexdigest()

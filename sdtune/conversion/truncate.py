@@ -63,7 +63,7 @@ def extract(cfg: MergeConfig, base: Base) -> tuple[dict[tuple[str, str], Module]
     """``tuned - base`` of every changed linear and convolution layer at a smaller rank, and lines that report on it."""
     assert cfg.tuned is not None
     tuned = open_base(cfg, cfg.tuned, flag="--tuned")
-    layers, others = base.layers, tuned.layers
+    layers, others = base.modules, tuned.modules
     for key in sorted(layers.keys() | others.keys()):
         one, other = (side[key].weight.shape if key in side else None for side in (layers, others))
         if one != other:

@@ -15,8 +15,7 @@ from warnings import catch_warnings
 
 import torch
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from sdtune.config.sections import Adapter, UserError
@@ -113,18 +112,6 @@ def save_adapter(folder: Path, parts: Mapping[str, nn.Module], provenance: Mappi
     return path
 
 
-def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and rank/alpha metadata of an adapter file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(metadata.get("lora_adapter_metadata", "{}"))  # noqa: SIM118
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such adapter file") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a safetensors file ({error})") from None
-
-
 def verify(path: Path, parts: Mapping[str, nn.Module], loader: Any) -> None:
     """Load the file as a reader would, and compare every tensor and scale with the adapter that was saved."""
     state, alphas, metadata = loader.lora_state_dict(path.parent, weight_name=path.name, return_lora_metadata=True)
@@ -142,21 +129,3 @@ def verify(path: Path, parts: Mapping[str, nn.Module], loader: Any) -> None:
             model.train(was_training)
             if wrong or not same_scale:
                 raise RuntimeError(f"{path}: the adapter of {part} does not read back as it was trained: {wrong[:3]}")
-
-
-def load_adapter(path: Path, parts: Mapping[str, nn.Module]) -> None:
-    """Copy the adapter of a file into those of ``parts``; ``UserError`` unless every key and shape matches."""
-    path = path / FILE if path.is_dir() else path
-    saved, _ = read_adapter(path)
-    here = {k: v for part, model in parts.items() for k, v in adapter_state(part, model).items()}
-    strange = [k for k in saved if k not in here or saved[k].shape != here[k].shape]
-    if strange or saved.keys() != here.keys():
-        raise UserError(
-            f"{path}: {len(saved) - len(strange)} of {len(here)} adapter tensors fit"
-            + (f", {', '.join(strange[:3])} do not" if strange else "")
-            + "; give it the rank and target modules it was trained with"
-        )
-    for part, model in parts.items():
-        names = peft_state(model)  # in the order of adapter_state
-        keys = adapter_state(part, model)
-        set_peft_model_state_dict(model, {name: saved[key] for name, key in zip(names, keys, strict=True)})

@@ -10,11 +10,13 @@ import diffusers
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DModel
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sdtune.config.sections import UserError
 from sdtune.config.verbs import SampleConfig
-from sdtune.models import families
-from sdtune.models.formats.tensor_file import locate
+from sdtune.models import families, formats
+from sdtune.models.attach import Layers, attach
+from sdtune.models.formats import Embedding, embedding
 from sdtune.models.noisy_classifier import NoisyClassifier
 from sdtune.models.pixel_models import read_classes
 from sdtune.run.device import best_device
@@ -52,20 +54,28 @@ def load_pipeline(cfg: SampleConfig) -> DiffusionPipeline:
     return pipe.to(device)
 
 
-def load_adapters(pipe: DiffusionPipeline, adapters: Sequence[str]) -> None:
-    """Load each ``PATH_OR_ID[=WEIGHT]`` into ``pipe`` and set the weights; `UserError` names what fails.
+def load_adapters(pipe: DiffusionPipeline, adapters: Sequence[str]) -> list[RemovableHandle]:
+    """Load each ``PATH_OR_ID[=WEIGHT]``, of any known format, into ``pipe`` with its weight, and the words it brings.
 
-    diffusers loads a file of which it knows no key, and one made for another model in part, without an
-    error: here every tensor of the file must have arrived.
+    Returns the hooks that add what PEFT cannot; removing them takes those changes back.
+
+    Raises:
+        UserError: a file that cannot be read, or that does not match the base in every module and word.
     """
-    names, weights = [], []
+    layers, names, weights, hooks = Layers(pipe.components), [], [], []
     for k, text in enumerate(adapters):
         where, weight = split_weight(text)
-        names.append(f"adapter_{k}")
-        weights.append(weight)
-        _load_adapter(pipe, where, names[-1])
+        asked = f"--adapter {where}"
+        adapter = formats.read(where, "--adapter")
+        for word in adapter.words:
+            add_word(pipe, word, asked)
+        own, added = attach(layers, f"adapter_{k}", adapter, weight, asked)
+        names += own
+        weights += [weight] * len(own)
+        hooks += added
     if names:
         pipe.set_adapters(names, weights)
+    return hooks
 
 
 def split_weight(text: str) -> tuple[str, float]:
@@ -82,42 +92,56 @@ def split_weight(text: str) -> tuple[str, float]:
     return where, weight
 
 
-def _load_adapter(pipe: DiffusionPipeline, where: str, name: str) -> None:
-    file = locate(where, option="--adapter")
-    if file.name == EMBEDDING:
-        raise UserError(f"--adapter {where}: holds a learnt word, not an adapter: give --embedding {where}")
-    sent = [key for key in families.tensor_names(file) if not key.endswith(".alpha")]
-    verbosity = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()  # it warns of each component that a file has nothing for
-    try:
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
-    except (ValueError, RuntimeError, KeyError, AttributeError) as error:
-        why = next((line for line in str(error).splitlines() if "size mismatch" in line), str(error))
-        raise UserError(f"--adapter {where}: does not fit this base: {why.strip().splitlines()[0]}") from error
-    finally:
-        diffusers.utils.logging.set_verbosity(verbosity)
-    modules = [c for c in pipe.components.values() if isinstance(c, torch.nn.Module)]
-    arrived = sum(f".{name}." in f"{key}." for m in modules for key, _ in m.named_parameters())
-    if arrived < len(sent):
-        raise UserError(
-            f"--adapter {where}: {arrived} of its {len(sent)} tensors fit this base; the first is {sent[0]}"
-        )
+def load_embeddings(pipe: DiffusionPipeline, embeddings: Sequence[str], adapters: Sequence[str] = ()) -> list[str]:
+    """Teach ``pipe`` the words of textual-inversion files, and of those in the folder of an adapter (pivotal tuning).
 
+    Returns the words.
 
-def load_embeddings(pipe: DiffusionPipeline, embeddings: Sequence[str], adapters: Sequence[str] = ()) -> None:
-    """Teach ``pipe`` the words of textual-inversion files, and of those that lie beside an adapter (pivotal tuning).
-
-    Raises `UserError` for a file that is none, and a word that is known already.
+    Raises:
+        UserError: a file without a word, a word that is known already, or vectors of another width than the base's.
     """
-    learnt_with = [folder for folder, _ in map(split_weight, adapters) if (Path(folder) / EMBEDDING).is_file()]
-    for where in dict.fromkeys([*learnt_with, *embeddings]):
-        file = locate(where, EMBEDDING, "--embedding")
-        families.tensor_names(file)  # a clear word where it is no safetensors file
+    with_adapter = [folder for folder, _ in map(split_weight, adapters) if (Path(folder) / EMBEDDING).is_file()]
+    words: dict[str, str] = {}
+    for where in dict.fromkeys([*with_adapter, *embeddings]):
+        asked = f"--embedding {where}"
+        word = embedding.read(where, option="--embedding")
+        if word is None:
+            raise UserError(f"{asked}: holds no learned word; if it is an adapter, give --adapter {where}")
+        if other := words.get(word.token):
+            raise UserError(
+                f"{asked}: its word is {word.token}, as that of {other}; sdtune convert gives one another: --token"
+            )
+        add_word(pipe, word, asked)
+        words[word.token] = where
+    return list(words)
+
+
+def add_word(pipe: DiffusionPipeline, word: Embedding, asked: str) -> None:
+    """Teach the text encoders of ``pipe`` a word; ``UserError`` that begins with ``asked``."""
+    encoders = {
+        name for name in pipe.components if name.startswith("text_encoder") and pipe.components[name] is not None
+    }
+    if missing := sorted(encoders ^ word.parts.keys()):
+        what = "has no vectors for" if missing[0] in encoders else "has vectors for a second text encoder, which is not"
+        raise UserError(f"{asked}: {what} {missing[0]} of this base")
+    for part, table in word.parts.items():
+        encoder, tokenizer = pipe.components[part], pipe.components[part.replace("text_encoder", "tokenizer")]
+        width = encoder.get_input_embeddings().weight.shape[1]
+        if table.shape[1] != width:
+            raise UserError(
+                f"{asked}: its vectors are {table.shape[1]} wide, and those of the base's {part} {width} "
+                "(768 is Stable Diffusion 1, 1024 is 2): it was made for another base"
+            )
+        if word.token in tokenizer.get_vocab():
+            raise UserError(
+                f"{asked}: the base knows the word {word.token} already; sdtune convert gives the file another: --token"
+            )
         try:
-            pipe.load_textual_inversion(str(file.parent), weight_name=file.name)
+            pipe.load_textual_inversion(
+                table.to(encoder.dtype), token=word.token, tokenizer=tokenizer, text_encoder=encoder
+            )
         except (ValueError, RuntimeError, KeyError, AttributeError) as error:
-            why = str(error).strip().splitlines()[0]
-            raise UserError(f"--embedding {where}: does not fit this base: {why}") from error
+            raise UserError(f"{asked}: does not fit this base: {str(error).strip().splitlines()[0]}") from error
 
 
 def class_labels(names: Sequence[str], classes: Sequence[str], where: str) -> Tensor:

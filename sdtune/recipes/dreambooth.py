@@ -13,7 +13,7 @@ import torch
 
 from sdtune.config.methods.dreambooth import DreamBoothConfig
 from sdtune.data import Mixture, load_images
-from sdtune.models import adapters, new_token
+from sdtune.models import adapters, attach, new_token
 from sdtune.models.formats import embedding
 from sdtune.models.pipeline_folder import write_pipeline
 from sdtune.recipes.class_images import class_images
@@ -53,7 +53,7 @@ class DreamBooth(FineTune):
         for name, part in self.trained.items():
             adapters.add_adapter(part, self.cfg, targets[name], name)
         if self.cfg.init_adapter:
-            adapters.load_adapter(self.cfg.init_adapter, self.trained)
+            attach.initialise(self.cfg.init_adapter, self.trained)
 
     def forward(self, batch):
         prior = batch["part"] == 1

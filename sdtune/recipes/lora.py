@@ -7,7 +7,7 @@ so the base is a submodule of the recipe, and frozen.
 """
 
 from sdtune.config.methods.lora import LoraConfig
-from sdtune.models import adapters
+from sdtune.models import adapters, attach
 from sdtune.recipes.finetune import FineTune
 
 
@@ -22,7 +22,7 @@ class Lora(FineTune):
             self.text_encoder = self.trained["text_encoder"] = self.family.retain("text_encoder")
             adapters.add_adapter(self.text_encoder, cfg, adapters.TEXT_ENCODER_TARGETS, "text encoder")
         if cfg.init_adapter:
-            adapters.load_adapter(cfg.init_adapter, self.trained)
+            attach.initialise(cfg.init_adapter, self.trained)
 
     def export(self, out):
         return [adapters.save_adapter(out, self.trained, self.provenance(), self.family.pipeline_class)]

@@ -7,6 +7,7 @@ with staged(Path("out.safetensors")) as new:    # renamed to out.safetensors if 
 """
 
 from sdtune.models.formats.files import read, staged, write
-from sdtune.models.formats.neutral import PARTS, AdapterFile, Module, close
+from sdtune.models.formats.keys import with_alpha
+from sdtune.models.formats.neutral import PARTS, AdapterFile, Embedding, Module, close
 
-__all__ = ["PARTS", "AdapterFile", "Module", "close", "read", "staged", "write"]
+__all__ = ["PARTS", "AdapterFile", "Embedding", "Module", "close", "read", "staged", "with_alpha", "write"]

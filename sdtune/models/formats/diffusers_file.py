@@ -6,10 +6,8 @@ Read with the keys of every version: PEFT's ``lora_A``, the attention processors
 2023, and alpha from ``.alpha`` keys or from the metadata that diffusers 0.35 began to write.
 """
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -17,6 +15,7 @@ from sdtune.config.sections import UserError
 from sdtune.models.formats.keys import LYCORIS, Place, assemble, with_alpha
 from sdtune.models.formats.names import text_encoder_name
 from sdtune.models.formats.neutral import PARTS, AdapterFile, Module
+from sdtune.models.formats.peft_settings import Scales, errors_of, settings_of, targets_of
 
 SUFFIXES = LYCORIS | {
     "lora.down.weight": "lora.down",
@@ -49,30 +48,16 @@ def place(key: str) -> Place | None:
 
 
 def read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> AdapterFile:
-    try:
-        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        own = {
-            part: {k.removeprefix(f"{part}."): v for k, v in config.items() if k.startswith(f"{part}.")}
-            for part in PARTS
-        }
-        own["unet"] = own["unet"] or config  # a file of the model alone, without prefixes
-        parts = assemble(path, tensors, place, lambda part, name, rank: scale(own[part], name, rank))
-    except (ValueError, AttributeError, TypeError, re.error) as error:
-        raise UserError(f"{path}: its lora_adapter_metadata cannot be read ({error})") from None
-    return AdapterFile(parts, metadata, "diffusers")
-
-
-def scale(config: dict[str, Any], name: str, rank: int) -> tuple[float, int]:
-    """(alpha, rank) that a PEFT config, as a dict, gives a module, with rsLoRA's root multiplied into alpha."""
-    name = name.removeprefix("text_model.")
-
-    def pick(patterns: dict[str, Any], default: Any) -> Any:
-        known = ((k, v) for k, v in patterns.items() if re.match(rf"(.*\.)?({k.removeprefix('text_model.')})$", name))
-        return next(known, ("", default))[1]
-
-    r = pick(config.get("rank_pattern") or {}, config.get("r")) or rank or 1
-    alpha = pick(config.get("alpha_pattern") or {}, config.get("lora_alpha", config.get("alpha"))) or r
-    return float(alpha) * (r**0.5 if config.get("use_rslora") else 1), int(r)
+    config = settings_of(f"{path}: lora_adapter_metadata", metadata.get("lora_adapter_metadata", "{}"))
+    own = {
+        part: {k.removeprefix(f"{part}."): v for k, v in config.items() if k.startswith(f"{part}.")} for part in PARTS
+    }
+    own["unet"] = own["unet"] or config  # a file of the model alone, without prefixes
+    scales = {part: Scales(settings) for part, settings in own.items()}
+    with errors_of(f"{path}: lora_adapter_metadata"):
+        parts = assemble(path, tensors, place, lambda part, name, rank: scales[part](name, rank))
+    targets = {part: found for part, settings in own.items() if (found := targets_of(settings))}
+    return AdapterFile(parts, metadata, "diffusers", targets=targets)
 
 
 def require_kinds(adapter: AdapterFile, to: str, kinds: tuple[str, ...]) -> None:

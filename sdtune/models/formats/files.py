@@ -1,18 +1,17 @@
 """Reads and writes adapter files of every format."""
 
 import json
-import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from sdtune.config.sections import UserError
-from sdtune.models.formats import comfyui, diffusers_file, kohya, metadata, peft_folder
-from sdtune.models.formats.neutral import PARTS, AdapterFile
+from sdtune.models.formats import comfyui, diffusers_file, embedding, kohya, metadata, peft_folder, peft_settings
+from sdtune.models.formats.neutral import PARTS, AdapterFile, Module
 from sdtune.models.formats.tensor_file import copies, load, locate, reproducible
 
 WRITERS: dict[str, Callable[[AdapterFile], dict[str, Tensor]]] = {
@@ -20,22 +19,38 @@ WRITERS: dict[str, Callable[[AdapterFile], dict[str, Tensor]]] = {
     "kohya": kohya.tensors,
     "comfyui": comfyui.tensors,
 }
+HOLD_WORDS = ("kohya", "comfyui")
+"""Formats that have a place for learned words beside an adapter."""
 
 
-def read(path: Path) -> AdapterFile:
-    """An adapter file or folder of any known format.
+def read(where: Path | str, option: str = "") -> AdapterFile:
+    """An adapter of any known format, by file, folder, run folder or Hub id.
+
+    Args:
+        option: what an error begins with, such as ``--adapter``.
 
     Raises:
-        UserError: a pickle, a file that is not safetensors, unknown keys, or missing tensors.
+        UserError: a pickle, a file that is not safetensors, unknown keys, missing tensors, numbers that are not finite.
     """
-    if path.is_dir() and (folders := peft_folders(path)):
-        return read_peft(path, folders)
-    path = locate(path)
-    tensors, about = load(path)
+    if Path(where).is_dir() and (folders := peft_folders(Path(where))):
+        return read_peft(folders)
+    path = locate(where, option=option)
     if (path.parent / peft_folder.CONFIG).is_file() and path.name == peft_folder.WEIGHTS:
-        return read_peft(path.parent, {None: path.parent})
-    if any(place(key) for place in (kohya.place,) for key in tensors):
+        return read_peft({None: path.parent})
+    tensors, about = load(path)
+    if embedding.is_embedding(tensors):
+        raise UserError(f"{option} {where}: holds a learned word, not an adapter: give --embedding {where}".strip())
+    words = embedding.bundled(path, tensors)
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(embedding.BUNDLE)}
+    return replace(read_tensors(path, tensors, about), words=words)
+
+
+def read_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> AdapterFile:
+    """An adapter from the tensors of one file, whose keys say which format it is."""
+    if any(kohya.place(key) for key in tensors):
         return kohya.read(path, tensors, about)
+    if any(key.startswith(tuple(comfyui.PREFIXES)) for key in tensors):
+        return comfyui.read(path, tensors, about)
     if any(key.startswith(peft_folder.PREFIX) for key in tensors):
         raise UserError(f"{path}: PEFT's tensors need their {peft_folder.CONFIG} in the same folder, for alpha")
     return diffusers_file.read(path, tensors, about)
@@ -48,20 +63,26 @@ def peft_folders(path: Path) -> dict[str | None, Path]:
     return {part: path / part for part in PARTS if (path / part / peft_folder.CONFIG).is_file()}
 
 
-def read_peft(path: Path, folders: dict[str | None, Path]) -> AdapterFile:
-    parts, about = {}, {}
+def read_peft(folders: Mapping[str | None, Path]) -> AdapterFile:
+    parts: dict[str, dict[str, Module]] = {}
+    about: dict[str, str] = {}
+    targets: dict[str, list[str]] = {}
     for part, folder in folders.items():
         file = folder / peft_folder.WEIGHTS
         if not file.is_file() and any(folder.glob("*.bin")):
             file = locate(next(folder.glob("*.bin")))
         try:
-            config: dict[str, Any] = json.loads((folder / peft_folder.CONFIG).read_text(encoding="utf-8"))
-            tensors, own = load(file)
-            parts |= peft_folder.read(file, part, tensors, config)
-        except (ValueError, AttributeError, TypeError, re.error) as error:
+            text = (folder / peft_folder.CONFIG).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
             raise UserError(f"{folder / peft_folder.CONFIG}: cannot be read ({error})") from None
+        config = peft_settings.settings_of(folder / peft_folder.CONFIG, text)
+        tensors, own = load(file)
+        with peft_settings.errors_of(folder / peft_folder.CONFIG):
+            found = peft_folder.read(file, part, tensors, config)
+            targets |= {name: peft_settings.targets_of(config) for name in found}
+        parts |= found
         about |= own
-    return AdapterFile(parts, about, "peft")
+    return AdapterFile(parts, about, "peft", targets={k: v for k, v in targets.items() if v})
 
 
 def write(path: Path, adapter: AdapterFile, to: str) -> None:
@@ -74,6 +95,10 @@ def write(path: Path, adapter: AdapterFile, to: str) -> None:
         UserError: the format cannot hold this kind of adapter.
     """
     about = {"format": "pt"} | metadata.kohya(adapter)
+    if any(m.base_norm for m in adapter.modules().values()):
+        if to != "comfyui":
+            raise UserError(f"--to {to}: cannot hold DoRA whose norms were made for ComfyUI alone; convert its source")
+        about[kohya.BASE_NORM] = "base"
     if to == "peft":
         for part, modules in adapter.parts.items():
             config, fitted = peft_folder.config(part, modules, metadata.base_of(adapter))
@@ -84,7 +109,8 @@ def write(path: Path, adapter: AdapterFile, to: str) -> None:
             text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
             (folder / peft_folder.CONFIG).write_text(f"{text}\n", encoding="utf-8")
         return
-    path.write_bytes(reproducible(copies(WRITERS[to](adapter)), about))
+    words = embedding.bundle(adapter.words) if to in HOLD_WORDS else {}
+    path.write_bytes(reproducible(copies(WRITERS[to](adapter) | words), about))
 
 
 @contextmanager

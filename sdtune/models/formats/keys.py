@@ -29,6 +29,8 @@ COMPLETE = [
 ]
 """The sets of tensors that make up a module."""
 
+FULL = (".diff", ".diff_b", ".w_norm", ".b_norm", ".set_weight", ".reshape_weight")
+"""Ends of keys of LyCORIS and ComfyUI for changes that are not low-rank."""
 Place = tuple[str, str, str]
 """(part, module, slot); a slot is one of ``COMPLETE``, ``alpha``, or DoRA's ``magnitude`` or ``dora_scale``."""
 EXTRA = {"alpha", "magnitude", "dora_scale"}
@@ -70,7 +72,7 @@ def assemble(
         try:
             parts.setdefault(part, {})[name] = module_of(own, lambda r, p=part, n=name: scale(p, n, r))
         except (ValueError, RuntimeError, IndexError) as error:
-            raise UserError(f"{path}: the tensors of {part} {name} do not match ({error})") from None
+            raise UserError(f"{path}: the tensors or settings of {part} {name} do not match ({error})") from None
     return parts
 
 
@@ -78,6 +80,12 @@ def refuse_unknown(path: Path, tensors: Iterable[str], unknown: list[str]) -> No
     """``UserError`` that counts the known keys and names the first unknown ones, if there are any."""
     total = len(list(tensors))
     if unknown:
+        full = [key for key in unknown if key.endswith(FULL)]
+        if full:
+            raise UserError(
+                f"{path}: {len(full)} of its {total} keys change norms, biases or complete weights, such as {full[0]}; "
+                "sdtune reads low-rank changes of linear and convolution layers only"
+            )
         raise UserError(
             f"{path}: {total - len(unknown)} of {total} keys make up an adapter; these do not: "
             f"{', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}"
@@ -93,8 +101,8 @@ def module_of(own: dict[str, Tensor], scale: Callable[[int], tuple[float, int]])
     extra = {slot: own[slot].float() for slot in own.keys() & EXTRA}
     kind = next(iter(own.keys() - EXTRA)).partition(".")[0]
     t = {slot.partition(".")[2]: tensor for slot, tensor in own.items() if slot not in EXTRA}
-    if bad := [name for name, v in t.items() if v.ndim < 2 or not v.is_floating_point() or not v.isfinite().all()]:
-        raise ValueError(f"{bad[0]} is not a matrix of finite numbers")
+    if bad := [name for name, v in t.items() if v.ndim < 2 or not v.is_floating_point() or not v.numel()]:
+        raise ValueError(f"{bad[0]} is not a matrix of numbers")
     if kind == "lora":
         t = without_core(t)
         rank = t["down"].shape[0]

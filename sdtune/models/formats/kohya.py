@@ -5,6 +5,7 @@ text encoders ``lora_te_`` in Stable Diffusion 1 and 2, ``lora_te1_`` and ``lora
 module names, which all readers know; read with sgm's ``input_blocks`` as well.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,6 +30,10 @@ SUFFIXES = LYCORIS | {
     "alpha": "alpha",
     "dora_scale": "dora_scale",
 }
+UNREAD = ("conv_in", "conv_out", "time_embedding")
+"""Modules of the UNet that sd-scripts' own reader leaves out; it also ignores ``dora_scale``."""
+BASE_NORM = "sdtune_dora_norm"
+"""Metadata entry of a file whose DoRA is divided by the norm of the base's rows, for ComfyUI alone."""
 ENDS = {slot: end for end, slot in SUFFIXES.items()}
 
 
@@ -42,7 +47,14 @@ def place(key: str) -> Place | None:
 
 
 def read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> AdapterFile:
-    return AdapterFile(assemble(path, tensors, place), metadata, "kohya")
+    parts = assemble(path, tensors, place)
+    if metadata.get(BASE_NORM) == "base":
+        parts = {part: {n: with_base_norm(m) for n, m in own.items()} for part, own in parts.items()}
+    return AdapterFile(parts, metadata, "kohya")
+
+
+def with_base_norm(module: Module) -> Module:
+    return module if module.magnitude is None or module.axis else replace(module, base_norm=True)
 
 
 def tensors(adapter: AdapterFile) -> dict[str, Tensor]:

@@ -5,8 +5,9 @@ from collections import Counter
 from typing import Any
 
 from sdtune.models.formats.neutral import AdapterFile
+from sdtune.models.formats.tensor_file import json_object
 
-STALE = ("lora_adapter_metadata", "format", "sshs_", "modelspec.hash", "modelspec.thumbnail")
+STALE = ("lora_adapter_metadata", "sdtune_dora_norm", "format", "sshs_", "modelspec.hash", "modelspec.thumbnail")
 """Prefixes of entries that describe the tensors of one file, so they are not copied to another."""
 
 
@@ -17,15 +18,12 @@ def lasting(adapter: AdapterFile) -> dict[str, str]:
 
 def provenance(adapter: AdapterFile) -> dict[str, Any]:
     """sdtune's record of how the adapter was trained; empty if there is none."""
-    try:
-        record = json.loads(adapter.metadata.get("sdtune", "{}"))
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
+    return json_object(adapter.metadata.get("sdtune"))
 
 
 def base_of(adapter: AdapterFile) -> str | None:
-    return provenance(adapter).get("base") or adapter.metadata.get("ss_sd_model_name") or None
+    base = provenance(adapter).get("base")
+    return (base if isinstance(base, str) else None) or adapter.metadata.get("ss_sd_model_name") or None
 
 
 def is_sdxl(adapter: AdapterFile) -> bool:

@@ -5,7 +5,7 @@ diffusers and transformers checkpoints, those of text encoders with their ``text
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -35,6 +35,12 @@ class Module:
     magnitude: Tensor | None = None
     """DoRA's learnt norm of each row (Liu et al. 2024), 1-D; with ``axis`` 1 of each column, as early LyCORIS has."""
     axis: int = 0
+    base_norm: bool = False
+    """DoRA divides by the norm of the base's rows, as ComfyUI does, and not by that of the changed weight's."""
+
+    def scaled(self, weight: float) -> "Module":
+        """With ``weight`` in its scale, where it is at run time: inside DoRA's norm."""
+        return replace(self, alpha=self.alpha * weight)
 
     @property
     def scale(self) -> float:
@@ -72,7 +78,7 @@ class Module:
         changed = base.double() + product
         others = [d for d in range(changed.ndim) if d != self.axis]
         sizes = [-1 if d == self.axis else 1 for d in range(changed.ndim)]
-        norm = changed.square().sum(dim=others, keepdim=True).sqrt()
+        norm = (base.double() if self.base_norm else changed).square().sum(dim=others, keepdim=True).sqrt()
         return changed * (self.magnitude.double().reshape(sizes) / norm) - base.double()
 
     def norm(self) -> float:
@@ -107,6 +113,17 @@ def _pair(t: dict[str, Tensor], side: str) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Embedding:
+    """The learned vectors of one word."""
+
+    token: str
+    parts: dict[str, Tensor]
+    """Text encoder to its vectors (n, dim)."""
+    metadata: dict[str, str]
+    format: str
+
+
+@dataclass(frozen=True)
 class AdapterFile:
     """An adapter as read from a file, or to be written to one."""
 
@@ -115,6 +132,10 @@ class AdapterFile:
     """Metadata of its file; the entry ``sdtune`` holds a run's record as JSON."""
     format: str = ""
     """Format it was read from."""
+    words: tuple[Embedding, ...] = ()
+    """Learned words that the file brings along."""
+    targets: dict[str, list[str]] = field(default_factory=dict)
+    """Part to the module names, or ends of them, that the file's own settings list."""
 
     def modules(self) -> dict[str, Module]:
         """Every module as ``part.name``, in a fixed order."""

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from sdtune.config.sections import UserError
-from sdtune.models.formats.diffusers_file import SUFFIX, SUFFIXES, peft_magnitude, require_kinds, scale
+from sdtune.models.formats.diffusers_file import SUFFIX, SUFFIXES, peft_magnitude, require_kinds
 from sdtune.models.formats.keys import LYCORIS, Place, assemble
 from sdtune.models.formats.names import text_encoder_name
 from sdtune.models.formats.neutral import AdapterFile, Module
+from sdtune.models.formats.peft_settings import Scales
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -42,7 +43,8 @@ def read(
         raise UserError(f"{path}: PEFT's {config.get('peft_type')}; sdtune reads LORA, LOHA and LOKR")
     if config.get("bias", "none") != "none" or config.get("lora_bias") or config.get("modules_to_save"):
         raise UserError(f"{path}: it trained biases or complete modules, which no other format can hold")
-    return assemble(path, tensors, lambda key: place(key, part), lambda _, name, rank: scale(config, name, rank))
+    scales = Scales(config)
+    return assemble(path, tensors, lambda key: place(key, part), lambda _, name, rank: scales(name, rank))
 
 
 def tensors(part: str, modules: dict[str, Module]) -> dict[str, Tensor]:
