@@ -52,9 +52,9 @@ KINDS = {
     "locon": lambda: {CONVOLUTION: lora(16, 16, 2.0, (3, 3))},
     "loha": lambda: {ATTENTION: loha(16, 16), CONVOLUTION: loha(16, 16 * 9)},
     "loha core": lambda: {CONVOLUTION: loha(16, 16, core=True)},
-    "lokr": lambda: {ATTENTION: lokr()},
-    "lokr both": lambda: {ATTENTION: lokr(("w1_a", "w1_b"))},
-    "lokr full": lambda: {ATTENTION: lokr(("w1",), ("w2",), rank=4)},
+    "lokr": lambda: {ATTENTION.replace("to_q", "to_v"): lokr()},
+    "lokr both": lambda: {ATTENTION.replace("to_q", "to_v"): lokr(("w1_a", "w1_b"))},
+    "lokr full": lambda: {ATTENTION.replace("to_q", "to_v"): lokr(("w1",), ("w2",), rank=4)},
 }
 
 
