@@ -144,7 +144,7 @@ def spoil_two(folder):
 def test_a_shard_that_cannot_be_used_is_one_line(spoil, told, copy):
     spoil(copy)
     message = refusal(copy / "{000000..000004}.tar")
-    assert message.startswith("1 of 5 shards cannot be used; mend them, or leave them out\n")
+    assert message.startswith("1 of 5 shards cannot be used; repair them, or leave them out\n")
     assert told in message and len(message.splitlines()) == 2
     assert refusal(copy / "{000000..000004}.tar") == message  # nothing of it is remembered
 

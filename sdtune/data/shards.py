@@ -173,7 +173,7 @@ def index_shards(urls: list[str], how: str, build: Callable[[str], tuple[IntArra
         problems += [problem for problem in pool.map(make, failed) if problem]
     if problems:
         raise listed_error(
-            f"{len(problems)} of {len(urls)} shards cannot be used; mend them, or leave them out", sorted(problems)
+            f"{len(problems)} of {len(urls)} shards cannot be used; repair them, or leave them out", sorted(problems)
         )
     known = _known_indexes(folder)
     return [known[key] for key in keys]
