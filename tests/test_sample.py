@@ -16,6 +16,7 @@ from sdtune.config.sections import UserError
 from sdtune.config.verbs import SampleConfig
 from sdtune.diffusion.schedulers import SCHEDULERS, make_scheduler
 from sdtune.models.loading import load_adapters, load_pipeline, split_weight
+from sdtune.sampling.prompts import Prompt, parse
 from sdtune.sampling.sample import generate, sample
 from tests.tinysd import save_tiny_sd, tiny_sd
 
@@ -193,9 +194,12 @@ def test_weights_of_adapters(adapter, tmp_path):
 @pytest.mark.parametrize(
     ("rename", "message"),
     [
-        (lambda k: k.replace("unet.", "transformer."), "0 of its 64 tensors"),
-        (lambda k: k.replace("down_blocks.0", "down_blocks.9"), "of its 64 tensors|does not fit"),
-        (lambda k: k.replace("lora", "other"), "does not fit this base"),
+        (lambda k: k.replace("unet.", "transformer."), "0 of its 32 modules are layers of the base"),
+        (
+            lambda k: k.replace("down_blocks.0", "down_blocks.9"),
+            "of its 32 modules are layers of the base; it has no unet.down_blocks.9",
+        ),
+        (lambda k: k.replace("lora", "other"), "0 of 64 keys make up an adapter"),
     ],
 )
 def test_an_adapter_that_does_not_arrive_whole(adapter, tmp_path, rename, message):
@@ -237,6 +241,52 @@ def test_bad_input_is_one_line(base, tmp_path, options, message):
         sample(SampleConfig(**defaults | options))
     assert "\n" not in str(error.value)
     assert not list(Path(tmp_path).glob("out/*"))
+
+
+@pytest.mark.parametrize(
+    ("line", "text", "settings"),
+    [
+        ("a dog", "a dog", {}),
+        ("a dog -- a good one, t-shirt --", "a dog -- a good one, t-shirt --", {}),
+        (
+            "a dog --n a cat, blurry --w 48 --h 32 --d 7 --l 1.5 --s 1",
+            "a dog",
+            {
+                "negative_prompt": "a cat, blurry",
+                "width": 48,
+                "height": 32,
+                "seed": 7,
+                "guidance_scale": 1.5,
+                "steps": 1,
+            },
+        ),
+        ("a dog --ar 16:9", "--ar is no option of a prompt's line; known are --n, --w", None),
+        ("a dog --ss euler_a", "--ss is no option of a prompt's line; --scheduler is for all prompts", None),
+        ("a dog --w 64", "--w and --h: give both", None),
+        ("a dog --s many", "--s takes a whole number from 1 on, not 'many'", None),
+        ("a dog --l nan", "--l takes a number", None),
+        ("a dog --s", "--s takes a whole number", None),
+    ],
+)
+def test_a_line_of_a_prompt_file(line, text, settings):
+    if settings is None:
+        with pytest.raises(UserError, match=f"file.txt:3: {text}"):
+            parse(line, "file.txt:3")
+    else:
+        assert parse(line, "file.txt:3") == Prompt(text, settings)
+
+
+def test_options_of_a_prompt_file_are_those_of_its_image(base, tmp_path):
+    lines = ["# two of one prompt", "a dog --n a cat --w 48 --h 32 --d 7 --l 1.5 --s 1", "", "a dog"]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    cfg = SampleConfig(model=str(base), prompt_file=tmp_path / "prompts.txt", steps=2, output_dir=tmp_path / "out")
+    one, two = map(Image.open, sample(cfg))
+    assert one.size == (48, 32) and two.size == (32, 32)
+    same = {"steps": 1, "guidance_scale": 1.5, "negative_prompt": "a cat", "seed": 7, "width": 48, "height": 32}
+    (alone,) = sample(SampleConfig(model=str(base), prompt=["a dog"], output_dir=tmp_path / "alone", **same))
+    assert one.tobytes() == Image.open(alone).tobytes()
+    assert "Negative prompt: a cat" in one.text["parameters"] and "Seed: 7" in one.text["parameters"]
+    assert "Steps: 2" in two.text["parameters"] and "Negative" not in two.text["parameters"]
 
 
 def test_an_adapter_is_no_base(adapter):

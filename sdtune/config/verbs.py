@@ -93,7 +93,7 @@ class SampleConfig(Pixels, Model, Verb):
     prompt: Annotated[StrList, aliases("prompts")] = []
     """What to show. Several prompts give one image each."""
     prompt_file: Path | None = None
-    """UTF-8 file with a prompt on each line, after those of --prompt."""
+    """UTF-8 file with a prompt on each line, after those of --prompt; `--n --w --h --d --l --s` as in kohya's."""
     negative_prompt: str = ""
     """What not to show; needs guidance_scale above 1."""
     num_images_per_prompt: Annotated[Count, aliases("num_images")] = 1

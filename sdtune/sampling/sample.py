@@ -9,6 +9,7 @@ draws the same image:
 """
 
 import inspect
+import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from sdtune.diffusion.schedulers import make_scheduler
 from sdtune.models import families
 from sdtune.models.loading import load_adapters, load_embeddings, load_pipeline, split_weight
 from sdtune.run.contact_sheet import grid, save_sheet
+from sdtune.sampling.prompts import Prompt, read_prompts
 from sdtune.sampling.sample_pixels import PixelJob, of_pixels
 
 STEPS = 25
@@ -52,7 +54,9 @@ def sample(cfg: SampleConfig) -> list[Path]:
     source = families.resolve_model(cfg.model)
     pixels = of_pixels(families.model_index(source, cfg))
     refuse_options(cfg, *((OF_LATENTS, "a model of pixels") if pixels else (OF_PIXELS, "a text-to-image model")))
-    job: Job = PixelJob(cfg, prompts) if pixels else PromptJob(cfg, prompts)
+    if pixels and any(prompt.settings for prompt in prompts):
+        raise UserError(f"--prompt-file: its lines have options, which a model of pixels, as {cfg.model}, does not use")
+    job: Job = PixelJob(cfg, [prompt.text for prompt in prompts]) if pixels else PromptJob(cfg, prompts)
     try:
         cfg.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -98,12 +102,67 @@ class Job(Protocol):
 class PromptJob:
     """Prompts for a text-to-image model, with adapters on it."""
 
-    def __init__(self, cfg: SampleConfig, prompts: Sequence[str]):
+    def __init__(self, cfg: SampleConfig, prompts: Sequence[Prompt]):
         if not prompts:
             raise UserError("there is nothing to draw: give --prompt or --prompt-file")
-        texts = [p for p in prompts for _ in range(cfg.num_images_per_prompt)]
+        several = [prompt for prompt in prompts for _ in range(cfg.num_images_per_prompt)]
         self.cfg = cfg
-        self.records = [{"text": text, "seed": cfg.seed + k} for k, text in enumerate(texts)]
+        self.records = [{"text": p.text, "seed": cfg.seed + k} | p.settings for k, p in enumerate(several)]
+        if cfg.num_images_per_prompt > 1:  # a seed in the file is that of the prompt's first image
+            for k, prompt in enumerate(several):
+                own = k % cfg.num_images_per_prompt
+                self.records[k]["seed"] += own if "seed" in prompt.settings else 0
+        self.scale = 5.0 if cfg.guidance_scale is None else cfg.guidance_scale
+        self.pipe = load_pipeline(cfg)
+        load_adapters(self.pipe, cfg.adapter)
+        load_embeddings(self.pipe, cfg.embedding, cfg.adapter)
+        if cfg.scheduler:
+            self.pipe.scheduler = make_scheduler(cfg.scheduler, self.pipe.scheduler)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        sampler = type(self.pipe.scheduler).__name__
+        return {"Steps": self.cfg.steps or STEPS, "Sampler": sampler, "CFG scale": self.scale}
+
+    def draw(self, rows: slice, progress: Callable[[float], None]) -> list[Image.Image]:
+        """The images ``rows`` of the call; neighbours with the same settings are drawn together."""
+        images: list[Image.Image] = []
+        for settings, group in itertools.groupby(self.records[rows], self._settings):
+            records = list(group)
+            images += generate(
+                self.pipe,
+                [record["text"] for record in records],
+                [record["seed"] for record in records],
+                **settings,
+                guidance_rescale=self.cfg.guidance_rescale,
+                batch_size=self.cfg.batch_size,
+                progress=progress,
+            )
+        return images
+
+    def _settings(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of `generate` for an image: its own, else those of the call."""
+        cfg = self.cfg
+        call = {"steps": cfg.steps or STEPS, "guidance_scale": self.scale, "negative_prompt": cfg.negative_prompt}
+        call |= {"width": cfg.width, "height": cfg.height}
+        return {name: record.get(name, value) for name, value in call.items()}
+
+    def sheets(self, images: Sequence[Image.Image]) -> dict[str, Image.Image]: ...
+
+
+class PromptJob:
+    """Prompts for a text-to-image model, with adapters on it."""
+
+    def __init__(self, cfg: SampleConfig, prompts: Sequence[Prompt]):
+        if not prompts:
+            raise UserError("there is nothing to draw: give --prompt or --prompt-file")
+        several = [prompt for prompt in prompts for _ in range(cfg.num_images_per_prompt)]
+        self.cfg = cfg
+        self.records = [{"text": p.text, "seed": cfg.seed + k} | p.settings for k, p in enumerate(several)]
+        if cfg.num_images_per_prompt > 1:  # a seed in the file is that of the prompt's first image
+            for k, prompt in enumerate(several):
+                own = k % cfg.num_images_per_prompt
+                self.records[k]["seed"] += own if "seed" in prompt.settings else 0
         self.scale = 5.0 if cfg.guidance_scale is None else cfg.guidance_scale
         self.pipe = load_pipeline(cfg)
         load_adapters(self.pipe, cfg.adapter)
@@ -204,22 +263,6 @@ def generate(
     return images
 
 
-def read_prompts(cfg: SampleConfig) -> list[str]:
-    """The prompts of ``cfg`` and then those of its file, blank lines left out."""
-    prompts = list(cfg.prompt)
-    if cfg.prompt_file:
-        try:
-            lines = cfg.prompt_file.read_text(encoding="utf-8-sig").splitlines()
-        except OSError as error:
-            raise UserError(f"--prompt-file {cfg.prompt_file}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"--prompt-file {cfg.prompt_file}: not UTF-8 at byte {error.start}") from error
-        prompts += [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            raise UserError(f"--prompt-file {cfg.prompt_file}: no prompt in it")
-    return prompts
-
-
 def _with_base(cfg: SampleConfig) -> SampleConfig:
     """``cfg`` with its model; ``auto`` is the base (and VAE) of the first run among adapters, embeddings and UNet."""
     if cfg.model != "auto":
@@ -243,6 +286,8 @@ def _reporter(progress: Callable[[float], None], done: int, batch: int, total: i
 
 def _parameters(cfg: SampleConfig, facts: dict[str, Any], record: dict[str, Any], image: Image.Image) -> str:
     """How an image was made, in the layout that image viewers read from the text chunk ``parameters``."""
+    own = {"Steps": record.get("steps"), "CFG scale": record.get("guidance_scale")}
+    facts = facts | {name: value for name, value in own.items() if value is not None}
     facts = facts | {"Seed": record["seed"], "Size": f"{image.width}x{image.height}", "Model": cfg.model}
     if cfg.guidance_rescale:
         facts["CFG rescale"] = cfg.guidance_rescale
@@ -252,5 +297,6 @@ def _parameters(cfg: SampleConfig, facts: dict[str, Any], record: dict[str, Any]
         facts["Embeddings"] = " ".join(cfg.embedding)
     if cfg.unet:
         facts["UNet"] = str(cfg.unet)
-    negative = f"Negative prompt: {cfg.negative_prompt}\n" if cfg.negative_prompt else ""
+    negative = record.get("negative_prompt", cfg.negative_prompt)
+    negative = f"Negative prompt: {negative}\n" if negative else ""
     return f"{record['text']}\n{negative}{', '.join(f'{k}: {v}' for k, v in facts.items())}"
