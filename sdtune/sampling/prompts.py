@@ -1,7 +1,7 @@
 """The prompts of ``sdtune sample``: those of the command line, and a file with one on each line.
 
-A line may end in options for its own image, written as in kohya's sd-scripts: ``a red car --n blurry --w 512 --h 768 --d 7
---l 7.5 --s 30``. Lines that begin with ``#`` are comments.
+A line may end in options for its own image, written as in kohya's sd-scripts: ``a red car --n blurry --w 512 --h 768
+--d 7 --l 7.5 --s 30``. Lines that begin with ``#`` are comments.
 """
 
 import re

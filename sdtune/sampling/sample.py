@@ -107,11 +107,11 @@ class PromptJob:
             raise UserError("there is nothing to draw: give --prompt or --prompt-file")
         several = [prompt for prompt in prompts for _ in range(cfg.num_images_per_prompt)]
         self.cfg = cfg
-        self.records = [{"text": p.text, "seed": cfg.seed + k} | p.settings for k, p in enumerate(several)]
-        if cfg.num_images_per_prompt > 1:  # a seed in the file is that of the prompt's first image
-            for k, prompt in enumerate(several):
-                own = k % cfg.num_images_per_prompt
-                self.records[k]["seed"] += own if "seed" in prompt.settings else 0
+        seeds = [  # a seed in the file is that of the prompt's first image
+            p.settings["seed"] + k % cfg.num_images_per_prompt if "seed" in p.settings else cfg.seed + k
+            for k, p in enumerate(several)
+        ]
+        self.records = [{"text": p.text} | p.settings | {"seed": seed} for p, seed in zip(several, seeds, strict=True)]
         self.scale = 5.0 if cfg.guidance_scale is None else cfg.guidance_scale
         self.pipe = load_pipeline(cfg)
         load_adapters(self.pipe, cfg.adapter)
@@ -146,50 +146,6 @@ class PromptJob:
         call = {"steps": cfg.steps or STEPS, "guidance_scale": self.scale, "negative_prompt": cfg.negative_prompt}
         call |= {"width": cfg.width, "height": cfg.height}
         return {name: record.get(name, value) for name, value in call.items()}
-
-    def sheets(self, images: Sequence[Image.Image]) -> dict[str, Image.Image]: ...
-
-
-class PromptJob:
-    """Prompts for a text-to-image model, with adapters on it."""
-
-    def __init__(self, cfg: SampleConfig, prompts: Sequence[Prompt]):
-        if not prompts:
-            raise UserError("there is nothing to draw: give --prompt or --prompt-file")
-        several = [prompt for prompt in prompts for _ in range(cfg.num_images_per_prompt)]
-        self.cfg = cfg
-        self.records = [{"text": p.text, "seed": cfg.seed + k} | p.settings for k, p in enumerate(several)]
-        if cfg.num_images_per_prompt > 1:  # a seed in the file is that of the prompt's first image
-            for k, prompt in enumerate(several):
-                own = k % cfg.num_images_per_prompt
-                self.records[k]["seed"] += own if "seed" in prompt.settings else 0
-        self.scale = 5.0 if cfg.guidance_scale is None else cfg.guidance_scale
-        self.pipe = load_pipeline(cfg)
-        load_adapters(self.pipe, cfg.adapter)
-        load_embeddings(self.pipe, cfg.embedding, cfg.adapter)
-        if cfg.scheduler:
-            self.pipe.scheduler = make_scheduler(cfg.scheduler, self.pipe.scheduler)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        sampler = type(self.pipe.scheduler).__name__
-        return {"Steps": self.cfg.steps or STEPS, "Sampler": sampler, "CFG scale": self.scale}
-
-    def draw(self, rows: slice, progress: Callable[[float], None]) -> list[Image.Image]:
-        cfg = self.cfg
-        return generate(
-            self.pipe,
-            [record["text"] for record in self.records[rows]],
-            [record["seed"] for record in self.records[rows]],
-            steps=cfg.steps or STEPS,
-            guidance_scale=self.scale,
-            negative_prompt=cfg.negative_prompt,
-            guidance_rescale=cfg.guidance_rescale,
-            batch_size=cfg.batch_size,
-            width=cfg.width,
-            height=cfg.height,
-            progress=progress,
-        )
 
     def sheets(self, images: Sequence[Image.Image]) -> dict[str, Image.Image]:
         return {"grid.png": grid(images, [record["text"] for record in self.records[: len(images)]])}
