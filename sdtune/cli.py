@@ -4,6 +4,7 @@
 imported before they are valid: a typing mistake, ``--help`` and ``--dry-run`` answer before torch is loaded.
 """
 
+import errno
 import importlib
 import importlib.util
 import inspect
@@ -260,10 +261,18 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line: exit code 2 and a line per problem for the user's mistakes, 1 for a run that failed."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # `run.processes` reports a dead process in one line
     try:
-        group(list(sys.argv[1:] if argv is None else argv), prog_name="sdtune")
+        words = list(sys.argv[1:] if argv is None else argv)
+        if broken := [word for word in words if any("\udc80" <= character <= "\udcff" for character in word)]:
+            raise UserError(f"{ascii(broken[0])[1:-1]}: not UTF-8 text")
+        group(words, prog_name="sdtune")
     except UserError as error:
         message = str(error).rpartition("UserError: ")[2]  # a loader's worker wraps it in its whole traceback
         typer.echo(f"error: {message.rstrip()}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        typer.echo(f"error: {str(error.filename)[:60]}...: the file name is too long", err=True)
         sys.exit(2)
     except RunFailed as error:
         message = str(error).rpartition("RunFailed: ")[2]

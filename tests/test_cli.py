@@ -62,6 +62,14 @@ and train_text_to_image.py take beyond most of the above."""
 IN_ALL = {"train_data_dir", "max_train_samples", "caption_column", "rank", "prediction_type", "dataset_name"}
 """Flags of DIFFUSERS that not each of these scripts has; the others are tried on each."""
 GOES_WITH = {
+    "num_class_images": "--prior-preservation --class-prompt k",
+    "prior_loss_weight": "--prior-preservation --class-prompt k",
+    "sample_batch_size": "--prior-preservation --class-prompt k",
+    "lr_num_cycles": "--lr-scheduler cosine_with_restarts",
+    "lr_power": "--lr-scheduler polynomial",
+    "lr_warmup_steps": "--lr-scheduler cosine",
+    "dream_detail_preservation": "--dream",
+    "tracker_project_name": "--report-to tensorboard",
     "class_data_dir": "--prior-preservation",
     "class_prompt": "--prior-preservation",
     "with_prior_preservation": "--class-prompt k",
@@ -129,6 +137,7 @@ def test_each_flag_of_the_diffusers_script_is_honoured_or_answered(word, capsys)
         assert text == "" or not re.search(rf"\b{text}\b", line.partition(";")[0])
         return
     field = RENAMED.get(name, name)
+    data += shlex.split(GOES_WITH.get(name, "")) if name == "lr_warmup_steps" else []
     value = dry(capsys, *data, word)[field]
     if not text:
         assert value is True
@@ -321,9 +330,10 @@ def test_help_shows_no_type_beside_a_switch(capsys):
         "--checkpoints-total-limit 1": "--checkpoints-total-limit: should be greater than or equal to 2, not 1",
         "--lr-scheduler cosin": "did you mean cosine?",
         "--mixed-precision fp32": "--mixed-precision: 'fp32' is none of no, fp16, bf16, fp8",
-        "--optimizer-args '{a: 1'": "--optimizer-args: should be a valid dictionary, not '{a: 1'",
-        "--optimizer-args 3": "--optimizer-args: should be a valid dictionary, not 3",
-        "--optimizer-args '{a: !!int x}'": "--optimizer-args: should be a valid dictionary",
+        "--optimizer-args '{a: 1'": "--optimizer-args: wants a mapping such as '{d_coef: 2}', not '{a: 1'",
+        "--optimizer-args 3": "--optimizer-args: wants a mapping such as '{d_coef: 2}', not 3",
+        "--optimizer-args '{a: !!int x}'": "--optimizer-args: wants a mapping such as '{d_coef: 2}'",
+        f"--optimizer-args '{'[' * 3000}'": "--optimizer-args: wants a mapping such as '{d_coef: 2}'",
         "--steps 3 --num-train-epochs 2": "steps and num_train_epochs both say how long to train: give one",
         "--rescale-betas-zero-snr --prediction-type epsilon": "use prediction_type v_prediction",
         "--timestep-bias-strategy range --timestep-bias-begin 9 --timestep-bias-end 9": "must be smaller",
@@ -335,6 +345,19 @@ def test_help_shows_no_type_beside_a_switch(capsys):
 def test_a_mistake_is_one_line_under_the_name_of_its_flag(words, told, capsys):
     (line,) = refused(capsys, "--dataset", "d", *shlex.split(words))
     assert told in line
+
+
+@pytest.mark.parametrize("words", [["--config", "x" * 400], ["--accelerate-config", "x" * 400]])
+def test_a_file_name_that_is_too_long_is_one_line(words, capsys):
+    code, _, err = answer(capsys, "lora", "--dataset", "d", "--dry-run", *words)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert err.startswith(f"error: {'x' * 60}...: the file name is too long")
+
+
+def test_an_argument_that_is_not_utf_8_is_one_line():
+    words = [sys.executable, "-m", "sdtune", "lora", "--dataset", b"caf\xe9"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: caf\\udce9: not UTF-8 text\n")
 
 
 def test_every_mistake_at_once(capsys, tmp_path):

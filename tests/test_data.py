@@ -33,7 +33,9 @@ def folder(tmp_path):
 
 
 def config(dataset, **fields):
-    return LoraConfig(dataset=str(dataset), **{"resolution": 16, "bucket_step": 8} | fields)
+    return LoraConfig(
+        dataset=str(dataset), **{"resolution": 16} | ({"bucket_step": 8} if "buckets" in fields else {}) | fields
+    )
 
 
 def paint(path, size=(24, 16), shade=0):

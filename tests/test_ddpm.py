@@ -327,7 +327,7 @@ def test_what_is_wrong_with_classes(refused, ddpm, tmp_path, capsys, places):
     one = classified(tmp_path / "one", ("only",))
     assert "all images of" in (told := refused("--dataset", str(one), "--class-column", "folder"))
     assert told.endswith("have one class, only")
-    assert "class_dropout is for a model with classes: add --class-column" in refused("--class-dropout", "0.5")
+    assert "class_dropout has no effect without class_column: add --class-column" in refused("--class-dropout", "0.5")
     assert "has no metadata; `--class-column folder` takes" in refused("--dataset", str(one), "--class-column", "kind")
     assert "no such column in" in (told := refused("--class-column", "txet"))
     assert told.endswith("did you mean text?")

@@ -353,7 +353,10 @@ def test_a_part_that_does_not_move_has_no_say_in_the_clipping(subject):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--class-prompt", "a dog"], "class_prompt is for prior preservation: add --prior-preservation"),
+        (
+            ["--class-prompt", "a dog"],
+            "class_prompt has no effect without prior_preservation: add --prior-preservation",
+        ),
         (["--prior-preservation"], "prior_preservation needs class_prompt"),
         (
             ["--prior-preservation", "--class-data", "{pictures}", "--num-class-images", "99"],
@@ -361,7 +364,8 @@ def test_a_part_that_does_not_move_has_no_say_in_the_clipping(subject):
         ),
         (["--prior-preservation", "--class-data", "/proc/nowhere", *MADE], "cannot be written"),
         (["--prior-preservation", *MADE, "--buckets"], "prior_preservation with buckets"),
-        (["--rank", "8"], "rank is for adapters: add --lora"),
+        (["--rank", "4"], "rank has no effect without lora: add --lora"),  # its default: who gives it expects adapters
+        (["--rank", "8"], "rank has no effect without lora: add --lora"),
         (["--placeholder-token", WORD], "add --lora"),
         ([*WORDED, "--instance-prompt", "a dog"], f"instance_prompt does not say {WORD}"),
         ([*WORDED, "--validation-prompt", "a dog"], f"validation_prompt: none says {WORD}"),
@@ -372,8 +376,8 @@ def test_a_part_that_does_not_move_has_no_say_in_the_clipping(subject):
         (["--initializer-token", "red"], "initializer_token is for a new word"),
         (["--num-vectors", "2"], "num_vectors is for a new word"),
         (["--placeholder-frac", "0.5"], "placeholder_frac is for a new word"),
-        (["--text-encoder-frac", "0.5"], "text_encoder_frac is for a text encoder that trains"),
-        (["--text-encoder-lr", "1e-4"], "text_encoder_lr is for a text encoder that trains"),
+        (["--text-encoder-frac", "0.5"], "text_encoder_frac has no effect without train_text_encoder"),
+        (["--text-encoder-lr", "1e-4"], "text_encoder_lr has no effect without train_text_encoder"),
         (["--unet-frac", "0.5"], "unet_frac: nothing would train to the end"),
         ([*WORDED, "--unet-frac", "0.5", "--placeholder-frac", "0.5"], "unet_frac and placeholder_frac: nothing would"),
         (["--instance-data", "/nowhere"], "no such folder"),

@@ -379,7 +379,7 @@ MISTAKES = {
     f"{A} --output {{o}} --method svd --rank 0": "--rank: ",
     f"{A} --output {{o}} --resize --energy 1.5": "--energy: ",
     f"{A} {{a}} --output {{o}} --resize --rank 1": "resize takes one adapter, not 2",
-    f"{A} --output {{o}} --tuned x": "tuned is for extract",
+    f"{A} --output {{o}} --tuned x": "tuned has no effect without extract",
     f"{A} --output-dir {{d}} --model tiny --method svd --rank 2": "output_dir is for a base",
     "--extract --output {o} --rank 2": "extract needs --model and --tuned",
     "--extract --resize --output {o} --rank 2": "give one of them",

@@ -15,7 +15,8 @@ from sdtune.training import optim
 
 
 def config(**fields) -> Optim:
-    return Optim(**{"learning_rate": 1e-2} | fields)
+    average = {"use_ema": True} if any(name.startswith("ema_") for name in fields) else {}
+    return Optim(**{"learning_rate": 1e-2} | average | fields)
 
 
 def network(seed=0) -> nn.Module:
@@ -114,8 +115,8 @@ def test_schedules_have_their_shapes():
     assert [linear(t) for t in (0, 5, 10, 60, 110)] == pytest.approx([0, 0.5, 1, 0.5, 0])
     steps = optim.lr_schedule(config(lr_scheduler="piecewise_constant", lr_step_rules="1:10,0.1:20,0.01"), 30)
     assert [steps(t) for t in (0, 9, 10, 19, 20, 29)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
-    constant = optim.lr_schedule(config(lr_warmup_steps=10), 30)
-    assert {constant(t) for t in range(30)} == {1}  # plain `constant` has no warm-up
+    constant = optim.lr_schedule(config(), 30)
+    assert {constant(t) for t in range(30)} == {1}  # and no warm-up
 
 
 def test_the_rate_is_a_function_of_the_step():

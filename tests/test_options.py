@@ -13,11 +13,10 @@ from sdtune.config import fields, parsing, shipped
 from sdtune.config.commands import METHODS, config_class, methods
 from sdtune.config.foreign_flags import ANSWERS
 from sdtune.config.methods.classifier import ClassifierConfig
-from sdtune.config.methods.ddpm import DdpmConfig
 from sdtune.config.methods.dreambooth import DreamBoothConfig
 from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.methods.textual_inversion import TextualInversionConfig
-from sdtune.config.sections import Adapter, Run, UserError
+from sdtune.config.sections import Run, UserError
 from sdtune.config.verbs import SampleConfig
 from sdtune.run import folder
 from tests.conftest import status
@@ -26,25 +25,37 @@ CONFIGS = (*methods(), SampleConfig)
 LEAST = {config: {"dataset": "d"} if issubclass(config, Run) else {"prompt": ["x"]} for config in CONFIGS}
 LEAST[ClassifierConfig] |= {"class_column": "c"}
 LEAST[TextualInversionConfig] |= {"placeholder_token": "<x>"}
-PRIOR, WORD = {"prior_preservation": True, "class_prompt": ["p"]}, {"lora": True, "placeholder_token": "<x>"}
-OF_WORD = ("initializer_token", "initializer_mean", "num_vectors", "placeholder_lr", "placeholder_frac")
-ADAPTERS = set(Adapter.model_fields) - {"train_text_encoder", "text_encoder_lr"}
 LEAST_WITH = {
     (SampleConfig, "width"): {"height": 64},
     (SampleConfig, "height"): {"width": 64},
     (SampleConfig, "classifier"): {"classes": ["x"]},
-    (SampleConfig, "classifier_scale"): {"classes": ["x"], "classifier": "c"},
-    (DdpmConfig, "class_dropout"): {"class_column": "c"},
-    (SampleConfig, "interpolate_timestep"): {"interpolate": ["a", "b"]},
-    (SampleConfig, "interpolate_count"): {"interpolate": ["a", "b"]},
     (SampleConfig, "clip_model"): {"clip_guidance_scale": 2.0},
     (SampleConfig, "clip_guidance_scale"): {"clip_model": "c"},
-    **{(DreamBoothConfig, name): {"lora": True} for name in ADAPTERS | {"placeholder_token"}},
-    **{(DreamBoothConfig, name): PRIOR for name in ("prior_preservation", "class_prompt", "class_data")},
-    **{(DreamBoothConfig, name): WORD for name in OF_WORD},
-    **{(DreamBoothConfig, name): {"train_text_encoder": True} for name in ("text_encoder_frac", "unet_frac")},
-    **{(config, "text_encoder_lr"): {"train_text_encoder": True} for config in (LoraConfig, DreamBoothConfig)},
+    (DreamBoothConfig, "placeholder_token"): {"lora": True},
+    (DreamBoothConfig, "prior_preservation"): {"class_prompt": ["p"]},
+    (DreamBoothConfig, "unet_frac"): {"train_text_encoder": True},
 }
+"""What an option cannot do without, besides what it says of itself that it requires."""
+ON = {
+    "class_column": "c",
+    "classifier": "c",
+    "initializer_token": ["x"],
+    "interpolate": ["a", "b"],
+    "placeholder_token": "<x>",
+    "report_to": ["tensorboard"],
+}
+"""A value of each required option that is no switch."""
+
+
+def least(config, name):
+    """A config in which the option has an effect, without the option."""
+    values = LEAST[config] | LEAST_WITH.get((config, name), {})
+    if required := config.requirement(name):
+        option, choices = required
+        values = least(config, option) | values | {option: choices[0] if choices else ON.get(option, True)}
+    return values
+
+
 TEXTS = ["1e-4", "no", "null", "~", "2024-13-01", "1:30", "0x_", " padded ", "ein Stern, größer", "赤い星 🌟", "a\nb"]
 TEXTS += ["- a", "#x: y", "'", '"', "{a: b}", "%x", "", "a=b", "-5 degrees", "--rank", "--no-such", "\\n", "7", "true"]
 ONLY = {
@@ -53,10 +64,11 @@ ONLY = {
     "norm_num_groups": [16],
     "attention_head_dim": [32],
     "interpolate": [["a b", "1e5"]],
+    "timestep_bias_begin": [11],
     "placeholder_token": ["<größer>", "1e-4", "--rank", "'"],
     "validation_prompt": [["a <x> b", "c"], ["<x>", *TEXTS]],
 }
-REFUSED = {(ClassifierConfig, "buckets")}
+REFUSED = {(ClassifierConfig, name) for name in ("buckets", "bucket_step", "bucket_max_aspect")}
 NOT_DEFAULT = {"lr_step_rules", "prompt_file"}
 """Options that have no default, and whose help says when they are needed."""
 FIELDS = [(c, name) for c in CONFIGS for name in c.model_fields if (c, name) not in REFUSED]
@@ -106,7 +118,7 @@ def others(config, name):
         return [nested]
     values = {bool: [not default], int: [1011], float: [0.5, 1e-5, 0.1 + 0.2]}
     values[str] = TEXTS if name in ("caption", "prompt") else ["ein Stern, größer", "1e-4"]
-    values[Path] = [Path("größe/赤"), Path("a b"), Path("1e5"), Path("2024-01-31"), Path("~/x")]
+    values[Path] = [Path("größe/赤"), Path("a b"), Path("1e5"), Path("2024-01-31"), Path("~x")]
     return values[kind]
 
 
@@ -115,7 +127,7 @@ def others(config, name):
 
 def with_field(config, name, value):
     """A config with one field that is not its default, and what that field needs."""
-    return config.model_validate(LEAST[config] | LEAST_WITH.get((config, name), {}) | {name: value})
+    return config.model_validate(least(config, name) | {name: value})
 
 
 def test_what_dry_run_prints_is_the_same_config_again(written):
@@ -138,7 +150,7 @@ def together(config):
     while waiting:
         settings, left = dict(LEAST[config]), []
         for name in waiting:
-            more = LEAST_WITH.get((config, name), {}) | settings | {name: others(config, name)[-1]}
+            more = least(config, name) | settings | {name: others(config, name)[-1]}
             try:
                 config.model_validate(more)
             except ValueError:
@@ -234,6 +246,30 @@ def test_every_field_says_what_it_is_for(config):
         assert "none is" not in field.description, name
 
 
+@pytest.mark.parametrize(("config", "name"), [(c, n) for c in CONFIGS for n in c.model_fields if c.requirement(n)])
+def test_an_option_that_cannot_have_an_effect_is_refused(config, name):
+    required = config.requirement(name)
+    assert required
+    option = required[0]
+    base = {key: value for key, value in least(config, name).items() if key != option and key not in ("dataset",)}
+    base |= LEAST[config] if option not in LEAST[config] else {"dataset": "d"}
+    chosen = next((v for v in others(config, name) if v), None)
+    if chosen is None or config.model_fields[option].is_required():
+        return
+    off = {option: False} if config.model_fields[option].annotation is bool else {}
+    with pytest.raises(UserError, match=f"{name} has no effect with"):
+        parsing.resolve(config, None, base | off | {name: chosen}, [])
+
+
+def test_who_says_an_options_default_expects_it_to_count():
+    with pytest.raises(UserError, match=r"^rank has no effect without lora: add --lora, or leave it out$"):
+        resolved(config=DreamBoothConfig, rank="4")
+    assert resolved(config=DreamBoothConfig, rank="4", lora=True).rank == 4
+    cfg = resolved(config=DreamBoothConfig)
+    assert resolved(config=DreamBoothConfig, use_dora=False) == cfg  # asks for nothing
+    assert resolved(lr_warmup_steps="0", lr_num_cycles="1").lr_warmup_steps == 0  # as diffusers' own commands say
+
+
 def test_options_that_may_change_exist():
     from sdtune.config.sections import MAY_CHANGE
 
@@ -288,7 +324,7 @@ def test_an_empty_file_is_defaults_and_a_byte_order_mark_is_ignored(written):
         "optimizer_args: &a {b: *a}": "x.yaml:1: not valid YAML",
         "a\x00b": "x.yaml: not valid YAML",
         "seed: !!int x": "x.yaml:1: not valid YAML",
-        "seed: 0x_": "x.yaml:1: not valid YAML",
+        "seed: 0x_": "x.yaml:1: seed: wants a whole number, not '0x_'",
         f"seed: {'9' * 5000}": "x.yaml:1: not valid YAML",
         "rank: four": "x.yaml:1: rank: wants a whole number, not 'four'",
         "rank: 4.5": "x.yaml:1: rank: wants a whole number, not 4.5",
@@ -302,10 +338,22 @@ def test_an_empty_file_is_defaults_and_a_byte_order_mark_is_ignored(written):
         "learning_rate: 1e999": "x.yaml:1: learning_rate: wants a number, not inf",
         "learning_rate: -1": "x.yaml:1: learning_rate: should be greater than 0, not -1",
         "cache: maybe": "x.yaml:1: cache: wants true or false, not 'maybe'",
-        "split: 3": "x.yaml:1: split: should be a valid string, not 3",
-        "validation_prompt: [a, 1]": "x.yaml:1: validation_prompt: should be a valid string, not 1",
+        "rank: 012": "x.yaml:1: rank: wants a number without leading zeros, not 012",
+        "learning_rate: 0512": "x.yaml:1: learning_rate: wants a number without leading zeros, not 0512",
+        "steps: 1:30": "x.yaml:1: steps: wants a whole number, not '1:30'",
+        "snr_gamma: 1:30.5": "x.yaml:1: snr_gamma: wants a number, not '1:30.5'",
+        "rank: 0x10": "x.yaml:1: rank: wants a whole number, not '0x10'",
+        "rank: 0b11": "x.yaml:1: rank: wants a whole number, not '0b11'",
+        "<<: {rank: 3}": "x.yaml:1: <<: merge keys are not read; write the options out",
+        "rank: 1\ncaption: &a x\noptimizer_args: &b {<<: *a}": "not valid YAML: expected a mapping",
+        'init_adapter: "C:\\Users\\x"': "put a Windows path in single quotes",
+        'init_adapter: "C:\\temp\\new"': "put a Windows path in single quotes",
+        "optimizer_args: " + "[" * 3000: "x.yaml:1: not valid YAML: more than 50 levels",
+        "optimizer_args: " + "{a: " * 60 + "1" + "}" * 60: "x.yaml:1: not valid YAML: more than 50 levels",
+        "seed: 9223372036854775808": "x.yaml:1: seed: should be less than 9223372036854775808, not 9223372036854775808",
+        f"seed: {10**30}": "x.yaml:1: seed: should be less than",
         "validation_prompt: {a: b}": "x.yaml:1: validation_prompt: should be a valid list",
-        "optimizer_args: [a]": "x.yaml:1: optimizer_args: should be a valid dictionary",
+        "optimizer_args: [a]": "x.yaml:1: optimizer_args: wants a mapping such as '{d_coef: 2}', not ['a']",
         "lr_scheduler: cosin": "did you mean cosine?",
         "steps: 3\nnum_train_epochs: 2": "give one",
     }.items(),
@@ -314,6 +362,49 @@ def test_a_mistake_in_the_file_is_one_line_with_its_place(text, told, written):
     said = refusal(written(text))
     assert told in said
     assert len(said.splitlines()) <= 2 if "\x00" in text else len(said.splitlines()) == 1
+
+
+def test_texts_keep_their_text(written):
+    text = "revision: 12e45\nlicense: no\nsplit: 3\ncaption: 012\nvalidation_prompt: [yes, 1_0, 1:30]\n"
+    cfg = resolved(written(text))
+    assert (cfg.revision, cfg.license, cfg.split, cfg.caption) == ("12e45", "no", "3", "012")
+    assert cfg.validation_prompt == ["yes", "1_0", "1:30"]
+    assert resolved(written("revision: ~\nvae: null\nvariant:\n")) == resolved()
+
+
+def test_aliases_are_read_as_far_as_they_stand_for_what_a_file_may_hold(written):
+    cfg = resolved(written("optimizer_args: {a: &x [1, 2], b: *x}"))
+    assert cfg.optimizer_args == {"a": [1, 2], "b": [1, 2]}
+    lines = ["optimizer_args:", "  a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"  a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 10)]
+    assert "x.yaml:1: not valid YAML: stands for more than 10000 values" in refusal(written("\n".join(lines)))
+
+
+@pytest.mark.parametrize("value", ["~", "~/a b/c"])
+def test_a_tilde_is_the_home_folder_in_every_option_that_is_a_path(value, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    meant = str(Path(value.replace("~", str(tmp_path))))
+    words = ["--dataset", value, "--output-dir", value, "--model", value, "--vae", value, "--init-adapter", value]
+    out = yaml.safe_load(dry_run(capsys, "lora", *words, "--caption", value)[1])
+    names = ("dataset", "output_dir", "model", "vae", "init_adapter")
+    assert {out[name] for name in names} == {meant}
+    assert out["caption"] == value
+    words = ["--adapter", f"{value}=0.5", "b", "--prompt", value, "--interpolate", value, value]
+    out = yaml.safe_load(dry_run(capsys, "sample", *words)[1])
+    assert out["prompt"] == [value]
+    assert out["interpolate"] == [meant, meant]
+    assert out["adapter"] == [f"{meant}=0.5" if value != "~" else "~=0.5", "b"]
+
+
+def test_a_seed_is_what_torch_takes():
+    import torch
+
+    for config in CONFIGS:
+        for seed in (-(2**63), 2**63 - 1):
+            cfg = parsing.resolve(config, None, LEAST[config] | {"seed": str(seed)}, [])
+            torch.Generator().manual_seed(cfg.seed)
+        with pytest.raises(UserError, match="--seed: should be"):
+            parsing.resolve(config, None, LEAST[config] | {"seed": str(2**63)}, [])
 
 
 def test_a_file_that_is_no_text(written):

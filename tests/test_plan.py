@@ -1,9 +1,14 @@
 """The plan spells a run out before it begins, and the learning rate that it names is the one that is used."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from sdtune.config.methods.ddpm import DdpmConfig
+from sdtune.config.methods.lora import LoraConfig
+from sdtune.config.sections import UserError
+from sdtune.run import plan
 from sdtune.run.plan import short
 from tests.conftest import status
 from tests.contract import command
@@ -49,4 +54,32 @@ def test_images_repeats_buckets_and_the_class_are_spelt_out(trained, capfd):
     trained("lora", "buckets", *once, "--repeats", "3", "--buckets", "--bucket-step", "8")
     assert "plan: 11 images x 3 repeats, in 1 bucket = 33 an epoch; " in capfd.readouterr().out
     trained("dreambooth", "class", *once, "--num-validation-images", "0")
-    assert "plan: 11 images x 1 repeats, as many of the class = 22 an epoch; " in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "plan: 11 images x 1 repeats, as many of the class = 22 an epoch; " in said
+    assert " = 2 a step, 1 of the subject and 1 of its class; " in said
+
+
+class Stream:
+    """Two parts of ten images."""
+
+    epoch_length, repeats, buckets = 20, 1, ()
+
+    def __init__(self, group):
+        self.group, self.images = group, SimpleNamespace(sizes=[10, 10])
+
+
+def test_the_plan_says_how_a_step_is_shared_and_what_its_warm_up_does():
+    cfg = LoraConfig(dataset="d", steps=10)
+    assert "1 a step, in turn of the subject and of its class; " in plan.plan(cfg, Stream(1), 10, 1, [1e-4], 5)
+    assert "4 a step, 2 of the subject and 2 of its class; " in plan.plan(cfg, Stream(4), 10, 1, [1e-4], 5)
+    short = DdpmConfig(dataset="d", steps=100)
+    said = plan.plan(short, Stream(4), plan.steps_of(short, Stream(4)), 1, [1e-4], 5)
+    assert "learning rate 1e-4 (not reached: its warm-up of 500 steps is longer than the run); " in said
+
+
+@pytest.mark.parametrize("length", [{"steps": 10}, {"num_train_epochs": 2}])
+def test_a_warm_up_that_is_longer_than_the_run_is_refused(length):
+    cfg = LoraConfig(dataset="d", lr_scheduler="cosine", lr_warmup_steps=10, **length)
+    with pytest.raises(UserError, match=r"--lr-warmup-steps 10: the run has 10 steps and would end before"):
+        plan.steps_of(cfg, Stream(4))
+    assert plan.steps_of(cfg.model_copy(update={"lr_warmup_steps": 9}), Stream(4)) == 10

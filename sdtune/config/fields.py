@@ -91,11 +91,25 @@ def is_mapping(field: FieldInfo) -> bool:
     return get_origin(inner_type(field.annotation)) is dict
 
 
+def item_type(field: FieldInfo) -> Any:
+    """The type of a field, or of the items of its list."""
+    kind = inner_type(field.annotation)
+    return inner_type(get_args(kind)[0]) if get_origin(kind) is list else kind
+
+
+def takes_text(field: FieldInfo) -> bool:
+    """Whether any text is a value of the field, or one of a few words."""
+    kind = item_type(field)
+    return kind in (str, Path) or get_origin(kind) is Literal
+
+
+def takes_number(field: FieldInfo) -> bool:
+    return item_type(field) in (int, float)
+
+
 def metavar(field: FieldInfo) -> str:
     """What --help shows as the value of a flag; nothing for a switch."""
-    kind = inner_type(field.annotation)
-    if get_origin(kind) is list:
-        kind = inner_type(get_args(kind)[0])
+    kind = item_type(field)
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))
     known = {bool: "", int: "INTEGER", float: "NUMBER", Path: "PATH"}

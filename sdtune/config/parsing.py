@@ -14,10 +14,11 @@ from sdtune.config.errors import UserError
 from sdtune.config.fields import (
     command_of,
     flag,
-    inner_type,
     is_list,
     is_mapping,
     names_of,
+    takes_number,
+    takes_text,
     written,
 )
 from sdtune.config.foreign_flags import ANSWERS, COMMON_NAMES
@@ -51,7 +52,8 @@ def merged(config: type[Section], file: str | None, flags: Mapping[str, Any]) ->
     origin: dict[str, str] = {}
     if file is not None:
         path, known, command = shipped.config_file(file), names_of(config), command_of(config)
-        for key, value, line in yaml_text.read_yaml(path):
+        texts = {spelling for spelling, name in known.items() if takes_text(config.model_fields[name])}
+        for key, value, line in yaml_text.read_yaml(path, texts):
             name = known.get(key.replace("-", "_"))
             if key == "method" and command:
                 if value != command:
@@ -67,22 +69,27 @@ def merged(config: type[Section], file: str | None, flags: Mapping[str, Any]) ->
     for name, value in flags.items():
         values[name] = yaml_text.from_text(value) if is_mapping(config.model_fields[name]) else value
         origin[name] = written(config, name)
-    for name, value in list(values.items()):
-        if isinstance(value, bool) and inner_type(config.model_fields[name].annotation) in (int, float):
-            problems.append(f"{origin[name]}: wants a number, not {values.pop(name)}")  # pydantic would take 1 for it
-    cfg, more = validated(config, values, origin)
+    for name in [name for name in values if takes_number(config.model_fields[name])]:
+        if isinstance(values[name], bool):  # pydantic would take 1 for it
+            problems.append(f"{origin[name]}: wants a number, not {values.pop(name)}")
+        elif name not in flags and re.fullmatch(r"[-+]?0[\d_]+", str(values[name])):  # octal to readers of YAML 1.1
+            problems.append(f"{origin[name]}: wants a number without leading zeros, not {values.pop(name)}")
+    cfg, more = validated(config, values, origin, flags)
     problems += more
     return (None if problems else cfg), problems
 
 
-def validated(config: type[Section], values: Mapping[str, Any], origin: Mapping[str, str]) -> tuple[Any, list[str]]:
+def validated(
+    config: type[Section], values: Mapping[str, Any], origin: Mapping[str, str], flags: Iterable[str] = ()
+) -> tuple[Any, list[str]]:
     """``config`` with these values, or nothing and what is wrong with them.
 
     Args:
-        origin: where the value of a field was given; a field that is not in it is told by its flag.
+        origin: where the value of a field was given; a field that is not in it is named by its flag.
+        flags: fields that were given on the command line, where a default is not there by chance.
     """
     try:
-        return config.model_validate(values), []
+        return config.model_validate(values, context={"flags": set(flags)}), []
     except ValidationError as error:
         return None, [
             f"{origin.get(where) or written(config, where)}: {message}" if where else message
@@ -152,6 +159,8 @@ def validation_messages(error: ValidationError) -> Iterator[tuple[str, str]]:
                 yield where, f"wants a number, not {given!r}"
             case "bool_parsing" | "bool_type":
                 yield where, f"wants true or false, not {given!r}"
+            case "dict_type":
+                yield where, f"wants a mapping such as '{{d_coef: 2}}', not {given!r}"
             case "literal_error":
                 choices = [c.strip("'") for c in re.findall(r"'[^']*'", str(limits["expected"]))]
                 close = difflib.get_close_matches(str(given), choices, n=1)

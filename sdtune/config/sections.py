@@ -6,10 +6,10 @@ torch or anything slow, so that a typing mistake costs a third of a second.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 from annotated_types import Ge, Gt, Interval
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from sdtune.config.errors import RunFailed as RunFailed
 from sdtune.config.errors import UserError as UserError
@@ -18,15 +18,29 @@ Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
+Seed = Annotated[int, Interval(ge=-(2**63), lt=2**63)]
+"""What torch and NumPy take as a seed."""
 Share = Annotated[float, Interval(ge=0, le=1)]
 Precision = Annotated[Literal["no", "fp16", "bf16", "fp8"], BeforeValidator(lambda v: "no" if v is False else v)]
 """A bare `no` is false in YAML 1.1."""
 StrList = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+PathOrId = Annotated[str, BeforeValidator(lambda v: home(v) if isinstance(v, str) else v)]
+"""A path of this machine, or something that is no path, such as a Hub id."""
+PathOrIds = Annotated[list[PathOrId], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 Counts = Annotated[list[Count], BeforeValidator(lambda v: [v] if isinstance(v, str | int) else v)]
+BIASED = ("earlier", "later", "range")
+"""Timestep biases that there are."""
+WARMED = ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+"""Shapes of a learning rate that begin with a warm-up."""
 LrSchedule = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
 ]
 """Shapes of a learning rate over a run, as diffusers names them."""
+
+
+def home(path: str) -> str:
+    """``~`` and ``~/x`` under the home folder; anything else as it is."""
+    return str(Path(path).expanduser()) if path == "~" or path.startswith(("~/", "~\\")) else path
 
 
 def aliases(*names: str) -> Any:
@@ -37,6 +51,11 @@ def aliases(*names: str) -> Any:
 def positional(name: str) -> Any:
     """A field that is given by its place on the command line, shown as ``name``, and has no flag."""
     return Field(json_schema_extra={"positional": name})
+
+
+def requires(option: str, *values: str) -> Any:
+    """A field that has no effect unless ``option`` is given, or has one of ``values``."""
+    return Field(json_schema_extra={"requires": [option, *values]})
 
 
 class Description(NamedTuple):
@@ -62,8 +81,21 @@ def _both(own: Any, inherited: Any) -> Any:
     """What a field declares of itself and what it inherits; names add up."""
     if not own or not inherited:
         return own or inherited
-    names = [*own.get("aliases", []), *inherited.get("aliases", [])]
-    return inherited | own | {"aliases": list(dict.fromkeys(names))}
+    names = dict.fromkeys([*own.get("aliases", []), *inherited.get("aliases", [])])
+    return inherited | own | ({"aliases": list(names)} if names else {})
+
+
+def _is_path(annotation: Any) -> bool:
+    """Whether a field takes a path, or a list of them."""
+    return annotation is Path or any(_is_path(part) for part in get_args(annotation))
+
+
+def _path(value: Any) -> Any:
+    if not isinstance(value, str | Path):
+        return value
+    if any(ord(character) < 32 for character in str(value)):
+        raise ValueError(f"{str(value)!r} holds a tab or a line break; in YAML, put a Windows path in single quotes")
+    return Path(home(str(value)))
 
 
 class Section(BaseModel):
@@ -92,19 +124,60 @@ class Section(BaseModel):
                     field.description = field.description or first.description
                     field.json_schema_extra = _both(field.json_schema_extra, first.json_schema_extra)
 
+    section_requires: ClassVar[dict[str, str]] = {}
+    """Sections whose options have no effect without an option of this class: the section's name, and the option."""
+
+    @classmethod
+    def requirement(cls, name: str) -> tuple[str, list[str]] | None:
+        """The option without which field ``name`` has no effect, and the values that it may then have, if not all."""
+        extra: Any = cls.model_fields[name].json_schema_extra or {}
+        if own := extra.get("requires"):
+            return own[0], own[1:]
+        for base in cls.__mro__[1:]:
+            option = cls.section_requires.get(base.__name__)
+            own_names = base.__dict__.get("__annotations__", {})
+            if option and name in own_names and name not in cls.__annotations__ and name != option:
+                return option, []
+        return None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _paths(cls, value: Any, info: ValidationInfo) -> Any:
+        """In every option that is a path, ``~`` is the home folder, and no character is an escape by mistake."""
+        if not _is_path(cls.model_fields[str(info.field_name)].annotation):
+            return value
+        return [_path(item) for item in value] if isinstance(value, list) else _path(value)
+
+    @model_validator(mode="after")
+    def _every_option_has_an_effect(self, info: ValidationInfo) -> Self:
+        flags = (info.context or {}).get("flags", ())
+        for name, field in type(self).model_fields.items():
+            if not (required := type(self).requirement(name)):
+                continue
+            option, values = required
+            now, value = getattr(self, option), getattr(self, name)
+            changed = value != field.get_default() or (name in flags and not values)
+            if value and changed and not (str(now) in values if values else now):
+                if values:
+                    raise ValueError(f"{name} has no effect with {option} {now}: it is for {' and '.join(values)}")
+                raise ValueError(
+                    f"{name} has no effect without {option}: add --{option.replace('_', '-')}, or leave it out"
+                )
+        return self
+
     def describe(self) -> Description:
         """The facts for a model card. A section adds its own to those of ``super().describe()``."""
         return Description()
 
 
 class Model(Section):
-    model: Annotated[str, aliases("pretrained_model_name_or_path")] = "tiny"
+    model: Annotated[PathOrId, aliases("pretrained_model_name_or_path")] = "tiny"
     """Base model: Hub id, folder of a diffusers pipeline, single .safetensors file, or `tiny` (built in)."""
     revision: str | None = None
     """Branch, tag or commit of the base on the Hub. Default: its main branch."""
     variant: str | None = None
     """Variant of the weight files, such as fp16. Default: the files without a variant."""
-    vae: Annotated[str | None, aliases("pretrained_vae_model_name_or_path")] = None
+    vae: Annotated[PathOrId | None, aliases("pretrained_vae_model_name_or_path")] = None
     """VAE to use in place of the base's own: Hub id or folder. Default: the base's own."""
     cache_dir: Path | None = None
     """Where models and datasets from the Hub are kept. Default: the Hub's own cache folder."""
@@ -129,7 +202,7 @@ class Source(Section):
 
 
 class Data(Source):
-    dataset: Annotated[str, aliases("dataset_name", "train_data_dir")]
+    dataset: Annotated[PathOrId, aliases("dataset_name", "train_data_dir")]
     """Folder of images, Hub id, dataset saved by `save_to_disk`, tar shards, or `tiny-hearts` (built in)."""
     max_train_samples: Count | None = None
     """Use this many images, drawn with the seed. Default: all of them."""
@@ -147,9 +220,9 @@ class Data(Source):
     """Resampling filter of the resize."""
     buckets: bool = False
     """Keep aspect ratios: group images into shapes of about the same area; a batch has one shape."""
-    bucket_step: Annotated[int, Ge(8)] = 32
+    bucket_step: Annotated[int, Ge(8), requires("buckets")] = 32
     """Sides of the buckets are multiples of this many pixels."""
-    bucket_max_aspect: Annotated[float, Ge(1)] = 2.0
+    bucket_max_aspect: Annotated[float, Ge(1), requires("buckets")] = 2.0
     """Longest side of a bucket over its shortest."""
     on_bad_image: Literal["error", "skip"] = "error"
     """error names all unreadable images and stops; skip leaves them out and counts them."""
@@ -184,7 +257,7 @@ class Captions(Section):
     """Each line of a caption file is a caption, of which one is drawn each time. Default: the lines are joined."""
     shuffle_tags: bool = False
     """Shuffle the comma-separated tags of a caption each time."""
-    keep_tags: Natural = 0
+    keep_tags: Annotated[Natural, requires("shuffle_tags")] = 0
     """Leave this many tags at the front in place when shuffling."""
     cache: bool = True
     """Compute VAE moments and text embeddings once and keep them on disk, where that is exact."""
@@ -253,17 +326,17 @@ class Denoising(Section):
     """Rescale the schedule to end in pure noise (Lin et al. 2023); wants v_prediction."""
     timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = "none"
     """Draw some timesteps more often: the first or last portion, or a range."""
-    timestep_bias_multiplier: Positive = 1.0
+    timestep_bias_multiplier: Annotated[Positive, requires("timestep_bias_strategy", *BIASED)] = 1.0
     """How many times more often."""
-    timestep_bias_begin: Natural = 0
+    timestep_bias_begin: Annotated[Natural, requires("timestep_bias_strategy", "range")] = 0
     """First timestep of the range."""
-    timestep_bias_end: Count = 1000
+    timestep_bias_end: Annotated[Count, requires("timestep_bias_strategy", "range")] = 1000
     """End of the range, not included."""
-    timestep_bias_portion: Share = 0.25
+    timestep_bias_portion: Annotated[Share, requires("timestep_bias_strategy", "earlier", "later")] = 0.25
     """Portion that `earlier` and `later` favour."""
     loss_type: Literal["l2", "huber"] = "l2"
     """Mean squared error, or pseudo-Huber, which forgives outliers (Song & Dhariwal 2023)."""
-    huber_c: Positive = 0.1
+    huber_c: Annotated[Positive, requires("loss_type", "huber")] = 0.1
     """Error at which the Huber loss turns from quadratic to linear."""
 
     @model_validator(mode="after")
@@ -285,13 +358,13 @@ class Optim(Section):
     """Multiply the learning rate by the images of an optimizer step: batch x accumulation x processes."""
     lr_scheduler: LrSchedule = "constant"
     """Shape of the learning rate over the run, in optimizer steps."""
-    lr_warmup_steps: Natural = 0
-    """Optimizer steps over which the learning rate rises from 0 (not used by plain `constant`)."""
-    lr_num_cycles: Count = 1
+    lr_warmup_steps: Annotated[Natural, requires("lr_scheduler", *WARMED)] = 0
+    """Optimizer steps over which the learning rate rises from 0, with another lr_scheduler than constant."""
+    lr_num_cycles: Annotated[Count, requires("lr_scheduler", "cosine_with_restarts")] = 1
     """Hard restarts of `cosine_with_restarts`."""
-    lr_power: Positive = 1.0
+    lr_power: Annotated[Positive, requires("lr_scheduler", "polynomial")] = 1.0
     """Power of `polynomial`."""
-    lr_step_rules: str | None = None
+    lr_step_rules: Annotated[str | None, requires("lr_scheduler", "piecewise_constant")] = None
     """Rules of `piecewise_constant`, such as 1:100,0.1:200,0.01. Only that scheduler uses them."""
     optimizer: str = "adamw"
     """adamw, adamw8bit, torchao_adamw8bit (4bit, fp8), prodigy, adamw_schedulefree, or your own as module:Class."""
@@ -311,11 +384,11 @@ class Optim(Section):
     """Scale the gradient down to this norm when it is larger."""
     use_ema: bool = False
     """Keep an exponential moving average of the trained weights, and use it for samples and the artefact."""
-    ema_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.9999
+    ema_decay: Annotated[float, Interval(ge=0, lt=1), requires("use_ema")] = 0.9999
     """Decay of the average once it is warm."""
-    ema_inv_gamma: Positive = 1.0
+    ema_inv_gamma: Annotated[Positive, requires("use_ema")] = 1.0
     """Inverse factor of the average's warm-up."""
-    ema_power: Positive = 2 / 3
+    ema_power: Annotated[Positive, requires("use_ema")] = 2 / 3
     """Power of the average's warm-up: decay = 1 - (1 + step / inv_gamma) ^ -power."""
 
 
@@ -339,7 +412,7 @@ class Run(Section):
     """Recompute activations in the backward pass. Needs less memory and about a third more time."""
     mixed_precision: Precision | None = None
     """Precision of frozen weights and forward pass (fp8: bf16, linear layers in 8 bits). Default: the launcher's."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything random."""
     compile: bool = False
     """Compile the denoiser with torch.compile. Refused on a CPU, where its gradients are wrong."""
@@ -357,7 +430,7 @@ class Run(Section):
     """Steps between lines of metrics.jsonl."""
     report_to: StrList = []
     """Trackers to write to besides metrics.jsonl: tensorboard, wandb, trackio, mlflow, ..."""
-    tracker_project_name: str = "sdtune"
+    tracker_project_name: Annotated[str, requires("report_to")] = "sdtune"
     """Project under which the trackers file the run."""
 
     @property
@@ -412,7 +485,7 @@ class Repository(Section):
 class Hub(Repository):
     push_to_hub: bool = False
     """Upload the artefact, card, samples, config, metrics and report when training ends."""
-    hub_strategy: Literal["end", "checkpoint"] = "end"
+    hub_strategy: Annotated[Literal["end", "checkpoint"], requires("push_to_hub")] = "end"
     """end uploads when training ends; checkpoint also after each checkpoint, while training goes on."""
 
 
@@ -431,7 +504,7 @@ class Adapter(Section):
     """Scale by alpha / sqrt(rank) (rsLoRA; Kalajdzievski 2023)."""
     train_text_encoder: bool = False
     """Adapt the text encoder's q, k, v and out projections as well."""
-    text_encoder_lr: Positive | None = None
+    text_encoder_lr: Annotated[Positive | None, requires("train_text_encoder")] = None
     """Learning rate of the text encoder's adapters. Default: learning_rate."""
     init_adapter: Annotated[Path | None, aliases("init_lora")] = None
     """Start from this adapter file. Default: start from zero."""
@@ -442,14 +515,6 @@ class Adapter(Section):
     def _adapters_on_codes(self) -> Self:
         if self.quantize_base and self.use_dora:
             raise ValueError("use_dora with quantize_base: DoRA reads the weights themselves; leave one of them out")
-        return self
-
-    @model_validator(mode="after")
-    def _rate_of_what_trains(self) -> Self:
-        if self.text_encoder_lr and not self.train_text_encoder:
-            raise ValueError(
-                "text_encoder_lr is for a text encoder that trains: add --train-text-encoder, or leave it out"
-            )
         return self
 
     def describe(self) -> Description:

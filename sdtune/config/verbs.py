@@ -11,14 +11,18 @@ from sdtune.config.sections import (
     Model,
     Natural,
     NonNegative,
+    PathOrId,
+    PathOrIds,
     Precision,
     Repository,
     Section,
+    Seed,
     Share,
     Source,
     StrList,
     aliases,
     positional,
+    requires,
 )
 
 
@@ -34,9 +38,9 @@ class Pixels(Section):
     """Classes to show, as classes.json of the model or classifier names them. Default: no particular class."""
     classifier: Path | None = None
     """Run of `sdtune classifier`, which steers towards the class (Dhariwal & Nichol 2021). Default: no steering."""
-    classifier_scale: NonNegative = 1.0
+    classifier_scale: Annotated[NonNegative, requires("classifier")] = 1.0
     """How strongly the classifier steers."""
-    clip_model: str | None = None
+    clip_model: PathOrId | None = None
     """CLIP that steers towards the prompt: folder or Hub id of a transformers CLIPModel. Default: no steering."""
     clip_guidance_scale: NonNegative = 0.0
     """How strongly CLIP steers; needs clip_model and a prompt."""
@@ -48,25 +52,19 @@ class Pixels(Section):
     """Save strip.png: the estimate of the first image at this many of its steps. 0 saves no strip."""
     interpolate: list[Path] = []
     """Two images to reconstruct from noise, and others between them (Ho et al. 2020, figure 8)."""
-    interpolate_timestep: Annotated[Natural, aliases("interpolate_steps")] = 500
+    interpolate_timestep: Annotated[Natural, aliases("interpolate_steps"), requires("interpolate")] = 500
     """Timestep to which the two are noised: higher strays further from them."""
-    interpolate_count: Count = 9
+    interpolate_count: Annotated[Count, requires("interpolate")] = 9
     """Images between the two."""
 
     @model_validator(mode="after")
     def _what_guidance_needs(self) -> Self:
         if self.classifier and not self.classes:
             raise ValueError("classifier needs a class to steer towards: give --class")
-        if self.classifier_scale != 1 and not self.classifier:
-            raise ValueError("classifier_scale needs a classifier")
         if bool(self.clip_guidance_scale) != bool(self.clip_model):
             raise ValueError("clip_guidance_scale and clip_model: give both or neither")
         if self.interpolate and len(self.interpolate) != 2:
             raise ValueError(f"interpolate is between two images, not {len(self.interpolate)}")
-        of_row, fields = ("interpolate_timestep", "interpolate_count"), type(self).model_fields
-        strays = [name for name in of_row if getattr(self, name) != fields[name].default]
-        if strays and not self.interpolate:
-            raise ValueError(f"{strays[0]} is for a row between two images: give interpolate, or leave it out")
         return self
 
 
@@ -82,11 +80,11 @@ class SampleConfig(Pixels, Model, Verb):
         --scheduler dpm++ --steps 20
     """
 
-    model: Annotated[str, aliases("pretrained_model_name_or_path")] = "auto"
+    model: Annotated[PathOrId, aliases("pretrained_model_name_or_path")] = "auto"
     """Base model, as for training; `auto` is what the first run folder below was trained on, else `tiny`."""
-    adapter: Annotated[StrList, aliases("lora")] = []
+    adapter: Annotated[PathOrIds, aliases("lora")] = []
     """Adapters: file, folder, run folder or Hub id, each with an optional =WEIGHT, such as runs/lora=0.8."""
-    embedding: Annotated[StrList, aliases("textual_inversion")] = []
+    embedding: Annotated[PathOrIds, aliases("textual_inversion")] = []
     """Learnt words: file, run folder or Hub id of a textual inversion. Those beside an adapter are loaded with it."""
     unet: Path | None = None
     """UNet to use in place of the base's: its folder, or that of a pipeline. Default: the base's own."""
@@ -104,7 +102,7 @@ class SampleConfig(Pixels, Model, Verb):
     """Classifier-free guidance (Ho & Salimans 2022), 1 for no guidance. Default: 5 with prompts, 1 with classes."""
     guidance_rescale: Share = 0.0
     """Pull the guided prediction back to the contrast of the plain one (Lin et al. 2023; 0.7 is usual)."""
-    seed: int = 0
+    seed: Seed = 0
     """Image k starts from the noise of torch.Generator("cpu").manual_seed(seed + k)."""
     scheduler: (
         Literal["ddim", "ddpm", "dpm++", "euler", "euler-ancestral", "heun", "lms", "pndm", "unipc", "lcm"] | None
@@ -145,23 +143,23 @@ class EvaluateConfig(Source, Verb):
     sdtune evaluate samples --reference photos --features inception
     """
 
-    samples: Annotated[str, positional("SAMPLES")]
+    samples: Annotated[PathOrId, positional("SAMPLES")]
     """Folder of images, such as one of `sdtune sample`; or a model or run folder, which is sampled first."""
-    reference: str
+    reference: PathOrId
     """What to compare with: folder of images, Hub dataset id, saved dataset, or one that is built in."""
     caption_column: str | None = None
     """Column of the reference that holds captions, to sample with. Default: `text`, or the only other column."""
-    features: str = "random-conv"
+    features: PathOrId = "random-conv"
     """Network: random-conv (built in), inception (of FID), its weights' file, or a CLIP or DINO folder or Hub id."""
-    clip_model: str | None = None
+    clip_model: PathOrId | None = None
     """CLIP model, folder or Hub id, that compares images with their prompts. Leave out for no CLIP score."""
-    classifier: str | None = None
+    classifier: PathOrId | None = None
     """Run of `sdtune classifier`, or a transformers image classifier, to check the classes. Leave out for no check."""
     neighbours: Count = 3
     """Neighbours k of precision and recall (Kynkäänniemi et al. 2019)."""
     resamples: Annotated[Natural, aliases("bootstrap")] = 200
     """Bootstrap resamples of the images for each 95 % interval (Efron 1979). 0 gives no intervals."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the resamples, and of the images when a model is sampled."""
     num_images: Count = 500
     """Images to sample from a model: with the reference's captions, or as many of each of its classes, rounded up."""
@@ -209,7 +207,7 @@ class ConvertConfig(Verb):
     """New .safetensors file; for peft a new folder."""
     to: Literal["diffusers", "peft", "kohya", "comfyui"]
     """Format to write: kohya is what A1111, Forge and sd-scripts read as well."""
-    model: Annotated[str | None, aliases("pretrained_model_name_or_path")] = None
+    model: Annotated[PathOrId | None, aliases("pretrained_model_name_or_path")] = None
     """Base model to compare the outputs in. Default: the file's own base, if it is on this machine."""
     token: str | None = None
     """Word of a textual inversion. Default: what the file or its name says."""
@@ -244,7 +242,7 @@ class MergeConfig(Model, Verb):
     sdtune merge --resize --rank 4 --adapter runs/lora --output small.safetensors
     """
 
-    adapter: Annotated[StrList, aliases("lora")] = []
+    adapter: Annotated[PathOrIds, aliases("lora")] = []
     """Adapters: file, folder, run folder or Hub id, each with an optional =WEIGHT, such as runs/lora=0.8."""
     output: Path | None = None
     """Adapter file to write, in diffusers' format."""
@@ -256,7 +254,7 @@ class MergeConfig(Model, Verb):
     """Bring one adapter to another rank."""
     extract: bool = False
     """Make an adapter of what sets --tuned apart from --model."""
-    tuned: str | None = None
+    tuned: Annotated[PathOrId | None, requires("extract")] = None
     """Model with the changes to extract: folder, Hub id or single .safetensors file."""
     rank: Annotated[Count | None, aliases("new_rank", "dim")] = None
     """Rank of svd, resize and extract; with energy, the largest."""
@@ -267,7 +265,7 @@ class MergeConfig(Model, Verb):
     overwrite: bool = False
     """Replace what output or output_dir names, once the new one is verified."""
 
-    model: Annotated[str, aliases("pretrained_model_name_or_path")] = ""
+    model: Annotated[PathOrId, aliases("pretrained_model_name_or_path")] = ""
     """Base model, as for training; adapters other than plain LoRA need it, and so does all that writes a model."""
 
     @property
@@ -298,8 +296,6 @@ class MergeConfig(Model, Verb):
             raise ValueError(f"resize takes one adapter, not {len(self.adapter)}; several become one by combine svd")
         if self.extract and self.adapter:
             raise ValueError("extract compares two models and takes no adapter")
-        if self.tuned and not self.extract:
-            raise ValueError("tuned is for extract: add --extract")
         sized = self.rank is not None or self.energy is not None
         if self.work in ("fold", "concat") and sized:
             raise ValueError("rank and energy are for svd, resize and extract; concat keeps every rank")

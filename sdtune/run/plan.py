@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from sdtune.config.sections import Run
+from sdtune.config.sections import WARMED, LrSchedule, UserError
 
 
 class Planned(Protocol):
@@ -13,15 +13,33 @@ class Planned(Protocol):
     repeats: int
     buckets: bool
     scale_lr: bool
+    lr_scheduler: LrSchedule
+    lr_warmup_steps: int
     train_batch_size: int
     gradient_accumulation_steps: int
 
 
-def steps_of(cfg: Run, stream: Any) -> int:
-    """Optimizer steps of a run."""
-    if not cfg.num_train_epochs:
-        return cfg.max_steps
-    return math.ceil(cfg.num_train_epochs * int(stream.epoch_length) / int(stream.group))
+def steps_of(cfg: Any, stream: Any) -> int:
+    """Optimizer steps of a run.
+
+    Raises:
+        UserError: its warm-up is longer, so that the learning rate that was asked for is never reached.
+    """
+    total = cfg.max_steps
+    if cfg.num_train_epochs:
+        total = math.ceil(cfg.num_train_epochs * int(stream.epoch_length) / int(stream.group))
+    default = type(cfg).model_fields["lr_warmup_steps"].default
+    if warms_up(cfg) and default != cfg.lr_warmup_steps >= total:
+        raise UserError(
+            f"--lr-warmup-steps {cfg.lr_warmup_steps}: the run has {total:,} steps and would end before the learning "
+            "rate reaches its peak; give fewer"
+        )
+    return total
+
+
+def warms_up(cfg: Planned) -> bool:
+    """Whether the learning rate rises first."""
+    return cfg.lr_warmup_steps > 0 and cfg.lr_scheduler in WARMED
 
 
 def plan(cfg: Planned, stream: Any, total: int, world: int, peaks: Sequence[float], trained: int) -> str:
@@ -36,18 +54,25 @@ def plan(cfg: Planned, stream: Any, total: int, world: int, peaks: Sequence[floa
     parts, repeats, group = len(stream.images.sizes), cfg.repeats, stream.group
     images = stream.epoch_length // (repeats * parts)
     epoch = f"{images:,} images x {repeats} repeats{', as many of the class' if parts > 1 else ''}"
+    share = ""
+    if parts > 1:
+        even = f", {group // 2} of the subject and {group - group // 2} of its class"
+        share = even if group % 2 == 0 else ", in turn of the subject and of its class"
     if cfg.buckets:
         epoch += f", in {len(stream.buckets)} bucket{'s' * (len(stream.buckets) != 1)}"
     rates = [short(rate) for rate in dict.fromkeys(peaks)]
     if cfg.scale_lr:
         rates = [f"{short(rate)} x {group} = {short(rate * group)}" for rate in dict.fromkeys(peaks)]
+    rate = f"learning rate {', '.join(rates)}"
+    if warms_up(cfg) and cfg.lr_warmup_steps >= total:
+        rate += f" (not reached: its warm-up of {cfg.lr_warmup_steps} steps is longer than the run)"
     return "; ".join(
         [
             f"plan: {epoch} = {stream.epoch_length:,} an epoch",
             f"{cfg.train_batch_size} a process x {cfg.gradient_accumulation_steps} accumulated x {world} processes = "
-            f"{group} a step",
+            f"{group} a step{share}",
             f"{total:,} steps = {total * group:,} samples, {total * group / stream.epoch_length:.1f} epochs",
-            f"learning rate {', '.join(rates)}",
+            rate,
             f"{trained:,} parameters train",
         ]
     )

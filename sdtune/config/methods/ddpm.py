@@ -18,6 +18,7 @@ from sdtune.config.sections import (
     Network,
     NonNegative,
     Optim,
+    PathOrId,
     Positive,
     Preview,
     Run,
@@ -25,6 +26,7 @@ from sdtune.config.sections import (
     Share,
     Streaming,
     aliases,
+    requires,
 )
 
 
@@ -41,7 +43,7 @@ class DdpmConfig(Network, Schedule, Denoising, Classes, Streaming, Data, Optim, 
     """
 
     output_dir: Path = Path("runs/ddpm")
-    model: Annotated[str | None, aliases("pretrained_model_name_or_path")] = None
+    model: Annotated[PathOrId | None, aliases("pretrained_model_name_or_path")] = None
     """Continue this model: a run's folder, or the folder or Hub id of a DDPMPipeline. Default: start from scratch."""
     revision: str | None = None
     """Branch, tag or commit of the model on the Hub. Default: its main branch."""
@@ -53,7 +55,7 @@ class DdpmConfig(Network, Schedule, Denoising, Classes, Streaming, Data, Optim, 
     """Variance of a sampling step: beta-tilde, or beta. Default: the model's; from scratch, fixed_small."""
     out_of_range: Literal["clip", "keep"] | None = None
     """What sampling does with image estimates outside [-1, 1]. Default: as the model says; from scratch, clip."""
-    class_dropout: Share = 0.1
+    class_dropout: Annotated[Share, requires("class_column")] = 0.1
     """Share of classes replaced by the null class, which is what classifier-free guidance learns from."""
 
     resolution: Annotated[int, Ge(8)] = 64
@@ -78,12 +80,6 @@ class DdpmConfig(Network, Schedule, Denoising, Classes, Streaming, Data, Optim, 
         given += [name for name in fields if getattr(self, name) != Network.model_fields[name].default]
         if len(given) > 1 and given[0] in ("model", "unet_config"):
             raise ValueError(f"{given[0]} describes the whole network: leave out {' and '.join(given[1:])}")
-        return self
-
-    @model_validator(mode="after")
-    def _classes_to_drop(self) -> Self:
-        if self.class_column is None and self.class_dropout != type(self).model_fields["class_dropout"].default:
-            raise ValueError("class_dropout is for a model with classes: add --class-column, or leave it out")
         return self
 
     def describe(self) -> Description:

@@ -18,6 +18,7 @@ from sdtune.config.sections import (
     Model,
     NonNegative,
     Optim,
+    PathOrId,
     Positive,
     Preview,
     Prompts,
@@ -25,6 +26,7 @@ from sdtune.config.sections import (
     Share,
     StrList,
     aliases,
+    requires,
 )
 
 
@@ -41,39 +43,41 @@ class DreamBoothConfig(NewWord, Adapter, Denoising, Model, Captions, Masks, Data
         --prior-preservation --class-prompt "a photo of a dog"
     """
 
-    dataset: Annotated[str, aliases("instance_data", "instance_data_dir")]
+    section_requires: ClassVar[dict[str, str]] = {"Adapter": "lora", "NewWord": "placeholder_token"}
+
+    dataset: Annotated[PathOrId, aliases("instance_data", "instance_data_dir")]
     """Images of the subject: folder, Hub dataset id, or dataset saved by `save_to_disk`."""
     instance_prompt: str | None = None
     """Caption of images without one of their own, such as a photo of sks dog. Default: each image needs one."""
     prior_preservation: Annotated[bool, aliases("with_prior_preservation")] = False
     """Train on images of the subject's class too, as many as of the subject, so that the class does not drift."""
-    class_prompt: StrList = []
+    class_prompt: Annotated[StrList, requires("prior_preservation")] = []
     """What the class images show, such as a photo of a dog. Several prompts take turns."""
-    class_data: Annotated[Path | None, aliases("class_data_dir")] = None
+    class_data: Annotated[Path | None, aliases("class_data_dir"), requires("prior_preservation")] = None
     """Folder of class images. Default: class-pictures in the run's folder, which the base fills."""
-    num_class_images: Count = 100
+    num_class_images: Annotated[Count, requires("prior_preservation")] = 100
     """Number of class images to train on. The base model makes those that are not in the folder."""
-    prior_loss_weight: NonNegative = 1.0
+    prior_loss_weight: Annotated[NonNegative, requires("prior_preservation")] = 1.0
     """Weight of the loss of the class images (the paper's lambda)."""
-    sample_batch_size: Count = 4
+    sample_batch_size: Annotated[Count, requires("prior_preservation")] = 4
     """Class images to make at a time, on each process."""
-    class_inference_steps: Count = 25
+    class_inference_steps: Annotated[Count, requires("prior_preservation")] = 25
     """Denoising steps of a class image."""
-    class_guidance_scale: NonNegative = 5.0
+    class_guidance_scale: Annotated[NonNegative, requires("prior_preservation")] = 5.0
     """Classifier-free guidance of the class images."""
     lora: bool = False
     """Train low-rank adapters in place of all weights."""
     train_text_encoder: bool = False
     """Train the text encoder as well: all of it, or with --lora its q, k, v and out projections."""
-    text_encoder_lr: Positive | None = None
+    text_encoder_lr: Annotated[Positive | None, requires("train_text_encoder")] = None
     """Learning rate of the text encoder. Default: learning_rate."""
-    placeholder_lr: Positive | None = None
+    placeholder_lr: Annotated[Positive | None, requires("placeholder_token")] = None
     """Learning rate of the new word's vectors. Default: learning_rate."""
     unet_frac: Share = 1.0
     """Share of the run, from its start, in which the UNet trains."""
-    text_encoder_frac: Annotated[Share, aliases("train_text_encoder_frac")] = 1.0
+    text_encoder_frac: Annotated[Share, aliases("train_text_encoder_frac"), requires("train_text_encoder")] = 1.0
     """Share of the run, from its start, in which the text encoder trains."""
-    placeholder_frac: Annotated[Share, aliases("train_text_encoder_ti_frac")] = 1.0
+    placeholder_frac: Annotated[Share, aliases("train_text_encoder_ti_frac"), requires("placeholder_token")] = 1.0
     """Share of the run, from its start, in which the new word's vectors train."""
     learning_rate: Positive = 5e-6
     """Peak learning rate; with --lora the default is 1e-4."""
@@ -87,18 +91,6 @@ class DreamBoothConfig(NewWord, Adapter, Denoising, Model, Captions, Masks, Data
 
     @model_validator(mode="after")
     def _options_that_belong_together(self) -> Self:
-        adapters = [n for n in Adapter.model_fields if n not in ("train_text_encoder", "text_encoder_lr")]
-        of_word = ["initializer_token", "initializer_mean", "num_vectors", "placeholder_lr", "placeholder_frac"]
-        for option, what, names in (
-            ("prior_preservation", "prior preservation", ["class_prompt", "class_data"]),
-            ("lora", "adapters", adapters),
-            ("placeholder_token", "a new word", of_word),
-            ("train_text_encoder", "a text encoder that trains", ["text_encoder_frac"]),
-        ):
-            fields = type(self).model_fields
-            strays = [n for n in names if getattr(self, n) != fields[n].get_default()]
-            if strays and not getattr(self, option):
-                raise ValueError(f"{strays[0]} is for {what}: add --{option.replace('_', '-')}, or leave it out")
         if self.prior_preservation and not (self.class_prompt or self.class_data):
             raise ValueError(
                 "prior_preservation needs class_prompt, from which the base makes class pictures, or class_data"

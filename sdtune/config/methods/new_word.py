@@ -1,10 +1,10 @@
 """Options of a word that gets vectors of its own, which two methods share."""
 
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import model_validator
 
-from sdtune.config.sections import Count, Description, Prompts, StrList
+from sdtune.config.sections import Count, Description, Prompts, StrList, requires
 
 
 def says(text: str, word: str) -> bool:
@@ -19,7 +19,7 @@ class NewWord(Prompts):
     """New word for what is learnt, such as <my-cat>. Captions must contain it. Without it, no word is added."""
     initializer_token: StrList = []
     """Words whose vectors the new ones start from: one for all, or one each. Default: the vocabulary's mean."""
-    initializer_mean: bool = False
+    initializer_mean: Annotated[bool, requires("initializer_token")] = False
     """Start every vector at the mean of all initializer words, which may then have several tokens."""
     num_vectors: Count = 1
     """Vectors of the new word. More of them can hold more detail, and use more of the prompt's tokens."""

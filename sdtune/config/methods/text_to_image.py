@@ -21,6 +21,7 @@ from sdtune.config.sections import (
     Run,
     Streaming,
     aliases,
+    requires,
 )
 
 
@@ -40,7 +41,7 @@ class TextToImageConfig(Denoising, Model, Captions, Masks, Latents, Streaming, D
     learning_rate: Positive = 1e-5
     dream: Annotated[bool, aliases("dream_training")] = False
     """Let the noise hold some of the network's own error, at a second forward pass (DREAM; Zhou et al. 2023)."""
-    dream_detail_preservation: NonNegative = 1.0
+    dream_detail_preservation: Annotated[NonNegative, requires("dream")] = 1.0
     """Power p of DREAM; more keeps closer to the ordinary loss."""
 
     @model_validator(mode="after")
