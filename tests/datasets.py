@@ -12,7 +12,8 @@ from sdtune.data import Images, Stream, load_images, summarize
 
 
 def config(dataset: object, **fields) -> LoraConfig:
-    return LoraConfig(dataset=str(dataset), **{"resolution": 16, "bucket_step": 8} | fields)
+    step = {"bucket_step": 8} if fields.get("buckets") else {}
+    return LoraConfig(dataset=str(dataset), **{"resolution": 16} | step | fields)
 
 
 def paint(path: Path, size=(16, 16), shade=0) -> Path:

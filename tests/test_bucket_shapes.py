@@ -22,7 +22,7 @@ def test_common_aspects_lose_at_most_three_per_cent(resolution, width, height):
 def test_what_is_cut_is_told(tmp_path):
     paint(tmp_path / "wide.png", (1600, 200))
     paint(tmp_path / "square.png", (64, 64))
-    fields = {"caption": "x", "resolution": 64, "bucket_step": 8}
+    fields = {"caption": "x", "resolution": 64}
     assert "lose more than 3 % when cropped: 1 (most wide.png, 88%); --buckets keeps more" in summary(
         tmp_path, **fields
     )

@@ -33,9 +33,8 @@ def folder(tmp_path):
 
 
 def config(dataset, **fields):
-    return LoraConfig(
-        dataset=str(dataset), **{"resolution": 16} | ({"bucket_step": 8} if "buckets" in fields else {}) | fields
-    )
+    step = {"bucket_step": 8} if fields.get("buckets") else {}
+    return LoraConfig(dataset=str(dataset), **{"resolution": 16} | step | fields)
 
 
 def paint(path, size=(24, 16), shade=0):
