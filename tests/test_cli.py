@@ -14,7 +14,7 @@ import sdtune
 from sdtune import cli
 from sdtune.config import fields, shipped, yaml_text
 from sdtune.config.commands import METHODS, VERBS, methods, verbs
-from sdtune.config.foreign_flags import ANSWERS
+from sdtune.config.foreign_flags import ANSWERS, COMMON_NAMES
 from sdtune.config.sections import RunFailed, UserError
 from tests.conftest import status
 
@@ -187,6 +187,79 @@ def test_advice_names_flags_that_exist():
     for name, told in ANSWERS.items():
         assert not any(name in fields.names_of(config) for config in methods())
         assert set(re.findall(r"--[a-z-]+", told)) <= spelt, name
+
+
+COMMON = {
+    "--lr": "--learning-rate",
+    "--bs": "--train-batch-size",
+    "--batch-size": "--train-batch-size",
+    "--epochs": "--num-train-epochs",
+    "--output": "--output-dir",
+    "--out": "--output-dir",
+    "--data": "--dataset",
+    "--model-path": "--model",
+    "--num-gpus": "--num-processes",
+    "--dim": "--rank",
+    "--ddpm_num_inference_steps": "--validation-inference-steps",
+}
+
+
+def test_names_that_people_know_lead_to_the_option(capsys):
+    for given, meant in COMMON.items():
+        assert refused(capsys, "--dataset=d", given, "1") == [f"{given}: no such option; did you mean {meant}?"]
+    for given, answer_ in (("--lora-rank", "--rank"), ("--fp16", "--mixed-precision fp16"), ("--bf16", "bf16")):
+        (line,) = refused(capsys, "--dataset=d", given)
+        assert f"use {answer_}" in line or line.endswith(answer_)
+
+
+def test_no_advice_changes_the_model_where_the_option_asked_for_does_not(capsys):
+    """Names that share most of their letters with an option that means something else."""
+    misleading = {
+        "--local_rank": "--rank",
+        "--overwrite_output_dir": "--output-dir",
+        "--eval_batch_size": "train-batch",
+    }
+    for given, wrong in misleading.items():
+        (line,) = refused(capsys, "--dataset=d", given, "-1")
+        assert wrong not in line, line
+    code, _, err = answer(capsys, "ddpm", "--dataset", "d", "--ddpm_num_inference_steps", "2", "--dry-run")
+    assert code == 2
+    assert "--ddpm-num-steps" not in err
+    assert ANSWERS.keys().isdisjoint(COMMON_NAMES)
+
+
+def test_a_field_declared_again_keeps_its_other_names(capsys):
+    code, out, err = answer(capsys, "dreambooth", "--dataset_name=d", "--instance_prompt=p", "--dry-run")
+    assert (code, err) == (0, "")
+    assert yaml.safe_load(out)["dataset"] == "d"
+
+
+KOHYA = shlex.split("""
+--bucket_reso_steps --cache_latents_to_disk --caption_dropout_rate --caption_extension --conv_alpha --conv_dim
+--enable_bucket --full_bf16 --ip_noise_gamma --keep_tokens --lowram --max_bucket_reso --max_data_loader_n_workers
+--max_token_length --max_train_epochs --mem_eff_attn --min_bucket_reso --multires_noise_iterations --network_alpha
+--network_args --network_dim --network_dropout --network_module --network_train_unet_only --network_weights
+--no_half_vae --optimizer_type --output_name --reg_data_dir --sample_every_n_steps --sample_prompts --save_every_n_steps
+--save_model_as --save_precision --save_state --scale_v_pred_loss_like_noise_pred --sdpa --shuffle_caption --v2
+--v_parameterization --xformers --zero_terminal_snr
+""")
+"""Flags of kohya's train_network.py that sdtune has under another name, or not at all."""
+
+
+def test_the_flags_of_kohyas_scripts_are_answered(capsys):
+    lines = refused(capsys, "--dataset=d", *KOHYA)
+    assert [line.partition(":")[0] for line in lines] == KOHYA
+    assert not any("lists them" in line or "did you mean" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("Euler a", "euler-ancestral"), ("DPM++ 2M Karras", "dpm++-karras"), ("DDIM", "ddim"), ("euler", "euler")],
+)
+def test_samplers_are_known_by_the_names_of_interfaces(given, meant, capsys):
+    code, out, err = answer(capsys, "sample", "--prompt", "x", "--scheduler", given, "--dry-run")
+    assert (code, err) == (0, "")
+    assert yaml.safe_load(out)["scheduler"] == meant
 
 
 def test_a_token_is_never_printed_back(capsys):

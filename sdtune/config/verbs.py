@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
 from annotated_types import Ge, Interval
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 
+from sdtune.config.foreign_flags import SAMPLERS
 from sdtune.config.sections import (
     Count,
     Model,
@@ -24,6 +25,14 @@ from sdtune.config.sections import (
     positional,
     requires,
 )
+
+Sampler = Annotated[
+    Literal[
+        "ddim", "ddpm", "dpm++", "dpm++-karras", "euler", "euler-karras", "euler-ancestral", "heun", "heun-karras",
+        "lms", "lms-karras", "pndm", "unipc", "lcm"
+    ],
+    BeforeValidator(lambda v: SAMPLERS.get(v.lower(), v) if isinstance(v, str) else v),
+]  # fmt: skip
 
 
 class Verb(Section):
@@ -104,10 +113,8 @@ class SampleConfig(Pixels, Model, Verb):
     """Pull the guided prediction back to the contrast of the plain one (Lin et al. 2023; 0.7 is usual)."""
     seed: Seed = 0
     """Image k starts from the noise of torch.Generator("cpu").manual_seed(seed + k)."""
-    scheduler: (
-        Literal["ddim", "ddpm", "dpm++", "euler", "euler-ancestral", "heun", "lms", "pndm", "unipc", "lcm"] | None
-    ) = None
-    """Sampler. Default: the base's own."""
+    scheduler: Sampler | None = None
+    """Sampler, also as interfaces call it, such as "Euler a" or "DPM++ 2M Karras". Default: the base's own."""
     width: Annotated[int | None, Ge(8)] = None
     """Width in pixels. Default: the base's own."""
     height: Annotated[int | None, Ge(8)] = None

@@ -40,6 +40,8 @@ SCHEDULERS: dict[str, Any] = {
     "unipc": diffusers.UniPCMultistepScheduler,
     "lcm": diffusers.LCMScheduler,
 }
+KARRAS = "-karras"
+"""Ending of the names of those that step through the noise levels of Karras et al. (2022), eq. 5."""
 PROCESS = (
     "num_train_timesteps",
     "beta_start",
@@ -60,6 +62,7 @@ def make_scheduler(name: str, base: Scheduler, clip: bool = False) -> Scheduler:
     Args:
         clip: estimates of x0 are clipped to [-1, 1] unless ``base`` says otherwise, as fits pixels; latents are not.
     """
+    name, karras = name.removesuffix(KARRAS), name.endswith(KARRAS)
     chosen = SCHEDULERS[name]
     process = {k: base.config[k] for k in PROCESS if k in base.config}
     if "beta_schedule" not in process:
@@ -76,6 +79,8 @@ def make_scheduler(name: str, base: Scheduler, clip: bool = False) -> Scheduler:
     if name == "heun" and process["beta_schedule"] == "squaredcos_cap_v2":
         # Its last timestep has a thousand times the noise of the next: no straight line corrects such a step.
         given |= {"timestep_spacing": "leading"}
+    if karras:
+        given |= {"use_karras_sigmas": True}
     scheduler: Scheduler = chosen.from_config({**usual, **given, **process})
     try:  # what a class can predict from, only its step tells
         probe = torch.zeros(1, 1, 1, 1)
