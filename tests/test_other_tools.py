@@ -11,6 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sdtune.config.sections import UserError
+from sdtune.config.verbs import EvaluateConfig
+from sdtune.evaluation.inputs import plan_of
 from sdtune.models import attach
 from sdtune.models.formats import AdapterFile, Embedding, Module, embedding, read, write
 from sdtune.models.loading import load_adapters, load_embeddings
@@ -129,6 +131,16 @@ def test_keys_of_comfyui_and_eight_bit_floats(pipe, tmp_path):
     assert native.format == "comfyui" and native.modules().keys() == kohya.modules().keys() == {f"unet.{ATTENTION}"}
     images = [drawn(pipe, [tmp_path / f"{name}.safetensors"]) for name in ("native", "kohya")]
     assert torch.equal(*images)
+
+
+def test_evaluate_samples_from_an_adapter_of_another_tool(tmp_path):
+    torch.manual_seed(0)
+    write(tmp_path / "a.safetensors", AdapterFile({"unet": KINDS["loha"]()}), "kohya")
+    write(tmp_path / "peft", AdapterFile({"unet": KINDS["lora"]()}), "peft")
+    for name in ("a.safetensors", "peft"):
+        cfg = EvaluateConfig(samples=str(tmp_path / name), reference="tiny-hearts", output_dir=tmp_path / "out")
+        plan = plan_of(cfg)
+        assert plan is not None and plan.sampling.adapter == [str(tmp_path / name)]
 
 
 # ---- training from other tools' files -------------------------------------------------------------------

@@ -13,6 +13,7 @@ from sdtune.config.verbs import EvaluateConfig, SampleConfig
 from sdtune.data import Images, load_images
 from sdtune.evaluation.features import BATCH
 from sdtune.models import families
+from sdtune.models.formats import files
 from sdtune.models.formats.tensor_file import FILE
 from sdtune.models.pixel_models import read_classes
 from sdtune.run.rng import generator
@@ -95,7 +96,8 @@ def plan_of(cfg: EvaluateConfig) -> Plan | None:
     draws as many of each class, rounded up.
     """
     folder, out = Path(cfg.samples).expanduser(), cfg.output_dir / "samples"
-    pipeline, adapter = (folder / "model_index.json").is_file(), (folder / FILE).is_file()
+    pipeline = (folder / "model_index.json").is_file()
+    adapter = (folder / FILE).is_file() or is_adapter(folder)
     if folder.is_dir() and not pipeline and not adapter:
         check_output_outside(cfg, "SAMPLES", folder)
         if (folder / "metrics.jsonl").is_file():  # its previews are sheets, which would count as images
@@ -115,6 +117,15 @@ def plan_of(cfg: EvaluateConfig) -> Plan | None:
     names = [name for name in classes or [None] for _ in range(each)]
     options |= {"classes": classes, "num_images_per_prompt": each, "batch_size": BATCH}
     return Plan(SampleConfig(**options), names, names)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a path is an adapter that `sdtune sample` takes: a file of low-rank changes, or PEFT's folder."""
+    if path.is_dir():
+        return bool(files.peft_folders(path))
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    return any("lora" in name or "hada_" in name or "lokr_" in name for name in families.tensor_names(path))
 
 
 def classes_of_pixels(model: str) -> list[str] | None:

@@ -68,7 +68,7 @@ def resolve_model(name: str) -> str:
             raise UserError(f"--model {name}: no model_index.json in that folder, so it is not a diffusers pipeline")
         return str(path)
     if path.is_file() and path.suffix == ".safetensors":
-        if any("lora" in key for key in tensor_names(path)):
+        if any(mark in key for key in tensor_names(path) for mark in ("lora", "hada_", "lokr_")):
             raise UserError(f"--model {name}: an adapter, not a base model; to sample with it, give --adapter {name}")
         return unpacked(path)
     if path.exists() or name.count("/") != 1 or name[0] in "./~":
