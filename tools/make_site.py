@@ -148,6 +148,7 @@ def main() -> int:
         stage.add(page)
     for name, (title, sources) in API.items():
         stage.write(ROOT / "api" / f"{name}.md", api_page(title, sources))
+    shutil.copy(SETTINGS / "extra.css", BUILD / "pages")
     shutil.copy(SETTINGS / "zensical.toml", BUILD)
     built = subprocess.run([Path(sys.executable).parent / "zensical", "build", "--clean", "--strict"], cwd=BUILD)
     if built.returncode:
