@@ -4,7 +4,7 @@ import pytest
 
 from sdtune.config.methods.lora import LoraConfig
 from sdtune.data.buckets import bucket_shapes, nearest_shape
-from tests.datasets import paint, summary
+from tests.image_folders import paint, summary
 
 DEFAULTS = LoraConfig(dataset="x")
 

@@ -10,7 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 from sdtune.config.methods.ddpm import DdpmConfig
 from sdtune.config.sections import UserError
 from sdtune.data import Stream, load_images
-from tests.datasets import captions, config, names, paint, refusal, rows_to, summary, write
+from tests.image_folders import captions, config, names, paint, refusal, rows_to, summary, write
 
 
 @pytest.fixture

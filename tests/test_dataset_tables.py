@@ -5,7 +5,7 @@ import pyarrow.parquet
 import pytest
 
 from sdtune.data import load_images, open_images
-from tests.datasets import captions, config, names, paint, refusal, write
+from tests.image_folders import captions, config, names, paint, refusal, write
 
 datasets = pytest.importorskip("datasets")
 pandas = pytest.importorskip("pandas")

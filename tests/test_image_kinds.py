@@ -10,7 +10,7 @@ from PIL import Image
 
 from sdtune.data import load_images
 from sdtune.data.images import decode, inspect_image
-from tests.datasets import config, names, paint, refusal, summary
+from tests.image_folders import config, names, paint, refusal, summary
 
 
 @pytest.mark.parametrize("name", ["a.avif", "a.jfif", "a.gif", "a.JPG", "a.apng", "a.heic", "a.HEIF"])

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from sdtune.diffusion.objective import DDPM, denoising_loss
 from tests.conftest import status
-from tests.datasets import paint
+from tests.image_folders import paint
 
 ALPHAS = torch.linspace(0.99, 0.01, 10)
 
