@@ -351,6 +351,35 @@ class Denoising(Section):
         return self
 
 
+class BaseOptions(Section):
+    """Options that some base models have a use for; given for another, they are refused by name."""
+
+    weighting_scheme: Literal["base", "none", "logit_normal", "mode", "sigma_sqrt", "cosmap"] = "base"
+    """Density of timesteps (logit_normal, mode) or weight of the loss (sigma_sqrt, cosmap). Default: the base's own."""
+    logit_mean: float = 0.0
+    """Mean of the logit of the timestep under logit_normal; more is noisier."""
+    logit_std: Positive = 1.0
+    """Standard deviation of the logit of the timestep under logit_normal."""
+    mode_scale: float = 1.29
+    """Scale of the mode density (Esser et al. 2024, equation 20); 0 is uniform."""
+    timestep_shift: Positive | None = None
+    """Shift of the timesteps towards the noise; 1 is no shift. Default: the fixed shift of the base's scheduler."""
+    resolution_shift: bool = False
+    """Shift the timesteps by the size of the image, as a scheduler with dynamic shifting does when it samples."""
+    guidance_embedding: Annotated[NonNegative, aliases("guidance_scale")] = 3.5
+    """Guidance that a guidance-distilled denoiser (FLUX.1 dev, FLUX.2 dev) is told in training."""
+    max_sequence_length: Annotated[Count | None, aliases("text_encoder_max_sequence_length")] = None
+    """Tokens of a caption that the language model reads. Default: as many as the stock pipeline reads."""
+    t5: bool = True
+    """Read the third text encoder of Stable Diffusion 3; --no-t5 trains without it, in far less memory."""
+
+    @model_validator(mode="after")
+    def _one_shift(self) -> Self:
+        if self.timestep_shift and self.resolution_shift:
+            raise ValueError("timestep_shift and resolution_shift both say how timesteps are shifted: give one")
+        return self
+
+
 class Optim(Section):
     learning_rate: Positive = 1e-4
     """Peak learning rate."""
@@ -496,8 +525,8 @@ class Adapter(Section):
     """The update is scaled by alpha / rank. Default: alpha = rank."""
     dropout: Annotated[Annotated[float, Interval(ge=0, lt=1)], aliases("lora_dropout")] = 0.0
     """Dropout on the input of the adapters."""
-    target_modules: Annotated[StrList, aliases("lora_target_modules")] = ["to_q", "to_k", "to_v", "to_out.0"]
-    """Modules of the denoiser that get an adapter: ends of names, or one regular expression."""
+    target_modules: Annotated[StrList, aliases("lora_target_modules")] = []
+    """Modules of the denoiser that get an adapter: ends of names, or a regular expression. Default: the base's own."""
     use_dora: bool = False
     """Weight-decomposed adapters (DoRA; Liu et al. 2024)."""
     use_rslora: bool = False

@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import PartialState
@@ -39,8 +39,12 @@ def weights_digest(module: nn.Module) -> str:
     return sha.hexdigest()[:24]
 
 
-class Store(Mapping[str, Tensor]):
-    """The tensors of a folder by key. Each process that reads them opens the files itself."""
+Entry: TypeAlias = Tensor | dict[str, Tensor]
+"""What a store has under a key: one tensor, or several by name, which its files hold as ``key/name``."""
+
+
+class Store(Mapping[str, Any]):
+    """The entries of a folder by key. Each process that reads them opens the files itself."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -52,32 +56,52 @@ class Store(Mapping[str, Tensor]):
                     self.index |= dict.fromkeys(tensors.keys(), file.name)
             except SafetensorError:
                 file.unlink()  # a disk error: its tensors are computed again
+        self.names: dict[str, list[str]] = {}
+        for tensor in self.index:
+            key, _, name = tensor.partition("/")
+            self.names.setdefault(key, []).append(name)
 
-    def __getitem__(self, key: str) -> Tensor:
-        name = self.index[key]
+    def __getitem__(self, key: str) -> Any:
+        names = self.names[key]
+        if names == [""]:
+            return self._file_of(key).get_tensor(key)
+        return {name: self._file_of(f"{key}/{name}").get_tensor(f"{key}/{name}") for name in names}
+
+    def length(self, key: str, name: str) -> int:
+        """The first dimension of a tensor of an entry, without reading it; 0 where there is no such tensor."""
+        if name not in self.names[key]:
+            return 0
+        return int(self._file_of(f"{key}/{name}").get_slice(f"{key}/{name}").get_shape()[0])
+
+    def _file_of(self, tensor: str) -> Any:
+        name = self.index[tensor]
         if name not in self.opened:
             self.opened[name] = safe_open(self.folder / name, framework="pt").__enter__()
-        tensor: Tensor = self.opened[name].get_tensor(key)
-        return tensor
+        return self.opened[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.index)
+        return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.names)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"opened": {}}  # an open file does not travel to a loader's worker
 
 
-class MetaStore(Mapping[str, Tensor]):
+class MetaStore(Mapping[str, Any]):
     """Stands for a store when the model is on the meta device: gives tensors that have a shape and no values."""
 
-    def __init__(self, keys: Iterable[str], compute: Callable[[str], Tensor]):
+    def __init__(self, keys: Iterable[str], compute: Callable[[str], Entry]):
         self.known, self.compute = list(keys), compute
 
-    def __getitem__(self, key: str) -> Tensor:
+    def __getitem__(self, key: str) -> Any:
         return self.compute(key)
+
+    def length(self, key: str, name: str) -> int:
+        """The first dimension of a tensor of an entry; 0 where there is no such tensor."""
+        entry = self.compute(key)
+        return len(entry[name]) if isinstance(entry, dict) and name in entry else 0
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.known)
@@ -102,20 +126,21 @@ def write_tensors(
 
 
 def cached_tensors(
-    name: str, module: Any, keys: Iterable[str], compute: Callable[[str], Tensor], title: str
-) -> Mapping[str, Tensor]:
-    """The tensors that ``compute`` gives for ``keys``: read from the store ``name``, or computed and stored now.
+    name: str, source: Callable[[], str] | None, keys: Iterable[str], compute: Callable[[str], Entry], title: str
+) -> Store | MetaStore:
+    """The entries that ``compute`` gives for ``keys``: read from the store ``name``, or computed and stored now.
 
     Args:
-        module: the model that ``compute`` runs, which has a ``device``. Other weights have another store.
+        source: a digest of all that ``compute`` depends on except the key, such as the weights of the model that it
+            runs. ``None`` for a model on the meta device.
         title: of the progress bar.
     """
-    if module.device.type == "meta":
+    if source is None:
         return MetaStore(keys, compute)
-    return fill(cache_root() / name / weights_digest(module), keys, compute, title)
+    return fill(cache_root() / name / source(), keys, compute, title)
 
 
-def fill(folder: Path, keys: Iterable[str], compute: Callable[[str], Tensor], title: str) -> Store:
+def fill(folder: Path, keys: Iterable[str], compute: Callable[[str], Entry], title: str) -> Store:
     """Fill the store at ``folder`` so that it holds ``keys``. Each process computes a share of the missing ones.
 
     Tensors are computed one at a time. In a batch, the size of the batch would change their last bits, and who
@@ -123,7 +148,7 @@ def fill(folder: Path, keys: Iterable[str], compute: Callable[[str], Tensor], ti
     """
     state = PartialState()
     folder.mkdir(parents=True, exist_ok=True)
-    missing = sorted(set(keys) - Store(folder).index.keys())
+    missing = sorted(set(keys) - Store(folder).names.keys())
     store_barrier()  # nobody writes before all processes have listed what is missing
     mine = missing[state.process_index :: state.num_processes]
     chunks = [mine[i : i + CHUNK] for i in range(0, len(mine), CHUNK)]
@@ -131,8 +156,10 @@ def fill(folder: Path, keys: Iterable[str], compute: Callable[[str], Tensor], ti
     done: dict[str, Tensor] = {}
     quiet = not state.is_main_process or len(mine) < CHUNK
     for chunk, key in track(todo, f"{title} ({len(missing)} of them)", total=len(mine), disable=quiet, transient=True):
-        done[key] = compute(key).cpu().contiguous()
-        if len(done) == len(chunk):
+        entry = compute(key)
+        tensors = {f"{key}/{name}": x for name, x in entry.items()} if isinstance(entry, dict) else {key: entry}
+        done |= {name: x.cpu().contiguous() for name, x in tensors.items()}
+        if key == chunk[-1]:
             write_tensors(folder / f"{digest(*chunk)}.safetensors", done)
             done = {}
     store_barrier()

@@ -54,16 +54,16 @@ class EncodedShard:
 
     def record(self, nth: int) -> Record:
         """Raises: ValueError for an image that could not be used when the shard was encoded."""
-        name, captions, problem = self.table[nth]
+        name, captions, problem, size = self.table[nth]
         if problem:
             raise ValueError(problem)
-        return Record(name, tuple(captions), None)
+        return Record(name, tuple(captions), None, tuple(size))
 
 
 class EncodingItem(NamedTuple):
     shard: int
-    record: tuple[str, tuple[str, ...], str]
-    """Name, captions, and what is wrong with the image."""
+    record: tuple[str, tuple[str, ...], str, tuple[int, int]]
+    """Name, captions, what is wrong with the image, and its width and height."""
     pixels: Tensor
     """``[flips, 3, H, W]``; zeros for a bad image."""
 
@@ -82,9 +82,10 @@ class ShardImages(Dataset[EncodingItem]):
             sample, captions = stream.unaugmented(int(stream.images.starts[shard]) + nth)
         except ValueError as error:
             stream.reject(f"{stream.images.names[shard]}, image {nth}", error)
-            return EncodingItem(shard, ("", (), str(error)), torch.zeros(len(self.flips), len(stream.mode), side, side))
+            black = torch.zeros(len(self.flips), len(stream.mode), side, side)
+            return EncodingItem(shard, ("", (), str(error), (0, 0)), black)
         shown = [stream.pixels(replace(sample, flip=flip)) for flip in self.flips]
-        return EncodingItem(shard, (sample.name, captions, ""), torch.stack(shown))
+        return EncodingItem(shard, (sample.name, captions, "", stream.image_size(sample)), torch.stack(shown))
 
 
 def encode_shards(
@@ -101,6 +102,7 @@ def encode_shards(
     state, shards, cfg = PartialState(), stream.images, stream.cfg
     images = ShardImages(stream)
     how = [key, dtype, cfg.resolution, cfg.image_interpolation_mode, images.flips, shards.column, shards.caption]
+    how.append("with sizes")
     how += ["caption per line"] if stream.caption_options and stream.caption_options.caption_per_line else []
     folder = folder / cache.digest(*how)
     folder.mkdir(parents=True, exist_ok=True)

@@ -169,6 +169,17 @@ class ShardStream(Stream):
             self.cfg.image_interpolation_mode,
         )
 
+    def image_size(self, sample: Sample) -> tuple[int, int]:
+        """Width and height of the image file."""
+        index, image = self._read
+        if index != sample.index or image is None:
+            record = self._record(sample.index)
+            if record.size is not None:
+                return record.size
+            image = self._image(record)
+        assert image is not None
+        return image.size
+
     def pixel_key(self, sample: Sample) -> tuple[int, bool]:
         """The key of its moments."""
         return sample.index, sample.flip

@@ -37,6 +37,8 @@ class Record(NamedTuple):
     captions: tuple[str, ...]
     content: bytes | None
     """The bytes of the image file; None if only its moments are stored."""
+    size: tuple[int, int] | None = None
+    """Width and height of the image file, if only its moments are stored."""
 
 
 class ShardIndex(NamedTuple):

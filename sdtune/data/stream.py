@@ -188,6 +188,23 @@ class Stream:
         mode = "" if self.mode == "RGB" else f"-{self.mode}"
         return f"{row.sha256}-{width}x{height}+{x}+{y}{flip}{mode}-{self.cfg.image_interpolation_mode}"
 
+    def sizes(self, sample: Sample) -> tuple[int, int, int, int, int, int]:
+        """Height and width of the image, top and left of its crop, height and width of the crop.
+
+        The crop is in pixels of the image after resizing, and after mirroring if the sample is flipped. SDXL is told
+        these sizes (Podell et al. 2023, section 2.2).
+        """
+        size = self.image_size(sample)
+        x, y = corner(size, sample.width, sample.height, sample.left, sample.top)
+        if sample.flip:
+            x = cover(size, sample.width, sample.height)[0] - sample.width - x
+        return size[1], size[0], y, x, sample.height, sample.width
+
+    def image_size(self, sample: Sample) -> tuple[int, int]:
+        """Width and height of the image file."""
+        row = self.images.rows[sample.index]
+        return row.width, row.height
+
     # ---- what can be cached
 
     @property

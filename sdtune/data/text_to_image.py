@@ -5,10 +5,10 @@ it does not depend on the process, worker or batch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 from torch import Tensor
 from torch.nn import functional
 
@@ -18,61 +18,31 @@ from sdtune.data.denoising_dataset import DenoisingDataset, Position
 from sdtune.data.encoded_shards import EncodedShards, encode_shards
 
 
-def added_words(tokenizer: Any) -> list[str]:
-    """Words that were added to a tokenizer, without its special tokens."""
-    return [word for word in tokenizer.added_tokens_encoder if word not in tokenizer.all_special_tokens]
-
-
-class CaptionTokenizer:
-    """Caption -> token ids ``[L]``, padded or cut to the model's window. A learnt word is replaced by its tokens."""
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        self.words = TextualInversionLoaderMixin() if added_words(tokenizer) else None
-
-    @property
-    def window(self) -> int:
-        """Tokens that the text encoder reads, with the special ones."""
-        return int(self.tokenizer.model_max_length)
-
-    def __call__(self, caption: str) -> Tensor:
-        given = self.tokenizer(
-            self.expanded(caption), padding="max_length", max_length=self.window, truncation=True, return_tensors="pt"
-        )
-        ids: Tensor = given.input_ids[0]
-        return ids
-
-    def count(self, caption: str) -> int:
-        """Length of a caption in tokens, with the special ones."""
-        return len(self.tokenizer(self.expanded(caption), truncation=False, verbose=False).input_ids)
-
-    def expanded(self, caption: str) -> str:
-        """Replace ``<cat>`` by ``<cat> <cat>_1 ...``, with the function that does so for the prompts of a pipeline."""
-        return str(self.words.maybe_convert_prompt(caption, self.tokenizer)) if self.words else caption
-
-
 class TextToImageDataset(DenoisingDataset):
     """Captioned images.
 
     Args:
         latent: (channels of a latent, pixels per element of it along a side).
         prompts: of the sample grids; empty for the captions of the dataset.
-        moments, texts: cached VAE moments by pixel key and text embeddings by caption. If ``None``, items hold
-            pixels ``[3, H, W]`` and token ids ``[L]`` instead.
+        sizes: whether items hold the ``size`` of image and crop (``Stream.sizes``).
+        moments, texts: cached VAE moments by pixel key, and by caption the tensors that the denoiser is told. If
+            ``None``, items hold pixels ``[3, H, W]`` and the caption instead.
     """
 
     def __init__(
         self,
         stream: Stream,
-        tokens: CaptionTokenizer,
         latent: tuple[int, int],
         prompts: Sequence[str],
+        sizes: bool = False,
         moments: Mapping[str, Tensor] | EncodedShards | None = None,
-        texts: Mapping[str, Tensor] | None = None,
+        texts: cache.Store | cache.MetaStore | None = None,
     ):
         super().__init__(stream)
-        self.tokens, self.latent, self.given_prompts = tokens, latent, list(prompts)
+        self.latent, self.given_prompts, self.sizes = latent, list(prompts), sizes
         self.moments, self.texts = moments, texts
+        lengths = [texts.length(text_key(caption), "mask") for caption in stream.texts()] if texts is not None else []
+        self.longest = max(lengths, default=0)
 
     @property
     def prompts(self) -> list[str]:
@@ -91,11 +61,20 @@ class TextToImageDataset(DenoisingDataset):
             item["moments"] = self.moments[self.stream.pixel_key(sample)]
         if self.stream.masked:
             item["mask"] = functional.avg_pool2d(self.stream.mask(sample), downscale)
+        if self.sizes:
+            item["size"] = torch.tensor(self.stream.sizes(sample))
         if self.texts is None:
-            item["tokens"] = self.tokens(sample.caption)
+            item["caption"] = sample.caption
         else:
-            item["text"] = self.texts[text_key(self.tokens(sample.caption))]
+            text = self.texts[text_key(sample.caption)]
+            if "mask" in text:
+                text = text | {name: self.padded(text[name]) for name in ("embeds", "mask")}
+            item |= {f"text.{name}": tensor for name, tensor in text.items()}
         return item
+
+    def padded(self, tensor: Tensor) -> Tensor:
+        """A tensor of a caption ``[L, ...]``, as long as that of the longest caption of the run."""
+        return torch.cat([tensor, tensor.new_zeros(self.longest - len(tensor), *tensor.shape[1:])])
 
 
 class Config(Protocol):
@@ -112,9 +91,10 @@ class Config(Protocol):
 class Family(Protocol):
     """What encodes images and captions; see ``models.families``."""
 
-    tokenizer: Any
     vae: Any
-    text_encoder: Any
+    device: torch.device
+    conditions_on_size: bool
+    """Whether the denoiser is told the sizes of image and crop."""
 
     @property
     def resolution(self) -> int:
@@ -125,20 +105,34 @@ class Family(Protocol):
         """Pixels per element of a latent, along a side."""
 
     @property
+    def size_multiple(self) -> int:
+        """Sides of an image in pixels are multiples of this."""
+
+    @property
     def latent_channels(self) -> int: ...
+
+    @property
+    def caption_window(self) -> int:
+        """Tokens of a caption that are read, with the special ones."""
+
+    def count_tokens(self, caption: str) -> int:
+        """Length of a caption in tokens, with the special ones."""
+
+    def text_key(self) -> str:
+        """A digest of all that ``encode`` depends on except the caption."""
 
     def moments(self, pixels: Tensor) -> Tensor:
         """Pixels ``[B, 3, H, W]`` -> mean and log variance of the latents ``[B, 2C, h, w]``."""
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids ``[B, L]`` -> text embeddings ``[B, L, D]``."""
+    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Captions -> the tensors that the denoiser is told of them, by name, each ``[B, ...]``."""
 
     def unload_frozen(self) -> None:
         """Free the memory of the parts that are not trained."""
 
 
-def text_key(tokens: Tensor) -> str:
-    return cache.digest(tokens.tolist())
+def text_key(caption: str) -> str:
+    return cache.digest(caption)
 
 
 def text_to_image_dataset(
@@ -152,19 +146,20 @@ def text_to_image_dataset(
 
     Raises: UserError for a resolution that the base cannot take.
     """
+    multiple = family.size_multiple
     for option, pixels in {"resolution": cfg.resolution, "bucket_step": cfg.bucket_step}.items():
-        if pixels % family.downscale and (option == "resolution" or cfg.buckets):
-            raise UserError(f"--{option.replace('_', '-')} {pixels}: this base needs a multiple of {family.downscale}")
+        if pixels % multiple and (option == "resolution" or cfg.buckets):
+            raise UserError(f"--{option.replace('_', '-')} {pixels}: this base needs a multiple of {multiple}")
     if cfg.resolution > 2 * family.resolution:
         native = f"this base was made for {family.resolution} pixels"
         log(f"{native}; --resolution {cfg.resolution} is far from that")
-    tokens = CaptionTokenizer(family.tokenizer)
     if isinstance(stream, ShardStream):
-        return _streamed_dataset(cfg, family, stream, tokens, log)
-    for line in summarize(stream, tokens.count, tokens.window):
+        return _streamed_dataset(cfg, family, stream, log)
+    for line in summarize(stream, family.count_tokens, family.caption_window):
         log(line)
     moments: Mapping[str, Tensor] | None = None
-    texts: Mapping[str, Tensor] | None = None
+    texts: cache.Store | cache.MetaStore | None = None
+    on_meta = family.device.type == "meta"
     if cfg.cache and (reason := stream.pixels_cacheable):
         log(f"VAE moments are not cached: {reason}")
     elif cfg.cache:
@@ -174,36 +169,38 @@ def text_to_image_dataset(
         def encode(key: str) -> Tensor:
             return family.moments(stream.pixels(variants[key])[None])[0]
 
-        moments = cache.cached_tensors("moments", family.vae, variants, encode, "Encoding images")
+        vae_key = None if on_meta else partial(cache.weights_digest, family.vae)
+        moments = cache.cached_tensors("moments", vae_key, variants, encode, "Encoding images")
     reason = "the text encoder is trained" if trains_text else stream.text_cacheable
     if cfg.cache and reason:
         log(f"text embeddings are not cached: {reason}")
     elif cfg.cache:
-        captions = {text_key(ids): ids for ids in map(tokens, stream.texts())}
+        captions = {text_key(caption): caption for caption in stream.texts()}
 
         @torch.no_grad()
-        def embed(key: str) -> Tensor:
-            return family.embed(captions[key][None])[0]
+        def embed(key: str) -> dict[str, Tensor]:
+            return {name: tensor[0] for name, tensor in family.encode([captions[key]]).items()}
 
-        texts = cache.cached_tensors("texts", family.text_encoder, captions, embed, "Encoding captions")
+        all_text = None if on_meta else family.text_key
+        texts = cache.cached_tensors("texts", all_text, captions, embed, "Encoding captions")
     if cfg.cache:
         family.unload_frozen()
     latent = family.latent_channels, family.downscale
-    return TextToImageDataset(stream, tokens, latent, cfg.validation_prompt, moments, texts)
+    return TextToImageDataset(stream, latent, cfg.validation_prompt, family.conditions_on_size, moments, texts)
 
 
 def _streamed_dataset(
-    cfg: Config, family: Family, stream: ShardStream, tokens: CaptionTokenizer, log: Callable[[str], None]
+    cfg: Config, family: Family, stream: ShardStream, log: Callable[[str], None]
 ) -> TextToImageDataset:
     """The dataset over shards. Captions are encoded when they are shown; ``--shard-cache`` stores the moments."""
     for line in stream.summary():
         log(line)
-    latent = family.latent_channels, family.downscale
+    latent, sizes = (family.latent_channels, family.downscale), family.conditions_on_size
     shard_cache = stream.cfg.shard_cache if isinstance(stream.cfg, Latents) else None
     if shard_cache is None:
         if cfg.cache:
             log("nothing of a streamed dataset is cached; --shard-cache FOLDER stores its VAE moments")
-        return TextToImageDataset(stream, tokens, latent, cfg.validation_prompt)
+        return TextToImageDataset(stream, latent, cfg.validation_prompt, sizes)
     if not cfg.center_crop:
         raise UserError("--shard-cache: random crops differ each time; use --center-crop, or leave --shard-cache out")
 
@@ -214,4 +211,4 @@ def _streamed_dataset(
     encoded = encode_shards(shard_cache, stream, cache.weights_digest(family.vae), encode, family.vae.dtype)
     family.unload_frozen()
     encoded_stream = ShardStream(stream.cfg, encoded, stream.group)
-    return TextToImageDataset(encoded_stream, tokens, latent, cfg.validation_prompt, encoded)
+    return TextToImageDataset(encoded_stream, latent, cfg.validation_prompt, sizes, encoded)

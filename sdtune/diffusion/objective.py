@@ -1,8 +1,8 @@
 """The forward process, what the network regresses, and the loss of one image.
 
-Every objective trains on ``x_t = a_t x_0 + s_t noise`` and regresses one linear combination of ``x_0`` and
-``noise``. Nothing here draws a random number: noise and the uniform number behind each timestep come with the
-batch, because they are functions of a sample's position in the run (see ``draws``).
+DDPM is here; ``rectified_flow`` is the other objective. Each trains on ``x_t = a_t x_0 + s_t noise`` and regresses one
+linear combination of ``x_0`` and ``noise``. Nothing here draws a random number: noise and the uniform number behind
+each timestep come with the batch, because they are functions of a sample's position in the run (see ``draws``).
 """
 
 from collections.abc import Callable, Mapping
@@ -17,11 +17,13 @@ Prediction = Literal["epsilon", "v_prediction", "sample"]
 
 
 class Objective(Protocol):
-    """What ``denoising_loss`` needs to know of a diffusion: all timesteps are int64 ``[B]``."""
+    """What ``denoising_loss`` needs to know of a diffusion. Timesteps are ``[B]``: int64 of DDPM, fp32 of a flow."""
 
-    def timesteps(self, u: Tensor) -> Tensor: ...
+    def timesteps(self, u: Tensor, x0: Tensor) -> Tensor: ...
+    def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]: ...
     def noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+    def epsilon(self, x_t: Tensor, pred: Tensor, t: Tensor) -> Tensor: ...
     def weight(self, t: Tensor) -> Tensor: ...
     def distance(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor: ...
 
@@ -84,8 +86,8 @@ class DDPM:
         huber_c = cfg.huber_c if cfg.loss_type == "huber" else None
         return cls(alphas, scheduler.config.prediction_type, cfg.snr_gamma, odds, huber_c)
 
-    def timesteps(self, u: Tensor) -> Tensor:
-        """The timestep at quantile ``u`` in [0, 1) of the training distribution: int64 ``[B]``."""
+    def timesteps(self, u: Tensor, x0: Tensor | None = None) -> Tensor:
+        """The timestep at quantile ``u`` in [0, 1) of the training distribution, whatever the images: int64 ``[B]``."""
         t = torch.searchsorted(self.quantiles.to(u.device), u.double(), right=True)
         return t.clamp(max=len(self.quantiles) - 1)  # cumsum may end a rounding error below 1
 
@@ -156,22 +158,26 @@ class DDPM:
         return weight.float()
 
     def distance(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Mean squared or pseudo-Huber error of each image, in float32: ``[B]``.
+        return distance(pred, target, self.huber_c, mask)
 
-        Args:
-            mask: weights of the mean, at least 0 and not all 0, ``[B, 1, H, W]``.
-        """
-        squared = (pred.float() - target.float()).square()
-        if self.huber_c is not None:
-            squared = (squared + self.huber_c**2).sqrt() - self.huber_c
-        if mask is not None:
-            squared = squared * (mask / mask.mean(dim=(1, 2, 3), keepdim=True))
-        return squared.flatten(1).mean(1)
+
+def distance(pred: Tensor, target: Tensor, huber_c: float | None, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error of each image, or pseudo-Huber error of width ``huber_c``, in float32: ``[B]``.
+
+    Args:
+        mask: weights of the mean, at least 0 and not all 0, ``[B, 1, H, W]``.
+    """
+    squared = (pred.float() - target.float()).square()
+    if huber_c is not None:
+        squared = (squared + huber_c**2).sqrt() - huber_c
+    if mask is not None:
+        squared = squared * (mask / mask.mean(dim=(1, 2, 3), keepdim=True))
+    return squared.flatten(1).mean(1)
 
 
 @torch.no_grad()
 def dream(
-    objective: DDPM,
+    objective: Objective,
     predict: Callable[[Tensor, Tensor], Tensor],
     x0: Tensor,
     batch: Mapping[str, Tensor],
@@ -188,7 +194,7 @@ def dream(
     Returns:
         What takes the place of ``batch["noise"]``: like ``x0``.
     """
-    t, noise = objective.timesteps(batch["u"]), batch["noise"]
+    t, noise = objective.timesteps(batch["u"], x0), batch["noise"]
     x_t = objective.noise(x0, noise, t)
     predicted = objective.epsilon(x_t, predict(x_t, t).to(x_t), t)
     _, s = objective.scales(t, x_t)
@@ -207,7 +213,7 @@ def denoising_loss(
             (Ning et al. 2023), the noise that the input gets in its place as ``input_noise``; with masks, the
             weights ``mask`` ``[B, 1, H, W]`` of the error at each place.
     """
-    t, noise = objective.timesteps(batch["u"]), batch["noise"]
+    t, noise = objective.timesteps(batch["u"], x0), batch["noise"]
     x_t = objective.noise(x0, batch.get("input_noise", noise), t)
     target = objective.target(x0, noise, t)
     return objective.distance(predict(x_t, t), target, batch.get("mask")) * objective.weight(t)

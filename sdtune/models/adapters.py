@@ -1,8 +1,9 @@
 """PEFT adapters on a model's own modules: add, save in diffusers' layout, load, verify.
 
 The file is ``pytorch_lora_weights.safetensors`` with diffusers' key names
-(``unet.<module>.lora.down.weight``, ``text_encoder.text_model.<module>.lora_linear_layer.down.weight``). Rank and
-alpha of each part stand in its metadata, since a reader without them takes alpha = rank.
+(``unet.<module>.lora.down.weight``, ``transformer.<module>.lora_A.weight``,
+``text_encoder.text_model.<module>.lora_linear_layer.down.weight``). Rank and alpha of each part stand in its metadata,
+since a reader without them takes alpha = rank.
 """
 
 import json
@@ -22,7 +23,8 @@ from sdtune.config.sections import Adapter, UserError
 from sdtune.models.formats.tensor_file import FILE, reproducible
 from sdtune.models.quantize import quantize
 
-TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+FILE_NAMES = {"unet": ("lora.down", "lora.up"), "transformer": ("lora_A", "lora_B")}
+"""What the published file calls PEFT's lora_A and lora_B, by the part that denoises."""
 
 # peft 0.15 refuses a LoraConfig with keys that it does not know; these it does.
 PORTABLE = "r lora_alpha target_modules rank_pattern alpha_pattern use_rslora use_dora lora_bias bias".split()
@@ -71,7 +73,8 @@ def peft_state(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
 
 def adapter_state(part: str, model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
     """The adapter of ``model`` under the key names of the published file."""
-    down, up = ("lora.down", "lora.up") if part == "unet" else ("lora_linear_layer.down", "lora_linear_layer.up")
+    text = part.startswith("text_encoder")
+    down, up = ("lora_linear_layer.down", "lora_linear_layer.up") if text else FILE_NAMES[part]
     state = {}
     for name, tensor in peft_state(model, adapter).items():
         if part.startswith("text_encoder"):
@@ -114,12 +117,17 @@ def save_adapter(folder: Path, parts: Mapping[str, nn.Module], provenance: Mappi
 
 def verify(path: Path, parts: Mapping[str, nn.Module], loader: Any) -> None:
     """Load the file as a reader would, and compare every tensor and scale with the adapter that was saved."""
-    state, alphas, metadata = loader.lora_state_dict(path.parent, weight_name=path.name, return_lora_metadata=True)
+    # Pipelines with a UNet return network alphas as well, which a file with metadata does not have
+    state, *alphas, metadata = loader.lora_state_dict(path.parent, weight_name=path.name, return_lora_metadata=True)
+    given: dict[str, Any] = {"network_alphas": alphas[0] if alphas else None, "adapter_name": "check"}
+    given["metadata"] = metadata
     with catch_warnings(action="ignore", category=UserWarning):  # peft warns of the second adapter, which is intended
         for part, model in parts.items():
             was_training = model.training
-            load = loader.load_lora_into_unet if part == "unet" else loader.load_lora_into_text_encoder
-            load(state, alphas, model, adapter_name="check", metadata=metadata)
+            if part.startswith("text_encoder"):
+                loader.load_lora_into_text_encoder(state, text_encoder=model, prefix=part, **given)
+            else:
+                model.load_lora_adapter(state, prefix=part, **given)
             want, got = adapter_state(part, model), adapter_state(part, model, "check")
             wrong = [k for k in want if k not in got or not torch.equal(want[k].to(got[k].dtype), got[k])]
             scales = [m.scaling for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]

@@ -44,13 +44,16 @@ def load_pipeline(cfg: SampleConfig) -> DiffusionPipeline:
         if cfg.unet:
             where = Path(cfg.unet) / "unet" if (Path(cfg.unet) / "unet").is_dir() else Path(cfg.unet)
             parts["unet"] = diffusers.UNet2DConditionModel.from_pretrained(where, dtype=dtype)
+            if "unet" not in families.model_index(source, cfg):
+                raise UserError(f"--unet {cfg.unet}: {cfg.model} has no UNet; leave it out")
+            own = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **hub)["cross_attention_dim"]
+            if parts["unet"].config["cross_attention_dim"] != own:
+                raise UserError(f"--unet {cfg.unet}: made for another text encoder than that of {cfg.model}")
         if "safety_checker" in families.model_index(source, cfg):
             parts |= {"safety_checker": None, "requires_safety_checker": False}
         pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=cfg.variant, **hub, **parts)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {cfg.model}: {str(error).splitlines()[0]}") from error
-    if cfg.unet and parts["unet"].config.cross_attention_dim != pipe.text_encoder.config.hidden_size:
-        raise UserError(f"--unet {cfg.unet}: made for another text encoder than that of {cfg.model}")
     return pipe.to(device)
 
 

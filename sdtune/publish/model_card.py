@@ -26,6 +26,11 @@ from sdtune.run.usage import ArtefactKind
 FAMILY_TAGS = {
     "StableDiffusionPipeline": ["stable-diffusion", "stable-diffusion-diffusers"],
     "StableDiffusionXLPipeline": ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"],
+    "StableDiffusion3Pipeline": ["sd3", "sd3-diffusers"],
+    "FluxPipeline": ["flux", "flux-diffusers"],
+    "Flux2KleinPipeline": ["flux2-klein", "flux2-klein-diffusers"],
+    "QwenImagePipeline": ["qwen-image", "qwen-image-diffusers"],
+    "ZImagePipeline": ["z-image", "z-image-diffusers"],
 }
 """Pipeline class of a base to the tags under which the Hub files its adapters."""
 MOST_WIDGETS = 8

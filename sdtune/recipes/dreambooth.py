@@ -13,11 +13,11 @@ import torch
 
 from sdtune.config.methods.dreambooth import DreamBoothConfig
 from sdtune.data import Mixture, load_images
-from sdtune.models import adapters, attach, new_token
+from sdtune.models import adapters, new_token
 from sdtune.models.formats import embedding
 from sdtune.models.pipeline_folder import write_pipeline
 from sdtune.recipes.class_images import class_images
-from sdtune.recipes.finetune import FineTune, unfreeze
+from sdtune.recipes.finetune import FineTune
 
 
 class DreamBooth(FineTune):
@@ -25,35 +25,24 @@ class DreamBooth(FineTune):
 
     def __init__(self, cfg, device):
         super().__init__(cfg, device)
-        self.unet = self.trained["unet"] = self.family.retain("unet")
-        if cfg.train_text_encoder or cfg.placeholder_token:
-            self.text_encoder = self.family.retain("text_encoder")
+        self.add_part(self.family.denoiser_name, trains=False)
         if cfg.placeholder_token:  # so that a mistake in the word is reported before images are generated
-            start = new_token.start_vectors(cfg, self.family.tokenizer, self.text_encoder)
+            text_encoder = self.add_part(self.family.word_encoder(), trains=False)
+            start = new_token.start_vectors(cfg, self.family.tokenizer, text_encoder)
         if cfg.prior_preservation:
             self.images = Mixture(self.images, class_images(cfg, self.family))
-        if cfg.train_text_encoder:
-            self.trained["text_encoder"] = self.text_encoder
         if cfg.lora:
-            self.add_adapters()
+            self.train_adapters()
         else:
-            for part in self.trained.values():
-                unfreeze(part)
+            self.train_all_weights(cfg.train_text_encoder)
         self.word = None
         if cfg.placeholder_token:
-            self.word = new_token.add_token(self.family.tokenizer, self.text_encoder, cfg.placeholder_token, start)
+            self.word = new_token.add_token(self.family.tokenizer, text_encoder, cfg.placeholder_token, start)
 
     def load_images(self):
         cfg = self.cfg
         images = load_images(cfg, default_caption=cfg.instance_prompt, leave_out=cfg.class_data)
         return new_token.require_word(cfg.placeholder_token, images) if cfg.placeholder_token else images
-
-    def add_adapters(self):
-        targets = {"unet": self.cfg.target_modules, "text_encoder": adapters.TEXT_ENCODER_TARGETS}
-        for name, part in self.trained.items():
-            adapters.add_adapter(part, self.cfg, targets[name], name)
-        if self.cfg.init_adapter:
-            attach.initialise(self.cfg.init_adapter, self.trained)
 
     def forward(self, batch):
         prior = batch["part"] == 1
@@ -62,8 +51,8 @@ class DreamBooth(FineTune):
 
     def parameter_groups(self):
         cfg, groups = self.cfg, super().parameter_groups()
-        shares = {"unet": cfg.unet_frac, "text_encoder": cfg.text_encoder_frac}
-        groups = [group | {"stop_fraction": shares[name]} for name, group in zip(self.trained, groups, strict=True)]
+        ends = [cfg.text_encoder_frac if self.of_text(name) else cfg.unet_frac for name in self.trained]
+        groups = [group | {"stop_fraction": end} for group, end in zip(groups, ends, strict=True)]
         if self.word:  # its rows are in the text encoder
             rows, rate = self.word.rows, cfg.placeholder_lr or cfg.learning_rate
             groups = [group | {"params": [p for p in group["params"] if p is not rows]} for group in groups]

@@ -7,6 +7,7 @@ The loss is that of latent diffusion (Rombach et al. 2022, equation 2), with con
 or its form for velocity or image where the base regresses those. A method chooses which weights train.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from sdtune import __version__
 from sdtune.data import Images, Mixture, Shards, open_images, open_stream
 from sdtune.data.text_to_image import text_to_image_dataset
 from sdtune.diffusion.objective import denoising_loss
-from sdtune.models import families
+from sdtune.models import adapters, attach, families
 from sdtune.recipes.recipe import Recipe
 from sdtune.run.precision import dtype_of
 from sdtune.run.public_name import public_name
@@ -26,8 +27,8 @@ from sdtune.sampling.sample import generate
 class FineTune(Recipe):
     """A recipe whose base is a text-to-image model.
 
-    A subclass assigns the parts that train to itself as submodules, and lists them in ``trained`` by name, for their
-    learning rates and for the artefact.
+    A subclass makes parts of the base submodules of its own (``add_part``), by the names that the base gives them, and
+    ``trained`` lists those that train, for the learning rates and for the artefact.
     """
 
     def __init__(self, cfg: Any, device: torch.device):
@@ -36,10 +37,33 @@ class FineTune(Recipe):
         self.family = families.load(cfg, device, dtype_of(cfg))
         self.trained: dict[str, nn.Module] = {}
 
+    def add_part(self, name: str, trains: bool = True) -> Any:
+        """A part of the base, now a submodule of that name; ``trains`` lists it in ``trained``."""
+        part = self.family.retain(name)
+        self.add_module(name, part)
+        if trains:
+            self.trained[name] = part
+        return part
+
+    def train_adapters(self) -> None:
+        """Adapters on the denoiser, and with ``--train-text-encoder`` on the text encoders that may train."""
+        cfg, family = self.cfg, self.family
+        for name in (family.denoiser_name, *(family.encoders_to_train() if cfg.train_text_encoder else ())):
+            modules = family.adapted_modules(name, cfg.target_modules)
+            adapters.add_adapter(self.add_part(name), cfg, modules, name)
+        if cfg.init_adapter:
+            attach.initialise(cfg.init_adapter, self.trained)
+
+    def train_all_weights(self, text_encoders: bool = False) -> None:
+        """Every weight of the denoiser, and of the text encoders that may train, where they are asked for."""
+        family = self.family
+        for name in (family.denoiser_name, *(family.encoders_to_train() if text_encoders else ())):
+            unfreeze(self.add_part(name), family.unused_layers(name))
+
     @property
     def trains_text(self) -> bool:
         """Whether text embeddings change during the run, so that they cannot be cached."""
-        return any(p.requires_grad for name, p in self.named_parameters() if name.startswith("text_encoder."))
+        return any(p.requires_grad for name, p in self.named_parameters() if name.startswith("text_encoder"))
 
     def load_images(self) -> Images | Mixture | Shards:
         return open_images(self.cfg)
@@ -54,13 +78,17 @@ class FineTune(Recipe):
 
     def parameter_groups(self):
         cfg = self.cfg
-        rates = {"unet": cfg.learning_rate}
-        if "text_encoder" in self.trained:
-            rates["text_encoder"] = cfg.text_encoder_lr or cfg.learning_rate
         return [
-            {"params": [p for p in part.parameters() if p.requires_grad], "lr": rates[name]}
+            {
+                "params": [p for p in part.parameters() if p.requires_grad],
+                "lr": (self.of_text(name) and cfg.text_encoder_lr) or cfg.learning_rate,
+            }
             for name, part in self.trained.items()
         ]
+
+    def of_text(self, part: str) -> bool:
+        """Whether a part is a text encoder; only methods that may train one have a rate for it."""
+        return part != self.family.denoiser_name
 
     def sample(self, prompts, seeds):
         cfg, family = self.cfg, self.family
@@ -84,6 +112,13 @@ class FineTune(Recipe):
         return {"version": __version__, "base": base, "revision": self.cfg.revision, "seed": self.cfg.seed}
 
 
-def unfreeze(module: nn.Module) -> nn.Module:
-    """The module in fp32, training: updates in half precision would round to nothing."""
-    return module.float().requires_grad_(True)
+def unfreeze(module: nn.Module, but: str | None = None) -> nn.Module:
+    """The module in fp32, training: updates in half precision would round to nothing.
+
+    Args:
+        but: regular expression on the names of parameters that stay frozen, since no gradient reaches them.
+    """
+    module.float()
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not (but and re.match(but, name)))
+    return module

@@ -7,7 +7,7 @@ so the base is a submodule of the recipe, and frozen.
 """
 
 from sdtune.config.methods.lora import LoraConfig
-from sdtune.models import adapters, attach
+from sdtune.models import adapters
 from sdtune.recipes.finetune import FineTune
 
 
@@ -16,13 +16,7 @@ class Lora(FineTune):
 
     def __init__(self, cfg, device):
         super().__init__(cfg, device)
-        self.unet = self.trained["unet"] = self.family.retain("unet")
-        adapters.add_adapter(self.unet, cfg, cfg.target_modules, "UNet")
-        if cfg.train_text_encoder:
-            self.text_encoder = self.trained["text_encoder"] = self.family.retain("text_encoder")
-            adapters.add_adapter(self.text_encoder, cfg, adapters.TEXT_ENCODER_TARGETS, "text encoder")
-        if cfg.init_adapter:
-            attach.initialise(cfg.init_adapter, self.trained)
+        self.train_adapters()
 
     def export(self, out):
         return [adapters.save_adapter(out, self.trained, self.provenance(), self.family.pipeline_class)]

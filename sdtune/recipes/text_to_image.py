@@ -7,7 +7,7 @@ it samples; see ``diffusion.dream``.
 from sdtune.config.methods.text_to_image import TextToImageConfig
 from sdtune.diffusion.objective import denoising_loss, dream
 from sdtune.models.pipeline_folder import write_pipeline
-from sdtune.recipes.finetune import FineTune, unfreeze
+from sdtune.recipes.finetune import FineTune
 
 
 class TextToImage(FineTune):
@@ -15,7 +15,7 @@ class TextToImage(FineTune):
 
     def __init__(self, cfg, device):
         super().__init__(cfg, device)
-        self.unet = self.trained["unet"] = unfreeze(self.family.retain("unet"))
+        self.train_all_weights()
 
     def forward(self, batch):
         if not self.cfg.dream or not self.training:

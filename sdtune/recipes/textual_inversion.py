@@ -19,9 +19,10 @@ class TextualInversion(FineTune):
 
     def __init__(self, cfg, device):
         super().__init__(cfg, device)
-        self.unet, self.text_encoder = self.family.retain("unet"), self.family.retain("text_encoder")
-        start = new_token.start_vectors(cfg, self.family.tokenizer, self.text_encoder)
-        self.word = new_token.add_token(self.family.tokenizer, self.text_encoder, cfg.placeholder_token, start)
+        self.add_part(self.family.denoiser_name, trains=False)
+        text_encoder = self.add_part(self.family.word_encoder(), trains=False)
+        start = new_token.start_vectors(cfg, self.family.tokenizer, text_encoder)
+        self.word = new_token.add_token(self.family.tokenizer, text_encoder, cfg.placeholder_token, start)
 
     def load_images(self):
         cfg = self.cfg

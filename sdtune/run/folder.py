@@ -88,6 +88,10 @@ def begin(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) -> No
         raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None
 
 
+FORMER_DEFAULTS = {"target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+"""Defaults of earlier versions, which mean for the bases of their time what the default means now."""
+
+
 def differences(cfg: Run, written: Path) -> list[str]:
     """The options that differ from those the run was started with and are not free to.
 
@@ -100,6 +104,7 @@ def differences(cfg: Run, written: Path) -> list[str]:
     declared = type(cfg).model_fields
     before |= {name: declared[name].default for name in parsing.record(cfg).keys() & declared.keys()}
     before |= yaml.safe_load(written.read_text(encoding="utf-8")) or {}
+    before |= {name: declared[name].default for name, was in FORMER_DEFAULTS.items() if before.get(name) == was}
     now = parsing.record(cfg)
     return [
         f"{name if name == 'method' else fields.flag(name)} was {before.get(name)}, is {now.get(name)}"

@@ -187,11 +187,13 @@ def generate(
     if (width is None) != (height is None):  # diffusers would use its own for both
         raise UserError("width and height: give both, or neither for the base's own")
     accepted = inspect.signature(pipe.__call__).parameters
-    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    family = families.family_class(type(pipe).__name__)
+    options: dict[str, Any] = {"num_inference_steps": steps} | family.guidance(guidance_scale, negative_prompt)
     options |= {"width": width, "height": height, "guidance_rescale": guidance_rescale or None}
     options = {k: v for k, v in options.items() if v is not None}
     if refused := [k for k in options if k not in accepted]:
         raise UserError(f"{type(pipe).__name__} has no {', '.join(refused)}: leave it out")
+    negative = options.pop("negative_prompt", None)
     pipe.set_progress_bar_config(disable=True)
     modules = [m for c in pipe.components.values() if isinstance(c, torch.nn.Module) for m in c.modules()]
     training = [m for m in modules if m.training]
@@ -203,14 +205,10 @@ def generate(
             batch = list(prompts[start : start + batch_size])
             if progress:
                 options["callback_on_step_end"] = _reporter(progress, len(images), len(batch), len(prompts))
+            if negative is not None:
+                options["negative_prompt"] = [negative] * len(batch)
             noise = [torch.Generator("cpu").manual_seed(s) for s in seeds[start : start + batch_size]]
-            images += pipe(
-                batch,
-                # None, not "": SDXL takes zeros for an absent negative prompt, and so do its users
-                negative_prompt=[negative_prompt] * len(batch) if negative_prompt else None,
-                generator=noise,
-                **options,
-            ).images
+            images += pipe(prompt=batch, generator=noise, **options).images
     except ValueError as error:  # diffusers checks sizes and numbers of steps, in words that name them
         raise UserError(f"{type(pipe).__name__}: {str(error).splitlines()[0]}") from error
     finally:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -132,7 +133,7 @@ def estimate(recipe: Recipe, dataset: RecipeDataset, device: torch.device, base:
     batch = heaviest_batch(cfg, dataset)
     prepare_modules(recipe.train(), cfg.model_copy(update={"compile": False}), device)
     with torch.no_grad():
-        recipe({name: x.to("meta") for name, x in batch.items()})  # frozen parts are made when first used
+        recipe(send_to_device(batch, "meta"))  # frozen parts are made when first used
     trained = [p for p in recipe.parameters() if p.requires_grad]
     codes, decoded = quantised(recipe, device)
     state = state_size(cfg, trained, device)
@@ -140,7 +141,9 @@ def estimate(recipe: Recipe, dataset: RecipeDataset, device: torch.device, base:
         base = 0 if device.type == "cuda" else resident()
     with FakeTensorMode(allow_non_fake_inputs=True):
         held = make_empty(recipe, device)
-        batch = {name: torch.empty_like(x, device=device) for name, x in batch.items()}
+        captions = {name: x for name, x in batch.items() if not isinstance(x, Tensor)}
+        shapes = {name: torch.empty_like(x, device=device) for name, x in batch.items() if isinstance(x, Tensor)}
+        batch = shapes | captions
         worst = traced(recipe, batch, held)
     need = MemoryEstimate(
         base=base,
@@ -148,7 +151,7 @@ def estimate(recipe: Recipe, dataset: RecipeDataset, device: torch.device, base:
         optimizer=state,
         average=size_of(trained) if cfg.use_ema else 0,
         gradients=worst["gradients"],
-        activations=worst["activations"] + size_of(batch.values()),
+        activations=worst["activations"] + size_of(shapes.values()),
         temporary=worst["temporary"] + decoded,
         reading=0,
     )
@@ -156,9 +159,9 @@ def estimate(recipe: Recipe, dataset: RecipeDataset, device: torch.device, base:
     return need._replace(reading=max(0, read - need.total))
 
 
-def traced(recipe: Recipe, batch: dict[str, Tensor], held: list[Tensor]) -> Counter[str]:
+def traced(recipe: Recipe, batch: dict[str, Any], held: list[Tensor]) -> Counter[str]:
     """The worst moment of a step's forward and backward passes beside ``held`` and ``batch``, in bytes by kind."""
-    alive = PeakMemoryMode([*held, *batch.values()])
+    alive = PeakMemoryMode([*held, *(x for x in batch.values() if isinstance(x, Tensor))])
     for p in recipe.parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(alive.mark_gradient)
@@ -168,7 +171,7 @@ def traced(recipe: Recipe, batch: dict[str, Tensor], held: list[Tensor]) -> Coun
     return alive.worst
 
 
-def passes(recipe: Recipe, batch: dict[str, Tensor]) -> Iterator[str]:
+def passes(recipe: Recipe, batch: dict[str, Any]) -> Iterator[str]:
     """A step's forward and backward passes; yields before each the kind of the tensors that it will make."""
     cfg, device, dtype = recipe.cfg, batch["u"].device, dtype_of(recipe.cfg)
     for _ in range(min(cfg.gradient_accumulation_steps, 2)):  # the second meets the gradients of the first
@@ -190,7 +193,7 @@ def trial_step(kind: type[Recipe], cfg: TrainingConfig, device: torch.device, gr
     recipe = kind(cfg, device).to(device)
     dataset = recipe.dataset(group, lambda line: None)
     prepare_modules(recipe.train(), cfg, device)
-    batch = {name: x.to(device) for name, x in heaviest_batch(cfg, dataset).items()}
+    batch = send_to_device(heaviest_batch(cfg, dataset), device)
     optimizer = optim.make_optimizer(cfg, recipe.parameter_groups())
     weights = {name: p for name, p in recipe.named_parameters() if p.requires_grad}
     average = optim.Average(cfg, weights) if cfg.use_ema else None
@@ -277,7 +280,7 @@ def state_size(cfg: TrainingConfig, weights: Iterable[Tensor], device: torch.dev
     return total
 
 
-def heaviest_batch(cfg: TrainingConfig, dataset: RecipeDataset) -> dict[str, Tensor]:
+def heaviest_batch(cfg: TrainingConfig, dataset: RecipeDataset) -> dict[str, Any]:
     """A batch of the image of the first epoch that has the most pixels, on the CPU or, of a meta recipe, on meta."""
     stream, position = dataset.stream, 0
     if cfg.buckets:

@@ -8,6 +8,7 @@ from pydantic import model_validator
 from sdtune.config.methods.new_word import NewWord, says
 from sdtune.config.sections import (
     Adapter,
+    BaseOptions,
     Captions,
     Count,
     Data,
@@ -30,7 +31,9 @@ from sdtune.config.sections import (
 )
 
 
-class DreamBoothConfig(NewWord, Adapter, Denoising, Model, Captions, Masks, Data, Optim, Prompts, Preview, Hub, Run):
+class DreamBoothConfig(
+    NewWord, Adapter, Denoising, BaseOptions, Model, Captions, Masks, Data, Optim, Prompts, Preview, Hub, Run
+):
     """A subject or style from a handful of images (DreamBooth; Ruiz et al. 2022), all weights or as LoRA."""
 
     method: ClassVar[str] = "dreambooth"

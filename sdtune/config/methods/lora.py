@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from sdtune.config.sections import (
     Adapter,
+    BaseOptions,
     Captions,
     Data,
     Denoising,
@@ -21,7 +22,7 @@ from sdtune.config.sections import (
 
 
 class LoraConfig(
-    Adapter, Denoising, Model, Captions, Masks, Latents, Streaming, Data, Optim, Prompts, Preview, Hub, Run
+    Adapter, Denoising, BaseOptions, Model, Captions, Masks, Latents, Streaming, Data, Optim, Prompts, Preview, Hub, Run
 ):
     """Low-rank adapters on a text-to-image model (LoRA; Hu et al. 2021)."""
 

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import model_validator
 
 from sdtune.config.sections import (
+    BaseOptions,
     Captions,
     Data,
     Denoising,
@@ -25,7 +26,9 @@ from sdtune.config.sections import (
 )
 
 
-class TextToImageConfig(Denoising, Model, Captions, Masks, Latents, Streaming, Data, Optim, Prompts, Preview, Hub, Run):
+class TextToImageConfig(
+    Denoising, BaseOptions, Model, Captions, Masks, Latents, Streaming, Data, Optim, Prompts, Preview, Hub, Run
+):
     """Full fine-tuning of a text-to-image model's denoiser (Rombach et al. 2022)."""
 
     method: ClassVar[str] = "text-to-image"

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from sdtune.config.methods.new_word import NewWord
 from sdtune.config.sections import (
+    BaseOptions,
     Captions,
     Data,
     Denoising,
@@ -21,7 +22,9 @@ from sdtune.config.sections import (
 )
 
 
-class TextualInversionConfig(NewWord, Denoising, Model, Captions, Masks, Data, Optim, Prompts, Preview, Hub, Run):
+class TextualInversionConfig(
+    NewWord, Denoising, BaseOptions, Model, Captions, Masks, Data, Optim, Prompts, Preview, Hub, Run
+):
     """A new word for what a few images show; nothing of the base moves (Textual Inversion; Gal et al. 2022)."""
 
     method: ClassVar[str] = "textual-inversion"

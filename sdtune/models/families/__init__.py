@@ -22,6 +22,13 @@ PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 
 CLASSES = {
     "StableDiffusionPipeline": "sdtune.models.families.stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "sdtune.models.families.stable_diffusion_xl:StableDiffusionXL",
+    "StableDiffusion3Pipeline": "sdtune.models.families.stable_diffusion_3:StableDiffusion3",
+    "ZImagePipeline": "sdtune.models.families.z_image:ZImage",
+    "Flux2KleinPipeline": "sdtune.models.families.flux_2_klein:Flux2Klein",
+    "FluxPipeline": "sdtune.models.families.flux:Flux",
+    "ChromaPipeline": "sdtune.models.families.chroma:Chroma",
+    "QwenImagePipeline": "sdtune.models.families.qwen_image:QwenImage",
 }
 """Pipeline class of a published model to the family that knows it."""
 
@@ -92,7 +99,7 @@ def tensor_names(file: Path) -> list[str]:
 
 def unpacked(file: Path) -> str:
     """A single-file checkpoint as a pipeline folder, converted once and kept in the cache."""
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     from sdtune.data import cache_root
 
@@ -101,7 +108,10 @@ def unpacked(file: Path) -> str:
     folder = cache_root() / "models" / f"{file.stem}-{digest}"
     if not (folder / "model_index.json").is_file():
         try:
-            pipeline = StableDiffusionPipeline.from_single_file(str(file), safety_checker=None)
+            if any(name.startswith("conditioner.embedders.1.") for name in tensor_names(file)):  # the second encoder
+                pipeline = StableDiffusionXLPipeline.from_single_file(str(file))
+            else:
+                pipeline = StableDiffusionPipeline.from_single_file(str(file), safety_checker=None)
         except Exception as error:  # diffusers raises many kinds; each means that the file cannot be used
             raise UserError(f"--model {file}: cannot be read as a single-file checkpoint: {error}") from None
         pipeline.save_pretrained(folder)
@@ -133,8 +143,13 @@ def load(cfg: Any, device: torch.device, dtype: torch.dtype) -> Any:
     kind = index.get("_class_name", "")
     if kind not in CLASSES:
         raise UserError(f"--model {cfg.model}: a {kind or 'model of unknown kind'}; known are {', '.join(CLASSES)}")
-    module, _, name = CLASSES[kind].partition(":")
-    return getattr(importlib.import_module(module), name)(cfg, source, index, device, dtype)
+    return family_class(kind)(cfg, source, index, device, dtype)
+
+
+def family_class(pipeline_class: str) -> Any:
+    """The family of a pipeline class by its name; one that no family knows is guided as Stable Diffusion is."""
+    module, _, name = CLASSES.get(pipeline_class, CLASSES["StableDiffusionPipeline"]).partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def silence_libraries() -> None:

@@ -1,0 +1,34 @@
+"""Chroma (2025): FLUX.1's latents and blocks, T5 alone under a mask, and true guidance with a negative prompt."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from diffusers import ChromaPipeline
+from torch import Tensor
+
+from sdtune.models.families.flux import Flux
+from sdtune.models.families.latent import FLOW_ONLY, LatentFamily
+
+
+class Chroma(Flux):
+    pipeline_class: ClassVar[Any] = ChromaPipeline
+    encoders: tuple[str, ...] = ("text_encoder",)
+    trainable_encoders: ClassVar[tuple[str, ...]] = ()
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        LatentFamily.lora_targets
+    )  # the layer that makes the modulations was distilled: it stays as it is
+    options: ClassVar[frozenset[str]] = FLOW_ONLY | {"max_sequence_length"}
+    encode_options: ClassVar[dict[str, Any]] = {"do_classifier_free_guidance": False}
+
+    def text_tensors(self, encoded: Any) -> dict[str, Tensor]:
+        embeds, _, mask = encoded[:3]
+        return {"embeds": embeds, "mask": mask}
+
+    def denoiser_inputs(self, x_t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Any]:
+        of_image = torch.ones(len(x_t), x_t[0, 0].numel() // self.patch**2, device=x_t.device, dtype=self.dtype)
+        return {"attention_mask": torch.cat([cond["mask"].to(self.dtype), of_image], dim=1)}
+
+    @classmethod
+    def guidance(cls, scale: float, negative: str) -> dict[str, Any]:
+        return {"guidance_scale": scale, "negative_prompt": negative or None}

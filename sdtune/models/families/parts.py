@@ -1,0 +1,169 @@
+"""The parts of a base model: read as ``model_index.json`` names them when first used, released, made into pipelines."""
+
+import importlib
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from sdtune.config.sections import UserError
+from sdtune.models.families.vaes import fp32_vae
+
+LIBRARIES = ("diffusers", "transformers")
+"""Where classes of parts may come from; a ``model_index.json`` is somebody's file."""
+
+
+class ConfigOnly:
+    """Stands in for a class of diffusers, so that the configuration of a part is read without its weights."""
+
+    def __init__(self, kind: Any):
+        self.from_pretrained = kind.load_config
+
+
+class ModelParts:
+    """Parts load when first used: a run whose cache is full holds no VAE and no frozen text encoder.
+
+    Args:
+        cfg: a config with the section Model.
+        source: folder or Hub id of the pipeline; ``index`` is its ``model_index.json``.
+        dtype: of every part, but for a VAE that says that fp16 is too little for it (``force_upcast``); a recipe casts
+            what it trains to fp32.
+    """
+
+    pipeline_class: ClassVar[Any]
+    denoiser_name: ClassVar[str] = "transformer"
+    """The part that predicts."""
+    encoders: tuple[str, ...] = ("text_encoder",)
+    """The text encoders, each with a tokenizer."""
+
+    def __init__(self, cfg: Any, source: str, index: Mapping[str, Any], device: torch.device, dtype: torch.dtype):
+        self.cfg, self.source, self.index, self.device, self.dtype = cfg, source, index, device, dtype
+        for part in (*self.encoders, *map(tokenizer_of, self.encoders), "vae", self.denoiser_name, "scheduler"):
+            if not named(index, part):
+                raise UserError(f"--model {cfg.model}: its model_index.json names no {part}")
+        self.parts: dict[str, Any] = {}
+        self.retained: set[str] = {self.denoiser_name}
+
+    def part_class(self, part: str) -> Any:
+        """The class of a part, as ``model_index.json`` names it."""
+        library, name = self.index[part]
+        kind = getattr(importlib.import_module(library), name, None) if library in LIBRARIES else None
+        if not isinstance(kind, type):
+            raise UserError(f"--model {self.cfg.model}: its {part} is a {library}.{name}, which is not known here")
+        return kind
+
+    def _read(self, kind: Any, part: str, source: str | None = None, **more: Any) -> Any:
+        """One part of the base from its folder or repository."""
+        where = {"subfolder": part, "revision": self.cfg.revision} if source is None else {}
+        try:
+            return kind.from_pretrained(source or self.source, cache_dir=self.cfg.cache_dir, **where, **more)
+        except (OSError, ValueError) as error:
+            asked = f"--vae {source}" if source else f"--model {self.cfg.model}: {part}"
+            raise UserError(f"{asked}: {str(error).strip().splitlines()[0]}") from None
+
+    def _meta_part(self, kind: Any, part: str, source: str | None) -> nn.Module:
+        """A part without its weights: its configuration alone is read."""
+        if self.index[part][0] == "transformers":
+            config, make = self._read(kind.config_class, part), kind
+        else:
+            config, make = self._read(ConfigOnly(kind), part, source), kind.from_config
+        with self.device:
+            return make(config)
+
+    def part(self, name: str) -> Any:
+        """A frozen part of the base on the run's device, in evaluation mode; on the meta device its shapes alone."""
+        if name not in self.parts:
+            kind, dtype = self.part_class(name), self.dtype
+            other = self.cfg.vae if name == "vae" else None
+            if name == "vae" and dtype == torch.float16 and self.vae_config.get("force_upcast", True):
+                kind, dtype = fp32_vae(kind), torch.float32
+            if self.device.type == "meta":
+                module = self._meta_part(kind, name, other).to(dtype)
+            else:
+                variant = {} if other else {"variant": self.cfg.variant}
+                module = self._read(kind, name, other, dtype=dtype, **variant)
+            self.parts[name] = module.requires_grad_(False).eval().to(self.device)
+        return self.parts[name]
+
+    @property
+    def denoiser(self) -> Any:
+        return self.part(self.denoiser_name)
+
+    @property
+    def vae(self) -> Any:
+        return self.part("vae")
+
+    @property
+    def text_encoder(self) -> Any:
+        return self.part("text_encoder")
+
+    def retain(self, part: str) -> Any:
+        """The part, which from now on holds trained weights and is never released."""
+        self.retained.add(part)
+        return self.part(part)
+
+    def unload_frozen(self) -> None:
+        """Drop the frozen parts that nothing trains; they are read again when next used."""
+        self.parts = {name: module for name, module in self.parts.items() if name in self.retained}
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @property
+    def vae_config(self) -> Any:
+        """The VAE's configuration, without its weights."""
+        if "vae" in self.parts:
+            return self.parts["vae"].config
+        return self._read(ConfigOnly(self.part_class("vae")), "vae", self.cfg.vae)
+
+    @cached_property
+    def tokenizers(self) -> dict[str, Any]:
+        """The tokenizer of each text encoder, by its own name."""
+        return {name: self._read(self.part_class(name), name) for name in map(tokenizer_of, self.encoders)}
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.tokenizers["tokenizer"]
+
+    @cached_property
+    def scheduler(self) -> Any:
+        """The base's own, for sampling."""
+        return self._read(self.part_class("scheduler"), "scheduler")
+
+    def _new_scheduler(self) -> Any:
+        """A scheduler of its own for each pipeline, since some keep a state."""
+        return type(self.scheduler).from_config(self.scheduler.config)
+
+    def pipeline(self, **instead: Any) -> Any:
+        """A stock pipeline of the parts as they are now; ``instead`` gives parts of its own, None for none."""
+        given = {name: value for name, value in self.index.items() if name[0] != "_" and not isinstance(value, list)}
+        for name in (name for name, value in self.index.items() if isinstance(value, list)):
+            if name in instead:
+                given[name] = instead[name]
+            elif name in ("scheduler", self.denoiser_name, "vae", *self.encoders):
+                given[name] = self._new_scheduler() if name == "scheduler" else self.part(name)
+            else:
+                given[name] = self.tokenizers.get(name)
+        if "safety_checker" in self.index:
+            given["requires_safety_checker"] = False
+        return self.pipeline_class(**given)
+
+    def fp32_pipeline(self) -> Any:
+        """The pipeline to be saved: frozen parts are read again in fp32, since half precision is for training only."""
+        self.unload_frozen()
+        training, self.dtype = self.dtype, torch.float32
+        try:
+            return self.pipeline()
+        finally:
+            self.unload_frozen()
+            self.dtype = training
+
+
+def named(index: Mapping[str, Any], part: str) -> bool:
+    """Whether a ``model_index.json`` names a class for ``part``."""
+    return bool(index.get(part)) and index[part][0] is not None
+
+
+def tokenizer_of(encoder: str) -> str:
+    return encoder.replace("text_encoder", "tokenizer")

@@ -1,0 +1,33 @@
+"""SDXL (Podell et al. 2023): two CLIP text encoders, and a UNet that is told the sizes of image and crop."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor
+
+from sdtune.models.families.stable_diffusion import StableDiffusion
+
+
+class StableDiffusionXL(StableDiffusion):
+    pipeline_class: ClassVar[Any] = StableDiffusionXLPipeline
+    encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2")
+    trainable_encoders: ClassVar[tuple[str, ...]] = encoders
+    conditions_on_size = True
+
+    def text_tensors(self, encoded: Any) -> dict[str, Tensor]:
+        embeds, _, pooled, _ = encoded
+        return {"embeds": embeds, "pooled": pooled}
+
+    def unused_layers(self, part: str) -> str | None:
+        """The states before the last layer are read of both encoders, and the pooled output of the second alone."""
+        if part != "text_encoder":
+            return None
+        last = self.part(part).config.num_hidden_layers - 1
+        return rf".*(layers\.{last}\.|final_layer_norm)"
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        dtype = self.dtype
+        added = {"text_embeds": cond["pooled"].to(dtype), "time_ids": cond["size"].to(dtype)}
+        embeds = cond["embeds"].to(dtype)
+        return self.denoiser(x_t.to(dtype), t, encoder_hidden_states=embeds, added_cond_kwargs=added).sample

@@ -1,0 +1,266 @@
+"""What every base model is held to. A new one adds a row to ``BASES``, its tiny pipeline and its plain loss."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig as PeftConfig
+from PIL import Image
+from safetensors.torch import load_file
+from torch.utils.data import default_collate
+
+from sdtune.config.methods.lora import LoraConfig
+from sdtune.config.methods.text_to_image import TextToImageConfig
+from sdtune.models import families
+from sdtune.recipes.finetune import FineTune
+from sdtune.recipes.lora import Lora
+from sdtune.recipes.text_to_image import TextToImage
+from tests import ranks
+from tests.conftest import status
+from tests.families import pipelines, plain
+
+FILE = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A row of the contract.
+
+    Attributes:
+        build: its tiny pipeline.
+        loss: of a batch, written out.
+        guided: the stock call's arguments for a guidance scale of 3.
+    """
+
+    build: Callable[[], Any]
+    loss: Callable[..., torch.Tensor]
+    guided: dict[str, Any]
+
+
+BASES = {
+    "sdxl": Base(pipelines.sdxl, plain.sdxl, {"guidance_scale": 3.0}),
+    "sd3": Base(pipelines.sd3, plain.sd3, {"guidance_scale": 3.0}),
+    "z-image": Base(pipelines.z_image, plain.z_image, {"guidance_scale": 2.0}),
+    "flux-2-klein": Base(pipelines.flux_2_klein, plain.flux_2_klein, {"guidance_scale": 3.0}),
+    "flux": Base(pipelines.flux, plain.flux, {"guidance_scale": 3.0}),
+    "chroma": Base(pipelines.chroma, plain.chroma, {"guidance_scale": 3.0}),
+    "qwen-image": Base(pipelines.qwen_image, plain.qwen_image, {"true_cfg_scale": 3.0, "negative_prompt": " "}),
+}
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory) -> Callable[[str], Path]:
+    """The folder of a base's tiny pipeline, made when first asked for."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = pipelines.save(BASES[name].build, tmp_path_factory.mktemp("bases") / name)
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(params=BASES)
+def base(request) -> str:
+    return request.param
+
+
+def recipe_of(folder: Path, pictures: Path, tmp_path: Path, **options: Any) -> Lora:
+    """``sdtune lora`` on a base, with adapters that change something."""
+    families.silence_libraries()
+    settings = {"resolution": 32, "random_flip": True, "output_dir": tmp_path / "run", "cache": False} | options
+    cfg = LoraConfig(model=str(folder), dataset=str(pictures), **settings)
+    torch.manual_seed(0)
+    recipe = Lora(cfg, torch.device("cpu"))
+    with torch.no_grad():
+        for name, parameter in recipe.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
+    return recipe.train()
+
+
+def batch_of(recipe: FineTune) -> dict[str, Any]:
+    dataset = recipe.dataset(4, lambda line: None)
+    return default_collate([dataset[position] for position in range(4)])
+
+
+def test_loss_and_gradients_are_those_of_the_formulas(base, bases, pictures, tmp_path):
+    recipe = recipe_of(bases(base), pictures, tmp_path, center_crop=False)
+    batch = batch_of(recipe)
+    loss = recipe(batch)
+    loss.mean().backward()
+    part = recipe.family.denoiser_name
+    ours = {name.partition(".")[2]: p for name, p in recipe.named_parameters() if p.requires_grad}
+
+    pipe = DiffusionPipeline.from_pretrained(bases(base))
+    denoiser = getattr(pipe, part).requires_grad_(False)
+    targets = recipe.family.adapted_modules(part, [])
+    denoiser.add_adapter(PeftConfig(r=4, lora_alpha=4, target_modules=targets[0] if len(targets) == 1 else targets))
+    theirs = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+    assert theirs.keys() == ours.keys()
+    with torch.no_grad():
+        for name, parameter in theirs.items():
+            parameter.copy_(ours[name])
+    expected = BASES[base].loss(pipe, batch)
+    expected.mean().backward()
+
+    assert (loss - expected).abs().max() < 1e-6
+    for name, parameter in theirs.items():
+        assert parameter.grad.abs().max() > 0, name
+        assert (ours[name].grad - parameter.grad).abs().max() < 1e-4 * parameter.grad.abs().max(), name
+
+
+def test_every_weight_that_trains_gets_a_gradient(base, bases, pictures, tmp_path):
+    """Processes that train together wait for the gradient of each."""
+    recipe = recipe_of(bases(base), pictures, tmp_path, train_text_encoder=base in ("sdxl", "sd3", "flux"))
+    recipe(batch_of(recipe)).mean().backward()
+    cfg = TextToImageConfig(model=str(bases(base)), dataset=str(pictures), resolution=32, cache=False)
+    everything = TextToImage(cfg, torch.device("cpu")).train()
+    everything(batch_of(everything)).mean().backward()
+    for method in (recipe, everything):
+        assert [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_cached_and_uncached_agree(base, bases, pictures, tmp_path):
+    losses = []
+    for cache in (False, True):
+        recipe = recipe_of(bases(base), pictures, tmp_path, cache=cache)
+        batch = batch_of(recipe)
+        assert ("caption" in batch, "moments" in batch) == (not cache, cache)
+        with torch.no_grad():
+            losses.append(recipe(batch))
+    assert (losses[0] - losses[1]).abs().max() < 1e-6
+
+
+def command(method: str, base: Path, pictures: Path, out: Path, *options: str) -> list[str]:
+    """A command line of two steps on one image each, unless the options say otherwise."""
+    settings = {"--steps": "2", "--train-batch-size": "1", "--num-validation-images": "0"}
+    settings |= {"--resolution": "32", "--dataloader-num-workers": "0"}
+    words = [word for flag, value in settings.items() if flag not in options for word in (flag, value)]
+    return [method, "--model", str(base), "--dataset", str(pictures), "--output-dir", str(out), *words, *options]
+
+
+def train(method: str, base: Path, pictures: Path, out: Path, *options: str) -> None:
+    assert status(command(method, base, pictures, out, *options)) == 0
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def stock_pixels(folder: Path, base: str, run: Path | None = None) -> np.ndarray:
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    if run:
+        pipe.load_lora_weights(run)
+    noise, size = torch.Generator("cpu").manual_seed(5), {"height": 32, "width": 32}
+    return pixels(
+        pipe(prompt="a red circle", num_inference_steps=2, generator=noise, **size, **BASES[base].guided).images[0]
+    )
+
+
+def test_the_adapter_gives_the_stock_image(base, bases, pictures, tmp_path):
+    folder, run = bases(base), tmp_path / "run"
+    train("lora", folder, pictures, run, "--learning-rate", "0.3", "--alpha", "16")
+    words = ["sample", "--model", str(folder), "--adapter", str(run), "--prompt", "a red circle", "--steps", "2"]
+    words += ["--seed", "5", "--guidance-scale", "3", "--width", "32", "--height", "32"]
+    assert status([*words, "--output-dir", str(tmp_path / "images")]) == 0
+    ours = pixels(Image.open(tmp_path / "images" / "00000.png"))
+    assert np.array_equal(ours, stock_pixels(folder, base, run))
+    assert np.abs(ours - stock_pixels(folder, base)).max() >= 20, "the adapter changes next to nothing"
+
+
+def test_every_tensor_of_the_adapter_arrives(base, bases, pictures, tmp_path):
+    recipe = recipe_of(bases(base), pictures, tmp_path)
+    recipe.export(tmp_path)
+    pipe = DiffusionPipeline.from_pretrained(bases(base))
+    pipe.load_lora_weights(tmp_path)
+    arrived = {n: p for n, p in getattr(pipe, recipe.family.denoiser_name).named_parameters() if "lora_" in n}
+    sent = load_file(tmp_path / FILE)
+    trained = {n.partition(".")[2]: p for n, p in recipe.named_parameters() if p.requires_grad}
+    assert len(arrived) == len(sent) == len(trained) > 0
+    for name, parameter in trained.items():
+        assert torch.equal(arrived[name.replace(".default.", ".default_0.")], parameter), name
+
+
+def test_all_weights_train_and_load_in_the_stock_class(base, bases, pictures, tmp_path):
+    folder, run = bases(base), tmp_path / "run"
+    train("text-to-image", folder, pictures, run, "--learning-rate", "1e-3", "--no-cache")
+    before, after = DiffusionPipeline.from_pretrained(folder), DiffusionPipeline.from_pretrained(run)
+    assert type(after) is type(before)
+    part = "unet" if hasattr(before, "unet") else "transformer"
+    pairs = zip(getattr(before, part).parameters(), getattr(after, part).parameters(), strict=True)
+    assert any(not torch.equal(one, other) for one, other in pairs)
+    for name, module in before.components.items():
+        if isinstance(module, torch.nn.Module) and name != part:
+            other = after.components[name].state_dict()
+            assert all(torch.equal(tensor, other[key]) for key, tensor in module.state_dict().items()), name
+    shutil.rmtree(run)
+
+
+DRAWS = {
+    "sdxl": ["--train-text-encoder", "--random-flip", "--no-center-crop", "--snr-gamma", "5"],
+    "z-image": ["--random-flip", "--caption-dropout", "0.3", "--weighting-scheme", "logit_normal"],
+}
+"""Options of the two bases whose runs are cut short and divided: such runs are expensive."""
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_run_that_is_continued_and_one_of_two_processes_learn_the_same(name, bases, pictures, tmp_path):
+    options = [*DRAWS[name], "--adam-epsilon", "1e-3"]
+    pairs = [*options, "--train-batch-size", "2", "--steps"]
+    train("lora", bases(name), pictures, tmp_path / "whole", *pairs, "4")
+    train("lora", bases(name), pictures, tmp_path / "cut", *pairs, "2")
+    train("lora", bases(name), pictures, tmp_path / "cut", *pairs, "4")
+    whole, cut = (load_file(tmp_path / run / FILE) for run in ("whole", "cut"))
+    assert [key for key in whole if not torch.equal(whole[key], cut[key])] == []
+    words = command("lora", bases(name), pictures, tmp_path / "two", *options, "--steps", "4")
+    ranks.trained(2, words, tmp_path / "said")
+    two = load_file(tmp_path / "two" / FILE)
+    assert max((whole[key] - two[key]).abs().max().item() for key in whole) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        *(
+            ("sd3", option)
+            for option in ("--snr-gamma=5", "--timestep-bias-strategy=later", "--rescale-betas-zero-snr")
+        ),
+        *(("sdxl", option) for option in ("--weighting-scheme=mode", "--timestep-shift=3", "--no-t5")),
+        ("z-image", "--guidance-embedding=1"),
+    ],
+)
+def test_an_option_that_means_nothing_for_the_base_is_refused_by_name(name, option, bases, pictures, tmp_path, capsys):
+    words = ["lora", "--model", str(bases(name)), "--dataset", str(pictures), "--output-dir", str(tmp_path / "run")]
+    assert status([*words, "--resolution", "32", option]) == 2
+    assert option.partition("=")[0].replace("--no-", "--") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["flux-2-klein", "flux"])
+def test_a_negative_prompt_is_refused_where_there_is_none(name, bases, tmp_path, capsys):
+    words = ["sample", "--model", str(bases(name)), "--prompt", "a red circle", "--negative-prompt", "blue"]
+    assert status([*words, "--output-dir", str(tmp_path / "images")]) == 2
+    assert "--negative-prompt" in capsys.readouterr().err
+
+
+def test_memory_is_estimated_without_a_weight(base, bases, pictures, tmp_path, capsys):
+    words = ["check", "lora", "--model", str(bases(base)), "--dataset", str(pictures), "--resolution", "32"]
+    assert status([*words, "--output-dir", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "activations" in said
+    assert "no figure" not in said
+
+
+@pytest.mark.parametrize("name", ["sdxl", "z-image"])
+def test_a_new_word_is_refused_where_it_is_not_learnt(name, bases, pictures, tmp_path, capsys):
+    words = ["textual-inversion", "--model", str(bases(name)), "--dataset", str(pictures), "--resolution", "32"]
+    assert status([*words, "--placeholder-token", "<thing>", "--output-dir", str(tmp_path / "run")]) == 2
+    assert "--placeholder-token" in capsys.readouterr().err
