@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from sdtune.config.sections import Captions, Data, Denoising, Hub, Model, Optim, Preview, Prompts, Run
+from sdtune.config.sections import BaseOptions, Captions, Data, Denoising, Hub, Model, Optim, Preview, Prompts, Run
 from sdtune.data import load_images
 from sdtune.models import families
 from sdtune.models.pipeline_folder import write_pipeline
@@ -16,7 +16,7 @@ from sdtune.recipes.recipe import Recipe
 class Own(Lora):
     """All of the UNet."""
 
-    class Config(Denoising, Model, Captions, Data, Optim, Prompts, Preview, Hub, Run):
+    class Config(Denoising, BaseOptions, Model, Captions, Data, Optim, Prompts, Preview, Hub, Run):
         method: ClassVar[str] = "own"
         entry: ClassVar[str] = ""
 
