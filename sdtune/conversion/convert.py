@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sdtune.config.sections import RunFailed, UserError
 from sdtune.config.verbs import ConvertConfig, SampleConfig
+from sdtune.models import families
 from sdtune.models.attach import Key, Layers, keyed
 from sdtune.models.formats import AdapterFile, Module, comfyui, embedding, kohya, metadata, read, staged, write
 from sdtune.models.formats.files import HOLD_WORDS
@@ -208,7 +209,18 @@ def merged(pipe: Any, adapter: AdapterFile) -> Iterator[None]:
 
 @torch.no_grad()
 def outputs(pipe: Any) -> Tensor:
-    """The outputs of text encoders and UNet for a fixed prompt and seeded noise, as one float64 vector."""
+    """The outputs of text encoders and UNet for a fixed prompt and seeded noise, as one float64 vector.
+
+    Of a pipeline without a UNet the latents of a step, which depend on all parts.
+    """
+    if not hasattr(pipe, "unet"):
+        side = 8 * pipe.vae_scale_factor
+        pipe.set_progress_bar_config(disable=True)
+        options = families.family_class(type(pipe).__name__).guidance(1.0, "")
+        options |= {"height": side, "width": side, "num_inference_steps": 1, "output_type": "latent"}
+        noise = torch.Generator().manual_seed(0)
+        latents = pipe(prompt="a photo of a dog", generator=noise, **options).images
+        return torch.as_tensor(latents).flatten().double().cpu()
     encoded = pipe.encode_prompt(
         "a photo of a dog", device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )

@@ -20,11 +20,9 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from sdtune.config.sections import Adapter, UserError
+from sdtune.models.formats import diffusers_file
 from sdtune.models.formats.tensor_file import FILE, reproducible
 from sdtune.models.quantize import quantize
-
-FILE_NAMES = {"unet": ("lora.down", "lora.up"), "transformer": ("lora_A", "lora_B")}
-"""What the published file calls PEFT's lora_A and lora_B, by the part that denoises."""
 
 # peft 0.15 refuses a LoraConfig with keys that it does not know; these it does.
 PORTABLE = "r lora_alpha target_modules rank_pattern alpha_pattern use_rslora use_dora lora_bias bias".split()
@@ -73,8 +71,7 @@ def peft_state(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
 
 def adapter_state(part: str, model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
     """The adapter of ``model`` under the key names of the published file."""
-    text = part.startswith("text_encoder")
-    down, up = ("lora_linear_layer.down", "lora_linear_layer.up") if text else FILE_NAMES[part]
+    down, up = diffusers_file.KEYS.get(part, diffusers_file.OF_TEXT)
     state = {}
     for name, tensor in peft_state(model, adapter).items():
         if part.startswith("text_encoder"):

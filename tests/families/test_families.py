@@ -264,3 +264,18 @@ def test_a_new_word_is_refused_where_it_is_not_learnt(name, bases, pictures, tmp
     words = ["textual-inversion", "--model", str(bases(name)), "--dataset", str(pictures), "--resolution", "32"]
     assert status([*words, "--placeholder-token", "<thing>", "--output-dir", str(tmp_path / "run")]) == 2
     assert "--placeholder-token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", ["diffusers", "peft", "comfyui"])
+def test_an_adapter_of_a_transformer_is_converted_and_checked_in_its_base(to, bases, pictures, tmp_path):
+    folder, run = bases("sd3"), tmp_path / "run"
+    recipe_of(folder, pictures, run, train_text_encoder=True).export(tmp_path)
+    out = tmp_path / ("peft" if to == "peft" else "out.safetensors")
+    assert status(["convert", str(tmp_path / FILE), str(out), "--to", to, "--model", str(folder)]) == 0
+    assert status(["inspect", str(out)]) == 0
+
+
+def test_kohya_has_no_layout_for_a_transformer(bases, pictures, tmp_path, capsys):
+    recipe_of(bases("flux"), pictures, tmp_path / "run").export(tmp_path)
+    assert status(["convert", str(tmp_path / FILE), str(tmp_path / "out.safetensors"), "--to", "kohya"]) == 2
+    assert "--to kohya" in capsys.readouterr().err

@@ -1,21 +1,27 @@
-"""ComfyUI's loader, for Stable Diffusion 1, 2 and XL.
+"""ComfyUI's loader.
 
-It reads kohya's keys, and of diffusers' only those of the attention processors of 2023: a ComfyUI file is a kohya
-file. Its own deviation is DoRA on rows, where it divides by the norm of the base's weight and not of the changed one
-(``weight_decompose`` in comfy/weight_adapter/base.py as of 2026). Each row is off by the ratio of the two norms.
+For Stable Diffusion 1, 2 and XL it reads kohya's keys, and of diffusers' only those of the attention processors of
+2023: such a file is a kohya file. Its own deviation is DoRA on rows, where it divides by the norm of the base's weight
+and not of the changed one (``weight_decompose`` in comfy/weight_adapter/base.py as of 2026). Each row is off by the
+ratio of the two norms.
+
+A transformer has the prefix ``diffusion_model.``, diffusers' names of modules, and an alpha for each.
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from sdtune.config.sections import UserError
+from sdtune.models.formats import kohya
+from sdtune.models.formats.diffusers_file import require_kinds
 from sdtune.models.formats.keys import Place, assemble
-from sdtune.models.formats.kohya import SUFFIXES, tensors
-from sdtune.models.formats.names import dotted, text_encoder_name, underscored
+from sdtune.models.formats.kohya import SUFFIXES
+from sdtune.models.formats.names import denoiser_of, dotted, published_name, underscored
 from sdtune.models.formats.neutral import AdapterFile
-
-__all__ = ["read", "tensors"]
 
 PREFIXES = {
     "diffusion_model.": "unet",
@@ -33,13 +39,30 @@ def place(key: str) -> Place | None:
     found = END.fullmatch(key.removeprefix(prefix)) if prefix else None
     if prefix is None or found is None:
         return None
-    name = found[1] if PREFIXES[prefix] != "unet" else dotted(underscored(found[1]))
-    part = PREFIXES[prefix]
-    return None if name is None else (part, name if part == "unet" else text_encoder_name(name), ENDS[found[2]])
+    part, name = PREFIXES[prefix], found[1]
+    if part == "unet":
+        part = denoiser_of(name)
+        name = dotted(underscored(name)) if part == "unet" else name
+    return None if name is None else (part, published_name(part, name), ENDS[found[2]])
 
 
 def read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> AdapterFile:
     return AdapterFile(assemble(path, tensors, place), metadata, "comfyui")
+
+
+def tensors(adapter: AdapterFile) -> dict[str, Tensor]:
+    if "transformer" not in adapter.parts:
+        return kohya.tensors(adapter)
+    require_kinds(adapter, "comfyui", ("lora",))
+    others = {part: modules for part, modules in adapter.parts.items() if part != "transformer"}
+    out = kohya.tensors(replace(adapter, parts=others))
+    for name, module in adapter.parts["transformer"].items():
+        if module.magnitude is not None:
+            raise UserError("--to comfyui: cannot hold the DoRA of a transformer; diffusers and peft can")
+        stem = f"diffusion_model.{name}"
+        out[f"{stem}.lora_A.weight"], out[f"{stem}.lora_B.weight"] = module.tensors["down"], module.tensors["up"]
+        out[f"{stem}.alpha"] = torch.tensor(float(module.alpha))
+    return out
 
 
 NOTE_DORA = (

@@ -1,9 +1,10 @@
 """diffusers' ``pytorch_lora_weights.safetensors``.
 
-Written as ``unet.<module>.lora.down.weight`` and ``text_encoder.text_model.<module>.lora_linear_layer.down.weight``,
-with alpha = rank: readers that do not see the metadata assume that, as InvokeAI and diffusers before 0.35 do.
-Read with the keys of every version: PEFT's ``lora_A``, the attention processors' ``processor.to_q_lora.down`` of
-2023, and alpha from ``.alpha`` keys or from the metadata that diffusers 0.35 began to write.
+Written as ``unet.<module>.lora.down.weight``, ``transformer.<module>.lora_A.weight`` and
+``text_encoder.text_model.<module>.lora_linear_layer.down.weight``, with alpha = rank: readers that do not see the
+metadata assume that, as InvokeAI and diffusers before 0.35 do. Read with the keys of every version: PEFT's ``lora_A``,
+the attention processors' ``processor.to_q_lora.down`` of 2023, and alpha from ``.alpha`` keys or from the metadata that
+diffusers 0.35 began to write.
 """
 
 import re
@@ -13,10 +14,13 @@ from torch import Tensor
 
 from sdtune.config.sections import UserError
 from sdtune.models.formats.keys import LYCORIS, Place, assemble, with_alpha
-from sdtune.models.formats.names import text_encoder_name
-from sdtune.models.formats.neutral import PARTS, AdapterFile, Module
+from sdtune.models.formats.names import denoiser_of, published_name
+from sdtune.models.formats.neutral import DENOISERS, PARTS, AdapterFile, Module
 from sdtune.models.formats.peft_settings import Scales, errors_of, settings_of, targets_of
 
+KEYS = {"unet": ("lora.down", "lora.up"), "transformer": ("lora_A", "lora_B")}
+"""What the two factors of a module of the denoiser are called."""
+OF_TEXT = ("lora_linear_layer.down", "lora_linear_layer.up")
 SUFFIXES = LYCORIS | {
     "lora.down.weight": "lora.down",
     "lora.up.weight": "lora.up",
@@ -35,7 +39,7 @@ PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.
 def place(key: str) -> Place | None:
     part, _, name = key.partition(".")
     if part not in PARTS:
-        part, name = "unet", key  # as `unet.save_lora_adapter` and `save_attn_procs` write
+        part, name = denoiser_of(key), key  # as `unet.save_lora_adapter` and `save_attn_procs` write
     if old := PROCESSOR.fullmatch(name):
         module, letter, end = old.groups()
         target = f"to_{letter}{'.0' * (letter == 'out')}" if part == "unet" else f"{letter}_proj"
@@ -44,7 +48,7 @@ def place(key: str) -> Place | None:
         name, slot = new[1], SUFFIXES[new[2]]
     else:
         return None
-    return part, name if part == "unet" else text_encoder_name(name), slot
+    return part, published_name(part, name), slot
 
 
 def read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> AdapterFile:
@@ -52,7 +56,8 @@ def read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Ad
     own = {
         part: {k.removeprefix(f"{part}."): v for k, v in config.items() if k.startswith(f"{part}.")} for part in PARTS
     }
-    own["unet"] = own["unet"] or config  # a file of the model alone, without prefixes
+    for part in DENOISERS:
+        own[part] = own[part] or config  # a file of the model alone, without prefixes
     scales = {part: Scales(settings) for part, settings in own.items()}
     with errors_of(f"{path}: lora_adapter_metadata"):
         parts = assemble(path, tensors, place, lambda part, name, rank: scales[part](name, rank))
@@ -82,12 +87,13 @@ def tensors(adapter: AdapterFile) -> dict[str, Tensor]:
     require_kinds(adapter, "diffusers", ("lora",))
     out: dict[str, Tensor] = {}
     for part, modules in adapter.parts.items():
-        infix = "lora" if part == "unet" else "lora_linear_layer"
+        down, up = KEYS.get(part, OF_TEXT)
         for name, module in modules.items():
             module = with_alpha(module, module.rank)
-            out |= {f"{part}.{name}.{infix}.{end}.weight": t for end, t in module.tensors.items()}
+            out[f"{part}.{name}.{down}.weight"] = module.tensors["down"]
+            out[f"{part}.{name}.{up}.weight"] = module.tensors["up"]
             if (
                 magnitude := peft_magnitude(module)
             ) is not None:  # transformers leaves it out unless it is written as a parameter
-                out[f"{part}.{name}.lora_magnitude_vector{'' if part == 'unet' else '.weight'}"] = magnitude
+                out[f"{part}.{name}.lora_magnitude_vector{'' if part in DENOISERS else '.weight'}"] = magnitude
     return out

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sdtune.config.sections import UserError
 from sdtune.models.formats import metadata as about
 from sdtune.models.formats.keys import LYCORIS, Place, assemble, with_alpha
-from sdtune.models.formats.names import dotted, text_encoder_name, underscored
+from sdtune.models.formats.names import dotted, published_name, underscored
 from sdtune.models.formats.neutral import AdapterFile, Module
 
 PREFIXES = {
@@ -43,7 +44,7 @@ def place(key: str) -> Place | None:
     if prefix is None or end not in SUFFIXES or (name := dotted(stem.removeprefix(prefix))) is None:
         return None
     part = PREFIXES[prefix]
-    return part, name if part == "unet" else text_encoder_name(name), SUFFIXES[end]
+    return part, published_name(part, name), SUFFIXES[end]
 
 
 def read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> AdapterFile:
@@ -58,6 +59,8 @@ def with_base_norm(module: Module) -> Module:
 
 
 def tensors(adapter: AdapterFile) -> dict[str, Tensor]:
+    if "transformer" in adapter.parts:
+        raise UserError("--to kohya: has no layout for the adapter of a transformer; diffusers, comfyui and peft have")
     te = "lora_te1_" if about.is_sdxl(adapter) else "lora_te_"
     prefixes = {"unet": "lora_unet_", "text_encoder": te, "text_encoder_2": "lora_te2_"}
     out: dict[str, Tensor] = {}

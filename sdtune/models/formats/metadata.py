@@ -7,6 +7,8 @@ from typing import Any
 from sdtune.models.formats.neutral import AdapterFile
 from sdtune.models.formats.tensor_file import json_object
 
+ARCHITECTURE = ("ss_base_model_version", "modelspec.architecture")
+"""Entries that name the kind of base."""
 STALE = ("lora_adapter_metadata", "sdtune_dora_norm", "format", "sshs_", "modelspec.hash", "modelspec.thumbnail")
 """Prefixes of entries that describe the tensors of one file, so they are not copied to another."""
 
@@ -59,6 +61,8 @@ def kohya(adapter: AdapterFile) -> dict[str, str]:
         "modelspec.architecture": f"{architecture}/{'lora' if lora_only else 'lycoris'}",
         "modelspec.implementation": "diffusers",
     }
+    if "transformer" in adapter.parts:  # these tools know no name for it
+        own = {name: value for name, value in own.items() if name not in ("ss_v2", *ARCHITECTURE)}
     facts = {
         "ss_sd_model_name": record.get("base"),
         "ss_seed": record.get("seed"),

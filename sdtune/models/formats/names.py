@@ -73,6 +73,20 @@ def from_sgm(words: list[str]) -> str | None:
     return f"{where}.resnets.{layer}.{RESNET.get(inner, inner)}" if j == "0" else f"{where}.attentions.{layer}.{inner}"
 
 
+OF_TRANSFORMER = ("transformer_blocks.", "single_transformer_blocks.", "layers.", "noise_refiner.", "context_refiner.")
+"""How names of the layers of a transformer begin; a UNet's have their transformer blocks inside of others."""
+
+
+def denoiser_of(name: str) -> str:
+    """The part to which a module of a denoiser belongs, by its name: ``unet`` or ``transformer``."""
+    return "transformer" if name.startswith(OF_TRANSFORMER) else "unet"
+
+
+def published_name(part: str, name: str) -> str:
+    """The name that a module of ``part`` has in the published checkpoints."""
+    return text_encoder_name(name) if part.startswith("text_encoder") else name
+
+
 def text_encoder_name(name: str) -> str:
     """With the ``text_model.`` that transformers 5.6 dropped from ``CLIPTextModel``."""
     return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"

@@ -1,7 +1,7 @@
 """The common form of an adapter, which every file format is read into and written from.
 
-A part is ``unet``, ``text_encoder`` or ``text_encoder_2``. Modules go by the dotted names of the published
-diffusers and transformers checkpoints, those of text encoders with their ``text_model.``.
+A part is the denoiser, ``unet`` or ``transformer``, or ``text_encoder`` or ``text_encoder_2``. Modules go by the dotted
+names of the published diffusers and transformers checkpoints, those of text encoders with their ``text_model.``.
 """
 
 import math
@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-PARTS = ("unet", "text_encoder", "text_encoder_2")
+DENOISERS = ("unet", "transformer")
+PARTS = (*DENOISERS, "text_encoder", "text_encoder_2")
 Kind = Literal["lora", "loha", "lokr"]
 
 

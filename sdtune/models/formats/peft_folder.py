@@ -16,7 +16,7 @@ from torch import Tensor
 from sdtune.config.sections import UserError
 from sdtune.models.formats.diffusers_file import SUFFIX, SUFFIXES, peft_magnitude, require_kinds
 from sdtune.models.formats.keys import LYCORIS, Place, assemble
-from sdtune.models.formats.names import text_encoder_name
+from sdtune.models.formats.names import denoiser_of, published_name
 from sdtune.models.formats.neutral import AdapterFile, Module
 from sdtune.models.formats.peft_settings import Scales
 
@@ -31,8 +31,8 @@ def place(key: str, part: str | None) -> Place | None:
         return None
     name = found[1]
     if part is None:
-        part = "text_encoder" if ".self_attn." in name or ".mlp." in name else "unet"
-    return part, name if part == "unet" else text_encoder_name(name), SUFFIXES[found[2]]
+        part = "text_encoder" if ".self_attn." in name or ".mlp." in name else denoiser_of(name)
+    return part, published_name(part, name), SUFFIXES[found[2]]
 
 
 def read(
