@@ -269,7 +269,8 @@ def test_a_new_word_is_refused_where_it_is_not_learnt(name, bases, pictures, tmp
 @pytest.mark.parametrize("to", ["diffusers", "peft", "comfyui"])
 def test_an_adapter_of_a_transformer_is_converted_and_checked_in_its_base(to, bases, pictures, tmp_path):
     folder, run = bases("sd3"), tmp_path / "run"
-    recipe_of(folder, pictures, run, train_text_encoder=True).export(tmp_path)
+    # PEFT names the modules of a CLIPTextModelWithProjection as they are in memory, which the file does not tell
+    recipe_of(folder, pictures, run, train_text_encoder=to != "peft").export(tmp_path)
     out = tmp_path / ("peft" if to == "peft" else "out.safetensors")
     assert status(["convert", str(tmp_path / FILE), str(out), "--to", to, "--model", str(folder)]) == 0
     assert status(["inspect", str(out)]) == 0

@@ -9,7 +9,6 @@ A transformer has the prefix ``diffusion_model.``, diffusers' names of modules, 
 """
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,18 +49,26 @@ def read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Ad
     return AdapterFile(assemble(path, tensors, place), metadata, "comfyui")
 
 
+OWN = {
+    "transformer": "diffusion_model.",
+    "text_encoder": "text_encoders.clip_l.transformer.",
+    "text_encoder_2": "text_encoders.clip_g.transformer.",
+}
+"""Beginnings of the keys of a transformer's adapter, and of the text encoders beside it."""
+
+
 def tensors(adapter: AdapterFile) -> dict[str, Tensor]:
     if "transformer" not in adapter.parts:
         return kohya.tensors(adapter)
     require_kinds(adapter, "comfyui", ("lora",))
-    others = {part: modules for part, modules in adapter.parts.items() if part != "transformer"}
-    out = kohya.tensors(replace(adapter, parts=others))
-    for name, module in adapter.parts["transformer"].items():
-        if module.magnitude is not None:
-            raise UserError("--to comfyui: cannot hold the DoRA of a transformer; diffusers and peft can")
-        stem = f"diffusion_model.{name}"
-        out[f"{stem}.lora_A.weight"], out[f"{stem}.lora_B.weight"] = module.tensors["down"], module.tensors["up"]
-        out[f"{stem}.alpha"] = torch.tensor(float(module.alpha))
+    out: dict[str, Tensor] = {}
+    for part, modules in adapter.parts.items():
+        for name, module in modules.items():
+            if module.magnitude is not None:
+                raise UserError("--to comfyui: cannot hold DoRA beside a transformer; diffusers and peft can")
+            stem = f"{OWN[part]}{name}"
+            out[f"{stem}.lora_A.weight"], out[f"{stem}.lora_B.weight"] = module.tensors["down"], module.tensors["up"]
+            out[f"{stem}.alpha"] = torch.tensor(float(module.alpha))
     return out
 
 
