@@ -129,6 +129,10 @@ def array(slurm, places, uninterrupted):
     assert not slurm.requeued.exists()
 
 
+@pytest.mark.fault(
+    "Slurm warns before the time is over, or preempts",
+    "The run saves, is queued again, and continues to the same bits.",
+)
 @pytest.mark.processes
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script(name, slurm, places, uninterrupted):

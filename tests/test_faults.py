@@ -48,6 +48,7 @@ def test_mistyped_built_in_model(refused):
     assert "did you mean tiny" in refused("--model", "tinny")
 
 
+@pytest.mark.fault("A model file is a pickle", "Refused unread.")
 @pytest.mark.parametrize("name", ["model.ckpt", "model.bin", "model.pt"])
 def test_pickle_is_refused_unread(refused, tmp_path, name):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch /tmp/never'\ntR.")
@@ -74,12 +75,14 @@ def test_inpainting_model(refused, sd, tmp_path):
     assert "channels" in refused("--model", str(copy))
 
 
+@pytest.mark.fault("Weights of the base are damaged", "Refused with the part that is.")
 def test_damaged_weights_name_the_part(refused, sd, tmp_path):
     copy = shutil.copytree(sd, tmp_path / "model")
     (copy / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
     assert "unet" in refused("--model", str(copy))
 
 
+@pytest.mark.fault("Adapters would go on no layer", "Refused, with the names that there are.")
 def test_target_modules_that_match_nothing(refused):
     said = refused("--target-modules", "to_nothing")
     assert "--target-modules to_nothing" in said
@@ -119,6 +122,9 @@ def test_tracker_that_is_not_installed(refused):
 # ---- data ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(
+    "An image is cut short", "Refused by its name before the first step, or left out with `--on-bad-image skip`."
+)
 def test_truncated_image_is_named_and_can_be_skipped(refused, lora, pictures, tmp_path, capfd):
     copy = shutil.copytree(pictures, tmp_path / "pictures")
     whole = (copy / "03.png").read_bytes()
@@ -141,6 +147,7 @@ class Spoil(Lora):
 """
 
 
+@pytest.mark.fault("An image goes bad while the run trains", "Exit code 2 and one line with its name.")
 def test_image_that_goes_bad_while_training(sd, pictures, tmp_path, capfd):
     """It was whole when it was checked; a loader's worker meets it, and the message is still one line."""
     copy = shutil.copytree(pictures, tmp_path / "pictures")
@@ -153,6 +160,7 @@ def test_image_that_goes_bad_while_training(sd, pictures, tmp_path, capfd):
     assert ".png could be read when training began" in said
 
 
+@pytest.mark.fault("Captions are longer than the text encoder reads", "They are counted, the longest are named.")
 def test_long_captions_are_counted(lora, pictures, tmp_path, capfd):
     copy = shutil.copytree(pictures, tmp_path / "pictures")
     with (copy / "metadata.jsonl").open("a") as lines:
@@ -174,16 +182,21 @@ def test_fewer_images_than_a_batch(lora, pictures, tmp_path):
 # ---- the run's folder ----------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("The output folder is a file", "Refused before the model loads.")
 def test_output_that_is_a_file(refused, tmp_path):
     (tmp_path / "file").write_text("")
     assert "is a file" in refused(out=tmp_path / "file")
     assert "is a file" in refused(out=tmp_path / "file" / "below")
 
 
+@pytest.mark.fault("The output folder cannot be written", "Refused before the model loads.")
 def test_output_that_cannot_be_written(refused):
     assert "cannot be written" in refused(out=Path("/proc/sdtune"))
 
 
+@pytest.mark.fault(
+    "The folder holds a run with other options", "Refused with each option that differs; the run stays as it is."
+)
 def test_run_of_another_config_names_the_options_and_stays(lora, capfd):
     artefact = lora("run") / "pytorch_lora_weights.safetensors"
     before = artefact.read_bytes()
@@ -203,6 +216,7 @@ def test_overwrite_discards_the_run_and_nothing_else(lora, tmp_path):
     assert "rank: 8" in (tmp_path / "run" / "config.yaml").read_text()
 
 
+@pytest.mark.fault("Images or captions changed since the run began", "Refused; `--allow-change` continues.")
 def test_changed_data_is_noticed(lora, pictures, tmp_path, capfd):
     copy = shutil.copytree(pictures, tmp_path / "pictures")
     lora("run", "--dataset", str(copy), "--steps", "4")
@@ -246,6 +260,10 @@ def damage(folder, how):
             (folder / "manifest.json").unlink()
 
 
+@pytest.mark.fault(
+    "A bit, the end or a file of a checkpoint is lost",
+    "It is passed over with its reason; the one before it continues to the same bits.",
+)
 @pytest.mark.parametrize("how", ["cut short", "one bit", "file missing", "manifest missing"])
 def test_damaged_checkpoint_is_passed_over(how, lora, tmp_path, capfd):
     whole = lora("whole")
@@ -258,6 +276,7 @@ def test_damaged_checkpoint_is_passed_over(how, lora, tmp_path, capfd):
     assert_same_bits(whole, cut)
 
 
+@pytest.mark.fault("No checkpoint is whole", "Refused, each with its reason; only `--overwrite` starts anew.")
 def test_never_starts_anew_when_no_checkpoint_is_whole(lora, tmp_path, capfd):
     lora("run", "--steps", "8")
     for folder in checkpoints.found(tmp_path / "run" / "checkpoints"):
@@ -269,6 +288,9 @@ def test_never_starts_anew_when_no_checkpoint_is_whole(lora, tmp_path, capfd):
     assert "--overwrite" in said
 
 
+@pytest.mark.fault(
+    "SIGTERM, or Ctrl-C", "A checkpoint is saved, the command that continues is printed; exit code 128 + the signal."
+)
 @pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_first(number, lora, sd, pictures, tmp_path):
@@ -286,6 +308,10 @@ def test_signal_saves_first(number, lora, sd, pictures, tmp_path):
     assert_same_bits(whole, out)
 
 
+@pytest.mark.fault(
+    "The disk is full while a checkpoint is saved",
+    "Exit code 1 with the bytes needed and free; older checkpoints stay, and the same command continues.",
+)
 def test_full_disk_costs_the_run_nothing(lora, tmp_path, monkeypatch, capfd):
     """The second checkpoint meets a full disk; what was saved stays, and the same command goes on."""
     whole = lora("whole")
@@ -306,6 +332,7 @@ def test_full_disk_costs_the_run_nothing(lora, tmp_path, monkeypatch, capfd):
     assert_same_bits(whole, lora("cut"))
 
 
+@pytest.mark.fault("The disk is too small for the checkpoints", "Refused before the first step.")
 def test_disk_too_small_for_the_checkpoints_is_said_before_step_0(refused, monkeypatch, tmp_path):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
@@ -313,6 +340,7 @@ def test_disk_too_small_for_the_checkpoints_is_said_before_step_0(refused, monke
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.fault("The disk of the cache is full", "Refused with the way out; no file is left half written.")
 def test_full_disk_of_the_cache_leaves_nothing_half_written(refused, monkeypatch, tmp_path):
     def full(tensors, path):
         path.write_bytes(b"half")
@@ -352,6 +380,9 @@ def poisoned(sd, pictures, tmp_path):
         del sys.modules[name]
 
 
+@pytest.mark.fault(
+    "A loss or gradient is not finite", "The step is skipped and counted, its images are named; weights stay finite."
+)
 def test_steps_without_finite_gradient_are_skipped_counted_and_named(poisoned, tmp_path, capfd):
     assert poisoned(0.8, "--steps", "20", "--max-bad-steps", "20") == 0
     said = capfd.readouterr().out
@@ -363,6 +394,7 @@ def test_steps_without_finite_gradient_are_skipped_counted_and_named(poisoned, t
     assert all(t.isfinite().all() for named in groups.values() for t in named.values())
 
 
+@pytest.mark.fault("Many steps in a row are not finite", "Exit code 1; no artefact is written.")
 def test_too_many_bad_steps_end_the_run(poisoned, tmp_path, capfd):
     assert poisoned(-1, "--steps", "20", "--max-bad-steps", "4") == 1
     assert "4 steps in a row" in capfd.readouterr().err
@@ -372,6 +404,7 @@ def test_too_many_bad_steps_end_the_run(poisoned, tmp_path, capfd):
 # ---- secrets -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("An access token is in the environment", "No file of the run holds it.")
 def test_no_token_is_written(lora, monkeypatch, tmp_path):
     token = "hf_" + "planted" * 5
     monkeypatch.setenv("HF_TOKEN", token)

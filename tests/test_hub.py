@@ -128,11 +128,13 @@ def refused(sd, pictures, out, capfd, *options):
     return said
 
 
+@pytest.mark.fault("The token is wrong", "Refused before the model loads.")
 def test_bad_token_costs_seconds(here, sd, pictures, tmp_path, capfd):
     here.users.clear()
     assert "401" in refused(sd, pictures, tmp_path / "run", capfd)
 
 
+@pytest.mark.fault("The token may only read", "Refused before the model loads.")
 def test_token_that_may_only_read(here, sd, pictures, tmp_path, capfd):
     here.users[here.token] = ("tester", "read")
     assert "write" in refused(sd, pictures, tmp_path / "run", capfd)
@@ -158,6 +160,7 @@ def test_name_that_is_none(here, sd, pictures, tmp_path, capfd):
     assert "Repo id" in refused(sd, pictures, tmp_path / "run", capfd, "--hub-model-id", "a/b/c")
 
 
+@pytest.mark.fault("The Hub cannot be reached when a run begins", "Refused before the model loads.")
 def test_hub_that_is_not_there(here, sd, pictures, tmp_path, capfd):
     here.close()
     refused(sd, pictures, tmp_path / "run", capfd)
@@ -166,6 +169,7 @@ def test_hub_that_is_not_there(here, sd, pictures, tmp_path, capfd):
 # ---- failures that pass, and those that do not ---------------------------------------------------------
 
 
+@pytest.mark.fault("The Hub fails for a while", "It is asked again, with longer and longer waits.")
 def test_failures_that_pass(here, lora, capfd, monkeypatch):
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
@@ -187,6 +191,7 @@ def read(run):
     return (run / "pytorch_lora_weights.safetensors").read_bytes()
 
 
+@pytest.mark.fault("The Hub dies during the final push", "The run is complete; one printed command finishes the push.")
 def test_hub_killed_during_the_final_push(here, sd, pictures, tmp_path, capfd):
     out = tmp_path / "run"
     here.fail("POST .*/commit/", here.close)
@@ -202,6 +207,7 @@ def test_hub_killed_during_the_final_push(here, sd, pictures, tmp_path, capfd):
     assert here.titles("tester/run") == ["sdtune lora", "initial commit"]
 
 
+@pytest.mark.fault("Ctrl-C during the final push", "The run is complete; one printed command finishes the push.")
 def test_interrupted_final_push(here, sd, pictures, tmp_path, capfd):
     here.fail("POST .*/commit/", lambda: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
@@ -213,6 +219,7 @@ def test_interrupted_final_push(here, sd, pictures, tmp_path, capfd):
     assert "not pushed: interrupted" in capfd.readouterr().err
 
 
+@pytest.mark.fault("The Hub fails while the run trains", "Training goes on to the same bits.")
 def test_hub_that_fails_while_training_costs_nothing(here, lora, capfd):
     whole = lora("whole")
     here.fail("POST .*/preupload/", 403, times=3)
@@ -222,6 +229,9 @@ def test_hub_that_fails_while_training_costs_nothing(here, lora, capfd):
     assert here.titles("tester/run")[0].startswith("sdtune lora")
 
 
+@pytest.mark.fault(
+    "The disk is full while the model card is written", "Exit code 1, nothing half written; `sdtune push` finishes."
+)
 def test_full_disk_while_the_card_is_written(here, sd, pictures, tmp_path, capfd, monkeypatch):
     def full(self, path):
         path.write_text("half")

@@ -186,12 +186,14 @@ def test_a_file_cut_short_is_found(format_):
     assert "truncated or corrupt" in inspect_image(whole[: len(whole) * 2 // 3]).problem
 
 
+@pytest.mark.fault("A checksum inside an image does not match", "It counts as damaged.")
 def test_a_damaged_checksum_is_found():
     data = bytearray(encoded(picture((64, 64))))
     data[data.index(b"IDAT") + 40] ^= 0xFF
     assert "truncated or corrupt" in inspect_image(bytes(data)).problem
 
 
+@pytest.mark.fault("A web page or another file is named as an image", "Refused as what it is.")
 @pytest.mark.parametrize(
     ("data", "said"),
     [
@@ -212,6 +214,7 @@ def test_a_missing_file_is_a_problem_not_an_exception(tmp_path):
     assert "No such file" in inspect_image(tmp_path / "gone.png").problem
 
 
+@pytest.mark.fault("An image of a few kilobytes unpacks to gigabytes", "Refused from its header, undecoded.")
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [12_000, 20_000])
 def test_a_bomb_is_refused_from_its_header(side):

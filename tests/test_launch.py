@@ -210,6 +210,9 @@ def worker(launcher: ranks.Forked, rank: int) -> psutil.Process:
     return next(p for p in running if p.environ().get("RANK") == str(rank))
 
 
+@pytest.mark.fault(
+    "One of several processes fails", "Its error is shown once, the others end, the last checkpoint is whole."
+)
 @pytest.mark.processes
 def test_error_of_one_process_is_told_once_and_ends_the_others(places, tmp_path):
     file = tmp_path / "fails.py"
@@ -227,6 +230,10 @@ def test_error_of_one_process_is_told_once_and_ends_the_others(places, tmp_path)
     assert saved.name == "step-000005" and checkpoints.verify(saved) is None
 
 
+@pytest.mark.fault(
+    "One of several processes is killed",
+    "It is named within seconds, the others end, and the same command continues to the same bits.",
+)
 @pytest.mark.processes
 def test_killed_process_is_named_and_the_same_command_continues_to_the_same_bits(uninterrupted, places, tmp_path):
     """On one machine, under `sdtune` itself, at a step that is another each time."""
@@ -250,6 +257,7 @@ def test_killed_process_is_named_and_the_same_command_continues_to_the_same_bits
     assert_same_bits(uninterrupted, cut)
 
 
+@pytest.mark.fault("One of several processes hangs", "It is named after `--ddp-timeout`.")
 @pytest.mark.processes
 def test_process_that_hangs_is_named_after_the_time_out(places, tmp_path):
     out = tmp_path / "run"
@@ -291,6 +299,7 @@ def test_one_process_may_work_alone_for_longer_than_a_collective_waits(places, t
     assert all(f"{name} took its time" in started.output("out") for name in alone)
 
 
+@pytest.mark.fault("A signal reaches one of several processes", "All save together and end.")
 @pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_signal_to_one_process_saves_and_ends_all(number, places, tmp_path):
@@ -313,6 +322,9 @@ def free_port() -> str:
         return str(server.getsockname()[1])
 
 
+@pytest.mark.fault(
+    "A process of another machine is lost", "It is named; the run continues under another launcher to the same bits."
+)
 @pytest.mark.processes
 def test_two_machines_under_accelerate_lose_a_process_and_go_on_under_torchrun(uninterrupted, places, tmp_path):
     """Each a launcher with one process, on this host."""

@@ -13,6 +13,7 @@ CASES = [(recipe, name) for recipe, contract in RECIPES.items() for name in cont
 LENGTH = ["--steps", "24", "--checkpointing-steps", "7", "--log-steps", "50"]
 
 
+@pytest.mark.fault("The process is killed at any step", "The same command continues to the same bits.")
 @pytest.mark.processes
 @pytest.mark.parametrize(("recipe", "name"), CASES, ids=[f"{recipe}-{name}" for recipe, name in CASES])
 def test_killed_run_continues_to_the_same_bits(recipe, name, trained, places, tmp_path):

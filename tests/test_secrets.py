@@ -7,6 +7,10 @@ from tests.conftest import command, status
 from tests.test_hub import SAMPLES
 
 
+@pytest.mark.fault(
+    "A token is in the environment of training, sampling and pushing",
+    "It is in no file, no line printed, no request body.",
+)
 def test_planted_token_is_nowhere(server, elsewhere, sd, pictures, tmp_path):
     """Train, sample and push with a token in the environment; then look through all that was written and sent."""
     out = tmp_path / "run"
@@ -35,6 +39,7 @@ def test_planted_token_is_nowhere(server, elsewhere, sd, pictures, tmp_path):
         assert [name for name, content in server.files("tester/run", "any").items() if token in content] == []
 
 
+@pytest.mark.fault("A file to be pushed holds a token", "The push is refused.")
 @pytest.mark.parametrize("name", ["README.md", "metrics.jsonl"])
 def test_token_in_a_file_stops_the_push(name, here, lora, sd, pictures, capfd):
     secret = "hf_" + "Abcd1234" * 4

@@ -7,6 +7,10 @@ import pytest
 from bench import soak
 
 
+@pytest.mark.fault(
+    "Kills inside a save, a rename and a prune, stops, a full disk, damaged checkpoints, one after the other",
+    "The run ends with the bytes of one that met none.",
+)
 @pytest.mark.processes
 def test_a_run_that_meets_every_fault_ends_as_one_that_meets_none(tmp_path: Path):
     counts = soak.soak(0, seed=1, folder=tmp_path, names=["ddpm"])

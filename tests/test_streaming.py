@@ -100,6 +100,7 @@ def test_what_is_kept_of_an_image_is_32_bytes(tars):
 # ---- training
 
 
+@pytest.mark.fault("A run on shards is killed, and continued with more workers", "It ends with the same bits.")
 @pytest.mark.processes
 def test_killed_run_continues_to_the_same_bits_with_other_workers(tars, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -186,6 +187,7 @@ def test_moments_kept_by_shard(tars, tmp_path, monkeypatch):
     assert {file.name: file.read_bytes() for file in (tmp_path / "anew").rglob("*.safetensors")} == files
 
 
+@pytest.mark.fault("The disk is too small for a shard cache", "Refused with the bytes needed and free.")
 def test_a_shard_cache_that_does_not_fit(tars, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(encoded_shards.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 10))
     words = lora(tars, tmp_path / "run", "--center-crop", "--shard-cache", str(tmp_path / "kept"))
@@ -230,6 +232,7 @@ def test_a_hub_dataset_is_trained_on_without_a_download(hub, tmp_path):
     assert not list((tmp_path / "hf").rglob("*.parquet"))
 
 
+@pytest.mark.fault("A web server of shards fails", "It is asked again; then exit code 1, the last checkpoint whole.")
 def test_shards_on_a_web_server(hub, tars, monkeypatch):
     """By byte range, and patient; a run that cannot read on fails through no mistake of the user."""
     waited = []

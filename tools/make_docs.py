@@ -161,7 +161,22 @@ def printed(name: str) -> str:
     return told.getvalue().strip()
 
 
+def fault_table() -> str:
+    """What the tests do to a run and to its files: the marker ``fault`` of a test, and where it stands."""
+    rows = []
+    files = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda file: (len(file.parts), file))
+    for file in files:
+        for test in ast.parse(file.read_text(encoding="utf-8")).body:
+            for mark in test.decorator_list if isinstance(test, ast.FunctionDef) else ():
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.fault":
+                    fault, outcome = (ast.literal_eval(word) for word in mark.args)
+                    place = file.relative_to(ROOT)
+                    rows.append((fault, outcome, f"[{file.stem}](../{place}): `{test.name.removeprefix('test_')}`"))
+    return table(("What goes wrong", "What happens", "Test"), rows)
+
+
 PARTS = {
+    "faults": fault_table,
     "options": option_tables,
     "recipes": recipe_table,
     "rooms": room_table,

@@ -105,6 +105,7 @@ MARKS = [
 PIECES = st.sampled_from([*(f"{name}: " for name in LoraConfig.model_fields), *"[]{}:&*!|>\n\t ", *MARKS])
 
 
+@pytest.mark.fault("A config file holds any text", "A config, or lines that say what is wrong and where.")
 @given(st.one_of(st.lists(st.one_of(PIECES, TEXTS), max_size=12).map("".join), st.text()))
 def test_a_file_of_any_text(place, text):
     file = place / "any.yaml"
@@ -124,6 +125,7 @@ def encoded(form: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.fault("An image holds any bytes", "An image, or the reason why not.")
 @given(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]).map(encoded).flatmap(damaged))
 def test_images(data):
     found = inspect_image(data)
@@ -161,6 +163,7 @@ WHOLE_ADAPTER = save(
 )
 
 
+@pytest.mark.fault("An adapter or embedding holds any bytes", "It is read, or refused in words.")
 @given(damaged(WHOLE_ADAPTER))
 def test_damaged_adapters(place, content):
     file = place / "damaged.safetensors"
@@ -218,6 +221,7 @@ def whole_tar() -> bytes:
         return pack(Path(folder) / "whole.tar", *drawn(0, 3)).read_bytes()
 
 
+@pytest.mark.fault("A tar holds any bytes", "It is read, or refused in words.")
 @given(damaged(whole_tar()))
 def test_tars(place, content):
     folder = place / "tars"
@@ -246,6 +250,7 @@ def edits(draw: st.DrawFn) -> tuple[str, Any]:
     return name, draw(st.one_of(st.none(), st.floats(0, 1), st.tuples(st.integers(0, 99), LEAVES)))
 
 
+@pytest.mark.fault("A file of a model folder is lost, cut short or changed", "It loads, or is refused in words.")
 @given(edits())
 def test_model_folders(place, sd, edit):
     folder = place / "model"
