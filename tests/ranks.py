@@ -44,7 +44,7 @@ class Forked:
         torch.set_num_threads(1)
         work()
 
-    def exit_code(self, seconds: float = 120) -> int | None:
+    def exit_code(self, seconds: float = 300) -> int | None:
         """How it ended; a negative number is the signal that killed it."""
         self.process.join(seconds)
         self.process.kill()
@@ -120,7 +120,7 @@ def interrupt(words: list[str], folder: Path, number: signal.Signals, when: Call
 def launch_and_interrupt(words: list[str], number: signal.Signals, when: Callable[[], bool]) -> tuple[int, str]:
     """As `interrupt`, with a real process that gets its signal from outside."""
     child = subprocess.Popen([sys.executable, "-m", "sdtune", *words], stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not when() and child.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -138,7 +138,7 @@ def reached(out: Path, lines: int) -> bool:
 
 def wait_until(holds: Callable[[], bool], *running: Forked) -> None:
     """Return when something holds, while processes still run."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not holds():
         assert time.monotonic() < deadline
         assert all(forked.process.is_alive() for forked in running), "it ended before it could be interrupted"
