@@ -54,14 +54,14 @@ def test_a_run_of_other_options_is_in_the_way(lora, sd, pictures, tmp_path, caps
 
 def test_what_makes_a_run_fit_is_estimated(steady, sd, pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(batch_size, "savings", lambda cfg: iter([{"gradient_checkpointing": True}]))
-    words = command(sd, pictures, tmp_path / "run", "--train-batch-size", "8")
+    words = command(sd, pictures, tmp_path / "run", "--train-batch-size", "2")
     estimates = batch_size.Estimates(Lora, config_of(words), torch.device("cpu"), 1)
-    whole, half = estimates.of().total, estimates.of(train_batch_size=4, gradient_accumulation_steps=2).total
+    whole, half = estimates.of().total, estimates.of(train_batch_size=1, gradient_accumulation_steps=2).total
     assert half < whole
     assert status(["check", *words, "--memory", f"{half}"]) == 2
     told = capsys.readouterr().err
     assert "it fits with" in told
-    assert f"--train-batch-size 4 --gradient-accumulation-steps 2: {batch_size.human_bytes(half)}" in told
+    assert f"--train-batch-size 1 --gradient-accumulation-steps 2: {batch_size.human_bytes(half)}" in told
     assert status(["check", *words, "--memory", "1GB"]) == 2  # as much as the process itself
     assert "nothing makes it fit" in capsys.readouterr().err
     assert status(["check", *words, "--memory", "8 goats"]) == 2
