@@ -119,9 +119,9 @@ def unpacked(file: Path) -> str:
 
 
 def model_index(source: str, cfg: Any) -> dict[str, Any]:
-    """The ``model_index.json`` of a folder or Hub repository."""
+    """The ``model_index.json`` of a folder or Hub repository; `UserError` when it cannot be had or is damaged."""
     if Path(source).is_dir():
-        return json.loads((Path(source) / "model_index.json").read_text(encoding="utf-8"))
+        return _parsed_index(Path(source) / "model_index.json", source)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
@@ -133,7 +133,17 @@ def model_index(source: str, cfg: Any) -> dict[str, Any]:
         raise UserError(f"--model {source}: that repository holds no model_index.json, so no pipeline") from None
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(f"--model {source}: {str(error).splitlines()[0]}") from None
-    return json.loads(Path(file).read_text(encoding="utf-8"))
+    return _parsed_index(Path(file), source)
+
+
+def _parsed_index(file: Path, source: str) -> dict[str, Any]:
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"--model {source}: its model_index.json is damaged ({error})") from None
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name", ""), str):
+        raise UserError(f"--model {source}: its model_index.json does not describe a pipeline")
+    return index
 
 
 def load(cfg: Any, device: torch.device, dtype: torch.dtype) -> Any:
