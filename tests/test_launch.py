@@ -165,6 +165,35 @@ def test_contradictions_are_refused(lines, flags, processes, told, tmp_path, sd,
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK is set in the environment, but RANK and WORLD_SIZE and MASTER_ADDR"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK is set in the environment, but MASTER_ADDR and MASTER_PORT is not"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set in the environment, but RANK and"),
+        ({"RANK": "", "WORLD_SIZE": ""}, "RANK=: this variable of the environment has no usable value"),
+        ({"RANK": "x", "WORLD_SIZE": "1"}, "RANK=x: this variable of the environment has no usable value"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED=true: sdtune does not train under DeepSpeed"),
+    ],
+)
+def test_variables_that_another_launcher_left_behind_are_named(variables, told, monkeypatch, tmp_path, capfd):
+    for name in (*launch.NUMBERS, "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert status(["lora", "--dataset", "d", "--output-dir", str(tmp_path / "run")]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert told in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_launchers_own_variables_pass(monkeypatch):
+    given = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    launch.check_environment()
+
+
 def test_too_few_gpus_are_no_reason_to_train_on_the_cpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     settings = launch.read(SHIPPED["multi-gpu"], config(), 2)

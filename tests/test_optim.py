@@ -192,6 +192,12 @@ def test_a_missing_extra_is_named(fields, module, extra, monkeypatch):
     assert str(error.value).endswith(f"; pip install 'sdtune[{extra}]'")
 
 
+def test_an_argument_that_an_optimizer_does_not_take_is_refused():
+    pytest.importorskip("pytorch_optimizer")
+    with pytest.raises(UserError, match="--adam-beta1: has no effect on --optimizer lion; --optimizer-args takes"):
+        optimizer_of(network(), config(optimizer="lion", adam_beta1=0.5))
+
+
 # ---- steps that are skipped ------------------------------------------------------------------------------
 
 KINDS = {
@@ -202,11 +208,13 @@ KINDS = {
     "prodigy": {"optimizer": "prodigy", "adam_weight_decay": 0.0},
     "adamw_schedulefree": {"optimizer": "adamw_schedulefree", "optimizer_args": {"warmup_steps": 3}},
     "adamw8bit": {"optimizer": "adamw8bit"},
+    **{name: {"optimizer": name} for name in ("lion", "came", "adafactor", "ademamix", "stableadamw")},
     "torchao_adamw8bit": {"optimizer": "torchao_adamw8bit"},
     "torchao_adamw4bit": {"optimizer": "torchao_adamw4bit"},
     "torchao_adamwfp8": {"optimizer": "torchao_adamwfp8"},
 }
 NEEDS = {"prodigy": "prodigyopt", "adamw_schedulefree": "schedulefree", "adamw8bit": "bitsandbytes"}
+NEEDS |= dict.fromkeys(optim.FURTHER, "pytorch_optimizer")
 NEEDS |= {name: "torchao" for name in KINDS if name.startswith("torchao")}
 
 

@@ -261,6 +261,15 @@ def test_an_option_that_cannot_have_an_effect_is_refused(config, name):
         parsing.resolve(config, None, base | off | {name: chosen}, [])
 
 
+def test_an_optimizer_that_finds_its_rate_takes_1_by_default(written):
+    assert resolved(optimizer="prodigy").learning_rate == 1
+    assert resolved(written("optimizer: prodigy\n")).learning_rate == 1
+    assert resolved(optimizer="prodigy", learning_rate="0.5").learning_rate == 0.5
+    assert resolved(config=DreamBoothConfig, optimizer="prodigy", lora=True).learning_rate == 1
+    assert resolved(config=DreamBoothConfig, lora=True).learning_rate == 1e-4
+    assert resolved().learning_rate == 1e-4
+
+
 def test_who_says_an_options_default_expects_it_to_count():
     with pytest.raises(UserError, match=r"^rank has no effect without lora: add --lora, or leave it out$"):
         resolved(config=DreamBoothConfig, rank="4")

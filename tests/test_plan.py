@@ -77,6 +77,13 @@ def test_the_plan_says_how_a_step_is_shared_and_what_its_warm_up_does():
     assert "learning rate 1e-4 (not reached: its warm-up of 500 steps is longer than the run); " in said
 
 
+def test_a_rate_that_an_optimizer_does_not_expect_is_told():
+    cfg = LoraConfig(dataset="d", optimizer="prodigy", learning_rate=1e-4)
+    assert "learning rate 1e-4 (prodigy finds the rate itself" in plan.plan(cfg, Stream(4), 10, 1, [1e-4], 5)
+    cfg = LoraConfig(dataset="d", optimizer="prodigy")
+    assert "learning rate 1; " in plan.plan(cfg, Stream(4), 10, 1, [cfg.learning_rate], 5)
+
+
 @pytest.mark.parametrize("length", [{"steps": 10}, {"num_train_epochs": 2}])
 def test_a_warm_up_that_is_longer_than_the_run_is_refused(length):
     cfg = LoraConfig(dataset="d", lr_scheduler="cosine", lr_warmup_steps=10, **length)

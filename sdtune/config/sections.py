@@ -380,9 +380,13 @@ class BaseOptions(Section):
         return self
 
 
+RATE_FREE = ("prodigy", "dadaptadam")
+"""Optimizers that find the learning rate themselves, and take --learning-rate as a factor of it."""
+
+
 class Optim(Section):
     learning_rate: Positive = 1e-4
-    """Peak learning rate."""
+    """Peak learning rate. Optimizers that find their own, such as prodigy, take 1 by default."""
     scale_lr: bool = False
     """Multiply the learning rate by the images of an optimizer step: batch x accumulation x processes."""
     lr_scheduler: LrSchedule = "constant"
@@ -396,7 +400,7 @@ class Optim(Section):
     lr_step_rules: Annotated[str | None, requires("lr_scheduler", "piecewise_constant")] = None
     """Rules of `piecewise_constant`, such as 1:100,0.1:200,0.01. Only that scheduler uses them."""
     optimizer: str = "adamw"
-    """adamw, adamw8bit, torchao_adamw8bit (4bit, fp8), prodigy, adamw_schedulefree, or your own as module:Class."""
+    """adamw, adamw8bit, torchao_adamw8bit (4bit, fp8), prodigy, adamw_schedulefree, lion, came, ... or module:Class."""
     optimizer_args: dict[str, Any] = {}
     """Further arguments of the optimizer, as YAML: '{d_coef: 2}'."""
     use_8bit_adam: bool = False
@@ -419,6 +423,12 @@ class Optim(Section):
     """Inverse factor of the average's warm-up."""
     ema_power: Annotated[Positive, requires("use_ema")] = 2 / 3
     """Power of the average's warm-up: decay = 1 - (1 + step / inv_gamma) ^ -power."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_that_is_found(cls, values: Any) -> Any:
+        found = isinstance(values, dict) and values.get("optimizer") in RATE_FREE
+        return {"learning_rate": 1.0} | values if found else values
 
 
 class Run(Section):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from sdtune.config.sections import Optim, UserError
+from sdtune.config.sections import RATE_FREE, Optim, UserError
 
 NAMED = {
     "adamw": ("torch.optim:AdamW", ""),
@@ -22,17 +22,36 @@ NAMED = {
     "adamw_schedulefree": ("schedulefree:AdamWScheduleFree", "optimizers"),
 }
 """Short names of optimizers, and the extra of sdtune that installs each."""
+FURTHER: dict[str, dict[str, Any]] = {
+    "adabelief": {},
+    "adafactor": {"relative_step": False, "scale_parameter": False},  # else it has a learning rate of its own
+    "adan": {},
+    "ademamix": {},
+    "adopt": {},
+    "came": {},
+    "dadaptadam": {"weight_decouple": True},
+    "lamb": {},
+    "laprop": {},
+    "lion": {},
+    "radam": {},
+    "stableadamw": {},
+    "tiger": {},
+}
+"""Optimizers of pytorch-optimizer that continue from a checkpoint to the same bits, and arguments that each needs."""
 
 
 def make_optimizer(cfg: Optim, groups: list[dict[str, Any]]) -> Optimizer:
     """The optimizer that ``cfg`` names, over the parameter groups of a recipe."""
     chosen = "adamw8bit" if cfg.use_8bit_adam else cfg.optimizer
     path, extra = NAMED.get(chosen, (chosen, ""))
+    if chosen in FURTHER:
+        path, extra = f"pytorch_optimizer:{chosen}", "optimizers"
     module, _, name = path.partition(":")
     if not name:
-        raise UserError(f"--optimizer {chosen}: is none of {', '.join(NAMED)}, nor written module:Class")
+        raise UserError(f"--optimizer {chosen}: is none of {', '.join([*NAMED, *FURTHER])}, nor written module:Class")
     try:
-        kind = getattr(importlib.import_module(module), name)
+        library = importlib.import_module(module)
+        kind = library.load_optimizer(name) if chosen in FURTHER else getattr(library, name)
     except (ImportError, AttributeError) as error:
         hint = f"; pip install 'sdtune[{extra}]'" if extra else ""
         raise UserError(f"--optimizer {chosen}: {error}{hint}") from None
@@ -43,10 +62,18 @@ def make_optimizer(cfg: Optim, groups: list[dict[str, Any]]) -> Optimizer:
             "eps": cfg.adam_epsilon,
             "weight_decay": cfg.adam_weight_decay,
         }
+    if chosen in FURTHER:
+        declared = type(cfg).model_fields
+        if own := [n for n in ("adam_beta1", "adam_beta2", "adam_epsilon") if getattr(cfg, n) != declared[n].default]:
+            flag = "--" + own[0].replace("_", "-")
+            raise UserError(f"{flag}: has no effect on --optimizer {chosen}; --optimizer-args takes its own arguments")
+        options |= {"weight_decay": cfg.adam_weight_decay} | FURTHER[chosen]
     if chosen == "adamw":
         options["fused"] = True  # one kernel, and the only one that can skip a step without asking the GPU
-    if chosen == "prodigy" and len({group.get("lr") for group in groups}) > 1:
-        raise UserError("--optimizer prodigy: finds one learning rate for all that trains; give no part one of its own")
+    if chosen in RATE_FREE and len({group.get("lr") for group in groups}) > 1:
+        raise UserError(
+            f"--optimizer {chosen}: finds one learning rate for all that trains; give no part one of its own"
+        )
     try:
         optimizer: Optimizer = kind(groups, **options | cfg.optimizer_args)
     except (TypeError, ValueError) as error:

@@ -7,6 +7,7 @@ from pydantic import model_validator
 
 from sdtune.config.methods.new_word import NewWord, says
 from sdtune.config.sections import (
+    RATE_FREE,
     Adapter,
     BaseOptions,
     Captions,
@@ -90,7 +91,7 @@ class DreamBoothConfig(
     @classmethod
     def _rate_of_adapters(cls, values: Any) -> Any:
         lora = isinstance(values, dict) and str(values.get("lora", False)).lower() in ("true", "1", "yes", "on")
-        return {"learning_rate": 1e-4} | values if lora else values
+        return {"learning_rate": 1e-4} | values if lora and values.get("optimizer") not in RATE_FREE else values
 
     @model_validator(mode="after")
     def _options_that_belong_together(self) -> Self:
