@@ -23,6 +23,7 @@ from sdtune.config import commands
 from sdtune.config.commands import METHODS, VERBS
 from sdtune.config.errors import RunFailed, UserError
 from sdtune.config.help_style import Command, Group
+from sdtune.config.printable import printable
 
 if TYPE_CHECKING:
     from sdtune.config.command_line import OptionCommand
@@ -92,7 +93,7 @@ def check(_: list[str], entry: Callable[[], Any], cfg: "Run", machine: "Machine"
 def call(entry: str, cfg: Any, _: Any) -> None:
     """Call the function of a command that does not train, and print the line that it returns."""
     if line := imported(entry)(cfg):
-        typer.echo(line)
+        typer.echo(printable(line))
 
 
 def imported(entry: str) -> Any:
@@ -267,14 +268,14 @@ def main(argv: list[str] | None = None) -> None:
         group(words, prog_name="sdtune")
     except UserError as error:
         message = str(error).rpartition("UserError: ")[2]  # a loader's worker wraps it in its whole traceback
-        typer.echo(f"error: {message.rstrip()}", err=True)
+        typer.echo(printable(f"error: {message.rstrip()}"), err=True)
         sys.exit(2)
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        typer.echo(f"error: {str(error.filename)[:60]}...: the file name is too long", err=True)
+        typer.echo(printable(f"error: {str(error.filename)[:60]}...: the file name is too long"), err=True)
         sys.exit(2)
     except RunFailed as error:
         message = str(error).rpartition("RunFailed: ")[2]
-        typer.echo(f"failed: {message.rstrip()}", err=True)
+        typer.echo(printable(f"failed: {message.rstrip()}"), err=True)
         sys.exit(1)

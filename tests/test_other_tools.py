@@ -250,7 +250,7 @@ BAD_WORDS = {
     "cube": ({"emb_params": torch.zeros(2, 2, 32)}, "is not a table of vectors"),
     "long": ({"emb_params": torch.zeros(100, 32)}, "has 100 vectors"),
     "known": ({"dog</w>": torch.zeros(1, 32)}, "the base knows the word"),
-    "escape": ({"\x1b[31mred": torch.zeros(1, 32)}, "cannot stand in a prompt"),
+    "escape": ({"\x1b[31mred": torch.zeros(1, 32)}, "unprintable ones"),
     "adapter": (
         {f"{K}.lora_down.weight": torch.ones(4, 16), f"{K}.lora_up.weight": torch.ones(16, 4)},
         "no learned word",
@@ -337,6 +337,17 @@ def test_json_of_inspect_is_json(tmp_path, capsys):
     assert status(["inspect", str(file), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert facts["trained"]["learning_rate"] is None
+
+
+def test_metadata_cannot_control_the_terminal(tmp_path, capsys):
+    record = json.dumps({"base": "\x1b]0;owned\x07base\u202e", "trigger": "a\x1b[2J\nfake line", "seed": 3})
+    save_file({k: torch.ones(s) for k, s in GOOD.items()}, tmp_path / "a.safetensors", metadata={"sdtune": record})
+    for words in (["inspect"], ["inspect", "--json"]):
+        assert status([*words, str(tmp_path / "a.safetensors")]) == 0
+        printed = capsys.readouterr().out
+        assert not {"\x1b", "\x07", "\u202e"} & set(printed) and "\nfake line" not in printed
+    assert status(["inspect", str(tmp_path / "\x1b[31m.safetensors")]) == 2
+    assert "\x1b" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("end", ["diff", "diff_b", "w_norm"])

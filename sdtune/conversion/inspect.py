@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from sdtune.config.printable import printable
 from sdtune.config.verbs import InspectConfig
 from sdtune.models.formats import AdapterFile, Embedding, embedding, metadata, read
 from sdtune.models.formats.tensor_file import json_object
@@ -25,7 +26,7 @@ def inspect(cfg: InspectConfig) -> str:
     if cfg.png:
         norm_chart(facts["norms"], str(cfg.input.name)).save(cfg.png, format="PNG")
     if cfg.as_json:
-        return json.dumps(plain_json(facts), indent=2, ensure_ascii=False, allow_nan=False)
+        return json.dumps(plain_json(facts), indent=2, allow_nan=False)
     return "\n".join([*lines(facts), *bars(facts["norms"])])
 
 
@@ -120,7 +121,8 @@ def lines(facts: dict[str, Any]) -> list[str]:
             value = ", ".join(f"{k} {v}" for k, v in value.items())
         elif isinstance(value, list):
             value = ", ".join(map(str, value))
-        shown.append(f"{name:<11} {value:,}" if isinstance(value, int) else f"{name:<11} {value}")
+        text = f"{value:,}" if isinstance(value, int) else printable(str(value), lines=False)
+        shown.append(f"{name:<11} {text}")
     return shown
 
 

@@ -78,8 +78,10 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path}: not a safetensors file, or cut short ({error})") from None
     if not tensors:
         raise UserError(f"{path}: holds no tensor")
-    if any(len(key) > LONGEST_KEY for key in tensors):
-        raise UserError(f"{path}: holds a tensor with a name of more than {LONGEST_KEY} characters")
+    if bad := [key for key in tensors if len(key) > LONGEST_KEY or not key.isprintable()]:
+        raise UserError(
+            f"{path}: the name of a tensor has more than {LONGEST_KEY} characters or unprintable ones: {bad[0][:60]!a}"
+        )
     tensors = {key: t.half() if t.is_floating_point() and t.element_size() == 1 else t for key, t in tensors.items()}
     refuse_non_finite(path, tensors)
     return tensors, about
