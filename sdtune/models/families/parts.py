@@ -59,9 +59,10 @@ class ModelParts:
         where = {"subfolder": part, "revision": self.cfg.revision} if source is None else {}
         try:
             return kind.from_pretrained(source or self.source, cache_dir=self.cfg.cache_dir, **where, **more)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of a damaged configuration or file the libraries raise many kinds
             asked = f"--vae {source}" if source else f"--model {self.cfg.model}: {part}"
-            raise UserError(f"{asked}: {str(error).strip().splitlines()[0]}") from None
+            reason = str(error).strip() or type(error).__name__
+            raise UserError(f"{asked}: {reason.splitlines()[0]}") from error
 
     def _meta_part(self, kind: Any, part: str, source: str | None) -> nn.Module:
         """A part without its weights: its configuration alone is read."""
@@ -162,7 +163,8 @@ class ModelParts:
 
 def named(index: Mapping[str, Any], part: str) -> bool:
     """Whether a ``model_index.json`` names a class for ``part``."""
-    return bool(index.get(part)) and index[part][0] is not None
+    entry = index.get(part)
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)
 
 
 def tokenizer_of(encoder: str) -> str:
