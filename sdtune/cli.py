@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -23,7 +24,7 @@ from sdtune.config import commands
 from sdtune.config.commands import METHODS, VERBS
 from sdtune.config.errors import RunFailed, UserError
 from sdtune.config.help_style import Command, Group
-from sdtune.config.printable import printable
+from sdtune.config.untrusted import CONTROL, echo, printable
 
 if TYPE_CHECKING:
     from sdtune.config.command_line import OptionCommand
@@ -48,7 +49,7 @@ app.add_typer(
 
 def print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"sdtune {__version__}")
+        echo(f"sdtune {__version__}")
         raise typer.Exit
 
 
@@ -93,7 +94,7 @@ def check(_: list[str], entry: Callable[[], Any], cfg: "Run", machine: "Machine"
 def call(entry: str, cfg: Any, _: Any) -> None:
     """Call the function of a command that does not train, and print the line that it returns."""
     if line := imported(entry)(cfg):
-        typer.echo(printable(line))
+        echo(line)
 
 
 def imported(entry: str) -> Any:
@@ -209,11 +210,11 @@ def list_recipes() -> None:
         "Launching, for --accelerate-config": shipped.ready_made("accelerate"),
         "Launching, for Slurm's sbatch (sdtune cp)": shipped.ready_made("slurm"),
     }.items():
-        typer.echo(f"{title}:")
+        echo(f"{title}:")
         for name, path in files.items():
             lines = path.read_text(encoding="utf-8").splitlines()
             first = next(line for line in lines if not line.startswith("#!")).removeprefix("#").strip()
-            typer.echo(f"  {name:<28} {first}")
+            echo(f"  {name:<28} {first}")
 
 
 @app.command("cp", cls=Command, rich_help_panel="Look")
@@ -228,14 +229,14 @@ def copy_recipe(name: str, to: Annotated[Path, typer.Argument(help="Folder or fi
     target.write_bytes(source.read_bytes())
     kind = source.parent.name
     use = {"accelerate": f"sdtune lora --accelerate-config {target}", "slurm": f"sbatch {target} lora"}
-    typer.echo(f"{target}: run it with `{use.get(kind, f'sdtune {kind} --config {target}')}`")
+    echo(f"{target}: run it with `{use.get(kind, f'sdtune {kind} --config {target}')}`")
 
 
 @app.command("env", cls=Command, rich_help_panel="Look")
 def env() -> None:
     """Print versions and devices, for a bug report."""
     for name, value in importlib.import_module("sdtune.run.environment").environment().items():
-        typer.echo(f"{name}: {', '.join(value) if isinstance(value, list) else value}")
+        echo(f"{name}: {', '.join(value) if isinstance(value, list) else value}")
 
 
 # ---- the line --------------------------------------------------------------------------------------------
@@ -261,21 +262,22 @@ group = make_group()
 def main(argv: list[str] | None = None) -> None:
     """Run the command line: exit code 2 and a line per problem for the user's mistakes, 1 for a run that failed."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # `run.processes` reports a dead process in one line
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        words = list(sys.argv[1:] if argv is None else argv)
-        if broken := [word for word in words if any("\udc80" <= character <= "\udcff" for character in word)]:
-            raise UserError(f"{ascii(broken[0])[1:-1]}: not UTF-8 text")
+        if strange := next(filter(CONTROL.search, words), None):
+            why = "not UTF-8 text" if re.search("[\ud800-\udfff]", strange) else "holds control characters"
+            raise UserError(f"{printable(strange)}: {why}")
         group(words, prog_name="sdtune")
     except UserError as error:
         message = str(error).rpartition("UserError: ")[2]  # a loader's worker wraps it in its whole traceback
-        typer.echo(printable(f"error: {message.rstrip()}"), err=True)
+        echo(f"error: {message.rstrip()}", err=True)
         sys.exit(2)
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        typer.echo(printable(f"error: {str(error.filename)[:60]}...: the file name is too long"), err=True)
+        echo(f"error: {str(error.filename)[:60]}...: the file name is too long", err=True)
         sys.exit(2)
     except RunFailed as error:
         message = str(error).rpartition("RunFailed: ")[2]
-        typer.echo(printable(f"failed: {message.rstrip()}"), err=True)
+        echo(f"failed: {message.rstrip()}", err=True)
         sys.exit(1)

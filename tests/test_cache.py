@@ -1,10 +1,12 @@
 """The cache: computed once, kept whole, shared, and never another model's."""
 
+import os
 import pickle
 
 import pytest
 import torch
 
+from sdtune.config.sections import RunFailed, UserError
 from sdtune.data import cache
 
 KEYS = [f"key-{k:03d}" for k in range(150)]
@@ -129,3 +131,52 @@ def test_another_vae_is_used_and_has_a_cache_of_its_own(lora, sd, tmp_path, caps
     with pytest.raises(AssertionError, match="assert 2 == 0"):
         lora("bad", "--vae", str(tmp_path / "nothing"))
     assert "--vae" in capsys.readouterr().err
+
+
+def test_a_flipped_bit_is_found_and_computed_again(tmp_path):
+    store = cache.fill(tmp_path, KEYS[:3], tensor_of, "")
+    file = next(tmp_path.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 0x10
+    file.write_bytes(content)
+    with pytest.raises(RunFailed, match=r"damaged on the disk .*give the same command again"):
+        [store[key] for key in KEYS[:3]]
+    counted = []
+    store = cache.fill(tmp_path, KEYS[:3], counting(counted), "")
+    assert sorted(counted) == KEYS[:3]
+    assert all(torch.equal(store[key], tensor_of(key)) for key in KEYS[:3])
+
+
+def test_files_obey_the_umask_and_those_of_killed_runs_are_swept(tmp_path):
+    for name in ("0123456789abcdef01234567.77.tmp", ".tmpAb12Cd", "tmpabcd_123.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (0, 0))
+    for name in ("0123456789abcdef01234568.78.tmp", "mine.tmp"):  # being written now; of the user
+        (tmp_path / name).write_bytes(b"half")
+    old = os.umask(0o002)
+    try:
+        cache.fill(tmp_path, KEYS[:3], tensor_of, "")
+    finally:
+        os.umask(old)
+    (file,) = tmp_path.glob("*.safetensors")
+    assert file.stat().st_mode & 0o777 == 0o664
+    assert sorted(p.name for p in tmp_path.glob("*tmp*")) == ["0123456789abcdef01234568.78.tmp", "mine.tmp"]
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"the cache cannot be written .*SDTUNE_CACHE"):
+        cache.fill(tmp_path / "file" / "moments", KEYS, tensor_of, "")
+
+
+def test_a_file_of_another_user_that_cannot_be_read_is_computed_again(tmp_path, monkeypatch):
+    cache.fill(tmp_path, KEYS[:3], tensor_of, "")
+    real = cache.safe_open
+
+    def forbidden(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cache, "safe_open", forbidden)
+    assert len(cache.Store(tmp_path)) == 0
+    monkeypatch.setattr(cache, "safe_open", real)
+    assert len(cache.Store(tmp_path)) == 3

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from sdtune.cli import main
 from sdtune.run import checkpoints
-from sdtune.run.signals import Stopping
+from sdtune.run.signals import StopSignals
 from tests import ranks
 from tests.compare import assert_same_bits, difference
 from tests.conftest import command, status
@@ -66,16 +66,16 @@ def test_two_processes_stop_together_when_told(sd, pictures, tmp_path):
 
 def test_signal_that_comes_while_processes_agree_counts_at_the_next_step(monkeypatch):
     coming = [signal.SIGTERM]
-    with monkeypatch.context() as patch:
-        patch.setattr(signal, "signal", lambda number, handler: None)
+    with monkeypatch.context() as patch, StopSignals() as stopping:
+        stopping.defer(True)
         patch.setattr(torch.distributed, "new_group", lambda backend, timeout: "peers")
         patch.setattr(
-            torch.distributed, "all_reduce", lambda flag, op, group: [stopping._note(n, None) for n in coming]
+            torch.distributed, "all_reduce", lambda flag, op, group: [stopping._handle(n, None) for n in coming]
         )
-        stopping = Stopping(world=2, patience=9)
+        stopping.connect(world=2, patience=9)
         assert not stopping.agreed()
         coming.clear()
-        assert stopping.agreed() and stopping.signal == signal.SIGTERM
+        assert stopping.agreed() and stopping.number == signal.SIGTERM
 
 
 @pytest.mark.processes

@@ -182,7 +182,7 @@ def test_nowhere_to_keep_what_is_in_shards(tars, tmp_path, monkeypatch):
 
 def test_addresses_that_cannot_be_read():
     told = refusal("https://me:secret@localhost/0.tar")
-    assert "the URL has a password" in told and "secret" not in told
+    assert "holds a password" in told and "secret" not in told
     assert "--dataset nothing://localhost/0.tar: Protocol not known" in refusal("nothing://localhost/{0,1}.tar")
 
 

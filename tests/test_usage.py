@@ -196,7 +196,7 @@ def test_pixels(names, tmp_path):
     assert data["model-index"][0]["results"][0]["task"]["type"] == "unconditional-image-generation"
     assert "A `DDPMPipeline`, trained on `user/digits` with `sdtune scratch`." in text
     assert ran(text)["image"].size == (8, 8)
-    labels = "Labels: 0 is `zero`, 1 is `größer `als``. Label 2 leaves the class open."
+    labels = "Labels: 0 is `zero`, 1 is `` größer `als` ``. Label 2 leaves the class open."
     assert (labels in text) == bool(names)
     words = usage.sample(usage.artefact_kind(folder.by_path(run, folder.artefact(run))), "R", "p")
     assert words == ["sdtune", "sample", "--model", "R"]

@@ -12,6 +12,7 @@ from sdtune.config import fields, parsing, shipped
 from sdtune.config.errors import UserError
 from sdtune.config.help_style import Command
 from sdtune.config.sections import Options, Section
+from sdtune.config.untrusted import echo
 
 LENIENT = {
     "ignore_unknown_options": True,
@@ -69,7 +70,7 @@ class OptionCommand:
         if name := beside.get("accelerate_config"):
             shipped.accelerate_file(name)  # a mistake is told before anything slow, and of a dry run
         if launch.dry_run:
-            typer.echo(parsing.to_yaml(cfg), nl=False)
+            echo(parsing.to_yaml(cfg), end="")
         else:
             self.work(cfg, launch)
 

@@ -23,6 +23,7 @@ from sdtune.config.fields import (
 )
 from sdtune.config.foreign_flags import ANSWERS, COMMON_NAMES
 from sdtune.config.sections import Section
+from sdtune.config.untrusted import without_secrets
 
 # ---- from text to a config ---------------------------------------------------------------------------
 
@@ -204,8 +205,8 @@ def canonical(config: type[Section], words: list[str]) -> list[str]:
 
 
 def plain(cfg: Section) -> dict[str, Any]:
-    """Every option of a config as JSON knows it."""
-    return cfg.model_dump(mode="json")
+    """Every option of a config as JSON knows it, as it may be recorded and shown: without secrets."""
+    return {name: without_secrets(value) for name, value in cfg.model_dump(mode="json").items()}
 
 
 def record(cfg: Section) -> dict[str, Any]:

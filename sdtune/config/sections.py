@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 
 from sdtune.config.errors import RunFailed as RunFailed
 from sdtune.config.errors import UserError as UserError
+from sdtune.config.untrusted import PASSWORD, REDACTED, texts_of
 
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
@@ -163,6 +164,19 @@ class Section(BaseModel):
                 raise ValueError(
                     f"{name} has no effect without {option}: add --{option.replace('_', '-')}, or leave it out"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> Self:
+        """What is given here is written to the run's folder, and may be published."""
+        for name in type(self).model_fields:
+            for text in texts_of(getattr(self, name)):
+                if PASSWORD.search(text):
+                    raise ValueError(
+                        f"{name} holds a password, which would stand in the run's records; put it in ~/.netrc"
+                    )
+                if "://" in text and f"={REDACTED}" in text:
+                    raise ValueError(f"{name}: its signature was left out of the record; give the whole address again")
         return self
 
     def describe(self) -> Description:

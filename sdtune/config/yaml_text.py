@@ -119,7 +119,7 @@ def read_yaml(path: Path, texts: Container[str] = ()) -> Iterator[tuple[str, Any
             yield name, loader.construct_text(value) if as_text else loader.construct_object(value, deep=True), line
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        problem = str(getattr(error, "problem", error))
+        problem = str(getattr(error, "problem", None) or str(error).splitlines()[0])
         hint = f" ({HOW_TO_QUOTE})" if "escape" in problem else ""
         raise UserError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML: {problem}{hint}") from None
     except UnicodeDecodeError:

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from sdtune.config.printable import printable
+from sdtune.config.untrusted import printable
 from sdtune.config.verbs import InspectConfig
 from sdtune.models.formats import AdapterFile, Embedding, embedding, metadata, read
 from sdtune.models.formats.tensor_file import json_object

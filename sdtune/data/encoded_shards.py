@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sdtune.config.sections import UserError
+from sdtune.config.sections import RunFailed, UserError
 from sdtune.data import Record, Shards, ShardStream, cache
 from sdtune.run.processes import store_barrier
 
@@ -40,17 +40,31 @@ class EncodedShards(Shards):
     def __getitem__(self, key: tuple[int, bool]) -> Tensor:
         index, flip = key
         shard, nth = self.locate(index)
-        moments: Tensor = self.get_open(shard).tensors.get_slice("moments")[nth, int(flip)]
-        return moments
+        return self.get_open(shard).moments(nth, int(flip))
 
 
 class EncodedShard:
     def __init__(self, file: Path):
         try:
             self.tensors = safe_open(file, framework="pt").__enter__()
-            self.table = json.loads(bytes(self.tensors.get_tensor("table").numpy()))
-        except (OSError, SafetensorError) as error:
+            table = self.tensors.get_tensor("table")
+            # Files of older versions have no checksums
+            self.sums = self.tensors.get_tensor("sums") if "sums" in self.tensors.keys() else None  # noqa: SIM118
+            if self.sums is not None and cache.checksum(table) != int(self.sums[-1, 0]):
+                raise ValueError("a checksum differs")
+            self.table = json.loads(bytes(table.numpy()))
+        except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"{file} cannot be read ({error}); remove it and give the command again") from None
+        self.file = file
+
+    def moments(self, nth: int, flip: int) -> Tensor:
+        """Raises: RunFailed when the bytes on the disk have changed."""
+        moments: Tensor = self.tensors.get_slice("moments")[nth, flip]
+        if self.sums is not None and cache.checksum(moments) != int(self.sums[nth, flip]):
+            raise RunFailed(
+                f"{self.file}: damaged on the disk (a checksum differs); remove it and give the command again"
+            )
+        return moments
 
     def record(self, nth: int) -> Record:
         """Raises: ValueError for an image that could not be used when the shard was encoded."""
@@ -105,7 +119,7 @@ def encode_shards(
     how.append("with sizes")
     how += ["caption per line"] if stream.caption_options and stream.caption_options.caption_per_line else []
     folder = folder / cache.digest(*how)
-    folder.mkdir(parents=True, exist_ok=True)
+    cache.make_folder(folder, "name another --shard-cache")
     parts = zip(shards.names, shards.contents, strict=True)
     files = [folder / f"{cache.digest(name, content)}.safetensors" for name, content in parts]
     present = set(folder.iterdir())
@@ -138,7 +152,10 @@ def _by_shard(
 
     def tensors() -> dict[str, Tensor]:
         text = bytearray(json.dumps(table).encode())
-        return {"moments": torch.cat(moments), "table": torch.frombuffer(text, dtype=torch.uint8)}
+        whole, listed = torch.cat(moments), torch.frombuffer(text, dtype=torch.uint8)
+        sums = [[cache.checksum(variant) for variant in image] for image in whole]  # one for each image and flip
+        sums.append([cache.checksum(listed)] * whole.shape[1])
+        return {"moments": whole, "table": listed, "sums": torch.tensor(sums)}
 
     for batch in batches:
         if batch[0].shard != shard and table:

@@ -12,7 +12,7 @@ from PIL import Image
 from sdtune.config.sections import UserError
 from sdtune.data.images import ACCEPTED, EXTENSIONS
 from sdtune.data.metadata import listed_error
-from sdtune.run.folder import OWN_FOLDERS, is_run
+from sdtune.run.folder import is_run, own_entries
 
 MASK_FOLDERS = ("masks", "mask")
 _MASK = re.compile(r"(.+)(?:-|_|\.)(?:mask|masklabel)", re.IGNORECASE)
@@ -105,7 +105,7 @@ def _walk(found: FolderFiles, follow_links: bool, leave_out: Path | None) -> Ite
     left_out = leave_out and leave_out.resolve()
     visited: set[Path] = set()  # targets of links to folders
     linked: set[Path] = set()  # folders that are reached through a link
-    root_is_run = is_run(folder)
+    own_of_root = own_entries(folder)
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=follow_links):
         at = Path(parent)
         through_link = at in linked
@@ -116,7 +116,7 @@ def _walk(found: FolderFiles, follow_links: bool, leave_out: Path | None) -> Ite
                 found.ignored.append(_name(path, folder) + "/")
             elif path.is_symlink() and not follow_links:
                 found.linked.append(_name(path, folder) + "/")
-            elif is_run(path) or (root_is_run and at == folder and name in OWN_FOLDERS):
+            elif is_run(path) or (at == folder and name in own_of_root):
                 found.own.append(_name(path, folder) + "/")
             elif left_out and path.resolve() == left_out:
                 found.ignored.append(_name(path, folder) + "/")

@@ -23,6 +23,7 @@ from rich.progress import Progress
 
 from sdtune.data.cache_folder import cache_root
 from sdtune.data.images import ImageInfo, inspect_image
+from sdtune.run.files import sweep, umask
 
 _VERSION = 3
 _PATIENCE = 1.0  # seconds before a progress bar is worth its lines
@@ -88,10 +89,12 @@ def _store_results(results_file: Path, memo: dict[str, tuple[Any, ...]]) -> None
     # If there is no place to write, images are inspected again next time.
     with contextlib.suppress(OSError):
         results_file.parent.mkdir(parents=True, exist_ok=True)
+        sweep(results_file.parent)
         handle, name = tempfile.mkstemp(dir=results_file.parent, suffix=".tmp")
         try:
             with os.fdopen(handle, "w") as file:
                 json.dump({"version": _VERSION, "probes": memo}, file)
+            Path(name).chmod(0o666 & ~umask())  # a cache may be shared, and mkstemp makes it 0600
             Path(name).replace(results_file)
         except BaseException:
             Path(name).unlink()

@@ -23,10 +23,6 @@ def is_sharded(dataset: str) -> bool:
 
 def shard_urls(dataset: str) -> list[str]:
     """The shards that ``dataset`` names, sorted. Raises: UserError if no file matches, or for braces not closed."""
-    if re.match(r"\w+://[^/]*:[^/]*@", dataset):
-        raise UserError(
-            "--dataset: the URL has a password, which would be written into the run's records; put it in ~/.netrc"
-        )
     found = expand_braces(dataset)
     if "://" in dataset:
         return sorted(found)

@@ -4,7 +4,6 @@ So there are no buckets, no repeats, and no report of sizes and copies. A bad im
 the run ends, or the next usable image of the same shard takes its place, at the same position in every run.
 """
 
-import sys
 from contextlib import suppress
 from functools import cached_property
 
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 
 from sdtune.config.sections import Classes, Data, Latents, Masks, Streaming, UserError
+from sdtune.config.untrusted import echo
 from sdtune.data.images import decode, inspect_image, to_tensor
 from sdtune.data.parquet_shards import open_parquet_shards
 from sdtune.data.shard_names import is_sharded, shard_urls
@@ -148,7 +148,7 @@ class ShardStream(Stream):
             raise UserError(
                 f"{where}: {error}; repair it, or show the next image instead with --on-bad-image skip --allow-change"
             ) from None
-        print(f"{where}: {error}; the next image is shown instead", file=sys.stderr)
+        echo(f"{where}: {error}; the next image is shown instead", err=True)
 
     def pixels(self, sample: Sample) -> torch.Tensor:
         """float32 [C, height, width] in [-1, 1]."""

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from sdtune.config.sections import UserError
 from sdtune.data import Images, cache_root
-from sdtune.data.cache import Store, digest, weights_digest, write_tensors
+from sdtune.data.cache import Store, digest, make_folder, weights_digest, write_tensors
 from sdtune.data.images import decode
 from sdtune.evaluation.inception import Inception, download, load_inception
 from sdtune.models.vision import device, frozen, load_pretrained
@@ -100,7 +100,7 @@ def features_of(images: Images, network: nn.Module, rows: Sequence[int] | None =
     folder = (
         cache_root() / "features" / f"{type(network).__name__}-{digest(weights_digest(network), network.side, BATCH)}"
     )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "set SDTUNE_CACHE to a folder that you may write to")
     by_content = {images.rows[i].sha256: i for i in rows}
     missing = sorted(by_content.keys() - Store(folder).index.keys())
     with progress() as bar, ThreadPoolExecutor() as pool:

@@ -15,7 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sdtune.run.checkpoints import flush, umask
+from sdtune.run.checkpoints import flush
+from sdtune.run.files import umask
 from sdtune.run.folder import NEW
 
 INDEX = "model_index.json"

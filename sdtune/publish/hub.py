@@ -8,7 +8,6 @@ import inspect
 import json
 import mmap
 import re
-import sys
 import time
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
@@ -21,6 +20,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from sdtune import __version__
 from sdtune.config.sections import UserError
+from sdtune.config.untrusted import echo
 from sdtune.run.settings import RunSettings
 
 TRIES_BEFORE, TRIES = 3, 6
@@ -203,4 +203,4 @@ def why(error: Exception) -> str:
 
 
 def warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr, flush=True)
+    echo(f"warning: {line}", err=True)

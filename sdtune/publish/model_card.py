@@ -18,8 +18,10 @@ from PIL import Image
 from sdtune.config.sections import Description
 from sdtune.publish.origin import Origin
 from sdtune.publish.redact import redact
-from sdtune.run import usage
+from sdtune.run import checkpoints, usage
 from sdtune.run.contact_sheet import cells
+from sdtune.run.folder import sample_sheets, step_of_sheet
+from sdtune.run.markdown import code_span, fence, heading
 from sdtune.run.settings import RunSettings
 from sdtune.run.usage import ArtefactKind
 
@@ -51,7 +53,7 @@ def model_card(
     shown, about, hub = redact(settings), settings.about, settings.hub
     name, kind = out.resolve().name, usage.artefact_kind(weights)
     lines = _lines(out / "metrics.jsonl")
-    sheets = sorted((out / "samples").glob("step-*.png"))
+    sheets = sample_sheets(out)
     images, widget = _widgets(sheets)
     task = _task(kind)
     holdout = [line["holdout_loss"] for line in lines if isinstance(line.get("holdout_loss"), float)]
@@ -71,12 +73,12 @@ def model_card(
         eval_results=_results(shown, task, origin.data_on_hub, holdout[-1]) if holdout else None,
     )
     command = _command(shown, out)
-    trained = f"trained on `{shown.values.get('dataset')}` with `{shlex.join(command)}`"
+    trained = f"trained on {code_span(str(shown.values.get('dataset')))} with {code_span(shlex.join(command))}"
     parts = [
-        f"# {name}",
+        heading(name),
         f"{_article(about, kind)}{_on(shown.about, kind, origin)}, {trained}.",
         "<Gallery />" if widget else "",
-        f"## Trigger words\n\nUse `{about.trigger}` in the prompt." if about.trigger else "",
+        f"## Trigger words\n\nUse {code_span(about.trigger)} in the prompt." if about.trigger else "",
         _usage(shown.about, hub.hub_revision, kind, origin, repo or f"path/to/{name}", widget),
         _before_after(sheets),
         _training(shown, kind, out, lines, holdout),
@@ -138,7 +140,7 @@ def _pipeline_class(settings: RunSettings, origin: Origin) -> str:
 
 def _article(about: Description, kind: ArtefactKind) -> str:
     if kind.pipeline or kind.classifier:
-        return f"A `{kind.pipeline}`" if kind.pipeline else "A classifier of noised images"
+        return f"A {code_span(kind.pipeline)}" if kind.pipeline else "A classifier of noised images"
     adapter = f"A {about.adapter or 'LoRA'} adapter" + (f" of rank {about.rank}" if about.rank else "")
     embedding = "embedding of a new word (textual inversion)"
     if kind.embedding:
@@ -150,9 +152,9 @@ def _on(about: Description, kind: ArtefactKind, origin: Origin) -> str:
     """The base that it adapts, or started from."""
     if not about.base:
         return ""
-    revision = f" (revision `{about.revision}`)" if about.revision else ""
+    revision = f" (revision {code_span(about.revision)})" if about.revision else ""
     where = "" if origin.base_on_hub else ", which is not on the Hub"
-    return f"{', fine-tuned from' if kind.pipeline else ' on'} `{about.base}`{revision}{where}"
+    return f"{', fine-tuned from' if kind.pipeline else ' on'} {code_span(about.base)}{revision}{where}"
 
 
 def _command(shown: RunSettings, out: Path) -> list[str]:
@@ -195,13 +197,13 @@ def _usage(
     base, revision = (about.base, about.revision) if origin.base_on_hub else (f"path/to/{about.base}", None)
     prompt = widget[0]["text"] if widget else "..."
     code = usage.lines(kind, repo, branch, str(base), revision, prompt, about.token)
-    return "\n\n".join(["## Use", f"```python\n{code}\n```", *filter(None, [usage.classes(kind)])])
+    return "\n\n".join(["## Use", fence(code, "python"), *filter(None, [usage.classes(kind)])])
 
 
 def _before_after(sheets: list[Path]) -> str:
     if not sheets:
         return ""
-    shown = [(int(sheet.stem.removeprefix("step-")), sheet.name) for sheet in dict.fromkeys((sheets[0], sheets[-1]))]
+    shown = [(step_of_sheet(sheet), sheet.name) for sheet in dict.fromkeys((sheets[0], sheets[-1]))]
     figures = [
         f"{'Before' if step == 0 else f'After {step} steps'}:\n\n![samples at step {step}](samples/{name})"
         for step, name in shown
@@ -234,17 +236,17 @@ def _training(
 
 def _group(out: Path) -> int | None:
     """Images per optimizer step over all processes, as the newest checkpoint has it."""
-    states = sorted((out / "checkpoints").glob("step-*/state.json"))
+    saved = checkpoints.found(out / "checkpoints")
     try:
-        return int(json.loads(states[-1].read_text(encoding="utf-8"))["group"])
+        return int(json.loads((saved[-1] / "state.json").read_text(encoding="utf-8"))["group"])
     except (IndexError, OSError, ValueError, KeyError):
         return None
 
 
 def _reproduce(shown: RunSettings, words: list[str]) -> str:
     return (
-        f"To reproduce it:\n\n```sh\n{shown.command(words)}\n```\n\n"
-        f"<details><summary>All settings</summary>\n\n```yaml\n{shown.to_yaml()}```\n\n</details>"
+        f"To reproduce it:\n\n{fence(shown.command(words), 'sh')}\n\n"
+        f"<details><summary>All settings</summary>\n\n{fence(shown.to_yaml(), 'yaml')}\n\n</details>"
     )
 
 

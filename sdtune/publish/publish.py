@@ -6,7 +6,6 @@ state, log, cache or dataset. Unchanged files make no commit, so a push may be r
 
 import shlex
 import shutil
-import signal
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any, NamedTuple
@@ -14,12 +13,14 @@ from typing import Any, NamedTuple
 from huggingface_hub import HfApi, get_session
 
 from sdtune.config.sections import Run, RunFailed, UserError
+from sdtune.config.untrusted import echo
 from sdtune.config.verbs import PushConfig
 from sdtune.publish import hub, model_card
 from sdtune.publish.origin import Origin, by_name, look_up
 from sdtune.publish.redact import hide_paths
-from sdtune.run.folder import artefact, by_path, export
+from sdtune.run.folder import artefact, by_path, export, sample_sheets
 from sdtune.run.settings import RunSettings, read
+from sdtune.run.signals import Interrupted
 
 PUSH_FAILED = 3
 """Exit code of `sdtune push` when the upload fails. Training that succeeds exits with 0 even then."""
@@ -38,7 +39,7 @@ def contents(
     for name in ("config.yaml", "metrics.jsonl", *(["report.html"] if report else [])):
         if (out / name).is_file():
             files[name] = hide_paths((out / name).read_text(encoding="utf-8"), settings).encode()
-    sheets = sorted((out / "samples").glob("step-*.png"))
+    sheets = sample_sheets(out)
     files |= {f"samples/{path.name}": path for path in (*sheets[:1], *sheets[-1:])}  # the report has those between
     return files | images | {"README.md": text.encode()}
 
@@ -85,7 +86,7 @@ def publish(api: HfApi, settings: RunSettings, repo: str, origin: Origin, weight
     except Exception as error:
         give_up(settings.out, hub.why(error))
         return False
-    print(f"pushed: {url}")
+    echo(f"pushed: {url}")
     return True
 
 
@@ -187,8 +188,6 @@ class Publisher:
         if not self.api:
             write_card(model_card.model_card(self.settings, out, None, by_name(self.settings), weights)[0], out)
             return
-        for number in (signal.SIGTERM, signal.SIGINT):  # no step is left to finish first
-            signal.signal(number, signal.default_int_handler)
         try:
             self.closing.set()
             if thread := self.thread:
@@ -196,5 +195,5 @@ class Publisher:
             for stale in out.glob(f"{STAGE}*"):
                 shutil.rmtree(stale, ignore_errors=True)
             publish(self.api, self.settings, self.repo, self.origin, weights)
-        except KeyboardInterrupt:
-            give_up(out, "interrupted")
+        except Interrupted as signal:  # the run itself has ended well
+            give_up(out, f"interrupted by {signal.name}")

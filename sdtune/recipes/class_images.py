@@ -6,6 +6,7 @@ written under another name first and then renamed.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ from sdtune.data import Images, load_images
 from sdtune.data.folder_captions import has_captions
 from sdtune.data.folder_files import find_images
 from sdtune.run import rng
+from sdtune.run.folder import CLASS_IMAGES
 from sdtune.run.processes import store_barrier
 from sdtune.run.public_name import public_name
 from sdtune.sampling.sample import generate
 
-FOLDER = "class-pictures"
+FOLDER = CLASS_IMAGES
 MADE = "made-"
+NUMBERED = re.compile(r"made-\d{5,}\.png")
+"""Names of the images that are generated here; those with other names, such as copies, are the user's own."""
 
 
 def class_images(cfg: DreamBoothConfig, family: Any) -> Images:
@@ -40,7 +44,7 @@ def class_images(cfg: DreamBoothConfig, family: Any) -> Images:
     if family.device.type == "meta" and len(find_images(folder, Path(cfg.dataset))) < cfg.num_class_images:
         # Nothing is drawn on the meta device: the images of the subject take their place.
         return load_images(cfg, default_caption=cfg.instance_prompt)
-    own = [p for p in find_images(folder, Path(cfg.dataset)) if not p.name.startswith(MADE)]
+    own = [p for p in find_images(folder, Path(cfg.dataset)) if not NUMBERED.fullmatch(p.name)]
     missing_count = cfg.num_class_images - len(own)
     if missing_count > 0:
         if PartialState().is_main_process:
@@ -76,9 +80,8 @@ def prepare_folder(cfg: DreamBoothConfig, folder: Path, own: list[Path], missing
     except OSError as error:
         raise UserError(f"--class-data {folder}: cannot be written ({error.strerror})") from None
     wanted = {path_of(folder, k) for k in range(missing_count)}
-    for file in [p for p in find_images(folder, Path(cfg.dataset)) if p.name.startswith(MADE)]:
-        with Image.open(file) as image:
-            made = image.info.get("sdtune", "no settings")
+    for file in [p for p in find_images(folder, Path(cfg.dataset)) if NUMBERED.fullmatch(p.name)]:
+        made = settings_of(file)
         if cfg.class_data and made != settings(cfg):
             raise UserError(
                 f"{file} was made with other settings ({made}); name another --class-data folder, or remove {MADE}*"
@@ -121,6 +124,15 @@ def settings(cfg: DreamBoothConfig) -> str:
     names = "revision seed class_prompt sample_batch_size class_inference_steps class_guidance_scale resolution".split()
     chosen = {"model": public_name(cfg.model)} | {name: getattr(cfg, name) for name in names}
     return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
+
+
+def settings_of(file: Path) -> str:
+    """The settings that a generated image carries, or what is there in their place."""
+    try:
+        with Image.open(file) as image:
+            return str(image.info.get("sdtune", "no settings"))
+    except (OSError, ValueError, SyntaxError):  # SyntaxError: Pillow on a broken PNG
+        return "no readable image"
 
 
 def path_of(folder: Path, k: int) -> Path:

@@ -8,6 +8,7 @@ removed only after that.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdtune.config.sections import RunFailed, UserError
+from sdtune.run.files import umask
 
 MANIFEST = "manifest.json"
+NAME = re.compile(r"step-(\d{6,})")
+"""Names of the checkpoints that `save` writes; a folder with another name, such as a copy, belongs to the user."""
+UNFINISHED = re.compile(r"\.new-\d{6,}-\d+|\.old-step-\d{6,}")
+"""Names of what an interrupted save or removal leaves."""
 
 
 def flush(path: Path) -> None:
@@ -65,17 +71,11 @@ def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: di
             shutil.rmtree(final)  # it did not verify
         new.rename(final)
         flush(root)
-    for old in [c for c in found(root) if c.name <= final.name][:-keep]:
+    for old in [c for c in found(root) if step_of(c) <= step][:-keep]:
         dead = old.with_name(f".old-{old.name}")
         old.rename(dead)
         shutil.rmtree(dead)
     return final
-
-
-def umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @contextmanager
@@ -109,7 +109,12 @@ def require_room(root: Path, size: int, keep: int) -> None:
 
 
 def found(root: Path) -> list[Path]:
-    return sorted(root.glob("step-*"))
+    """The checkpoints that sdtune wrote, by step. A renamed or copied one is not among them."""
+    return sorted((c for c in root.glob("step-*") if NAME.fullmatch(c.name) and c.is_dir()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def verify(folder: Path) -> str | None:
@@ -133,8 +138,8 @@ def verify(folder: Path) -> str | None:
 
 def sweep(root: Path) -> None:
     """Remove what an interrupted save or removal left."""
-    for pattern in (".new-*", ".old-*"):
-        for stale in root.glob(pattern):
+    for stale in root.glob(".*"):
+        if UNFINISHED.fullmatch(stale.name):
             shutil.rmtree(stale, ignore_errors=True)
 
 

@@ -3,27 +3,35 @@
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-import yaml
 from safetensors import SafetensorError
 
-from sdtune.config import fields, parsing
+from sdtune.config import fields, parsing, yaml_text
 from sdtune.config.sections import MAY_CHANGE, Run, RunFailed, UserError
-from sdtune.run import settings
+from sdtune.run import checkpoints, settings
+from sdtune.run.files import sweep
 
 OWN = ("config.yaml", settings.METHOD, "metrics.jsonl", "report.html", "environment.json", "README.md", "exit.json")
 """Files of a run besides its artefact. --overwrite removes them and OWN_FOLDERS."""
 OWN_FOLDERS = ("checkpoints", "samples", "logs", "exports")
+CLASS_IMAGES = "class-pictures"
+"""Folder of a DreamBooth run with the class images that it generates."""
 NEW = ".new"
 """Folder, within the target folder, in which an artefact of several parts is written first."""
 ARTEFACT = "artefact.json"
 """File with the artefact's step and the names of its files. It is written last, so that it names all files or none."""
+FIRST_LINE = "# sdtune "
+"""The beginning of each config.yaml that a run writes: the command that continues it, as a comment."""
+SHEET = re.compile(r"step-(\d{6,})\.png")
+"""Names of the sample sheets that a run writes."""
 BEGUN = ("metrics.jsonl", "checkpoints/*", "*.safetensors", ARTEFACT)
 """Files of which one exists once a run has reached its first step."""
 
@@ -80,12 +88,31 @@ def begin(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) -> No
         )
     new = out / f".config-{os.getpid()}.yaml"
     try:
-        new.write_text(f"# {shlex.join(['sdtune', *words, '--config', str(written)])}\n{parsing.to_yaml(cfg)}")
+        command = " ".join(shlex.join([*words, "--config", str(written)]).splitlines())  # a name may hold a newline
+        new.write_text(f"{FIRST_LINE}{command}\n{parsing.to_yaml(cfg)}")
         new.replace(written)
         settings.write(cfg, out)
+        sweep(out)
     except OSError as error:
         new.unlink(missing_ok=True)
         raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None
+
+
+def make_folders(out: Path) -> None:
+    """Make the folder of the checkpoints, and check that the run's folders can be written to.
+
+    Raises:
+        UserError: one cannot; otherwise the run would fail at its first checkpoint.
+    """
+    for name in OWN_FOLDERS:
+        try:
+            if name == "checkpoints":
+                (out / name).mkdir(exist_ok=True)
+            elif not (out / name).exists():
+                continue
+            tempfile.TemporaryFile(dir=out / name).close()
+        except OSError as error:
+            raise UserError(f"--output-dir {out}: {name}: cannot be written ({error.strerror})") from None
 
 
 FORMER_DEFAULTS = {"target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
@@ -103,7 +130,10 @@ def differences(cfg: Run, written: Path) -> list[str]:
     before: dict[str, Any] = {"method": "lora"}  # older runs did not record it
     declared = type(cfg).model_fields
     before |= {name: declared[name].default for name in parsing.record(cfg).keys() & declared.keys()}
-    before |= yaml.safe_load(written.read_text(encoding="utf-8")) or {}
+    try:
+        before |= {name: value for name, value, _ in yaml_text.read_yaml(written)}
+    except UserError as error:
+        raise UserError(f"{error}; restore the file, or start anew with --overwrite") from None
     before |= {name: declared[name].default for name, was in FORMER_DEFAULTS.items() if before.get(name) == was}
     now = parsing.record(cfg)
     return [
@@ -116,12 +146,38 @@ def differences(cfg: Run, written: Path) -> list[str]:
 def discard(out: Path) -> None:
     """Remove a run from its folder, and no file that the run did not write."""
     remove(out, recorded(out)[1] if (out / ARTEFACT).exists() else artefact(out))
-    for name in OWN_FOLDERS:
-        shutil.rmtree(out / name, ignore_errors=True)
+    checkpoints.sweep(out / "checkpoints")
+    exports = [path for path in (out / "exports").glob("step-*") if checkpoints.NAME.fullmatch(path.name)]
+    remove(out, sample_sheets(out))
+    for folder in (*checkpoints.found(out / "checkpoints"), *exports, out / "logs"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for name in OWN_FOLDERS:  # what the user put there stays
+        with suppress(OSError):
+            (out / name).rmdir()
     for stale in (*out.glob(".push-*"), out / NEW):
         shutil.rmtree(stale, ignore_errors=True)
     for name in (*OWN, ARTEFACT):
         (out / name).unlink(missing_ok=True)
+
+
+def own_entries(folder: Path) -> frozenset[str]:
+    """Names of the files and folders, directly in ``folder``, that a run writes; empty if it is no run's folder.
+
+    So a run's folder that lies in a folder of images, or is that folder, does not add its samples to the images.
+    """
+    if not is_run(folder):
+        return frozenset()
+    stages = (path.name for path in folder.glob(".push-*"))
+    return frozenset((*OWN, *OWN_FOLDERS, CLASS_IMAGES, ARTEFACT, NEW, *stages))
+
+
+def sample_sheets(out: Path) -> list[Path]:
+    """The sample sheets that the run wrote, by step; a renamed or copied one is not among them."""
+    return sorted((f for f in (out / "samples").glob("step-*.png") if SHEET.fullmatch(f.name)), key=step_of_sheet)
+
+
+def step_of_sheet(sheet: Path) -> int:
+    return int(sheet.stem.removeprefix("step-"))
 
 
 # ---- the artefact ------------------------------------------------------------------------------------
@@ -138,9 +194,14 @@ def artefact(out: Path, step: int | None = None) -> list[Path]:
         whole = of is not None and step in (None, of) and all(file.is_file() for file in files)
         return files if whole else []
     config = out / "config.yaml"
-    if step is not None or not config.is_file() or "method" in (yaml.safe_load(config.read_text("utf-8")) or {}):
+    if step is not None or not config.is_file():
         return []
-    return sorted(out.glob("*.safetensors"))  # an older run, which recorded neither artefact nor method
+    try:
+        recorded_method = any(name == "method" for name, _, _ in yaml_text.read_yaml(config))
+    except UserError:  # a damaged config tells nothing
+        return []
+    # An older run recorded neither artefact nor method
+    return [] if recorded_method else sorted(out.glob("*.safetensors"))
 
 
 def recorded(out: Path) -> tuple[int | None, list[Path]]:

@@ -4,6 +4,7 @@ Only the first process writes. On the others every method does nothing, so the l
 Torch is imported only on a GPU, so that `check_trackers` can run before slow imports.
 """
 
+import atexit
 import json
 import math
 import os
@@ -19,7 +20,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from sdtune.config.parsing import plain
 from sdtune.config.sections import Run, UserError
+from sdtune.config.untrusted import echo
 from sdtune.run.contact_sheet import grid, save_sheet
 
 if TYPE_CHECKING:
@@ -116,7 +119,7 @@ class Metrics:
         due = now - self.last_print >= PLAIN_SECONDS or step >= self.total_steps
         if not self.live and due and step != self.printed_step:  # a step may be logged twice: training, then holdout
             self.last_print, self.printed_step = now, step
-            print(f"step {step}/{self.total_steps}  {self._text()}", file=sys.stderr, flush=True)
+            echo(f"step {step}/{self.total_steps}  {self._text()}", err=True)
 
     def images(self, step: int, images: list[Image.Image], prompts: list[str]) -> None:
         """Save ``samples/step-000200.png``, a sheet with the prompts as captions, and give it to trackers."""
@@ -187,6 +190,7 @@ class Metrics:
         live = Progress(*columns, console=console, refresh_per_second=4)
         live.add_task("", total=self.total_steps, completed=first_step, text="")
         live.start()
+        atexit.register(live.stop)  # which shows the cursor again, however the run ends
         return live
 
     def _start_trackers(self, first_step: int) -> list[Any]:
@@ -199,7 +203,7 @@ class Metrics:
             "trackio": {"name": name},
         }
         self.accelerator.init_trackers(
-            self.cfg.tracker_project_name, config=tracker_values(self.cfg.model_dump()), init_kwargs=options
+            self.cfg.tracker_project_name, config=tracker_values(plain(self.cfg)), init_kwargs=options
         )
         return list(self.accelerator.trackers)
 

@@ -21,7 +21,7 @@ from sdtune.config.sections import Run
 from sdtune.run import usage
 from sdtune.run.contact_sheet import cells
 from sdtune.run.curves import Points, chart, number, smooth
-from sdtune.run.folder import artefact, by_path, entries
+from sdtune.run.folder import FIRST_LINE, artefact, by_path, entries, sample_sheets, step_of_sheet
 
 MAX_CELLS = 120  # images on the page, about 15 kB each
 CELL_SIDE = 320  # pixels; larger samples are shown reduced
@@ -41,7 +41,7 @@ def write_report(folder: Path) -> Path:
     """Write ``report.html`` into a run's folder, from the files that exist there; return its path."""
     config = _load(folder / "config.yaml", {})
     lines = _metrics(folder / "metrics.jsonl")
-    sheets, count = _sheets(folder / "samples")
+    sheets, count = _sheets(folder)
     method = config_class(config) if config else None
     command = config.get("method") or (method.method if method else None)
     names = [str(x) for x in (command, config.get("model"), config.get("dataset")) if x]
@@ -87,7 +87,7 @@ def _series(lines: list[dict[str, Any]], key: str) -> Points:
 
 def _sheets(folder: Path) -> tuple[list[Sheet], int]:
     """Sample sheets by step, of which at most `MAX_CELLS` images are shown, evenly spaced; and how many there are."""
-    files = sorted(folder.glob("step-*.png"), key=lambda p: int(p.stem.removeprefix("step-")))
+    files = sample_sheets(folder)
     if not files:
         return [], 0
     with Image.open(files[-1]) as last:
@@ -99,14 +99,14 @@ def _sheets(folder: Path) -> tuple[list[Sheet], int]:
     sheets = []
     for file in chosen:
         with Image.open(file) as sheet:
-            sheets.append(Sheet(int(file.stem.removeprefix("step-")), cells(sheet)))
+            sheets.append(Sheet(step_of_sheet(file), cells(sheet)))
     return [s for s in sheets if len(s.cells) == len(sheets[-1].cells)], len(files)
 
 
 def _resume_command(record: Path, method: type[Run] | None) -> str:
     """The command that continues the run, from the first line of its record."""
     first = record.read_text(encoding="utf-8").partition("\n")[0] if record.exists() else ""
-    written = first.removeprefix("# ") if first.startswith("# sdtune ") else ""
+    written = first.removeprefix("# ") if first.startswith(FIRST_LINE) else ""
     return written or f"sdtune {method.method if method else 'METHOD'} --config {shlex.quote(str(record))}"
 
 

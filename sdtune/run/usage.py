@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sdtune.run.markdown import code_span
+
 EMBEDDING = "learned_embeds.safetensors"
 CLASSES = "classes.json"
 """Names of classes in the order of their labels, beside a model that knows classes."""
@@ -119,7 +121,7 @@ def classes(what: ArtefactKind) -> str:
     if len(what.classes) > MANY:
         named = f"The {len(what.classes)} classes are listed in `classes.json`, in the order of their labels."
     else:
-        named = f"Labels: {', '.join(f'{label} is `{name}`' for label, name in enumerate(what.classes))}."
+        named = f"Labels: {', '.join(f'{label} is {code_span(name)}' for label, name in enumerate(what.classes))}."
     return named + (f" Label {what.open_label} leaves the class open." if what.open_label is not None else "")
 
 

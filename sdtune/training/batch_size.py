@@ -10,6 +10,7 @@ import torch
 from sdtune.config.methods.dreambooth import DreamBoothConfig
 from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import RunFailed, UserError
+from sdtune.config.untrusted import echo
 from sdtune.recipes.recipe import Recipe, TrainingConfig
 from sdtune.run.device import best_device
 from sdtune.training.memory_estimate import MemoryEstimate, estimate, meta_recipe, trial_step
@@ -139,7 +140,7 @@ def largest_batch(kind: type[Recipe], cfg: TrainingConfig, world: int, memory: s
                 fits = really_fits(kind, chosen, device, estimates.share * world, limit)
             if fits:
                 size, times = cut.values()
-                print(
+                echo(
                     f"--find-batch-size: --train-batch-size {size} --gradient-accumulation-steps {times}, "
                     f"{human_bytes(need.total)} of {human_bytes(limit)} (estimate)"
                 )

@@ -9,6 +9,7 @@ import torch
 
 from sdtune.config import parsing
 from sdtune.config.sections import Model, Run, UserError
+from sdtune.config.untrusted import echo
 from sdtune.models import families
 from sdtune.recipes.recipe import Recipe, TrainingConfig
 from sdtune.run import folder
@@ -42,7 +43,7 @@ def check(
     problems.collect(lambda: optim.make_optimizer(cfg, [{"params": [torch.nn.Parameter(torch.zeros(1))]}]))
     problems.collect(lambda: same_run(cfg))
     images = cfg.train_batch_size * cfg.gradient_accumulation_steps * world
-    made = problems.collect(lambda: meta_recipe(kind, cfg, images, print))
+    made = problems.collect(lambda: meta_recipe(kind, cfg, images, echo))
     if made is None and isinstance(cfg, Model):  # the images are looked at first, so the base may not have been
         problems.collect(lambda: families.load(cfg, torch.device("meta"), torch.float32))
     problems.report()
@@ -50,20 +51,20 @@ def check(
     trained = [p for p in recipe.parameters() if p.requires_grad]
     peaks = [group["lr"] for group in recipe.parameter_groups()]
     total = steps_of(cfg, dataset.stream)
-    print(plan(cfg, dataset.stream, total, world, peaks, sum(p.numel() for p in trained)))
+    echo(plan(cfg, dataset.stream, total, world, peaks, sum(p.numel() for p in trained)))
     estimates = Estimates(kind, cfg, device, world)
     try:
         need = problems.collect(estimates.of)
         problems.report()
-        print(disk_line(cfg, need, size_of(trained), problems))
+        echo(disk_line(cfg, need, size_of(trained), problems))
         for line in memory_lines(need, device):
-            print(line)
+            echo(line)
         if find_batch_size:
             problems.collect(lambda: largest_batch(kind, cfg, world, memory))
         elif need.total > limit:
             problems.lines.append(too_much(cfg, estimates, limit, device))
     except RuntimeError as error:
-        print(f"memory: this recipe cannot be traced ({str(error).splitlines()[0]}), so no figure")
+        echo(f"memory: this recipe cannot be traced ({str(error).splitlines()[0]}), so no figure")
     problems.report()
 
 

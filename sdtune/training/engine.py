@@ -36,6 +36,9 @@ class Engine:
     summary = ""
     """A line about how the processes hold the weights, printed after the plan; empty where each holds all."""
 
+    forward_alone = True
+    """Whether one process may call the model while the others do not."""
+
     def __init__(self, recipe: Recipe, cfg: Run, accelerator: Accelerator):
         self.recipe, self.device, self.world = recipe, accelerator.device, accelerator.num_processes
         self.dtype, self.accumulation = dtype_of(cfg), cfg.gradient_accumulation_steps
@@ -142,6 +145,8 @@ class Sharded(Engine):
     Args:
         plugin: what the accelerate config says of FSDP; of it count the blocks, resharding and offloading.
     """
+
+    forward_alone = False
 
     def __init__(self, recipe: Recipe, cfg: Run, accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin):
         super().__init__(recipe, cfg, accelerator)

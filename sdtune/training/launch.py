@@ -8,13 +8,15 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from sdtune.config import fields, parsing, shipped, yaml_text
 from sdtune.config.sections import Launch, Run, UserError
+from sdtune.config.untrusted import echo
 
 PRECISIONS = ("no", "fp16", "bf16")
 TYPES = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")
@@ -150,7 +152,7 @@ def placed(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
             "the CPU with --accelerate-config cpu"
         )
     if not on_cpu and count < gpus * machines:
-        print(f"{gpus * machines} GPUs are visible, {count} are used", file=sys.stderr)
+        echo(f"{gpus * machines} GPUs are visible, {count} are used", err=True)
     return settings | {"num_processes": count}
 
 
@@ -216,14 +218,15 @@ def relaunch(words: list[str], cfg: Run, launch: Launch, line: list[str]) -> int
 
     line = [*line, *command_of_processes(words, cfg, launch)]
     on_cpu = ["ACCELERATE_USE_CPU=true"] if "ACCELERATE_USE_CPU" in os.environ else []
-    print(shlex.join([*on_cpu, "accelerate", "launch", *line]), file=sys.stderr)
+    echo(shlex.join([*on_cpu, "accelerate", "launch", *line]), err=True)
     given = {"num_processes": launch.num_processes, "accelerate_config": launch.accelerate_config}
     options = [word for name, value in given.items() if value for word in (fields.flag(name), str(value))]
     resume_command = f"{parsing.same_command(cfg, ['sdtune', *words])} {shlex.join(options)}"
     os.environ[processes.RESUME_COMMAND] = resume_command
     received_signals: list[int] = []
-    pass_on(received_signals)
-    if not (codes := failures(line)):
+    with passing_on(received_signals):
+        codes = failures(line)
+    if not codes:
         return 0
     followed = (processes.EXIT_PEER_DIED, -signal.SIGTERM)  # of those that ended because another did
     rank = next((rank for rank, code in codes.items() if code not in followed), min(codes))
@@ -234,7 +237,7 @@ def relaunch(words: list[str], cfg: Run, launch: Launch, line: list[str]) -> int
         count, name = line[line.index("--num_processes") + 1], signal.Signals(-code).name
         left = processes.describe_checkpoint(cfg.output_dir)
         what = f"process {rank} of {count} was killed by {name}; {left}; continue with: {resume_command}"
-        print(f"failed: {what}", file=sys.stderr)
+        echo(f"failed: {what}", err=True)
         return 1
     return 1 if code == processes.EXIT_PEER_DIED else code
 
@@ -244,6 +247,12 @@ def command_of_processes(words: list[str], cfg: Run, launch: Launch) -> list[str
 
     The settings travel in a file, so that no secret stands in argv and no option clashes with the launcher's.
     """
+    real = cfg.model_dump(mode="json")
+    if signed := [name for name, value in parsing.plain(cfg).items() if value != real[name]]:
+        raise UserError(
+            f"{fields.flag(signed[0])}: its address holds a secret, which would have to be written to a file for "
+            "several processes to read; train on one process, or download the data"
+        )
     cfg.output_dir.mkdir(parents=True, exist_ok=True)
     resolved = cfg.output_dir / ".launch.yaml"
     new = resolved.with_name(f".launch-{os.getpid()}.yaml")
@@ -284,8 +293,9 @@ def children() -> list[Any]:
     return [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
 
 
-def pass_on(received_signals: list[int]) -> None:
-    """From here on signals that ask to stop go to the processes of the run, and are added to ``received_signals``."""
+@contextmanager
+def passing_on(received_signals: list[int]) -> Iterator[None]:
+    """Context in which signals that ask to stop go to the processes of the run, and to ``received_signals``."""
     from sdtune.run.signals import STOP
 
     def note(number: int, _: FrameType | None) -> None:
@@ -295,5 +305,9 @@ def pass_on(received_signals: list[int]) -> None:
         for child in running:
             child.send_signal(number)
 
-    for number in STOP:
-        signal.signal(number, note)
+    before = {number: signal.signal(number, note) for number in STOP}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

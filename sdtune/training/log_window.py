@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from sdtune.config.sections import RunFailed
+from sdtune.config.untrusted import echo
 
 
 class Figures:
@@ -43,11 +44,10 @@ class Window:
 
     Args:
         skipped: steps skipped earlier in the run.
-        limit: skipped steps in a row at which the run fails.
     """
 
-    def __init__(self, accelerator: Accelerator, skipped: int, limit: int):
-        self.accelerator, self.skipped, self.limit = accelerator, skipped, limit
+    def __init__(self, accelerator: Accelerator, skipped: int):
+        self.accelerator, self.skipped = accelerator, skipped
         self.device = accelerator.device
         self.counts = torch.tensor([skipped, 0], device=self.device)  # skipped steps: in all, and in a row
         self.clear()
@@ -72,20 +72,20 @@ class Window:
         """Steps skipped in the run; waits for the device."""
         return int(self.counts[0])
 
-    def line(self, step: int, norm: Tensor, learning_rate: float) -> dict[str, float]:
+    def line(self, step: int, norm: Tensor, learning_rate: float, limit: int) -> dict[str, float]:
         """The numbers of the steps since the last line, over all processes.
 
         Raises:
-            RunFailed: too many steps in a row had no finite gradient.
+            RunFailed: ``limit`` steps in a row, up to this one, had no finite gradient.
         """
         skipped, in_a_row = self.counts.tolist()
         finite = [loss.float().mean() for loss, _ in self.losses if loss.isfinite().all()]
         if skipped > self.skipped:
             self._name_culprits(step, skipped - self.skipped)
-        if in_a_row >= self.limit:
+        if in_a_row >= limit:
             raise RunFailed(
-                f"step {step}: no finite gradient for {in_a_row} steps in a row; the checkpoint before them is "
-                f"complete. Lower --learning-rate (now {learning_rate:g}), or train in bf16 or fp32"
+                f"step {step}: no finite gradient for {in_a_row} steps in a row, so nothing was saved after them. "
+                f"Lower --learning-rate (now {learning_rate:g}), train in bf16 or fp32, or check the base for NaN"
             )
         total = torch.stack(finite).sum().item() if finite else 0.0
         sums = torch.tensor([total, len(finite)], device=self.device)
@@ -104,4 +104,4 @@ class Window:
     def _name_culprits(self, step: int, skipped: int) -> None:
         names = sorted({n for loss, samples in self.losses if not loss.isfinite().all() for n in samples})
         named = f"; no finite loss in batches with {', '.join(names[:8])}" if names else ""
-        print(f"step {step}: {skipped} of the last {self.steps} steps had no finite gradient and were skipped{named}")
+        echo(f"step {step}: {skipped} of the last {self.steps} steps had no finite gradient and were skipped{named}")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, cast
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sdtune.config.sections import Run, UserError
+from sdtune.config.untrusted import echo
 from sdtune.data import positions
 from sdtune.models.float8 import compute_in_float8
 from sdtune.models.memory_options import checkpoint_gradients, compile_blocks
@@ -25,7 +27,7 @@ from sdtune.run.plan import plan, steps_of
 from sdtune.run.precision import precision_of
 from sdtune.run.processes import ProcessGroupWatch, resume_command, store_barrier
 from sdtune.run.report import write_report
-from sdtune.run.signals import Stopping
+from sdtune.run.signals import StopSignals
 from sdtune.training import optim, preview
 from sdtune.training.engines import make_engine
 from sdtune.training.log_window import Window
@@ -46,16 +48,18 @@ def train(
         SystemExit: 143 or 130 when SIGTERM or Ctrl-C came, and the run was saved.
     """
     check_trackers(cfg.report_to)
-    accelerator = start(cfg)
-    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    with ProcessGroupWatch(rank, world, cfg.output_dir, resume_command(cfg, words), cfg.ddp_timeout) as watch:
-        publisher = Publisher(cfg, main)
-        with open_folder(cfg, words, overwrite, allow_change) if main else nullcontext():
-            store_barrier()
-            fit(kind, cfg, accelerator, publisher, words, allow_change)
-            watch.leave()
-            accelerator.end_training()
-            publisher.finish()  # the other processes are free by now: none waits for an upload
+    with StopSignals() as stop:
+        accelerator = start(cfg)
+        rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+        resume = resume_command(cfg, words)
+        with ProcessGroupWatch(rank, world, cfg.output_dir, resume, cfg.ddp_timeout, stop) as watch:
+            publisher = Publisher(cfg, main)
+            with open_folder(cfg, words, overwrite, allow_change) if main else nullcontext():
+                store_barrier()
+                fit(kind, cfg, accelerator, publisher, words, allow_change, stop)
+                watch.leave()
+                accelerator.end_training()
+                publisher.finish()  # the other processes are free by now: none waits for an upload
 
 
 def fit(
@@ -65,10 +69,12 @@ def fit(
     publisher: Publisher,
     words: list[str],
     allow_change: bool,
+    stop: StopSignals,
 ) -> None:
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    log = print if main else lambda line: None
-    stopping, out = Stopping(world, cfg.ddp_timeout), cfg.output_dir
+    log: Callable[[str], None] = echo if main else lambda line: None
+    out = cfg.output_dir
+    stop.connect(world, cfg.ddp_timeout)
 
     # What trains, on what, and where the run stands
     torch.manual_seed(rng.key(cfg.seed, "init"))
@@ -99,42 +105,55 @@ def fit(
         cast(Dataset[Any], dataset), batch_sampler=sampler, num_workers=cfg.dataloader_num_workers, pin_memory=pinned
     )
     batches = iter(loader)
-    window = Window(accelerator, state.skipped, cfg.max_bad_steps)
+    window = Window(accelerator, state.skipped)
+
+    def attempt(work: Callable[[], Any]) -> Any:
+        return stop.attempt(work, engine.forward_alone)
 
     def validate() -> None:
         recipe.eval()
         with metrics.paused(), state.evaluating():
             if cfg.num_validation_images:
-                metrics.images(state.step, *preview.sample_images(recipe, dataset, accelerator))
+                if (drawn := preview.sample_images(recipe, dataset, accelerator, attempt)) is not None:
+                    metrics.images(state.step, *drawn)
                 store_barrier()
             if dataset.holdout:
-                metrics.log(state.step, preview.holdout(engine, dataset, accelerator))
+                figures = preview.holdout(engine, dataset, accelerator, attempt)
+                if not stop.agreed():
+                    metrics.log(state.step, figures)
         recipe.train()
 
     @torch.no_grad()
     def report() -> None:
-        metrics.log(state.step, window.line(state.step, norm, float(optimizer.param_groups[0]["lr"])))
+        # A run may not end with skipped steps, but for the few that look for the scale of fp16
+        at_end = min(3, total) if engine.overflows else 1
+        limit = at_end if state.step == total else cfg.max_bad_steps
+        metrics.log(state.step, window.line(state.step, norm, float(optimizer.param_groups[0]["lr"]), limit))
         state.skipped = window.skipped
 
     # Train
-    stopping.training = True
     recipe.train()
     if state.step == 0:
         validate()
-    while state.step < total and not stopping.agreed():
+    stop.defer(True)
+    while state.step < total and not stop.agreed():
         # fp16 overflows as a matter of course until its scale is found: such steps do not move the schedule
         effective_step = state.step - (window.skipped_so_far() if engine.overflows else 0)
         for parameters, peak, end in zip(optimizer.param_groups, peaks, group_end_steps, strict=True):
             optim.set_rate(parameters, peak * scale * lr_factor(effective_step) * (state.step < end))
         for micro in range(accumulation):
             with metrics.waiting():
-                batch = next(batches)
+                batch = stop.attempt(batches.__next__, world == 1)
+            if batch is None:
+                break
             samples = batch.pop("name")
             rng.seed_model(rng.key(cfg.seed, "dropout", state.step, rank * accumulation + micro), accelerator.device)
             with engine.local() if micro + 1 < accumulation else nullcontext():
                 loss, figures = engine(send_to_device(batch, accelerator.device, non_blocking=True))
                 engine.backward(loss.mean() * finite_or_nan(loss))
             window.add(loss, figures, samples)
+        if batch is None:  # a signal came while the batch was read; what was accumulated is dropped
+            continue
         # A rate of 0 alone does not hold every optimizer, and a part that has ended does not count in the clipping
         for parameters, end in zip(optimizer.param_groups, group_end_steps, strict=True):
             if state.step >= end:
@@ -150,6 +169,7 @@ def fit(
         if saving or state.step % cfg.log_steps == 0:
             report()
         if cfg.export_steps and state.step % cfg.export_steps == 0:
+            state.check_weights()
             with (
                 metrics.paused(),
                 state.export_weights() as exported,
@@ -173,7 +193,8 @@ def fit(
         state.save()
         metrics.close()
         log(f"interrupted at step {state.step} of {total} and saved; continue with: {resume_command(cfg, words)}")
-        sys.exit(128 + stopping.signal)
+        sys.exit(128 + stop.number)
+    stop.defer(False)
     validate()
     metrics.close()
     with state.export_weights() as exported:
@@ -201,9 +222,8 @@ def start(cfg: Run) -> Accelerator:
 def open_folder(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) -> Any:
     """The run's folder, locked, swept and described; see ``folder.open_run``."""
     lock = folder.open_run(cfg, words, overwrite, allow_change)
-    root = cfg.output_dir / "checkpoints"
-    root.mkdir(exist_ok=True)
-    checkpoints.sweep(root)
+    folder.make_folders(cfg.output_dir)
+    checkpoints.sweep(cfg.output_dir / "checkpoints")
     (cfg.output_dir / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
     return lock
 

@@ -1,6 +1,7 @@
 """What a run shows while it trains: sample images, and the loss of held-out images."""
 
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -13,22 +14,31 @@ from sdtune.recipes.recipe import Recipe, RecipeDataset, split_loss
 from sdtune.training.engine import Engine
 from sdtune.training.log_window import Figures
 
+Attempt = Callable[[Callable[[], Any]], Any]
+"""Does the work given, or ends it early and returns None when a signal to stop comes; see `StopSignals.attempt`."""
 
-def sample_images(recipe: Recipe, dataset: RecipeDataset, accelerator: Accelerator) -> tuple[list[Image], list[str]]:
+
+def sample_images(
+    recipe: Recipe, dataset: RecipeDataset, accelerator: Accelerator, attempt: Attempt
+) -> tuple[list[Image], list[str]] | None:
     """The run's sample grid and its prompts; each process draws its share, from seeds that never change.
 
-    All draw equally many, because they may hold the weights together; images beyond the count are dropped.
+    All draw equally many, because they may hold the weights together; images beyond the count are dropped. None if a
+    signal to stop has ended the drawing on any process.
     """
     cfg, rank, world = recipe.cfg, accelerator.process_index, accelerator.num_processes
     prompts, count = dataset.prompts, cfg.num_validation_images
     mine = range(rank, math.ceil(count / world) * world, world)
-    images = recipe.sample([prompts[k % len(prompts)] for k in mine], [cfg.seed + k for k in mine])
-    drawn = sorted(gather_object(list(zip(mine, images, strict=True))), key=lambda pair: pair[0])
+    images = attempt(lambda: recipe.sample([prompts[k % len(prompts)] for k in mine], [cfg.seed + k for k in mine]))
+    shares = gather_object(list(zip(mine, images, strict=True)) if images is not None else [])
+    drawn = sorted(shares, key=lambda pair: pair[0])
+    if len(drawn) < count:
+        return None
     return [image for _, image in drawn[:count]], [prompts[k % len(prompts)] for k in range(count)]
 
 
 @torch.no_grad()
-def holdout(engine: Engine, dataset: RecipeDataset, accelerator: Accelerator) -> dict[str, float]:
+def holdout(engine: Engine, dataset: RecipeDataset, accelerator: Accelerator, attempt: Attempt) -> dict[str, float]:
     """Means over the held-out images of loss and figures, at timesteps and noise that never change.
 
     All processes make equally many forward passes, since they may hold the weights together.
@@ -41,12 +51,16 @@ def holdout(engine: Engine, dataset: RecipeDataset, accelerator: Accelerator) ->
     parts = [mine[k * size : (k + 1) * size] for k in range(passes)]
     loader = DataLoader(cast(Dataset[Any], dataset), batch_sampler=[p or keys[:1] for p in parts])
     figures = Figures()
-    for part, batch in zip(parts, loader, strict=True):
-        batch.pop("name")
-        with engine.autocast():
-            loss, more = split_loss(engine.recipe(send_to_device(batch, accelerator.device)))
-        loss = loss.float().nan_to_num(torch.inf, posinf=torch.inf)  # a loss that is not finite still counts
-        if part:
-            named = {"holdout_loss": loss.expand(len(part))} | {f"holdout_{name}": v for name, v in more.items()}
-            figures.add(named)
+
+    def measure() -> None:
+        for part, batch in zip(parts, loader, strict=True):
+            batch.pop("name")
+            with engine.autocast():
+                loss, more = split_loss(engine.recipe(send_to_device(batch, accelerator.device)))
+            loss = loss.float().nan_to_num(torch.inf, posinf=torch.inf)  # a loss that is not finite still counts
+            if part:
+                named = {"holdout_loss": loss.expand(len(part))} | {f"holdout_{name}": v for name, v in more.items()}
+                figures.add(named)
+
+    attempt(measure)
     return figures.means()

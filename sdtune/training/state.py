@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from sdtune.config.sections import UserError
+from sdtune.config.sections import RunFailed, UserError
 from sdtune.recipes.recipe import Recipe, TrainingConfig
 from sdtune.run import checkpoints
 from sdtune.run.environment import environment
 from sdtune.run.processes import store_barrier
 from sdtune.training import optim
 from sdtune.training.engine import Engine
+
+FP16_MAX = 65504.0
 
 
 class State:
@@ -62,7 +65,11 @@ class State:
         """Called by every process; the first one writes full tensors, which any number of processes can read.
 
         It may take longer than the others would wait in a collective; see `processes.store_barrier`.
+
+        Raises:
+            RunFailed: training has diverged; see `check_weights`.
         """
+        self.check_weights()
         moments, numbers = self.engine.save_optimizer(self.optimizer, self.names)
         tensors = {"weights": self.gather_tensors(self.weights), "optimizer": moments}
         if self.average:
@@ -77,6 +84,22 @@ class State:
             }
             checkpoints.save(self.root, self.step, tensors, facts, self.cfg.checkpoints_total_limit)
         store_barrier()
+
+    @torch.no_grad()
+    def check_weights(self) -> None:
+        """Refuse to save or export weights beyond the range of fp16, in which others would load them.
+
+        Raises:
+            RunFailed: on every process.
+        """
+        parts = [w.to_local() if isinstance(w, DTensor) else w for w in self.weights.values()]
+        largest = torch.stack([part.abs().max() for part in parts if part.numel()]).max()
+        beyond = (~(largest <= FP16_MAX)).float()  # also where it is NaN
+        if self.accelerator.reduce(beyond, "sum") > 0:
+            raise RunFailed(
+                f"step {self.step}: the weights have grown to {largest.item():.3g}: training has diverged, and "
+                "nothing was saved; earlier checkpoints are complete. Lower --learning-rate or --max-grad-norm"
+            )
 
     def gather_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Full tensors in main memory on the first process, nothing on the others. Every process must call this."""
