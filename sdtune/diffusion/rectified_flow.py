@@ -12,11 +12,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sdtune.config.sections import BaseOptions, Denoising
+from sdtune.config.fields import flag
+from sdtune.config.sections import BaseOptions, Denoising, UserError
 from sdtune.diffusion.objective import distance, per_image
 
 Density = Literal["uniform", "logit_normal", "mode"]
 Weighting = Literal["none", "sigma_sqrt", "cosmap"]
+
+
+OF_SCHEME = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
+"""Options that one weighting scheme alone reads."""
 
 
 class ResolutionShift(NamedTuple):
@@ -82,8 +87,13 @@ class RectifiedFlow:
             scheduler: the base's own, a ``FlowMatchEulerDiscreteScheduler``.
             density: what the base was made with, for ``--weighting-scheme base``.
             patch: elements of a latent per image token, along a side.
+
+        Raises: UserError for an option of another scheme.
         """
         scheme = density if options.weighting_scheme == "base" else options.weighting_scheme
+        for name, needed in OF_SCHEME.items():
+            if scheme != needed and getattr(options, name) != BaseOptions.model_fields[name].get_default():
+                raise UserError(f"{flag(name)}: is for --weighting-scheme {needed}, and it is {scheme}; leave it out")
         if options.resolution_shift:
             shift: float | ResolutionShift = ResolutionShift.of(scheduler.config, patch)
         elif options.timestep_shift:

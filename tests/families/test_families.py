@@ -236,6 +236,8 @@ def test_a_run_that_is_continued_and_one_of_two_processes_learn_the_same(name, b
         ),
         *(("sdxl", option) for option in ("--weighting-scheme=mode", "--timestep-shift=3", "--no-t5")),
         ("z-image", "--guidance-embedding=1"),
+        ("z-image", "--logit-mean=1"),
+        ("sd3", "--mode-scale=1"),
     ],
 )
 def test_an_option_that_means_nothing_for_the_base_is_refused_by_name(name, option, bases, pictures, tmp_path, capsys):

@@ -8,7 +8,7 @@ from diffusers import FluxPipeline
 from torch import Tensor
 from torch.nn.functional import pixel_unshuffle
 
-from sdtune.config.sections import UserError
+from sdtune.config.sections import BaseOptions, UserError
 from sdtune.diffusion.objective import Objective
 from sdtune.diffusion.rectified_flow import RectifiedFlow
 from sdtune.models.families.latent import FLOW_ONLY, LatentFamily, pack, unpack
@@ -25,6 +25,11 @@ class Flux(LatentFamily):
     options: ClassVar[frozenset[str]] = FLOW_ONLY | {"guidance_embedding", "max_sequence_length"}
     encode_options: ClassVar[dict[str, Any]] = {}
     max_tokens: ClassVar[int | None] = 512
+
+    def check(self) -> None:
+        given = self.cfg.guidance_embedding != BaseOptions.model_fields["guidance_embedding"].get_default()
+        if given and not self.denoiser.config.get("guidance_embeds"):
+            raise UserError(f"--guidance-embedding: {self.cfg.model} is told no guidance; leave it out")
 
     def make_objective(self) -> Objective:
         return RectifiedFlow.of(self.cfg, self.cfg, self.scheduler, "uniform", self.patch)
