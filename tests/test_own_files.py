@@ -66,7 +66,7 @@ def test_overwrite_removes_only_what_the_run_wrote(tmp_path):
     (out / "exports" / "step-000004").mkdir(parents=True)
     folder.discard(out)
     left = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if "step-000004-good/" not in p.as_posix())
-    assert left == ["checkpoints", "checkpoints/step-000004-good", "samples", "samples/step-000004 (copy).png"]
+    assert left == [".lock", "checkpoints", "checkpoints/step-000004-good", "samples", "samples/step-000004 (copy).png"]
 
 
 def test_a_renamed_sample_sheet_does_not_break_the_report(tmp_path):
