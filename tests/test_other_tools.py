@@ -167,6 +167,7 @@ def test_training_begins_with_the_effect_of_the_file(pipe, tmp_path):
         torch.testing.assert_close(layer.get_delta_weight("default"), want)
 
 
+@pytest.mark.fault("An adapter has another kind, rank or module than what trains", "Refused, with what does not match.")
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
@@ -258,6 +259,9 @@ BAD_WORDS = {
 }
 
 
+@pytest.mark.fault(
+    "An embedding is damaged, or of another base", "Refused: numbers that are NaN are counted, widths are named."
+)
 @pytest.mark.parametrize("case", BAD_WORDS)
 def test_embeddings_that_cannot_be_used_are_refused(case, pipe, tmp_path):
     tensors, words = BAD_WORDS[case]
@@ -267,6 +271,7 @@ def test_embeddings_that_cannot_be_used_are_refused(case, pipe, tmp_path):
     assert "\n" not in str(refused.value) and "\x1b" not in str(refused.value)
 
 
+@pytest.mark.fault("Two embeddings teach the same word", "Refused, with both files.")
 def test_two_files_with_one_word_are_refused(pipe, tmp_path):
     for name in ("a", "b"):
         save_file({"<x>": torch.ones(1, 32)}, tmp_path / f"{name}.safetensors")
@@ -287,12 +292,16 @@ def save(path, tensors=None, **config):
     return path
 
 
+@pytest.mark.fault("Modules are missing from an adapter", "Refused, with how many there are and the first that is not.")
 def test_half_of_the_modules_missing_is_told(pipe, tmp_path):
     file = save(tmp_path / "a.safetensors", target_modules=["to_q", "to_k"])
     with pytest.raises(UserError, match=r"1 of the \d+ modules that its settings name in unet are in the file"):
         load_adapters(copy.deepcopy(pipe), [str(file)])
 
 
+@pytest.mark.fault(
+    "Metadata of an adapter holds nonsense, or patterns that take forever", "Refused in one line, in a moment."
+)
 @pytest.mark.parametrize(
     ("config", "words"),
     [
@@ -339,6 +348,7 @@ def test_json_of_inspect_is_json(tmp_path, capsys):
     assert facts["trained"]["learning_rate"] is None
 
 
+@pytest.mark.fault("Metadata holds sequences that control a terminal", "They are printed as escapes.")
 def test_metadata_cannot_control_the_terminal(tmp_path, capsys):
     record = json.dumps({"base": "\x1b]0;owned\x07base\u202e", "trigger": "a\x1b[2J\nfake line", "seed": 3})
     save_file({k: torch.ones(s) for k, s in GOOD.items()}, tmp_path / "a.safetensors", metadata={"sdtune": record})
@@ -350,6 +360,7 @@ def test_metadata_cannot_control_the_terminal(tmp_path, capsys):
     assert "\x1b" not in capsys.readouterr().err
 
 
+@pytest.mark.fault("An adapter changes norms, biases or complete weights", "Refused, with what it changes.")
 @pytest.mark.parametrize("end", ["diff", "diff_b", "w_norm"])
 def test_changes_that_are_not_low_rank_are_named(end, tmp_path):
     save_file({f"{K}.{end}": torch.ones(16, 16)}, tmp_path / "a.safetensors")

@@ -26,6 +26,7 @@ from rich.progress import Progress
 
 from sdtune.config.fields import flag
 from sdtune.config.sections import UserError
+from sdtune.config.untrusted import echo
 from sdtune.config.verbs import SampleConfig
 from sdtune.diffusion.schedulers import make_scheduler
 from sdtune.models import families
@@ -115,7 +116,11 @@ class PromptJob:
         self.scale = 5.0 if cfg.guidance_scale is None else cfg.guidance_scale
         self.pipe = load_pipeline(cfg)
         load_adapters(self.pipe, cfg.adapter)
-        load_embeddings(self.pipe, cfg.embedding, cfg.adapter)
+        words = load_embeddings(self.pipe, cfg.embedding, cfg.adapter)
+        said = " ".join([cfg.negative_prompt, *(f"{p.text} {p.settings.get('negative_prompt', '')}" for p in prompts)])
+        if unused := [word for word in words if word.lower() not in said.lower()]:
+            notice = f"no prompt has {', '.join(unused)} in it: such a word has no effect unless a prompt says it"
+            echo(f"warning: {notice}", err=True)
         if cfg.scheduler:
             self.pipe.scheduler = make_scheduler(cfg.scheduler, self.pipe.scheduler)
 
