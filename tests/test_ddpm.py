@@ -205,6 +205,11 @@ def test_a_file_describes_the_network(ddpm, bare, tmp_path, capsys, refused):
         file.write_text(text)
         assert told in answer(capsys, bare("third", "--unet-config", str(file)))
     assert "No such file" in answer(capsys, bare("third", "--unet-config", str(tmp_path / "none.json")))
+    assert "or continue it with --model" in answer(capsys, bare("third", "--unet-config", "google/ddpm-cifar10-32"))
+    (tmp_path / "of-diffusers" / "unet").mkdir(parents=True)
+    (tmp_path / "of-diffusers" / "unet" / "config.json").write_text('{"block_out_channels": [8, 8, 8, 8, 8, 8, 8, 8]}')
+    said = answer(capsys, bare("third", "--unet-config", str(tmp_path / "of-diffusers")))
+    assert "No such file" not in said  # a folder is read, and what it describes halves the images too often
 
 
 def test_options_of_the_network_that_cannot_be(refused):

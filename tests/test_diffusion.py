@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from sdtune.config.sections import UserError
 from sdtune.diffusion.objective import DDPM, bias_timesteps, denoising_loss, per_image
 
 T = 1000
@@ -348,3 +349,10 @@ def test_the_gradient_reaches_the_network_and_nothing_else():
     assert scale.grad is not None
     assert scale.grad.abs() > 0
     assert x0.grad is None
+
+
+@pytest.mark.parametrize(("begin", "end", "named"), [(1000, 2000, "begin 1000"), (0, 2000, "end 2000")])
+def test_a_range_of_timesteps_beyond_the_schedule_is_refused(begin, end, named):
+    with pytest.raises(UserError, match=f"--timestep-bias-{named}: the schedule has the timesteps 0 to 999"):
+        bias_timesteps(1000, "range", 2.0, begin, end)
+    assert bias_timesteps(100, "range", 2.0, 50).sum() == 150  # up to the end that is the default

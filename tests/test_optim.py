@@ -305,6 +305,8 @@ def test_the_norm_that_decides_is_the_one_before_clipping():
         {"ema_inv_gamma": 3.0, "ema_power": 1.0},
         {"ema_decay": 0.5},
         {"ema_decay": 0.0},
+        {"ema_warmup": "ratio"},
+        {"ema_warmup": "ratio", "ema_decay": 0.5},
     ],
     ids=str,
 )
@@ -316,7 +318,7 @@ def test_the_average_is_that_of_diffusers(settings):
     reference = EMAModel(
         [nn.Parameter(w.clone()) for w in weights.values()],
         decay=cfg.ema_decay,
-        use_ema_warmup=True,
+        use_ema_warmup=cfg.ema_warmup == "power",
         inv_gamma=cfg.ema_inv_gamma,
         power=cfg.ema_power,
     )

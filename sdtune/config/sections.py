@@ -433,6 +433,8 @@ class Optim(Section):
     """Keep an exponential moving average of the trained weights, and use it for samples and the artefact."""
     ema_decay: Annotated[float, Interval(ge=0, lt=1), requires("use_ema")] = 0.9999
     """Decay of the average once it is warm."""
+    ema_warmup: Annotated[Literal["power", "ratio"], requires("use_ema")] = "power"
+    """How the decay rises: by ema_power, or as (1 + step) / (10 + step), which diffusers' text-to-image script uses."""
     ema_inv_gamma: Annotated[Positive, requires("use_ema")] = 1.0
     """Inverse factor of the average's warm-up."""
     ema_power: Annotated[Positive, requires("use_ema")] = 2 / 3

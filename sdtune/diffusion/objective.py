@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from sdtune.config.sections import Denoising
+from sdtune.config.sections import Denoising, UserError
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 
@@ -40,7 +40,13 @@ def bias_timesteps(
 
     ``earlier`` and ``later`` multiply the first and the last ``portion`` (towards the noise) of the timesteps,
     ``range`` those from ``begin`` up to ``end``; ``none`` leaves all alike.
+
+    Raises:
+        UserError: the range is of timesteps that there are not.
     """
+    if strategy == "range" and (begin >= steps or (end > steps and end != 1000)):  # 1000 is the default
+        name, value = ("begin", begin) if begin >= steps else ("end", end)
+        raise UserError(f"--timestep-bias-{name} {value}: the schedule has the timesteps 0 to {steps - 1}")
     odds = torch.ones(steps, dtype=torch.float64)
     biased = int(portion * steps)
     chosen = {

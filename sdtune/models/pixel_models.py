@@ -214,11 +214,15 @@ def read_classes(
     return classes
 
 
-def _described(file: Path) -> dict[str, Any]:
+def _described(asked: Path) -> dict[str, Any]:
+    """The network that a file describes, or one in a folder as diffusers writes it."""
+    inside = [asked / "config.json", asked / "unet" / "config.json"] if asked.is_dir() else [asked]
+    file = next((path for path in inside if path.is_file()), inside[0])
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--unet-config {file}: {error.strerror}") from None
+        hint = "; of a model on the Hub, download its config.json, or continue it with --model"
+        raise UserError(f"--unet-config {file}: {error.strerror}{hint}") from None
     except ValueError as error:
         raise UserError(f"--unet-config {file}: not JSON ({error})") from None
     if not isinstance(found, dict) or "block_out_channels" not in found:

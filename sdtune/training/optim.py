@@ -141,7 +141,8 @@ class Average:
     """Exponential moving average of the trained weights, its decay a function of the step.
 
     decay = min(ema_decay, 1 - (1 + step / inv_gamma) ^ -power), the warm-up that Crowson's k-diffusion and diffusers
-    use: an average of few steps must not remember the start.
+    use: an average of few steps must not remember the start. With ``ema_warmup`` ratio it is instead (1 + step) /
+    (10 + step), and 0 at the start, which diffusers' EMAModel follows unless it is told otherwise.
     """
 
     def __init__(self, cfg: Optim, weights: Mapping[str, Tensor]):
@@ -149,6 +150,8 @@ class Average:
         self.mean = {name: w.detach().clone() for name, w in weights.items()}
 
     def decay(self, step: int) -> float:
+        if self.cfg.ema_warmup == "ratio":
+            return min(self.cfg.ema_decay, (1 + step) / (10 + step)) if step else 0.0
         warm_up: float = 1 - (1 + step / self.cfg.ema_inv_gamma) ** -self.cfg.ema_power
         return min(self.cfg.ema_decay, warm_up)
 
