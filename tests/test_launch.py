@@ -21,7 +21,7 @@ from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import UserError
 from sdtune.data import cache
 from sdtune.run import checkpoints, folder, metrics, processes
-from sdtune.training import launch
+from sdtune.training import launch, launch_variables
 from tests import ranks
 from tests.compare import assert_same_bits, difference
 from tests.conftest import LONG, command, status
@@ -177,7 +177,7 @@ def test_contradictions_are_refused(lines, flags, processes, told, tmp_path, sd,
     ],
 )
 def test_variables_that_another_launcher_left_behind_are_named(variables, told, monkeypatch, tmp_path, capfd):
-    for name in (*launch.NUMBERS, "MASTER_ADDR"):
+    for name in (*launch_variables.NUMBERS, "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -191,7 +191,7 @@ def test_a_launchers_own_variables_pass(monkeypatch):
     given = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    launch.check_environment()
+    launch_variables.check_environment()
 
 
 def test_too_few_gpus_are_no_reason_to_train_on_the_cpu(monkeypatch):

@@ -17,12 +17,11 @@ from typing import Any
 from sdtune.config import fields, parsing, shipped, yaml_text
 from sdtune.config.sections import Launch, Run, UserError
 from sdtune.config.untrusted import echo
+from sdtune.training.launch_variables import check_environment
 
 PRECISIONS = ("no", "fp16", "bf16")
 TYPES = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")
 """Values of an accelerate config's `distributed_type` under which sdtune trains."""
-NUMBERS = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT")
-"""Variables with which a launcher tells a process its place."""
 DEFAULT = "multi-gpu"
 """The shipped config of `--num-processes` alone."""
 
@@ -30,26 +29,6 @@ DEFAULT = "multi-gpu"
 def launched() -> bool:
     """Whether a launcher (accelerate, torchrun, Slurm under a script) has started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def check_environment() -> None:
-    """Refuse variables that another launcher, or an earlier one, left behind.
-
-    Raises:
-        UserError: with them accelerate would fail, or wait half an hour for processes that never come.
-    """
-    env = {name: os.environ[name] for name in (*NUMBERS, "MASTER_ADDR") if name in os.environ}
-    unset = "unset it, or train under a launcher that sets it"
-    for name, value in env.items():
-        if not value or (name in NUMBERS and not value.lstrip("-").isdigit()):
-            raise UserError(f"{name}={value}: this variable of the environment has no usable value; {unset}")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise UserError("ACCELERATE_USE_DEEPSPEED=true: sdtune does not train under DeepSpeed; unset it, or use fsdp2")
-    if set_ := [name for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE") if name in env]:
-        among = int(env.get("WORLD_SIZE", "1")) > 1 or "LOCAL_RANK" in env
-        needed = ("RANK", "WORLD_SIZE", *(("MASTER_ADDR", "MASTER_PORT") if among else ()))
-        if missing := [name for name in needed if name not in env]:
-            raise UserError(f"{set_[0]} is set in the environment, but {' and '.join(missing)} is not; {unset}")
 
 
 def start(words: list[str], cfg: Run, launch: Launch) -> int | None:
