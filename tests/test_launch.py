@@ -371,7 +371,7 @@ def test_two_machines_under_accelerate_lose_a_process_and_go_on_under_torchrun(u
     wait_until(lambda: reached(cut, 8), *machines)
     worker(machines[1], 1).send_signal(signal.SIGKILL)
     assert 0 not in [machine.exit_code(60) for machine in machines]
-    said = machines[0].said("err")
+    said = machines[0].output("err")
     assert said.count("failed: process 1 of 2 died without a message") == 1
     assert said.count("under the same launcher") == 1
 
@@ -382,6 +382,6 @@ def test_two_machines_under_accelerate_lose_a_process_and_go_on_under_torchrun(u
         )
         for k in range(2)
     ]
-    assert [machine.exit_code() for machine in machines] == [0, 0], machines[0].said("err")
-    assert "continuing at step" in machines[0].said("out")
+    assert [machine.exit_code() for machine in machines] == [0, 0], machines[0].output("err")
+    assert "continuing at step" in machines[0].output("out")
     assert_same_bits(uninterrupted, cut)
