@@ -5,8 +5,12 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
+from sdtune.cli import main
 from sdtune.config.sections import UserError
 from sdtune.models.memory_options import checkpoint_gradients, compile_blocks
+from sdtune.training import engine
+from tests import contract
+from tests.conftest import status
 from tests.contract import RECIPES
 
 
@@ -40,3 +44,30 @@ def test_a_model_that_names_no_repeated_blocks_is_compiled_as_a_whole():
     compile_blocks([unet, token])
     assert unet._compiled_call_impl is not None
     assert token._compiled_call_impl is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_a_run_out_of_memory_names_the_options_that_save_enough(error, places, tmp_path, monkeypatch, capsys):
+    def full(self, loss):
+        raise error
+
+    monkeypatch.setattr(engine.Engine, "backward", full)
+    assert status(contract.command("lora", places, tmp_path / "run", "--train-batch-size", "4")) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
+    assert len(lines) == 1
+    assert "out of memory" in lines[0] and "it needs less with --" in lines[0]
+
+
+def test_another_error_of_torch_stays_what_it_is(places, tmp_path, monkeypatch):
+    def broken(self, loss):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(engine.Engine, "backward", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        main(contract.command("lora", places, tmp_path / "run"))

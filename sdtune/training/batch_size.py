@@ -2,11 +2,13 @@
 
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from sdtune.config import parsing
 from sdtune.config.methods.dreambooth import DreamBoothConfig
 from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import RunFailed, UserError
@@ -98,6 +100,11 @@ def savings(cfg: TrainingConfig) -> Iterator[dict[str, Any]]:
         yield {"mixed_precision": "bf16"}
     if cfg.use_ema:
         yield {"use_ema": False}
+
+
+def flags(changed: dict[str, Any]) -> str:
+    """Options as they are given on the command line."""
+    return shlex.join(word for name, value in changed.items() for word in parsing.flag_words(name, value))
 
 
 def fitting_changes(estimates: Estimates, limit: int) -> list[tuple[dict[str, Any], MemoryEstimate]]:

@@ -1,13 +1,11 @@
 """`sdtune check`: what is wrong with a run, and what it will cost, without training."""
 
-import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from sdtune.config import parsing
 from sdtune.config.sections import Model, Run, UserError
 from sdtune.config.untrusted import echo
 from sdtune.models import families
@@ -18,7 +16,7 @@ from sdtune.run.metrics import check_trackers
 from sdtune.run.plan import plan, steps_of
 from sdtune.run.precision import precision_of
 from sdtune.training import optim
-from sdtune.training.batch_size import Estimates, fitting_changes, human_bytes, largest_batch, limit_of
+from sdtune.training.batch_size import Estimates, fitting_changes, flags, human_bytes, largest_batch, limit_of
 from sdtune.training.memory_estimate import MemoryEstimate, meta_recipe, size_of
 
 
@@ -126,11 +124,6 @@ def too_much(cfg: Run, estimates: Estimates, limit: int, device: torch.device) -
     changed, need = found[-1]
     all_of_it = human_bytes(need.total)
     return f"--memory: {there}; {flags(changed) or 'nothing'} would make it {all_of_it}, and nothing makes it fit"
-
-
-def flags(changed: dict[str, Any]) -> str:
-    """Options as they are given on the command line."""
-    return shlex.join(word for name, value in changed.items() for word in parsing.flag_words(name, value))
 
 
 class Problems:

@@ -13,14 +13,13 @@ from accelerate.utils import InitProcessGroupKwargs, send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sdtune.config.sections import Run, UserError
+from sdtune.config.sections import Run
 from sdtune.config.untrusted import echo
 from sdtune.data import positions
-from sdtune.models.float8 import compute_in_float8
-from sdtune.models.memory_options import checkpoint_gradients, compile_blocks
 from sdtune.publish.publish import Publisher
 from sdtune.recipes.recipe import Recipe, TrainingConfig
 from sdtune.run import checkpoints, folder, rng
+from sdtune.run.device import is_out_of_memory
 from sdtune.run.environment import environment
 from sdtune.run.metrics import Metrics, check_trackers
 from sdtune.run.plan import plan, steps_of
@@ -28,9 +27,10 @@ from sdtune.run.precision import precision_of
 from sdtune.run.processes import ProcessGroupWatch, resume_command, store_barrier
 from sdtune.run.report import write_report
 from sdtune.run.signals import StopSignals
-from sdtune.training import optim, preview
+from sdtune.training import optim, out_of_memory, preview
 from sdtune.training.engines import make_engine
 from sdtune.training.log_window import Window
+from sdtune.training.prepare import prepare_modules
 from sdtune.training.state import State
 
 
@@ -56,7 +56,13 @@ def train(
             publisher = Publisher(cfg, main)
             with open_folder(cfg, words, overwrite, allow_change) if main else nullcontext():
                 store_barrier()
-                fit(kind, cfg, accelerator, publisher, words, allow_change, stop)
+                try:
+                    fit(kind, cfg, accelerator, publisher, words, allow_change, stop)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    error.with_traceback(None)  # it holds the frames whose tensors fill the memory
+                    raise out_of_memory.failure(kind, cfg, accelerator.device, world, error) from None
                 watch.leave()
                 accelerator.end_training()
                 publisher.finish()  # the other processes are free by now: none waits for an upload
@@ -226,16 +232,3 @@ def open_folder(cfg: Run, words: list[str], overwrite: bool, allow_change: bool)
     checkpoints.sweep(cfg.output_dir / "checkpoints")
     (cfg.output_dir / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
     return lock
-
-
-def prepare_modules(recipe: Recipe, cfg: Run, device: torch.device) -> None:
-    """Have the parts of a recipe compute in 8 bits, checkpoint their gradients, or compile, as the config asks."""
-    if cfg.compile and device.type == "cpu":
-        raise UserError("--compile: on a CPU torch.compile returns wrong gradients beside a right loss; leave it out")
-    if precision_of(cfg) == "fp8":
-        for module in recipe.children():
-            compute_in_float8(module, device)
-    if cfg.gradient_checkpointing:
-        checkpoint_gradients(recipe.children())
-    if cfg.compile:
-        compile_blocks(recipe.children())

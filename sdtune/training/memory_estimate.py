@@ -30,7 +30,7 @@ from sdtune.recipes.finetune import FineTune
 from sdtune.recipes.recipe import Recipe, RecipeDataset, TrainingConfig, split_loss
 from sdtune.run.precision import dtype_of
 from sdtune.training import optim
-from sdtune.training.loop import prepare_modules
+from sdtune.training.prepare import prepare_modules
 
 
 class MemoryEstimate(NamedTuple):
