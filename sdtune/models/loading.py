@@ -2,12 +2,13 @@
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -18,6 +19,16 @@ from sdtune.models import families, formats
 from sdtune.models.attach import Layers, attach
 from sdtune.models.formats import Embedding, embedding
 from sdtune.models.noisy_classifier import NoisyClassifier
+from sdtune.models.part_files import (
+    BROKEN,
+    check_channels,
+    check_scheduler,
+    check_tokenizer,
+    has_part,
+    read_part,
+    reason,
+    refuse_broken,
+)
 from sdtune.models.pixel_models import read_classes
 from sdtune.run.device import best_device
 from sdtune.run.precision import DTYPES
@@ -34,27 +45,79 @@ def load_pipeline(cfg: SampleConfig) -> DiffusionPipeline:
     device = best_device()
     if cfg.mixed_precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed-precision fp16: needs a GPU; bf16 works on a CPU")
-    source = families.resolve_model(cfg.model)
+    source, where = families.resolve_model(cfg.model), f"--model {cfg.model}"
+    index = families.model_index(source, cfg)
     hub = {"revision": cfg.revision, "cache_dir": cfg.cache_dir}
-    parts: dict[str, Any] = {}
+    parts = replaced_parts(cfg, source, index, dtype)
+    if "safety_checker" in index:
+        parts |= {"safety_checker": None, "requires_safety_checker": False}
+    if "vae" in index and not has_part(index, "vae") and not cfg.vae:
+        raise UserError(f"{where}: holds no VAE; give one with --vae")
+    if Path(source).is_dir():
+        parts |= own_parts(cfg, source, {name: kind for name, kind in index.items() if name not in parts}, dtype)
+    if has_part(index, "scheduler"):
+        try:
+            check_scheduler(DDPMScheduler.load_config(source, subfolder="scheduler", **hub), f"{where}: scheduler")
+        except BROKEN as error:
+            raise UserError(f"{where}: scheduler: {reason(error)}") from None
     try:
-        if cfg.vae:
-            vae = diffusers.AutoencoderKL.from_pretrained(cfg.vae, dtype=dtype, cache_dir=cfg.cache_dir)
-            parts["vae"] = vae
-        if cfg.unet:
-            where = Path(cfg.unet) / "unet" if (Path(cfg.unet) / "unet").is_dir() else Path(cfg.unet)
-            parts["unet"] = diffusers.UNet2DConditionModel.from_pretrained(where, dtype=dtype)
-            if "unet" not in families.model_index(source, cfg):
-                raise UserError(f"--unet {cfg.unet}: {cfg.model} has no UNet; leave it out")
-            own = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet", **hub)["cross_attention_dim"]
-            if parts["unet"].config["cross_attention_dim"] != own:
-                raise UserError(f"--unet {cfg.unet}: made for another text encoder than that of {cfg.model}")
-        if "safety_checker" in families.model_index(source, cfg):
-            parts |= {"safety_checker": None, "requires_safety_checker": False}
         pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=cfg.variant, **hub, **parts)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {cfg.model}: {str(error).splitlines()[0]}") from error
+    except BROKEN as error:
+        raise UserError(f"{where}: {reason(error)}") from error
+    check_pipeline(pipe, cfg)
     return pipe.to(device)
+
+
+def replaced_parts(cfg: SampleConfig, source: str, index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The parts that ``--vae`` and ``--unet`` put in the place of the base's."""
+    kinds = {"vae": diffusers.AutoencoderKL, "unet": diffusers.UNet2DConditionModel}
+    found = {}
+    if cfg.unet and not has_part(index, "unet"):
+        raise UserError(f"--unet {cfg.unet}: {cfg.model} has no UNet; leave it out")
+    for part, name in {"vae": cfg.vae, "unet": str(cfg.unet) if cfg.unet else None}.items():
+        if name:
+            base = source if has_part(index, part) else None
+            folder, subfolder = families.part_location(name, f"--{part}", part, base)
+            where = {"subfolder": subfolder} if subfolder else {}
+            found[part] = read_part(
+                kinds[part], folder, f"--{part} {name}", dtype=dtype, cache_dir=cfg.cache_dir, **where
+            )
+    if "unet" in found:
+        hub = {"revision": cfg.revision, "cache_dir": cfg.cache_dir}
+        own = kinds["unet"].load_config(source, subfolder="unet", **hub)["cross_attention_dim"]
+        if found["unet"].config["cross_attention_dim"] != own:
+            raise UserError(f"--unet {cfg.unet}: made for another text encoder than that of {cfg.model}")
+    return found
+
+
+def own_parts(cfg: SampleConfig, source: str, index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The modules of a pipeline folder, read one by one, since a pipeline reads incomplete ones without a word."""
+    found = {}
+    for name in index:
+        if not has_part(index, name):
+            continue
+        library, class_name = index[name]
+        kind = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(class_name), None)
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            continue
+        variant = cfg.variant if any(Path(source, name).glob(f"*.{cfg.variant}*")) else None
+        found[name] = read_part(
+            kind, source, f"--model {cfg.model}: {name}", subfolder=name, dtype=dtype, variant=variant
+        )
+    return found
+
+
+def check_pipeline(pipe: DiffusionPipeline, cfg: SampleConfig) -> None:
+    """Refuse a pipeline whose parts are damaged or do not belong together. Raises: UserError."""
+    where = f"--model {cfg.model}"
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            refuse_broken(part, f"{where}: {name}")
+    text_encoder, unet = pipe.components.get("text_encoder"), pipe.components.get("unet")
+    if isinstance(text_encoder, transformers.CLIPTextModel):
+        check_tokenizer(pipe.tokenizer, text_encoder.config, where)
+    if unet is not None and pipe.components.get("vae") is not None:
+        check_channels(unet.config, pipe.vae.config, where)
 
 
 def load_adapters(pipe: DiffusionPipeline, adapters: Sequence[str]) -> list[RemovableHandle]:

@@ -15,6 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from sdtune.config.sections import Network, UserError
 from sdtune.models import families
 from sdtune.models.noisy_classifier import NoisyClassifier
+from sdtune.models.part_files import BROKEN, check_scheduler, has_part, read_part, reason
 from sdtune.models.pipeline_folder import verify_module, write_folder, write_pipeline
 from sdtune.run.usage import CLASSES
 
@@ -147,17 +148,18 @@ def classes_json(classes: list[str]) -> bytes:
 def _saved(cfg: Any) -> PixelModel:
     source = families.resolve_model(cfg.model)
     index = families.model_index(source, cfg)
-    if (index.get("unet") or [None, None])[1] != "UNet2DModel":
+    if (index.get("unet") if has_part(index, "unet") else [None, None])[1] != "UNet2DModel":
         raise UserError(
             f"--model {cfg.model}: a {index.get('_class_name', 'pipeline')} without a UNet2DModel; "
             "ddpm continues models of pixels, such as it writes itself"
         )
     where = {"revision": cfg.revision, "cache_dir": cfg.cache_dir}
+    unet = read_part(UNet2DModel, source, f"--model {cfg.model}: unet", subfolder="unet", **where)
     try:
-        unet = UNet2DModel.from_pretrained(source, subfolder="unet", use_safetensors=True, **where)
         scheduler = DDPMScheduler.load_config(source, subfolder="scheduler", **where)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--model {cfg.model}: {str(error).strip().splitlines()[0]}") from None
+    except BROKEN as error:
+        raise UserError(f"--model {cfg.model}: scheduler: {reason(error)}") from None
+    check_scheduler(scheduler, f"--model {cfg.model}: scheduler")
     if "beta_schedule" not in scheduler:
         raise UserError(f"--model {cfg.model}: its {scheduler.get('_class_name')} knows no betas, so it is no DDPM")
     network = _checked(dict(unet.config), f"--model {cfg.model}")

@@ -31,6 +31,7 @@ from sdtune.config.verbs import SampleConfig
 from sdtune.diffusion.schedulers import make_scheduler
 from sdtune.models import families
 from sdtune.models.loading import load_adapters, load_embeddings, load_pipeline, split_weight
+from sdtune.models.prompts import check_negative, check_prompts, clip_tokenizers
 from sdtune.run.contact_sheet import grid, save_sheet
 from sdtune.sampling.prompts import Prompt, read_prompts
 from sdtune.sampling.sample_pixels import PixelJob, of_pixels
@@ -121,6 +122,11 @@ class PromptJob:
         if unused := [word for word in words if word.lower() not in said.lower()]:
             notice = f"no prompt has {', '.join(unused)} in it: such a word has no effect unless a prompt says it"
             echo(f"warning: {notice}", err=True)
+        tokenizers = clip_tokenizers(self.pipe)
+        option = "--prompt" if cfg.prompt else "--prompt-file"
+        check_prompts(option, [prompt.text for prompt in prompts], next(iter(tokenizers), None), echo)
+        check_prompts("--negative-prompt", [cfg.negative_prompt], next(iter(tokenizers), None), echo)
+        check_negative(cfg.negative_prompt, self.scale, "--negative-prompt", echo)
         if cfg.scheduler:
             self.pipe.scheduler = make_scheduler(cfg.scheduler, self.pipe.scheduler)
 

@@ -4,9 +4,7 @@ It is not an ``nn.Module``, so that only what a recipe assigns to itself is trai
 """
 
 import difflib
-import hashlib
 import importlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from sdtune.config.sections import UserError
 from sdtune.diffusion.objective import Objective
+from sdtune.models.part_files import parse_index, reason
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 
@@ -77,7 +76,9 @@ def resolve_model(name: str) -> str:
     if path.is_file() and path.suffix == ".safetensors":
         if any(mark in key for key in tensor_names(path) for mark in ("lora", "hada_", "lokr_")):
             raise UserError(f"--model {name}: an adapter, not a base model; to sample with it, give --adapter {name}")
-        return unpacked(path)
+        from sdtune.models import single_file
+
+        return single_file.model_folder(path)
     if path.exists() or name.count("/") != 1 or name[0] in "./~":
         near = [p.name for p in path.parent.glob("*/")] if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, ["tiny", *near], n=1)
@@ -97,25 +98,31 @@ def tensor_names(file: Path) -> list[str]:
         raise UserError(f"{file}: not a safetensors file, or cut short ({error})") from None
 
 
-def unpacked(file: Path) -> str:
-    """A single-file checkpoint as a pipeline folder, converted once and kept in the cache."""
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+def part_location(name: str, option: str, part: str, base: str | None) -> tuple[str, str | None]:
+    """Where another VAE or UNet lies: ``(folder or Hub id, subfolder)``.
 
-    from sdtune.data import cache_root
+    Args:
+        name: a folder of the part or of a pipeline, a single ``.safetensors`` file, or a Hub id.
+        base: the folder or Hub id of the pipeline whose part it takes the place of.
 
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()[:20]
-    folder = cache_root() / "models" / f"{file.stem}-{digest}"
-    if not (folder / "model_index.json").is_file():
-        try:
-            if any(name.startswith("conditioner.embedders.1.") for name in tensor_names(file)):  # the second encoder
-                pipeline = StableDiffusionXLPipeline.from_single_file(str(file))
-            else:
-                pipeline = StableDiffusionPipeline.from_single_file(str(file), safety_checker=None)
-        except Exception as error:  # diffusers raises many kinds; each means that the file cannot be used
-            raise UserError(f"--model {file}: cannot be read as a single-file checkpoint: {error}") from None
-        pipeline.save_pretrained(folder)
-    return str(folder)
+    Raises:
+        UserError: for a pickle, and for a folder that holds neither.
+    """
+    path = Path(name).expanduser()
+    if path.suffix in PICKLES:
+        raise UserError(f"{option} {name}: a pickle can run code when it is read; only .safetensors is read")
+    if path.is_file():
+        from sdtune.models import single_file
+
+        return single_file.part_folder(path, option, part, base), None
+    if path.is_dir():
+        for subfolder in (None, part):
+            if (path / (subfolder or "") / "config.json").is_file():
+                return str(path), subfolder
+        raise UserError(f"{option} {name}: no config.json in that folder, nor in a folder {part} in it")
+    if name.count("/") != 1 or name[0] in "./~":
+        raise UserError(f"{option} {name}: no such folder or .safetensors file; a Hub id is written user/name")
+    return name, None
 
 
 def model_index(source: str, cfg: Any) -> dict[str, Any]:
@@ -137,13 +144,11 @@ def model_index(source: str, cfg: Any) -> dict[str, Any]:
 
 
 def _parsed_index(file: Path, source: str) -> dict[str, Any]:
+    where = f"--model {source}"
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"--model {source}: its model_index.json is damaged ({error})") from None
-    if not isinstance(index, dict) or not isinstance(index.get("_class_name", ""), str):
-        raise UserError(f"--model {source}: its model_index.json does not describe a pipeline")
-    return index
+        return parse_index(file.read_text(encoding="utf-8"), where)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: its model_index.json cannot be read as text ({reason(error)})") from None
 
 
 def load(cfg: Any, device: torch.device, dtype: torch.dtype) -> Any:

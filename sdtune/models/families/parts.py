@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from sdtune.config.sections import UserError
+from sdtune.models.families import part_location
 from sdtune.models.families.vaes import fp32_vae
+from sdtune.models.part_files import check_tokenizer, read_part, read_scheduler
 
 LIBRARIES = ("diffusers", "transformers")
 """Where classes of parts may come from; a ``model_index.json`` is somebody's file."""
@@ -44,14 +46,15 @@ class ModelParts:
     def __init__(self, cfg: Any, source: str, index: Mapping[str, Any], device: torch.device, dtype: torch.dtype):
         self.cfg, self.source, self.index, self.device, self.dtype = cfg, source, index, device, dtype
         for part in (*self.encoders, *map(tokenizer_of, self.encoders), "vae", self.denoiser_name, "scheduler"):
-            if not named(index, part):
-                raise UserError(f"--model {cfg.model}: its model_index.json names no {part}")
+            if not named(index, part) and not (part == "vae" and cfg.vae):
+                way_out = "; give one with --vae" if part == "vae" else ""
+                raise UserError(f"--model {cfg.model}: its model_index.json names no {part}{way_out}")
         self.parts: dict[str, Any] = {}
         self.retained: set[str] = {self.denoiser_name}
 
     def part_class(self, part: str) -> Any:
         """The class of a part, as ``model_index.json`` names it."""
-        library, name = self.index[part]
+        library, name = self.index[part] if named(self.index, part) else ("diffusers", "AutoencoderKL")
         kind = getattr(importlib.import_module(library), name, None) if library in LIBRARIES else None
         if not isinstance(kind, type):
             raise UserError(f"--model {self.cfg.model}: its {part} is a {library}.{name}, which is not known here")
@@ -59,13 +62,16 @@ class ModelParts:
 
     def _read(self, kind: Any, part: str, source: str | None = None, **more: Any) -> Any:
         """One part of the base from its folder or repository."""
-        where = {"subfolder": part, "revision": self.cfg.revision} if source is None else {}
-        try:
-            return kind.from_pretrained(source or self.source, cache_dir=self.cfg.cache_dir, **where, **more)
-        except Exception as error:  # of a damaged configuration or file the libraries raise many kinds
-            asked = f"--vae {source}" if source else f"--model {self.cfg.model}: {part}"
-            reason = str(error).strip() or type(error).__name__
-            raise UserError(f"{asked}: {reason.splitlines()[0]}") from error
+        asked, folder = f"--model {self.cfg.model}: {part}", self.source
+        where: dict[str, Any] = {"subfolder": part, "revision": self.cfg.revision}
+        if source is not None:
+            asked = f"--vae {source}"
+            base = self.source if named(self.index, "vae") else None
+            folder, subfolder = part_location(source, "--vae", "vae", base)
+            where = {"subfolder": subfolder} if subfolder else {}
+        if part == "scheduler":
+            return read_scheduler(kind, folder, asked, cache_dir=self.cfg.cache_dir, **where)
+        return read_part(kind, folder, asked, cache_dir=self.cfg.cache_dir, **where, **more)
 
     def _meta_part(self, kind: Any, part: str, source: str | None) -> nn.Module:
         """A part without its weights: its configuration alone is read."""
@@ -124,7 +130,13 @@ class ModelParts:
     @cached_property
     def tokenizers(self) -> dict[str, Any]:
         """The tokenizer of each text encoder, by its own name."""
-        return {name: self._read(self.part_class(name), name) for name in map(tokenizer_of, self.encoders)}
+        found = {name: self._read(self.part_class(name), name) for name in map(tokenizer_of, self.encoders)}
+        for encoder in self.encoders:
+            kind = self.part_class(encoder)
+            if kind.__name__.startswith("CLIPText"):
+                config = self._read(kind.config_class, encoder)
+                check_tokenizer(found[tokenizer_of(encoder)], config, f"--model {self.cfg.model}")
+        return found
 
     @property
     def tokenizer(self) -> Any:
