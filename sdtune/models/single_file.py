@@ -215,7 +215,10 @@ def kind_of(file: Path, where: str) -> str:
         raise UserError(
             f"{where}: its UNet takes {channels} channels, not 4: an inpainting or editing model, not text-to-image"
         )
-    kind: str = infer_diffusers_model_type({name: torch.empty(s, device="meta") for name, s in shapes.items()})
+    try:
+        kind: str = infer_diffusers_model_type({name: torch.empty(s, device="meta") for name, s in shapes.items()})
+    except KeyError as error:  # some kinds are told apart by a tensor that this file lacks
+        raise UserError(f"{where}: a single file of kind unknown: it lacks {error}") from None
     if kind not in SETTINGS:
         raise UserError(
             f"{where}: a single file of kind {kind}; read are those of Stable Diffusion 1, 2 and XL. Give a diffusers "
