@@ -22,7 +22,7 @@ def test_the_words_that_are_cut_are_told(tokenizer):
     lines = []
     prompts.check_prompts("--prompt", [LONG, LONG, "a red circle"], tokenizer, lines.append)
     assert lines == [
-        "--prompt: longer than the 77 tokens that this base reads; cut off: a red circle (--long-prompts reads all)"
+        "--prompt: longer than the 77 tokens that this base reads; cut off: a red circle"
     ]
 
 
