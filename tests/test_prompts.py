@@ -21,9 +21,7 @@ def test_the_words_that_are_cut_are_told(tokenizer):
     assert prompts.lost_words(tokenizer, " ".join(["circle"] * 75 + ["red", "a"])) == "red a"
     lines = []
     prompts.check_prompts("--prompt", [LONG, LONG, "a red circle"], tokenizer, lines.append)
-    assert lines == [
-        "--prompt: longer than the 77 tokens that this base reads; cut off: a red circle"
-    ]
+    assert lines == ["--prompt: longer than the 77 tokens that this base reads; cut off: a red circle"]
 
 
 @pytest.mark.parametrize(
