@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-SHORT = "--steps 6 --train-batch-size 2 --dataloader-num-workers 0 --learning-rate 1e-3"
+SHORT = "--steps 6 --lr-warmup-steps 0 --train-batch-size 2 --dataloader-num-workers 0 --learning-rate 1e-3"
 NO_SAMPLES = "--num-validation-images 0"
 """For every method but the classifier, which draws nothing."""
 PIXELS = "--resolution 16 --block-out-channels 8 16 --attention-resolutions 8 --layers-per-block 1 --norm-num-groups 4"
