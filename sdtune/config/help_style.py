@@ -11,6 +11,13 @@ class Command(TyperCommand):
     def get_params(self, ctx: Any) -> Any:
         return without_type(super().get_params(ctx))
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help, where a switch and its opposite share a name, so that names fit a terminal of 80 columns."""
+        for param in self.get_params(ctx):
+            if param.secondary_opts:
+                param.opts, param.secondary_opts = [f"--[no-]{param.opts[0].removeprefix('--')}"], []
+        super().format_help(ctx, formatter)
+
 
 class Group(TyperGroup):
     """Typer's group, likewise."""
