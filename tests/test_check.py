@@ -27,7 +27,8 @@ def test_a_check_tells_what_a_run_does_and_needs_and_leaves_nothing(recipe, plac
     assert status(["check", *words]) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     assert "images: 11" in out or "images: 22" in out
-    cut = "2 a process x 1 accumulated x 1 processes = 2 a step; 12 steps = 24 samples"
+    share = "(, 1 of the subject and 1 of its class)?"
+    cut = f"2 a process x 1 accumulated x 1 processes = 2 a step{share}; 12 steps = 24 samples"
     assert re.search(rf"^plan: .*; {cut}, .* parameters train$", out, re.M)
     assert re.search(r"^disk: [\d.]+ MB a checkpoint, up to 3 at a time", out, re.M)
     parts = re.findall(r"^ +[\d.]+ [MG]B  (.*)$", out, re.M)

@@ -150,6 +150,6 @@ class Lost(Recipe):
 def test_a_held_out_loss_that_is_none_is_not_left_out():
     cfg = ClassifierConfig(dataset="d", class_column="c", train_batch_size=2)
     engine = Engine(Lost(cfg, None), cfg, Accelerator())
-    told = preview.holdout(engine, Pictures(), Accelerator())
+    told = preview.holdout(engine, Pictures(), Accelerator(), lambda work: work())
     assert told["holdout_x"] == 1.0
     assert not math.isfinite(told["holdout_loss"])

@@ -158,7 +158,7 @@ REFUSED = {
     "2 of 3 keys make up": ["strange.safetensors", "b.safetensors", "--to", "diffusers"],
     "--to diffusers: cannot hold loha": ["loha.safetensors", "b.safetensors", "--to", "diffusers"],
     "not a safetensors file": ["zeros.safetensors", "b.safetensors", "--to", "kohya"],
-    "0 of 1 modules fit the base": ["far.safetensors", "b.safetensors", "--to", "kohya", "--model", "SD"],
+    "0 of its 1 modules are layers of the base": ["far.safetensors", "b.safetensors", "--to", "kohya", "--model", "SD"],
 }
 
 

@@ -319,7 +319,7 @@ def test_one_process_may_work_alone_for_longer_than_a_collective_waits(places, t
     slow(checkpoints, "save", "0")
     slow(folder, "export_copy", "0")
     slow(metrics, "save_sheet", "0")
-    slow(cache, "write", "1")
+    slow(cache, "write_tensors", "1")
     monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / "cache"))
     options = ["--steps", "2", "--export-steps", "2", "--num-validation-images", "1", "--train-batch-size", "1"]
     words = command(*places, tmp_path / "run", *options, "--validation-inference-steps", "1")

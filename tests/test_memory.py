@@ -27,7 +27,7 @@ def worst(layers, width, batch, recompute=False):
         x = torch.empty(batch, width)
         alive = memory_estimate.PeakMemoryMode([*weights, x])
         for w in weights:
-            w.register_post_accumulate_grad_hook(alive.is_gradient)
+            w.register_post_accumulate_grad_hook(alive.mark_gradient)
         with alive:
             h = x
             for block in blocks:

@@ -330,7 +330,7 @@ def test_extract_wants_two_models_of_a_kind(sd, tmp_path):
     pipe.save_pretrained(tmp_path / "deeper")
     cfg = {"extract": True, "rank": 2, "output": tmp_path / "x.safetensors", "model": str(sd)}
     with pytest.raises(
-        UserError, match=r"--tuned .*deeper: unet.* is no such layer in the base.*another kind of model"
+        UserError, match=r"--tuned .*deeper: unet.* is no such layer in the base.*different kinds of model"
     ):
         merge(MergeConfig(tuned=str(tmp_path / "deeper"), **cfg))
     with pytest.raises(UserError, match="--tuned nowhere: no such folder"):
@@ -441,7 +441,7 @@ def test_a_mistake_is_a_line_and_leaves_nothing(words, places, tmp_path, capsys)
 
 
 def test_what_does_not_read_back_gets_no_name(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("sdtune.models.formats.diffusers_file.scale", lambda *_: (3.0, 1))
+    monkeypatch.setattr("sdtune.models.formats.diffusers_file.Scales", lambda settings: lambda name, rank: (3.0, 1))
     with pytest.raises(RunFailed, match="does not read back"):
         merge(MergeConfig(adapter=[str(folder / "a.safetensors")], output=tmp_path / "out.safetensors", dtype="bf16"))
     assert list(tmp_path.iterdir()) == []

@@ -157,7 +157,7 @@ def test_an_optimizer_of_ones_own():
     [
         (
             {"optimizer": "adam"},
-            "--optimizer adam: is none of adamw, adamw8bit, .*, prodigy, adamw_schedulefree, nor written",
+            "--optimizer adam: is none of adamw, adamw8bit, .*, prodigy, adamw_schedulefree, .*, nor written",
         ),
         ({"optimizer": "torch.optim:AdamX"}, "--optimizer torch.optim:AdamX: .*AdamX"),
         ({"optimizer": "no_such_module:Adam"}, "--optimizer no_such_module:Adam: No module named 'no_such_module'"),

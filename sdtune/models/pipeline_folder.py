@@ -14,12 +14,17 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
 from sdtune.run.checkpoints import flush
 from sdtune.run.files import umask
 from sdtune.run.folder import NEW
 
 INDEX = "model_index.json"
+CLIP = CLIPTextModel | CLIPTextModelWithProjection
+"""Text encoders whose files keep the names that they had."""
+LONGEST = 512
+"""Tokens to which a saved tokenizer pads and cuts, if its model reads as many."""
 OF_THIS_MACHINE = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 """What diffusers and transformers write into the settings of a part about where and how it was read."""
 
@@ -37,6 +42,9 @@ def write_pipeline(out: Path, pipeline: Any, extra: Mapping[str, bytes] = {}) ->
     """
 
     def save(new: Path) -> None:
+        for tokenizer in (part for part in pipeline.components.values() if hasattr(part, "backend_tokenizer")):
+            # Its file tells how it was last called: it has to be the same whatever was cached
+            tokenizer("", padding="max_length", max_length=min(tokenizer.model_max_length, LONGEST), truncation=True)
         pipeline.save_pretrained(new)
         for tokenizer in (part for part in new.iterdir() if (part / "tokenizer.json").is_file()):
             save_tables(getattr(pipeline, tokenizer.name), tokenizer)
@@ -127,6 +135,9 @@ def verify_module(folder: Path, module: nn.Module) -> None:
     Raises:
         RuntimeError: naming a tensor that is missing, strange, or another.
     """
+    if isinstance(module, PreTrainedModel) and not isinstance(module, CLIP):
+        verify_loaded(folder, module)
+        return
     # transformers 5.6 dropped the level `text_model.` from CLIPTextModel; files that had it keep it
     live = {name.removeprefix("text_model."): tensor for name, tensor in module.state_dict().items()}
     found: set[int] = set()
@@ -139,6 +150,18 @@ def verify_module(folder: Path, module: nn.Module) -> None:
                 found.add(tensor.data_ptr())
     if missing := [name for name, tensor in live.items() if tensor.data_ptr() not in found]:  # tied ones are saved once
         raise RuntimeError(f"{folder}: {missing[0]} is not in it")
+
+
+def verify_loaded(folder: Path, module: PreTrainedModel) -> None:
+    """Likewise for models that transformers saves under the names of older versions: what it loads is compared.
+
+    Raises:
+        RuntimeError: naming a tensor that is missing or another.
+    """
+    loaded = type(module).from_pretrained(folder, dtype=module.dtype).state_dict()
+    for name, tensor in module.state_dict().items():
+        if name not in loaded or not same(tensor, loaded[name]):
+            raise RuntimeError(f"{folder}: {name} does not read back as it is")
 
 
 def same(one: Tensor, other: Tensor) -> bool:

@@ -222,7 +222,7 @@ def test_a_run_that_is_continued_and_one_of_two_processes_learn_the_same(name, b
     whole, cut = (load_file(tmp_path / run / FILE) for run in ("whole", "cut"))
     assert [key for key in whole if not torch.equal(whole[key], cut[key])] == []
     words = command("lora", bases(name), pictures, tmp_path / "two", *options, "--steps", "4")
-    ranks.trained(2, words, tmp_path / "said")
+    ranks.train(2, words, tmp_path / "said")
     two = load_file(tmp_path / "two" / FILE)
     assert max((whole[key] - two[key]).abs().max().item() for key in whole) < 1e-6
 

@@ -25,6 +25,11 @@ class Chroma(Flux):
         embeds, _, mask = encoded[:3]
         return {"embeds": embeds, "mask": mask}
 
+    def text_shapes(self, captions: int) -> dict[str, Tensor]:
+        shape, device = (captions, self.sequence_length, self.text_encoder.config.d_model), self.denoiser.device
+        embeds = torch.empty(shape, device=device, dtype=self.dtype)
+        return {"embeds": embeds, "mask": torch.empty(shape[:2], device=device, dtype=torch.bool)}
+
     def denoiser_inputs(self, x_t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Any]:
         of_image = torch.ones(len(x_t), x_t[0, 0].numel() // self.patch**2, device=x_t.device, dtype=self.dtype)
         return {"attention_mask": torch.cat([cond["mask"].to(self.dtype), of_image], dim=1)}

@@ -16,9 +16,6 @@ from sdtune.models.part_files import check_tokenizer, read_part, read_scheduler
 LIBRARIES = ("diffusers", "transformers")
 """Where classes of parts may come from; a ``model_index.json`` is somebody's file."""
 
-LONGEST = 512
-"""Tokens to which a saved tokenizer pads and cuts, if its model reads as many."""
-
 
 class ConfigOnly:
     """Stands in for a class of diffusers, so that the configuration of a part is read without its weights."""
@@ -169,10 +166,6 @@ class ModelParts:
         """The pipeline to be saved: frozen parts are read again in fp32, since half precision is for training only."""
         self.unload_frozen()
         training, self.dtype = self.dtype, torch.float32
-        # A tokenizer's file tells how it was last called: it has to be the same whatever was cached
-        for tokenizer in self.tokenizers.values():
-            longest = min(tokenizer.model_max_length, LONGEST)
-            tokenizer("", padding="max_length", max_length=longest, truncation=True)
         try:
             return self.pipeline()
         finally:
