@@ -187,9 +187,16 @@ def test_min_snr_is_the_same_loss_whatever_is_predicted(gamma):
     assert torch.allclose(losses[1], losses[2], rtol=1e-5)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_without_gamma_all_timesteps_weigh_alike(prediction):
     assert torch.equal(objective(prediction).weight(torch.arange(T)), torch.ones(T))
+
+
+def test_without_gamma_an_error_of_the_image_weighs_as_that_of_the_noise():
+    """Salimans & Ho 2022, equation 9: the signal-to-noise ratio."""
+    of = objective("sample")
+    alpha_bar = of.alphas_cumprod
+    assert torch.allclose(of.weight(torch.arange(T)), (alpha_bar / (1 - alpha_bar)).float())
 
 
 # ---- timesteps -------------------------------------------------------------------------------------------
