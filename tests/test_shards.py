@@ -180,9 +180,11 @@ def test_nowhere_to_keep_what_is_in_shards(tars, tmp_path, monkeypatch):
     assert "make room, or set SDTUNE_CACHE to a folder on another disk" in refusal(tars)
 
 
-def test_addresses_that_cannot_be_read():
-    told = refusal("https://me:secret@localhost/0.tar")
-    assert "holds a password" in told and "secret" not in told
+def test_addresses_that_cannot_be_read(tmp_path, capsys):
+    assert status(lora("https://me:secret@localhost/0.tar", tmp_path / "run")) == 2
+    told = capsys.readouterr().err
+    assert "dataset holds a password" in told and "secret" not in told
+    assert not (tmp_path / "run").exists()
     assert "--dataset nothing://localhost/0.tar: Protocol not known" in refusal("nothing://localhost/{0,1}.tar")
 
 
@@ -209,7 +211,7 @@ def test_methods_and_folders_that_do_not_stream(tars, pictures, tmp_path, capsys
     assert status(lora(tars, tmp_path / "third", "--shard-cache", str(tmp_path))) == 2
     assert "random crops differ each time" in capsys.readouterr().err
     assert status(f"ddpm --dataset {tars} --class-column cls --output-dir {tmp_path}/ddpm".split()) == 2
-    assert "--class-column: what is streamed" in capsys.readouterr().err
+    assert "--class-column: images of a streamed dataset are not inspected" in capsys.readouterr().err
 
 
 @pytest.mark.fault("A shard changes while the run trains", "The run ends with its name.")
