@@ -76,7 +76,7 @@ def test_a_heading_is_one_line_without_html():
 
 def test_prompts_and_captions_stay_in_their_place_in_a_card(tmp_path):
     prompt = "a cat\n---\n```\n# Free money\n</details><script>x</script>`` `"
-    out = tmp_path / "run\n# owned"
+    out = tmp_path / "run# owned"
     cfg = LoraConfig(dataset="d`\n# e", output_dir=out, caption=prompt, validation_prompt=[prompt])
     out.mkdir()
     folder.begin(cfg, ["lora"], False, False)
