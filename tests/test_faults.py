@@ -342,12 +342,12 @@ def test_disk_too_small_for_the_checkpoints_is_said_before_step_0(refused, monke
 
 @pytest.mark.fault("The disk of the cache is full", "Refused with the way out; no file is left half written.")
 def test_full_disk_of_the_cache_leaves_nothing_half_written(refused, monkeypatch, tmp_path):
-    def full(tensors, path):
+    def full(tensors, path, *more):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("sdtune.data.cache.save_file", full)
+    monkeypatch.setattr("sdtune.run.files.save_file", full)
     assert "--no-cache" in refused()
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.suffix in (".tmp", ".safetensors")]
 

@@ -131,9 +131,8 @@ def fit(
 
     @torch.no_grad()
     def report() -> None:
-        # A run may not end with skipped steps, but for the few that look for the scale of fp16
-        at_end = min(3, total) if engine.overflows else 1
-        limit = at_end if state.step == total else cfg.max_bad_steps
+        # A run may not end with a skipped step; only in fp16 a short one may end before its scale is found
+        limit = 1 if state.step == total and not engine.overflows else cfg.max_bad_steps
         metrics.log(state.step, window.line(state.step, norm, float(optimizer.param_groups[0]["lr"]), limit))
         state.skipped = window.skipped
 
