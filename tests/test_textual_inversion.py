@@ -174,7 +174,7 @@ def test_embedding_that_does_not_fit(trained, sd, tmp_path, capsys):
     assert status([*sample, "--embedding", str(run), str(run / FILE)]) == 2
     assert "<thing>" in capsys.readouterr().err
     assert status(["sample", "--model", "tiny", "--prompt", "x", "--embedding", str(run)]) == 2
-    assert f"--embedding {run}: does not fit" in capsys.readouterr().err
+    assert f"--embedding {run}: its vectors are 32 wide" in capsys.readouterr().err
     assert status([*sample, "--adapter", str(run)]) == 2
     assert f"give --embedding {run}" in capsys.readouterr().err
     assert status([*sample, "--embedding", str(sd)]) == 2
