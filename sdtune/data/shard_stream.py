@@ -159,15 +159,7 @@ class ShardStream(Stream):
                 raise UserError(str(error)) from None
         image = self._read[1]
         assert image is not None
-        return to_tensor(
-            image,
-            sample.width,
-            sample.height,
-            sample.left,
-            sample.top,
-            sample.flip,
-            self.cfg.image_interpolation_mode,
-        )
+        return to_tensor(image, *sample.crop, self.cfg.image_interpolation_mode)
 
     def image_size(self, sample: Sample) -> tuple[int, int]:
         """Width and height of the image file."""

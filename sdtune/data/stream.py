@@ -40,6 +40,11 @@ class Sample:
     part: int
     """1 for an image of the second part of a ``Mixture``, else 0."""
 
+    @property
+    def crop(self) -> tuple[int, int, float, float, bool]:
+        """What `to_tensor` makes of the image."""
+        return self.width, self.height, self.left, self.top, self.flip
+
 
 class Stream:
     """An endless stream of samples, addressed by position.
@@ -153,15 +158,7 @@ class Stream:
             image = decode(self.images.read(sample.index), self.mode)
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"{sample.name} could be read when training began, but not now: {error}") from error
-        return to_tensor(
-            image,
-            sample.width,
-            sample.height,
-            sample.left,
-            sample.top,
-            sample.flip,
-            self.cfg.image_interpolation_mode,
-        )
+        return to_tensor(image, *sample.crop, self.cfg.image_interpolation_mode)
 
     @property
     def masked(self) -> bool:
@@ -177,8 +174,7 @@ class Stream:
             image = decode(path, "L")
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"{path} could be read when training began, but not now: {error}") from error
-        crop = sample.width, sample.height, sample.left, sample.top, sample.flip
-        return (to_tensor(image, *crop, "box") + 1) / 2
+        return (to_tensor(image, *sample.crop, "box") + 1) / 2
 
     def pixel_key(self, sample: Sample) -> Any:
         """A key for ``pixels(sample)``: image bytes, shape, crop in pixels, flip, mode, filter."""

@@ -39,12 +39,12 @@ def score(
         "ground": share(reading.ground == scene.ground for reading, scene in found),
         "size": share(reading.size == scene.size for reading, scene in found),
     }
-    shares["all"] = share(
-        (r.shape, r.colour, r.ground) == (s.shape, s.colour, s.ground) for r, s in found
-    )  # of shape, colour and ground
+    # Of shape, colour and ground
+    shares["all"] = share((r.shape, r.colour, r.ground) == (s.shape, s.colour, s.ground) for r, s in found)
+    # Any shape of the base's world, of the colour and on the ground asked for
     shares["known"] = share(
         r.shape in toy_world.SHAPES and (r.colour, r.ground) == (s.colour, s.ground) for r, s in found
-    )  # any shape of the base's world, of the colour and on the ground asked for
+    )
     return shares, images, list(captions)
 
 

@@ -27,9 +27,8 @@ def chart(title: str, unit: str, series: dict[str, Points], from_zero: bool = Tr
 
     paths = "".join(f'<path class="lines" d="M0 {(y1 - y) / (y1 - y0) * 1000:.1f}H1000"/>' for y in y_ticks)
     keys, classes = "", {"logged": "faint", "holdout": "second"}
-    for name, points in sorted(
-        series.items(), key=lambda s: s[0] != "logged"
-    ):  # the faint one is drawn first, below the others
+    # The faint one is drawn first, below the others
+    for name, points in sorted(series.items(), key=lambda s: s[0] != "logged"):
         d = place(thin(points))
         paths += f'<path class="{classes.get(name, "main")}" d="M{d}"/>'
         if name == "holdout" or len(points) == 1:  # a line of no length with round ends is a dot

@@ -175,10 +175,8 @@ def fit(
             report()
         if cfg.export_steps and state.step % cfg.export_steps == 0:
             state.check_weights()
-            with (
-                metrics.paused(),
-                state.export_weights() as exported,
-            ):  # before saving, so that none is missing after a kill
+            # Before saving, so that none is missing after a kill
+            with metrics.paused(), state.export_weights() as exported:
                 if main:
                     folder.export_copy(exported, out, state.step)
             store_barrier()

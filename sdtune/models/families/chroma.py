@@ -15,9 +15,8 @@ class Chroma(Flux):
     pipeline_class: ClassVar[Any] = ChromaPipeline
     encoders: tuple[str, ...] = ("text_encoder",)
     trainable_encoders: ClassVar[tuple[str, ...]] = ()
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        LatentFamily.lora_targets
-    )  # the layer that makes the modulations was distilled: it stays as it is
+    # The layer that makes the modulations was distilled: it stays as it is
+    lora_targets: ClassVar[tuple[str, ...]] = LatentFamily.lora_targets
     options: ClassVar[frozenset[str]] = FLOW_ONLY | {"max_sequence_length"}
     encode_options: ClassVar[dict[str, Any]] = {"do_classifier_free_guidance": False}
 
