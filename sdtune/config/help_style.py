@@ -13,10 +13,15 @@ class Command(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help, where a switch and its opposite share a name, so that names fit a terminal of 80 columns."""
-        for param in self.get_params(ctx):
-            if param.secondary_opts:
-                param.opts, param.secondary_opts = [f"--[no-]{param.opts[0].removeprefix('--')}"], []
-        super().format_help(ctx, formatter)
+        switches = [param for param in self.get_params(ctx) if param.secondary_opts]
+        names = [(param.opts, param.secondary_opts) for param in switches]
+        for param in switches:
+            param.opts, param.secondary_opts = [f"--[no-]{param.opts[0].removeprefix('--')}"], []
+        try:
+            super().format_help(ctx, formatter)
+        finally:  # the options are parsed by these names
+            for param, (own, opposite) in zip(switches, names, strict=True):
+                param.opts, param.secondary_opts = own, opposite
 
 
 class Group(TyperGroup):

@@ -23,8 +23,6 @@ from sdtune.run.folder import NEW
 INDEX = "model_index.json"
 CLIP = CLIPTextModel | CLIPTextModelWithProjection
 """Text encoders whose files keep the names that they had."""
-LONGEST = 512
-"""Tokens to which a saved tokenizer pads and cuts, if its model reads as many."""
 OF_THIS_MACHINE = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 """What diffusers and transformers write into the settings of a part about where and how it was read."""
 
@@ -42,9 +40,6 @@ def write_pipeline(out: Path, pipeline: Any, extra: Mapping[str, bytes] = {}) ->
     """
 
     def save(new: Path) -> None:
-        for tokenizer in (part for part in pipeline.components.values() if hasattr(part, "backend_tokenizer")):
-            # Its file tells how it was last called: it has to be the same whatever was cached
-            tokenizer("", padding="max_length", max_length=min(tokenizer.model_max_length, LONGEST), truncation=True)
         pipeline.save_pretrained(new)
         for tokenizer in (part for part in new.iterdir() if (part / "tokenizer.json").is_file()):
             save_tables(getattr(pipeline, tokenizer.name), tokenizer)

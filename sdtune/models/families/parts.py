@@ -17,6 +17,10 @@ LIBRARIES = ("diffusers", "transformers")
 """Where classes of parts may come from; a ``model_index.json`` is somebody's file."""
 
 
+LONGEST = 512
+"""Tokens to which a saved tokenizer pads and cuts, if its model reads as many."""
+
+
 class ConfigOnly:
     """Stands in for a class of diffusers, so that the configuration of a part is read without its weights."""
 
@@ -150,6 +154,10 @@ class ModelParts:
 
     def pipeline(self, **instead: Any) -> Any:
         """A stock pipeline of the parts as they are now; ``instead`` gives parts of its own, None for none."""
+        # The file of a tokenizer records how it was last called: it has to be the same whatever was cached
+        for tokenizer in self.tokenizers.values():
+            longest = min(tokenizer.model_max_length, LONGEST)
+            tokenizer("", padding="max_length", max_length=longest, truncation=True)
         given = {name: value for name, value in self.index.items() if name[0] != "_" and not isinstance(value, list)}
         for name in (name for name, value in self.index.items() if isinstance(value, list)):
             if name in instead:
