@@ -11,7 +11,8 @@ from typer.core import TyperCommand
 from sdtune.config import fields, parsing, shipped
 from sdtune.config.errors import UserError
 from sdtune.config.help_style import Command
-from sdtune.config.sections import Options, Section
+from sdtune.config.section_base import Section
+from sdtune.config.sections import Options
 from sdtune.config.untrusted import echo
 
 LENIENT = {

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from sdtune.config.sections import Run, Section
+    from sdtune.config.section_base import Section
+    from sdtune.config.sections import Run
     from sdtune.config.verbs import Verb
 
 

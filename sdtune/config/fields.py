@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from sdtune.config.sections import Section
+from sdtune.config.section_base import Section
 
 FIRST = ("Data", "Source", "Model", "Run", "Captions", "Classes", "Adapter", "Prompts", "Preview", "Optim", "Hub")
 """Sections that --help shows first, after the options that are the command's own."""

@@ -22,7 +22,7 @@ from sdtune.config.fields import (
     written,
 )
 from sdtune.config.foreign_flags import ANSWERS, COMMON_NAMES
-from sdtune.config.sections import Section
+from sdtune.config.section_base import Section
 from sdtune.config.untrusted import without_secrets
 
 # ---- from text to a config ---------------------------------------------------------------------------

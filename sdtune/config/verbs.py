@@ -7,24 +7,22 @@ from annotated_types import Ge, Interval
 from pydantic import BeforeValidator, model_validator
 
 from sdtune.config.foreign_flags import SAMPLERS
-from sdtune.config.sections import (
+from sdtune.config.section_base import (
     Count,
-    Model,
     Natural,
     NonNegative,
     PathOrId,
     PathOrIds,
     Precision,
-    Repository,
     Section,
     Seed,
     Share,
-    Source,
     StrList,
     aliases,
     positional,
     requires,
 )
+from sdtune.config.sections import Model, Repository, Source
 
 Sampler = Annotated[
     Literal[

@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from PIL import Image
 
-from sdtune.config.sections import Description
+from sdtune.config.section_base import Description
 from sdtune.publish.origin import Origin
 from sdtune.publish.redact import redact
 from sdtune.run import checkpoints, usage

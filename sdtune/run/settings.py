@@ -14,7 +14,8 @@ import pydantic
 
 from sdtune.config import parsing, yaml_text
 from sdtune.config.commands import METHODS, config_class
-from sdtune.config.sections import Description, Hub, Run, UserError
+from sdtune.config.section_base import Description
+from sdtune.config.sections import Hub, Run, UserError
 
 METHOD = "method.json"
 

@@ -6,18 +6,14 @@ from typing import Annotated, ClassVar, Self
 from annotated_types import Ge
 from pydantic import model_validator
 
+from sdtune.config.section_base import Count, Counts, Natural, NonNegative, Positive
 from sdtune.config.sections import (
     Classes,
-    Count,
-    Counts,
     Data,
     Hub,
     LrSchedule,
-    Natural,
     Network,
-    NonNegative,
     Optim,
-    Positive,
     Run,
     Schedule,
 )

@@ -6,27 +6,29 @@ from typing import Annotated, ClassVar, Literal, Self
 from annotated_types import Ge
 from pydantic import model_validator
 
-from sdtune.config.sections import (
-    Classes,
+from sdtune.config.section_base import (
     Count,
-    Data,
-    Denoising,
     Description,
-    Hub,
-    LrSchedule,
     Natural,
-    Network,
     NonNegative,
-    Optim,
     PathOrId,
     Positive,
+    Share,
+    aliases,
+    requires,
+)
+from sdtune.config.sections import (
+    Classes,
+    Data,
+    Denoising,
+    Hub,
+    LrSchedule,
+    Network,
+    Optim,
     Preview,
     Run,
     Schedule,
-    Share,
     Streaming,
-    aliases,
-    requires,
 )
 
 

@@ -6,29 +6,31 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import model_validator
 
 from sdtune.config.methods.new_word import NewWord, says
+from sdtune.config.section_base import (
+    Count,
+    Description,
+    NonNegative,
+    PathOrId,
+    Positive,
+    Share,
+    StrList,
+    aliases,
+    requires,
+)
 from sdtune.config.sections import (
     RATE_FREE,
     Adapter,
     BaseOptions,
     Captions,
-    Count,
     Data,
     Denoising,
-    Description,
     Hub,
     Masks,
     Model,
-    NonNegative,
     Optim,
-    PathOrId,
-    Positive,
     Preview,
     Prompts,
     Run,
-    Share,
-    StrList,
-    aliases,
-    requires,
 )
 
 

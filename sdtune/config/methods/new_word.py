@@ -4,7 +4,8 @@ from typing import Annotated, Self
 
 from pydantic import model_validator
 
-from sdtune.config.sections import Count, Description, Prompts, StrList, requires
+from sdtune.config.section_base import Count, Description, StrList, requires
+from sdtune.config.sections import Prompts
 
 
 def says(text: str, word: str) -> bool:

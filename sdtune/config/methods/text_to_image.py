@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import model_validator
 
+from sdtune.config.section_base import NonNegative, Positive, aliases, requires
 from sdtune.config.sections import (
     BaseOptions,
     Captions,
@@ -14,15 +15,11 @@ from sdtune.config.sections import (
     Latents,
     Masks,
     Model,
-    NonNegative,
     Optim,
-    Positive,
     Preview,
     Prompts,
     Run,
     Streaming,
-    aliases,
-    requires,
 )
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from sdtune.config.methods.new_word import NewWord
+from sdtune.config.section_base import Natural, NonNegative, Positive
 from sdtune.config.sections import (
     BaseOptions,
     Captions,
@@ -12,10 +13,7 @@ from sdtune.config.sections import (
     Hub,
     Masks,
     Model,
-    Natural,
-    NonNegative,
     Optim,
-    Positive,
     Preview,
     Prompts,
     Run,
