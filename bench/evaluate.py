@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from sdtune.evaluation.distances import estimates, frechet
-from sdtune.evaluation.evaluate import figures
 from sdtune.evaluation.features import embed, load_network
+from sdtune.evaluation.scores import figures
 
 
 def changes(x: Tensor, digit: Tensor, noise: Tensor) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from sdtune.config.sections import RunFailed, UserError
 from sdtune.models import pipeline_folder
 from sdtune.publish import publish
-from sdtune.run import folder
+from sdtune.run import artefacts, folder
 from sdtune.run.contact_sheet import cells
 from tests.conftest import command, status
 from tests.test_usage import ran
@@ -65,15 +65,15 @@ def names(file):
 
 
 def test_stock_diffusers_loads_the_run_and_draws_what_it_showed(run):
-    files = folder.artefact(run, 4)
-    assert set(folder.entries(run, files)) == PARTS
+    files = artefacts.artefact(run, 4)
+    assert set(artefacts.entries(run, files)) == PARTS
     assert {path for part in PARTS for path in (run / part, *(run / part).rglob("*")) if path.is_file()} == set(files)
     with Image.open(run / "samples" / "step-000004.png") as sheet:
         assert cells(sheet)[0][0].tobytes() == drawn(run)
 
 
 def test_nothing_of_this_machine_and_names_as_published(run, sd):
-    files = folder.artefact(run)
+    files = artefacts.artefact(run)
     told = [str(run.parent), str(sd), "_name_or_path", "is_local", "local_files_only"]
     assert [file for file in files for text in told if text.encode() in file.read_bytes()] == []
     assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~pipeline_folder.umask()}
@@ -100,7 +100,7 @@ def test_record_names_the_method(run, sd, pictures, capsys):
 def test_copies_along_the_way(run):
     copies = {path.name: path for path in (run / "exports").iterdir()}
     assert copies.keys() == {"step-000002", "step-000004"}
-    whole = content(run, folder.artefact(run))
+    whole = content(run, artefacts.artefact(run))
     last, first = (
         content(copy, [f for f in copy.rglob("*") if f.is_file()]) for _, copy in sorted(copies.items())[::-1]
     )
@@ -137,7 +137,7 @@ def test_continued_run_ends_with_the_same_files(run, sd, pictures, tmp_path):
     assert status(own(sd, pictures, out, "--steps", "2")) == 0
     (out / "unet" / "of_an_older_artefact.safetensors").touch()
     assert status(own(sd, pictures, out)) == 0
-    assert content(out, folder.artefact(out, 4)) == content(run, folder.artefact(run, 4))
+    assert content(out, artefacts.artefact(out, 4)) == content(run, artefacts.artefact(run, 4))
     assert not (out / "unet" / "of_an_older_artefact.safetensors").exists()
     copies = [[f for f in (root / "exports").rglob("*") if f.is_file()] for root in (out, run)]
     assert content(out, copies[0]) == content(run, copies[1])
@@ -146,11 +146,11 @@ def test_continued_run_ends_with_the_same_files(run, sd, pictures, tmp_path):
 def test_the_same_command_writes_what_is_missing(run, sd, pictures, tmp_path, capsys):
     out = shutil.copytree(run, tmp_path / "again")
     (out / "vae" / "config.json").unlink()
-    assert folder.artefact(out) == []
+    assert artefacts.artefact(out) == []
     assert status(["push", str(out)]) == 2
     assert "no artefact" in capsys.readouterr().err
     assert status(own(sd, pictures, out)) == 0
-    assert content(out, folder.artefact(out)) == content(run, folder.artefact(run))
+    assert content(out, artefacts.artefact(out)) == content(run, artefacts.artefact(run))
 
 
 def test_overwrite_removes_the_artefact_and_nothing_else(run, tmp_path):
@@ -177,7 +177,7 @@ image.images[0].save(sys.argv[2])
 def test_pushed_pipeline_loads_by_its_name_and_draws_the_same(here, elsewhere, run, tmp_path):
     assert status(["push", str(run)]) == 0
     files = here.files("tester/whole")
-    artefact = content(run, folder.artefact(run))
+    artefact = content(run, artefacts.artefact(run))
     assert {name: files[name] for name in artefact} == artefact
     samples = {f"samples/{name}.png" for name in ("step-000000", "step-000004", "widget-0")}
     rest = {".gitattributes", "README.md", "config.yaml", "metrics.jsonl", "report.html"}
@@ -197,13 +197,13 @@ def test_stages_on_the_way_to_the_hub_never_touch_the_run(here, sd, pictures, tm
 
     def look(self, state):
         checkpoint(self, state)
-        seen.append((state.step, folder.artefact(out), (out / "model_index.json").exists()))
+        seen.append((state.step, artefacts.artefact(out), (out / "model_index.json").exists()))
 
     monkeypatch.setattr(publish.Publisher, "checkpoint", look)
     assert status(own(sd, pictures, out, "--push-to-hub", "--hub-strategy", "checkpoint")) == 0
     assert seen == [(2, [], False), (4, [], False)]
     assert "sdtune own: step 2" in here.titles("tester/staged") or "sdtune own: step 4" in here.titles("tester/staged")
-    artefact, files = content(out, folder.artefact(out, 4)), here.files("tester/staged")
+    artefact, files = content(out, artefacts.artefact(out, 4)), here.files("tester/staged")
     assert {name: files[name] for name in artefact} == artefact
     assert [path for path in out.iterdir() if path.name.startswith((publish.STAGE, ".new"))] == []
 
@@ -278,7 +278,7 @@ def test_kill_while_it_is_put_in_place_leaves_no_pipeline(pipe, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         pipeline_folder.write_pipeline(out, pipe)
     assert not (out / "model_index.json").exists()
-    assert not (out / folder.NEW).exists()
+    assert not (out / artefacts.NEW).exists()
 
 
 class Writer:
@@ -300,22 +300,22 @@ class Writer:
 
 def test_record_is_of_the_last_whole_artefact(tmp_path):
     wide, narrow = Writer("a", "b/c", "b/d/e"), Writer("a", "b/f")
-    folder.export_last(wide, tmp_path, 7)
+    artefacts.export_last(wide, tmp_path, 7)
     assert json.loads((tmp_path / "artefact.json").read_text()) == {"step": 7, "files": ["a", "b/c", "b/d/e"]}
     broken = Writer(fails=OSError(28, "No space left on device"))
     with pytest.raises(RunFailed, match=r"No space left on device.*give the same command again"):
-        folder.export_last(broken, tmp_path, 7)
-    assert folder.artefact(tmp_path) == []
-    folder.export_last(narrow, tmp_path, 7)
-    assert folder.artefact(tmp_path, 7) == [tmp_path / "a", tmp_path / "b" / "f"]
-    assert folder.artefact(tmp_path, 8) == []
+        artefacts.export_last(broken, tmp_path, 7)
+    assert artefacts.artefact(tmp_path) == []
+    artefacts.export_last(narrow, tmp_path, 7)
+    assert artefacts.artefact(tmp_path, 7) == [tmp_path / "a", tmp_path / "b" / "f"]
+    assert artefacts.artefact(tmp_path, 8) == []
     assert not (tmp_path / "b" / "c").exists() and not (tmp_path / "b" / "d").exists()
 
 
 def test_failed_copy_leaves_nothing(tmp_path):
     broken = Writer(fails=OSError(28, "No space left on device"))
     with pytest.raises(RunFailed, match="step-000007"):
-        folder.export_copy(broken, tmp_path, 7)
+        artefacts.export_copy(broken, tmp_path, 7)
     assert list((tmp_path / "exports").iterdir()) == []
 
 
@@ -340,8 +340,8 @@ def test_record_that_is_none(record, told, tmp_path, capfd):
 
 def test_run_of_a_time_without_a_record(tmp_path):
     (tmp_path / "pytorch_lora_weights.safetensors").touch()
-    assert folder.artefact(tmp_path) == []  # no run at all
+    assert artefacts.artefact(tmp_path) == []  # no run at all
     (tmp_path / "config.yaml").write_text("dataset: d\n")
-    assert folder.artefact(tmp_path) == [tmp_path / "pytorch_lora_weights.safetensors"]
+    assert artefacts.artefact(tmp_path) == [tmp_path / "pytorch_lora_weights.safetensors"]
     (tmp_path / "config.yaml").write_text("method: lora\ndataset: d\n")
-    assert folder.artefact(tmp_path) == []  # it has not ended
+    assert artefacts.artefact(tmp_path) == []  # it has not ended

@@ -13,7 +13,7 @@ from sdtune.config.methods.lora import LoraConfig
 from sdtune.publish import model_card, redact
 from sdtune.publish.origin import Origin, ask, by_name
 from sdtune.run import settings
-from sdtune.run.folder import artefact, by_path
+from sdtune.run.artefacts import artefact, by_path
 from tests.conftest import command, status
 from tests.tinyhub import TinyHub
 

@@ -9,7 +9,7 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 
 from sdtune.evaluation.distances import estimates, frechet, kernel_distance, mean, precision_recall
-from sdtune.evaluation.evaluate import figures
+from sdtune.evaluation.scores import figures
 
 
 def normal(*shape, seed=0):

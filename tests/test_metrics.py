@@ -11,7 +11,8 @@ from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import UserError
 from sdtune.run import metrics as module
 from sdtune.run.contact_sheet import cells, grid, save_sheet
-from sdtune.run.metrics import Metrics, check_trackers, cut_off, tracker_values
+from sdtune.run.metrics import Metrics, check_trackers
+from sdtune.run.metrics_file import cut_off, tracker_values
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_an_interrupted_run_is_continued_without_a_seam(cfg):
     assert lines(cfg)[3]["seconds"] >= 40
     assert cut_off(path, 0) == 0
     assert path.read_text() == ""
-    assert [p.name for p in cfg.output_dir.iterdir()] == ["metrics.jsonl"]
+    assert sorted(p.name for p in cfg.output_dir.iterdir()) == ["metrics.jsonl", "status.json"]
 
 
 def test_lines_without_a_terminal_are_few(cfg, capsys, monkeypatch):

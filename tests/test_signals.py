@@ -10,7 +10,7 @@ import pytest
 from sdtune.cli import main
 from sdtune.config.sections import RunFailed
 from sdtune.recipes import class_images
-from sdtune.run import checkpoints, folder, processes
+from sdtune.run import artefacts, checkpoints, folder, processes
 from sdtune.run.processes import ProcessGroupWatch
 from sdtune.run.signals import STOP, Interrupted, StopSignals
 from sdtune.training import loop, preview
@@ -107,7 +107,7 @@ def test_training_ends_at_once_outside_its_steps(place, sd, pictures, tmp_path, 
     assert len(checkpoints.found(out / "checkpoints")) == (0 if place in ("caches", "first previews") else 2)
     if place == "last previews":
         assert status(words) == 0
-        assert folder.artefact(out, 12)
+        assert artefacts.artefact(out, 12)
 
 
 def test_previews_in_the_middle_are_given_up_and_the_run_is_saved(lora, sd, pictures, tmp_path, monkeypatch, capfd):

@@ -19,7 +19,7 @@ from sdtune.models import pipeline_folder
 from sdtune.models.formats import embedding
 from sdtune.publish import model_card
 from sdtune.publish.origin import Origin
-from sdtune.run import folder, usage
+from sdtune.run import artefacts, usage
 from sdtune.run.contact_sheet import cells
 from sdtune.run.folder import begin
 from sdtune.run.settings import RunSettings, read
@@ -68,7 +68,7 @@ def lora_run(sd, pictures, tmp_path_factory):
 
 def carded(cfg, run, repo, origin=LOCAL):
     """Front matter and text of a card."""
-    weights = folder.by_path(run, folder.artefact(run))
+    weights = artefacts.by_path(run, artefacts.artefact(run))
     known = RunSettings.of(cfg) if isinstance(cfg, Run) else cfg
     text, _ = model_card.model_card(known.changed({"output_dir": str(run)}), run, repo, origin, weights)
     ModelCard(text).validate()
@@ -94,7 +94,7 @@ def ran(text, base=None):
 
 def artefact(out, *files):
     out.mkdir(exist_ok=True)
-    folder.record(out, 4, files)
+    artefacts.record(out, 4, files)
     (out / "metrics.jsonl").write_text('{"step": 4, "loss": 0.5}\n{"step": 4, "holdout_loss": 0.25}\n')
     return out
 
@@ -149,7 +149,7 @@ def test_adapter_and_embedding(lora_run, sd, tmp_path):
     assert all(known["pipe"].text_encoder.get_parameter(name).abs().sum() > 0 for name in adapted)
     assert {"lora", "textual_inversion", "template:sd-lora"} <= set(data["tags"])
     assert "A LoRA adapter of rank 4 and the embedding of a new word" in text
-    assert usage.sample(usage.artefact_kind(folder.by_path(run, folder.artefact(run))), "R", "p") == [
+    assert usage.sample(usage.artefact_kind(artefacts.by_path(run, artefacts.artefact(run))), "R", "p") == [
         *("sdtune", "sample", "--adapter", "R", "--prompt", "p")
     ]
 
@@ -198,7 +198,7 @@ def test_pixels(names, tmp_path):
     assert ran(text)["image"].size == (8, 8)
     labels = "Labels: 0 is `zero`, 1 is `` größer `als` ``. Label 2 leaves the class open."
     assert (labels in text) == bool(names)
-    words = usage.sample(usage.artefact_kind(folder.by_path(run, folder.artefact(run))), "R", "p")
+    words = usage.sample(usage.artefact_kind(artefacts.by_path(run, artefacts.artefact(run))), "R", "p")
     assert words == ["sdtune", "sample", "--model", "R"]
 
 
@@ -212,7 +212,7 @@ def test_label_that_is_given_is_the_one_that_is_drawn(tmp_path):
 
 def test_more_classes_than_can_be_listed(tmp_path):
     what = usage.artefact_kind(
-        folder.by_path(tmp_path, folder.artefact(pixels(tmp_path, [str(k) for k in range(1000)])))
+        artefacts.by_path(tmp_path, artefacts.artefact(pixels(tmp_path, [str(k) for k in range(1000)])))
     )
     told = usage.classes(what)
     assert told == (
@@ -234,7 +234,7 @@ def test_classifier(tmp_path):
     assert 'NoisyClassifier.from_pretrained("user/name")' in code(text)
     compile(code(text), "card", "exec")
     assert "Labels: 0 is `a`, 1 is `b`." in text
-    words = usage.sample(usage.artefact_kind(folder.by_path(run, folder.artefact(run))), "R", "p")
+    words = usage.sample(usage.artefact_kind(artefacts.by_path(run, artefacts.artefact(run))), "R", "p")
     assert words == ["sdtune", "sample", "--model", "...", "--classifier", "R", "--class", "a"]
 
 

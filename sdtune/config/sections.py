@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from sdtune.config.errors import RunFailed as RunFailed
 from sdtune.config.errors import UserError as UserError
+from sdtune.config.scores import Criterion
 from sdtune.config.section_base import (
     Count,
     Counts,
@@ -355,7 +356,24 @@ class Run(Section):
         return self
 
 
-class Preview(Section):
+class Scores(Section):
+    evaluate_steps: Natural = 0
+    """Steps between scores of drawn images, which are measured at the start and the end too. 0 measures none."""
+    num_evaluation_images: Annotated[Count, requires("evaluate_steps")] = 32
+    """Images to draw for the scores, with the prompts of the sample grids."""
+    features: Annotated[PathOrId, requires("evaluate_steps")] = "random-conv"
+    """Network that compares images: random-conv (built in), inception, or a CLIP or DINO folder or Hub id."""
+    clip_model: Annotated[PathOrId | None, requires("evaluate_steps")] = None
+    """CLIP model, folder or Hub id, that compares images with their prompts. Leave out for no CLIP score."""
+    classifier: Annotated[PathOrId | None, requires("evaluate_steps")] = None
+    """Run of `sdtune classifier`, or a transformers image classifier, to check the classes. Leave out for no check."""
+    keep_best: Annotated[Criterion | None, requires("evaluate_steps")] = None
+    """Also keep the artefact of the step that is best by this score, in best/. Leave out for the last step alone."""
+    patience: Annotated[Natural, requires("keep_best")] = 0
+    """End the run after this many scores in a row that are not better. 0 trains all steps."""
+
+
+class Preview(Scores):
     num_validation_images: Natural = 4
     """Images of a sample grid. 0 draws no grid."""
     validation_steps: Natural = 200

@@ -160,6 +160,8 @@ class EvaluateConfig(Source, Verb):
     """CLIP model, folder or Hub id, that compares images with their prompts. Leave out for no CLIP score."""
     classifier: PathOrId | None = None
     """Run of `sdtune classifier`, or a transformers image classifier, to check the classes. Leave out for no check."""
+    trained_on: PathOrId | None = None
+    """Images that the model was trained on, to see whether SAMPLES copy them. Leave out for no memorisation."""
     neighbours: Count = 3
     """Neighbours k of precision and recall (Kynkäänniemi et al. 2019)."""
     resamples: Annotated[Natural, aliases("bootstrap")] = 200

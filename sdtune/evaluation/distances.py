@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sdtune.run.rng import generator
 
@@ -60,6 +61,35 @@ def precision_recall(
     centre = y.mean(0)  # distances by matrix products lose digits far from zero
     x, y = x - centre, y - centre
     return _share_among(x, y, neighbours, n_x), _share_among(y, x, neighbours, n_y)
+
+
+def likeness(x: Tensor, y: Tensor, n_x: Tensor | None = None, n_y: Tensor | None = None) -> float:
+    """Mean cosine of all pairs of a sample x and a reference y: CLIP-I or DINO, by the network (Ruiz et al. 2022)."""
+    n_x, n_y = _counts(x, n_x), _counts(y, n_y)
+    directions = [functional.normalize(features.double(), dim=1) for features in (x, y)]
+    return float((n_x @ directions[0] / n_x.sum()) @ (n_y @ directions[1] / n_y.sum()))
+
+
+def diversity(x: Tensor, y: Tensor, n_x: Tensor | None = None, n_y: Tensor | None = None) -> float:
+    """Mean distance of two samples x over that of two references y: 1 is as diverse, 0 is one image again and again."""
+    return _mean_distance(x.double(), _counts(x, n_x)) / _mean_distance(y.double(), _counts(y, n_y))
+
+
+def nearest_distances(x: Tensor, trained_on: Tensor, without_itself: bool = False) -> Tensor:
+    """The distance of each x to the nearest of the images trained on ``[n]``; ``without_itself`` where x is these."""
+    k = 2 if without_itself else 1
+    return torch.cat([torch.cdist(b, trained_on.double()).kthvalue(k).values for b in x.double().split(BLOCK)])
+
+
+def memorisation(x: Tensor, unseen: Tensor, n_x: Tensor | None = None, n_unseen: Tensor | None = None) -> float:
+    """How often a sample lies nearer to the images trained on than an unseen image does, from `nearest_distances`.
+
+    1/2 is no memorisation, 1 is a copy each time. The statistic U / nm of the test for data-copying (Meehan et al.
+    2020, section 3.1), with all of the space as one cell.
+    """
+    n_x, n_unseen = _counts(x, n_x), _counts(unseen, n_unseen)
+    nearer = (x[:, None] < unseen).double() + 0.5 * (x[:, None] == unseen)
+    return float(n_x @ nearer @ n_unseen / (n_x.sum() * n_unseen.sum()))
 
 
 @dataclass(frozen=True)
@@ -148,6 +178,12 @@ def _within(x: Tensor, n: Tensor) -> Tensor:
     """Mean of the kernel over all pairs of two images."""
     with_itself = n @ _kernel(x.square().sum(1), x)
     return (_kernel_sum(x, x, n, n) - with_itself) / (n.sum() * (n.sum() - 1))
+
+
+def _mean_distance(x: Tensor, n: Tensor) -> float:
+    """Mean distance of two of x; a row that counts twice is two images."""
+    total = sum(float(n_b @ torch.cdist(b, x) @ n) for b, n_b in zip(x.split(BLOCK), n.split(BLOCK), strict=True))
+    return total / float(n.sum() * (n.sum() - 1))
 
 
 def _share_among(queries: Tensor, points: Tensor, k: int, counts: Tensor) -> float:

@@ -1,7 +1,7 @@
 """``sdtune evaluate``: compares images with a reference, with their prompts and with their classes.
 
 From Python, the command is `evaluate`; its parts are `features.load_network`, `features.embed` or
-`features.features_of`, and `distances.estimates` over `figures`:
+`features.features_of`, and `distances.estimates` over `scores.figures`:
 
     network = load_network("random-conv")
     x, y = embed(samples, network), embed(photos, network)      # pixels [N, C, H, W] in [-1, 1]
@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from sdtune.config.scores import SCORES, score_name
 from sdtune.config.sections import UserError
 from sdtune.config.verbs import EvaluateConfig
 from sdtune.data import Images
 from sdtune.data.cache import digest
-from sdtune.evaluation.distances import Estimate, estimates, frechet, kernel_distance, mean, precision_recall
 from sdtune.evaluation.features import features_of, load_network, progress
 from sdtune.evaluation.inputs import (
     Plan,
@@ -35,20 +35,9 @@ from sdtune.evaluation.inputs import (
 )
 from sdtune.evaluation.judges import Classifier, Clip
 from sdtune.evaluation.plots import Row, draw
-from sdtune.models.vision import device
+from sdtune.evaluation.scores import Bootstrap, figures, mean_of, of_copies, of_subject
 from sdtune.publish import hub
 from sdtune.sampling.sample import sample
-
-INFINITE = float("inf")
-RANGES = {
-    "frechet": (0.0, INFINITE),
-    "kernel": (-INFINITE, INFINITE),
-    **dict.fromkeys(("precision", "recall", "class_accuracy"), (0.0, 1.0)),
-    "clip_score": (0.0, 2.5),
-}
-"""Least and greatest value of each figure."""
-OWN_NAMES = {"frechet": "fid", "kernel": "kid"}
-"""Names of two of them if they are measured in the features of FID's Inception network, and only then."""
 
 
 @dataclass(frozen=True)
@@ -85,29 +74,39 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     prompts, classes = judges.questions(cfg, samples)
     x = features_of(samples.images, judges.features, samples.rows)
     y = features_of(reference, judges.features)
-    found = with_intervals(cfg, "Intervals", lambda *sets: figures(*sets, neighbours=cfg.neighbours), x, y)
+    trained_on = features_of(read("--trained-on", cfg.trained_on, cfg), judges.features) if cfg.trained_on else None
+    clip_scores, right, by_class = None, None, {}
     if judges.clip:
-        scores = judges.clip.scores(samples.images, samples.rows, prompts)
-        found |= with_intervals(cfg, "Intervals (CLIP)", lambda *s: {"clip_score": mean(*s)}, scores)
-    by_class: dict[str, float] = {}
+        seen = features_of(samples.images, judges.clip.network, samples.rows)
+        clip_scores = judges.clip.scores(seen, prompts)
     if judges.classifier:
-        right = judges.classifier.right(samples.images, samples.rows, classes)
-        found |= with_intervals(cfg, "Intervals (classes)", lambda *r: {"class_accuracy": mean(*r)}, right)
+        logits = features_of(samples.images, judges.classifier.network, samples.rows)
+        right = judges.classifier.right(logits, classes)
         by_class = {c: float(right[[c == k for k in classes]].mean()) for c in sorted(set(classes))}
+    with progress() as bar:
+        task = bar.add_task("Intervals", total=None)
+        bootstrap = Bootstrap(cfg.resamples, cfg.seed, lambda: bar.advance(task))
+        found = bootstrap(lambda *s: figures(*s, neighbours=cfg.neighbours), x, y) | bootstrap(of_subject, x, y)
+        if trained_on is not None:
+            found |= of_copies(x, trained_on, y, bootstrap)
+        if clip_scores is not None:
+            found |= mean_of("clip_score", clip_scores, bootstrap)
+        if right is not None:
+            found |= mean_of("class_accuracy", right, bootstrap)
     network = judges.features
     result = {
         "samples": described(cfg.samples, samples.images, samples.rows),
         "reference": described(cfg.reference, reference, range(len(y))),
         "features": {"name": network.label, "given": cfg.features, "dimension": x.shape[1], "side": network.side},
-        "judges": {"clip_model": cfg.clip_model, "classifier": cfg.classifier},
+        "judges": {"clip_model": cfg.clip_model, "classifier": cfg.classifier, "trained_on": cfg.trained_on},
         "neighbours": cfg.neighbours,
         "resamples": cfg.resamples,
         "seed": cfg.seed,
-        "figures": {figure_name(kind, network.label): asdict(e) for kind, e in found.items()},
+        "figures": {score_name(kind, network.label): asdict(e) for kind, e in found.items()},
         "class_accuracy_of": by_class,
         "notes": warnings_of(min(len(x), len(y)), x.shape[1]),
     }
-    rows = [Row(figure_name(kind, network.label), kind in OWN_NAMES, e) for kind, e in found.items()]
+    rows = [Row(score_name(kind, network.label), SCORES[kind].better, e) for kind, e in found.items()]
     write(cfg.output_dir, result, draw(x, y, rows, heading(result)))
     return result
 
@@ -179,38 +178,3 @@ def main(cfg: EvaluateConfig) -> str:
 def heading(result: dict[str, Any]) -> str:
     samples, reference = result["samples"], result["reference"]
     return f"{samples['images']} images of {samples['name']} against {reference['images']} of {reference['name']}"
-
-
-def figures(
-    x: Tensor, y: Tensor, n_x: Tensor | None = None, n_y: Tensor | None = None, neighbours: int = 3
-) -> dict[str, float]:
-    """The four figures of samples x [n, D] and a reference y [m, D], as features; for n_x and n_y see `distances`."""
-    precision, recall = precision_recall(x, y, neighbours, n_x, n_y)
-    return {
-        "frechet": frechet(x, y, n_x, n_y),
-        "kernel": kernel_distance(x, y, n_x, n_y),
-        "precision": precision,
-        "recall": recall,
-    }
-
-
-def figure_name(kind: str, label: str) -> str:
-    """The name of a figure; that of a distance includes the network."""
-    if kind not in OWN_NAMES:
-        return kind
-    return OWN_NAMES[kind] if label == "inception" else f"{kind}_{label.replace('-', '_')}"
-
-
-def with_intervals(cfg: EvaluateConfig, title: str, measure: Any, *sets: Tensor) -> dict[str, Estimate]:
-    with progress() as bar:
-        task = bar.add_task(title, total=cfg.resamples)
-        on_device = [s.double().to(device()) for s in sets]
-        found = estimates(measure, on_device, cfg.resamples, cfg.seed, lambda: bar.advance(task))
-    return {kind: clipped(e, *RANGES[kind]) for kind, e in found.items()}
-
-
-def clipped(e: Estimate, least: float, greatest: float) -> Estimate:
-    """The estimate with its interval clipped to the range of the figure."""
-    if e.low is None or e.high is None:
-        return e
-    return Estimate(e.value, max(e.low, least), min(e.high, greatest))

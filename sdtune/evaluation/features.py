@@ -91,7 +91,14 @@ def load_network(name: str) -> nn.Module:
 
 def embed(pixels: Tensor, network: nn.Module) -> Tensor:
     """Features [N, D], float32 on the CPU, of ``pixels`` [N, C, H, W] in [-1, 1] with 1 to 4 channels."""
-    return torch.cat([forward([square(p, network.side) for p in part], network) for part in pixels.split(BATCH)])
+    return embed_each(list(pixels), network)
+
+
+def embed_each(images: Sequence[Tensor], network: nn.Module) -> Tensor:
+    """The same of images [C, H, W] of any sizes; without images an empty tensor."""
+    parts = [images[k : k + BATCH] for k in range(0, len(images), BATCH)]
+    found = [forward([square(image, network.side) for image in part], network) for part in parts]
+    return torch.cat(found) if found else torch.empty(0)
 
 
 def features_of(images: Images, network: nn.Module, rows: Sequence[int] | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from sdtune.config.sections import Captions, Data, UserError
 from sdtune.config.verbs import EvaluateConfig, SampleConfig
 from sdtune.data import Images, load_images
 from sdtune.evaluation.features import BATCH
+from sdtune.evaluation.scores import least_images
 from sdtune.models import families
 from sdtune.models.formats import files
 from sdtune.models.formats.tensor_file import FILE
@@ -161,8 +162,7 @@ def check_output_outside(cfg: EvaluateConfig, option: str, folder: Path) -> None
 
 def check_count(cfg: EvaluateConfig, option: str, count: int) -> None:
     """UserError if a set is too small to have neighbours; resamples need twice as many images."""
-    least = max(2, cfg.neighbours + 1)
-    wanted = 2 * least if cfg.resamples else least
+    least, wanted = least_images(cfg.neighbours, 0), least_images(cfg.neighbours, cfg.resamples)
     if count < wanted:
         raise UserError(
             f"{option}: {count} images are too few for {cfg.neighbours} neighbours"

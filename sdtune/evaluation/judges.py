@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdtune.config.sections import UserError
-from sdtune.data import Images
-from sdtune.evaluation.features import BATCH, features_of
+from sdtune.evaluation.features import BATCH
 from sdtune.models.noisy_classifier import NoisyClassifier
 from sdtune.models.pixel_models import read_classes
 from sdtune.models.vision import device, frozen, load_clip, load_pretrained
@@ -25,9 +24,12 @@ class Clip:
         self.network, self.tokenizer = load_clip(name)
 
     @torch.inference_mode()
-    def scores(self, images: Images, rows: Sequence[int], prompts: Sequence[str]) -> Tensor:
-        """CLIPScore of each image and its prompt [N] (Hessel et al. 2021, equation 1): w max(cos(image, text), 0)."""
-        seen = features_of(images, self.network, rows)
+    def scores(self, seen: Tensor, prompts: Sequence[str]) -> Tensor:
+        """CLIPScore of each image and its prompt [N] (Hessel et al. 2021, equation 1): w max(cos(image, text), 0).
+
+        Args:
+            seen: features of the images by ``network`` [N, D].
+        """
         longest = self.network.model.config.text_config.max_position_embeddings
         vectors = []
         for start in range(0, len(prompts), BATCH):
@@ -47,10 +49,14 @@ class Classifier:
         self.name = name
         self.network, self.names = load_classifier(name)
 
-    def right(self, images: Images, rows: Sequence[int], classes: Sequence[str]) -> Tensor:
-        """1 for each image whose most probable class is the one in ``classes``, else 0: [N]."""
+    def right(self, logits: Tensor, classes: Sequence[str]) -> Tensor:
+        """1 for each image whose most probable class is the one in ``classes``, else 0: [N].
+
+        Args:
+            logits: of the images by ``network`` [N, K].
+        """
         asked = torch.tensor([self.names.index(c) for c in classes])
-        return (features_of(images, self.network, rows).argmax(1) == asked).float()
+        return (logits.argmax(1) == asked).float()
 
     def check(self, classes: Sequence[str]) -> None:
         """UserError unless it knows all of ``classes``."""

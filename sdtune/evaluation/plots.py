@@ -28,10 +28,11 @@ text { fill: #181c22 } .soft { fill: #5b6472; font-size: 12px } .title { font-si
 
 @dataclass(frozen=True)
 class Row:
-    """A figure of the picture: its name, whether less of it is better, and its estimate."""
+    """A figure of the picture: its name, what is better of it, and its estimate."""
 
     name: str
-    less: bool
+    better: str
+    """``higher``, ``lower`` or ``neither``."""
     estimate: Estimate
 
 
@@ -79,8 +80,8 @@ def _figures(rows: list[Row]) -> Iterator[str]:
         def at(value: float, low: float = low, high: float = high) -> float:
             return AXIS + LENGTH * (value - low) / (high - low)
 
-        better = "lower" if row.less else "higher"
-        yield f'<text x="{AXIS}" y="{top + 14:.1f}">{escape(row.name)}: {e.value:.4g} ({better} is better)</text>'
+        better = "" if row.better == "neither" else f" ({row.better} is better)"
+        yield f'<text x="{AXIS}" y="{top + 14:.1f}">{escape(row.name)}: {e.value:.4g}{better}</text>'
         line = top + 32
         yield f'<path class="axis" d="M{AXIS} {line + 8:.1f}h{LENGTH}"/>'
         for tick in ticks(low, high):

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
+from sdtune.run.artefacts import NEW
 from sdtune.run.checkpoints import flush
 from sdtune.run.files import umask
-from sdtune.run.folder import NEW
 
 INDEX = "model_index.json"
 CLIP = CLIPTextModel | CLIPTextModelWithProjection

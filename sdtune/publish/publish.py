@@ -18,7 +18,8 @@ from sdtune.config.verbs import PushConfig
 from sdtune.publish import hub, model_card
 from sdtune.publish.origin import Origin, by_name, look_up
 from sdtune.publish.redact import hide_paths
-from sdtune.run.folder import artefact, by_path, export, sample_sheets
+from sdtune.run.artefacts import artefact, by_path, export
+from sdtune.run.folder import sample_sheets
 from sdtune.run.settings import RunSettings, read
 from sdtune.run.signals import Interrupted
 

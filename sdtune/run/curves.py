@@ -92,6 +92,13 @@ def number(value: float) -> str:
     return f"{value:,.10g}" if abs(value) >= 1000 else f"{float(f'{value:.6g}'):g}"
 
 
+def clock(seconds: float) -> str:
+    """A duration as minutes and seconds, or hours: 4:05, 1:00:00."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
 def _range(values: list[float], from_zero: bool) -> tuple[float, float]:
     """Lower and upper end of an axis. Of 100 values or more, the outermost hundredth on each side may lie outside."""
     values = sorted(values)

@@ -1,33 +1,29 @@
-"""The run's folder: created or continued, never mixed with another run; and which of its files are the artefact."""
+"""The run's folder: created or continued, never mixed with another run."""
 
 import fcntl
-import json
 import os
 import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from contextlib import suppress
+from pathlib import Path
 from typing import IO, Any
 
-from safetensors import SafetensorError
-
 from sdtune.config import fields, parsing, yaml_text
-from sdtune.config.sections import MAY_CHANGE, Run, RunFailed, UserError
-from sdtune.run import checkpoints, settings
+from sdtune.config.sections import MAY_CHANGE, Run, UserError
+from sdtune.run import checkpoints, settings, status
+from sdtune.run.artefacts import ARTEFACT, BEST, NEW, artefact, best, recorded, remove
 from sdtune.run.files import sweep
 
-OWN = ("config.yaml", settings.METHOD, "metrics.jsonl", "report.html", "environment.json", "README.md", "exit.json")
+OWN = (
+    *("config.yaml", settings.METHOD, "metrics.jsonl", status.FILE, "report.html", "environment.json", "README.md"),
+    "exit.json",  # of older runs
+)
 """Files of a run besides its artefact. --overwrite removes them and OWN_FOLDERS."""
-OWN_FOLDERS = ("checkpoints", "samples", "logs", "exports")
+OWN_FOLDERS = ("checkpoints", "samples", "logs", "exports", BEST)
 CLASS_IMAGES = "class-pictures"
 """Folder of a DreamBooth run with the class images that it generates."""
-NEW = ".new"
-"""Folder, within the target folder, in which an artefact of several parts is written first."""
-ARTEFACT = "artefact.json"
-"""File with the artefact's step and the names of its files. It is written last, so that it names all files or none."""
 FIRST_LINE = "# sdtune "
 """The beginning of each config.yaml that a run writes: the command that continues it, as a comment."""
 SHEET = re.compile(r"step-(\d{6,})\.png")
@@ -149,12 +145,13 @@ def discard(out: Path) -> None:
     checkpoints.sweep(out / "checkpoints")
     exports = [path for path in (out / "exports").glob("step-*") if checkpoints.NAME.fullmatch(path.name)]
     remove(out, sample_sheets(out))
-    for folder in (*checkpoints.found(out / "checkpoints"), *exports, out / "logs"):
+    of_best = [out / BEST] if best(out) else []
+    for folder in (*checkpoints.found(out / "checkpoints"), *exports, out / "logs", *of_best):
         shutil.rmtree(folder, ignore_errors=True)
     for name in OWN_FOLDERS:  # what the user put there stays
         with suppress(OSError):
             (out / name).rmdir()
-    for stale in (*out.glob(".push-*"), out / NEW):
+    for stale in (*out.glob(".push-*"), out / NEW, out / f".{BEST}"):
         shutil.rmtree(stale, ignore_errors=True)
     for name in (*OWN, ARTEFACT):
         (out / name).unlink(missing_ok=True)
@@ -178,114 +175,3 @@ def sample_sheets(out: Path) -> list[Path]:
 
 def step_of_sheet(sheet: Path) -> int:
     return int(sheet.stem.removeprefix("step-"))
-
-
-# ---- the artefact ------------------------------------------------------------------------------------
-
-
-def artefact(out: Path, step: int | None = None) -> list[Path]:
-    """The files of a run that diffusers loads; empty unless all of them exist, and are of ``step`` if it is given.
-
-    Raises:
-        UserError: its record is damaged.
-    """
-    if (out / ARTEFACT).exists():
-        of, files = recorded(out)
-        whole = of is not None and step in (None, of) and all(file.is_file() for file in files)
-        return files if whole else []
-    config = out / "config.yaml"
-    if step is not None or not config.is_file():
-        return []
-    try:
-        recorded_method = any(name == "method" for name, _, _ in yaml_text.read_yaml(config))
-    except UserError:  # a damaged config tells nothing
-        return []
-    # An older run recorded neither artefact nor method
-    return [] if recorded_method else sorted(out.glob("*.safetensors"))
-
-
-def recorded(out: Path) -> tuple[int | None, list[Path]]:
-    """The step of the artefact (None while it is being written) and its files."""
-    try:
-        found = json.loads((out / ARTEFACT).read_text(encoding="utf-8"))
-        step, names = found["step"], [PurePosixPath(name) for name in found["files"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{out / ARTEFACT}: damaged ({error}); remove it, then give the training command again"
-        ) from None
-    if strange := [name for name in names if name.is_absolute() or ".." in name.parts]:
-        raise UserError(f"{out / ARTEFACT}: {strange[0]} is no file of this run")
-    return step, [out / name for name in names]
-
-
-def record(out: Path, step: int | None, files: Iterable[Path]) -> None:
-    names = sorted(by_path(out, files))
-    new = out / f".{ARTEFACT}"
-    new.write_text(json.dumps({"step": step, "files": names}, indent=1) + "\n", encoding="utf-8")
-    new.replace(out / ARTEFACT)
-
-
-def by_path(out: Path, files: Iterable[Path]) -> dict[str, Path]:
-    """Files by their path in ``out``."""
-    return {file.relative_to(out).as_posix(): file for file in files}
-
-
-def entries(out: Path, files: Iterable[Path]) -> list[str]:
-    """Names of the files and folders directly in ``out`` that contain ``files``."""
-    return list(dict.fromkeys(file.relative_to(out).parts[0] for file in files))
-
-
-def remove(out: Path, files: Iterable[Path]) -> None:
-    """Remove files below ``out``, and the folders that this leaves empty."""
-    for file in files:
-        file.unlink(missing_ok=True)
-        for folder in file.parents:
-            if folder == out or not folder.is_dir() or any(folder.iterdir()):
-                break
-            folder.rmdir()
-
-
-def export(recipe: Any, out: Path) -> list[Path]:
-    """Write the artefact with the current weights to ``out``; its files. See ``State.export_weights``."""
-    recipe.eval()
-    try:
-        return [Path(file) for file in recipe.export(out)]
-    finally:
-        recipe.train()
-
-
-def export_last(recipe: Any, out: Path, step: int) -> list[Path]:
-    """Write the artefact of a finished run in place of an older one, and record its files."""
-    before = recorded(out)[1] if (out / ARTEFACT).exists() else []
-    with failing_on_a_full_disk(out):
-        record(out, None, before)
-        files = export(recipe, out)
-        remove(out, sorted(set(before) - set(files)))
-        record(out, step, files)
-    return files
-
-
-def export_copy(recipe: Any, out: Path, step: int) -> None:
-    """Write the current artefact to ``exports/step-000500``, complete or not at all."""
-    final = out / "exports" / f"step-{step:06d}"
-    new = final.with_name(f".{final.name}")
-    with failing_on_a_full_disk(final):
-        try:
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir(parents=True)
-            export(recipe, new)
-            shutil.rmtree(final, ignore_errors=True)
-            new.rename(final)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-
-
-@contextmanager
-def failing_on_a_full_disk(place: Path) -> Iterator[None]:
-    """Turn a write error, such as a full disk, into `RunFailed`."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise RunFailed(
-            f"{place}: the artefact cannot be written ({error}); make room, then give the same command again"
-        ) from error

@@ -7,7 +7,6 @@ Torch is imported only on a GPU, so that `check_trackers` can run before slow im
 import atexit
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +23,9 @@ from sdtune.config.parsing import plain
 from sdtune.config.sections import Run, UserError
 from sdtune.config.untrusted import echo
 from sdtune.run.contact_sheet import grid, save_sheet
+from sdtune.run.curves import clock
+from sdtune.run.live_report import LiveReport
+from sdtune.run.metrics_file import cut_off
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -90,6 +92,7 @@ class Metrics:
         self.away_since_mark = self.wait_since_mark = 0.0
         self.loss, self.rate = math.nan, math.nan
         self.live = self._live_line(first_step)
+        self.report = LiveReport(cfg.output_dir, total_steps)
 
     def advance(self, step: int) -> None:
         """``step`` optimizer steps are done: move the progress line. Costs microseconds."""
@@ -115,6 +118,8 @@ class Metrics:
         for tracker in self.trackers:
             tracker.log(numbers, step=step)
         self.advance(step)
+        with self.paused():
+            self.report.update(step, self._seconds_left())
         now = time.monotonic()
         due = now - self.last_print >= PLAIN_SECONDS or step >= self.total_steps
         if not self.live and due and step != self.printed_step:  # a step may be logged twice: training, then holdout
@@ -173,10 +178,14 @@ class Metrics:
         parts = [] if math.isnan(self.loss) else [f"loss {self.loss:.4f}"]
         if self.rate > 0:  # not NaN, not 0
             parts.append(f"{self.rate:.3g} images/s")
-        done = self.step - self.first_step
-        if done:  # wall time, pauses included: that is what the person waits for
-            parts.append(f"{_clock((time.monotonic() - self.start) / done * (self.total_steps - self.step))} left")
+        if (left := self._seconds_left()) is not None:
+            parts.append(f"{clock(left)} left")
         return "  ".join(parts)
+
+    def _seconds_left(self) -> float | None:
+        """Wall time until the last step, pauses included: that is what the person waits for; None at the first step."""
+        done = self.step - self.first_step
+        return (time.monotonic() - self.start) / done * (self.total_steps - self.step) if done else None
 
     def _live_line(self, first_step: int) -> Progress | None:
         console = Console(stderr=True)
@@ -221,31 +230,6 @@ def tracker_values(values: dict[str, Any]) -> dict[str, str | int | float | bool
     return {k: one(v) for k, v in values.items()}
 
 
-def cut_off(path: Path, first_step: int) -> float:
-    """Keep the lines of ``path`` up to ``first_step``, and no line for 0; return the ``seconds`` of the last one.
-
-    The other lines were written by an interrupted run after its last checkpoint; the last of them may be incomplete.
-    """
-    lines, seconds = [], 0.0
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-            if not 0 < first_step >= line["step"]:
-                continue
-        except (ValueError, KeyError, TypeError):
-            continue
-        lines.append(text + "\n")
-        seconds = line.get("seconds") or seconds
-    if path.exists():
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as out:
-            out.writelines(lines)
-            out.flush()
-            os.fsync(out.fileno())
-        partial.replace(path)
-    return seconds
-
-
 def _track_image(tracker: Any, sheet: Image.Image, step: int) -> None:
     """Give a sheet to a tracker that accepts images, each in its own form; the others get none."""
     if tracker.name == "tensorboard":
@@ -275,9 +259,3 @@ def _peak_memory(device: Any) -> float:
     import resource  # which Windows lacks
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -3,9 +3,6 @@
 The template with style and script is ``report.html`` beside this file; this module makes the parts.
 """
 
-import base64
-import io
-import json
 import shlex
 from html import escape
 from pathlib import Path
@@ -13,18 +10,25 @@ from string import Template
 from typing import Any, NamedTuple
 
 import yaml
-from PIL import Image
 
 from sdtune import __version__
 from sdtune.config.commands import config_class
 from sdtune.config.sections import Run
-from sdtune.run import usage
-from sdtune.run.contact_sheet import cells
-from sdtune.run.curves import Points, chart, number, smooth
-from sdtune.run.folder import FIRST_LINE, artefact, by_path, entries, sample_sheets, step_of_sheet
+from sdtune.run import status, usage
+from sdtune.run.artefacts import artefact, by_path, entries
+from sdtune.run.curves import Points, chart, clock, smooth
+from sdtune.run.folder import FIRST_LINE, sample_sheets, step_of_sheet
+from sdtune.run.metrics_file import read_lines
+from sdtune.run.page import Encoded, sheet_cells, table, text
 
 MAX_CELLS = 120  # images on the page, about 15 kB each
-CELL_SIDE = 320  # pixels; larger samples are shown reduced
+STATES = {
+    "running": "running, step {step} of {total}",
+    "interrupted": "interrupted and saved at step {step} of {total}",
+    "failed": "failed at step {step} of {total}: {message}",
+    "killed": "killed at step {step} of {total}",
+    "finished": "finished after {step} steps",
+}
 MEASURED = {
     *("step", "seconds", "loss", "holdout_loss", "learning_rate", "grad_norm", "skipped_steps"),
     *("images_per_second", "data_wait", "peak_memory"),
@@ -34,13 +38,13 @@ MEASURED = {
 
 class Sheet(NamedTuple):
     step: int
-    cells: list[tuple[Image.Image, str]]
+    cells: tuple[Encoded, ...]
 
 
 def write_report(folder: Path) -> Path:
     """Write ``report.html`` into a run's folder, from the files that exist there; return its path."""
     config = _load(folder / "config.yaml", {})
-    lines = _metrics(folder / "metrics.jsonl")
+    lines = read_lines(folder / "metrics.jsonl")
     sheets, count = _sheets(folder)
     method = config_class(config) if config else None
     command = config.get("method") or (method.method if method else None)
@@ -55,7 +59,7 @@ def write_report(folder: Path) -> Path:
         strip=_strip(sheets, count),
         commands=_commands(folder, config, method),
         config=_config(config, method),
-        environment=_table("Environment", _load(folder / "environment.json", {}), "Not recorded."),
+        environment=table("Environment", _load(folder / "environment.json", {}), "Not recorded."),
         version=escape(__version__),
     )
     out = folder / "report.html"
@@ -70,17 +74,6 @@ def _load(path: Path, default: Any) -> Any:
     return (yaml.safe_load(path.read_text(encoding="utf-8")) or default) if path.is_file() else default
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``; an incomplete last line is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
-
-
 def _series(lines: list[dict[str, Any]], key: str) -> Points:
     return [(line["step"], line[key]) for line in lines if isinstance(line.get(key), (int, float))]
 
@@ -90,16 +83,12 @@ def _sheets(folder: Path) -> tuple[list[Sheet], int]:
     files = sample_sheets(folder)
     if not files:
         return [], 0
-    with Image.open(files[-1]) as last:
-        most = max(2, MAX_CELLS // len(cells(last)))
+    most = max(2, MAX_CELLS // len(sheet_cells(files[-1])))
     if len(files) > most:
         chosen = [files[round(k * (len(files) - 1) / (most - 1))] for k in range(most)]
     else:
         chosen = files
-    sheets = []
-    for file in chosen:
-        with Image.open(file) as sheet:
-            sheets.append(Sheet(step_of_sheet(file), cells(sheet)))
+    sheets = [Sheet(step_of_sheet(file), sheet_cells(file)) for file in chosen]
     return [s for s in sheets if len(s.cells) == len(sheets[-1].cells)], len(files)
 
 
@@ -111,12 +100,22 @@ def _resume_command(record: Path, method: type[Run] | None) -> str:
 
 
 def _state(folder: Path, config: dict[str, Any], lines: list[dict[str, Any]]) -> str:
+    """A paragraph that says how far the run is; the page's script reads its attributes while the run goes on."""
     done = max((line["step"] for line in lines), default=0)
-    total = config.get("steps")
-    state = f"step {done}" + (f" of {total}" if total else "")
+    found = status.read(folder)
     if files := artefact(folder):
-        state = f"finished after {done} steps; wrote {', '.join(entries(folder, files))}"
-    return escape(f"sdtune run in {folder}: {state}")
+        said, found = f"finished after {done:,} steps; wrote {', '.join(entries(folder, files))}", None
+    elif found is None:
+        said = f"step {done:,}" + (f" of {config['max_steps']:,}" if "max_steps" in config else "")
+    else:
+        done = max(done, found.step)
+        said = STATES[found.state].format(step=f"{done:,}", total=f"{found.total:,}", message=found.message)
+        if found.seconds_left is not None:
+            said += f", about {clock(found.seconds_left)} left"
+    live = f' data-written="{found.written:.0f}"' if found and found.state == "running" else ""
+    if live and found and found.seconds_left is not None:
+        live += f' data-ends="{found.written + found.seconds_left:.0f}"'
+    return f'<p id="state"{live}>{escape(f"sdtune run in {folder}: {said}")}</p>'
 
 
 def _figures(lines: list[dict[str, Any]]) -> str:
@@ -135,26 +134,9 @@ def _figures(lines: list[dict[str, Any]]) -> str:
     if memory := _series(lines, "peak_memory"):
         shown.append(("Peak memory", f"{max(m for _, m in memory) / 2**30:.2f} <small>GiB</small>"))
     if "seconds" in last:
-        minutes, seconds = divmod(round(last["seconds"][1]), 60)
-        hours, minutes = divmod(minutes, 60)
-        clock = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-        shown.append(("Time", f"{clock} <small>{'h' if hours else 'min'}</small>"))
+        seconds = last["seconds"][1]
+        shown.append(("Time", f"{clock(seconds)} <small>{'h' if seconds >= 3600 else 'min'}</small>"))
     return "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown)
-
-
-def _image(image: Image.Image, alt: str) -> str:
-    """An ``img`` that carries its pixels: exact if small, else reduced to `CELL_SIDE` as WebP."""
-    data, kind = io.BytesIO(), "png"
-    if max(image.size) <= 128:
-        image.save(data, format="PNG", optimize=True)
-    else:
-        kind, small = "webp", image.copy()
-        small.thumbnail((CELL_SIDE, CELL_SIDE), Image.Resampling.LANCZOS)
-        small.save(data, format="WEBP", quality=85)
-    text = base64.b64encode(data.getvalue()).decode()
-    style = ' class="small"' if kind == "png" else ""
-    size = f'width="{image.width}" height="{image.height}"'
-    return f'<img{style} {size} alt="{escape(alt)}" src="data:image/{kind};base64,{text}">'
 
 
 def _before_after(sheets: list[Sheet]) -> str:
@@ -162,12 +144,12 @@ def _before_after(sheets: list[Sheet]) -> str:
         return '<p class="none">There is nothing to compare yet: the run has fewer than two sets of samples.</p>'
     first, last = sheets[0], sheets[-1]
     pairs = ""
-    for (before, prompt), (after, _) in zip(first.cells, last.cells, strict=True):
+    for before, after in zip(first.cells, last.cells, strict=True):
         pairs += (
             '<figure class="pair card"><div>'
-            f"<div><p>step {first.step}</p>{_image(before, f'before: {prompt}')}</div>"
-            f'<div class="after"><p>step {last.step}</p>{_image(after, f"after: {prompt}")}</div></div>'
-            f"<figcaption>{escape(prompt)}</figcaption></figure>"
+            f"<div><p>step {first.step}</p>{before.tag(f'before: {before.caption}')}</div>"
+            f'<div class="after"><p>step {last.step}</p>{after.tag(f"after: {after.caption}")}</div></div>'
+            f"<figcaption>{escape(after.caption)}</figcaption></figure>"
         )
     scrub = (
         '<label class="scrub" hidden><span>Step on the right</span>'
@@ -182,9 +164,9 @@ def _strip(sheets: list[Sheet], count: int) -> str:
         return '<p class="none">No samples yet.</p>'
     heads = "".join(f'<th scope="col" data-step="{s.step}">step {s.step}</th>' for s in sheets)
     rows = ""
-    for k, (_, prompt) in enumerate(sheets[-1].cells):
-        images = "".join(f"<td>{_image(s.cells[k][0], f'step {s.step}: {prompt}')}</td>" for s in sheets)
-        rows += f'<tr><th scope="row">{escape(prompt)}</th>{images}</tr>'
+    for k, last in enumerate(sheets[-1].cells):
+        images = "".join(f"<td>{s.cells[k].tag(f'step {s.step}: {last.caption}')}</td>" for s in sheets)
+        rows += f'<tr><th scope="row">{escape(last.caption)}</th>{images}</tr>'
     table = f'<table class="strip"><thead><tr><td></td>{heads}</tr></thead><tbody>{rows}</tbody></table>'
     left_out = f'<p class="none">{len(sheets)} of {count} sets shown.</p>' if count > len(sheets) else ""
     return f'<div class="card scroll" tabindex="0" role="region" aria-label="Samples">{table}</div>{left_out}'
@@ -237,29 +219,9 @@ def _commands(folder: Path, config: dict[str, Any], method: type[Run] | None) ->
 def _config(config: dict[str, Any], method: type[Run] | None) -> str:
     """Settings that differ from the defaults in bold; the others folded."""
     defaults = {k: f.get_default() for k, f in method.model_fields.items()} if method else {}
-    differs = {k: v for k, v in config.items() if k not in defaults or _text(defaults[k]) != _text(v)}
+    differs = {k: v for k, v in config.items() if k not in defaults or text(defaults[k]) != text(v)}
     same = {k: v for k, v in config.items() if k not in differs}
-    folded = _table("", same, "") if same else ""
-    return _table("Settings that differ from the defaults", differs, "There are none.", "set") + (
+    folded = table("", same, "") if same else ""
+    return table("Settings that differ from the defaults", differs, "There are none.", "set") + (
         f"<details><summary>{len(same)} settings at their defaults</summary>{folded}</details>" if same else ""
     )
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return "\n".join(map(_text, value)) or "none"
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "none"}[value]
-    return number(value) if isinstance(value, float) else str(value) or "empty"
-
-
-def _table(title: str, values: dict[str, Any], empty: str, style: str = "") -> str:
-    heading = f"<h3>{title}</h3>" if title else ""
-    if not values:
-        return f'{heading}<p class="none">{empty}</p>'
-    rows = "".join(
-        f'<tr class="{style}"><th scope="row">{escape(str(k)).replace("_", "_<wbr>")}</th>'
-        f"<td>{escape(_text(v))}</td></tr>"
-        for k, v in values.items()
-    )
-    return f'{heading}<table class="data"><tbody>{rows}</tbody></table>'

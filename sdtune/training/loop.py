@@ -2,8 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, cast
 
@@ -18,19 +18,20 @@ from sdtune.config.untrusted import echo
 from sdtune.data import positions
 from sdtune.publish.publish import Publisher
 from sdtune.recipes.recipe import Recipe, TrainingConfig
-from sdtune.run import checkpoints, folder, rng
+from sdtune.run import artefacts, checkpoints, folder, rng
 from sdtune.run.device import is_out_of_memory
 from sdtune.run.environment import environment
+from sdtune.run.live_report import recorded
 from sdtune.run.metrics import Metrics, check_trackers
 from sdtune.run.plan import plan, steps_of
 from sdtune.run.precision import precision_of
 from sdtune.run.processes import ProcessGroupWatch, resume_command, store_barrier
-from sdtune.run.report import write_report
 from sdtune.run.signals import StopSignals
 from sdtune.training import optim, out_of_memory, preview
 from sdtune.training.engines import make_engine
 from sdtune.training.log_window import Window
 from sdtune.training.prepare import prepare_modules
+from sdtune.training.scoring import Best, Scorer
 from sdtune.training.state import State
 
 
@@ -98,12 +99,17 @@ def fit(
     group_end_steps = [g.get("stop_fraction", 1.0) * total for g in optimizer.param_groups]
     scale = group if cfg.scale_lr else 1
     state.restore(allow_change, log)
-    if state.step >= total and folder.artefact(out, state.step) and (out / "report.html").exists():
+    best = Best(cfg, state.step)
+    over = state.step >= total or best.exhausted
+    if over and artefacts.artefact(out, state.step) and (out / "report.html").exists():
         log(f"{out}: trained for {state.step} steps already; --steps trains on, --overwrite starts anew")
         return
     log(plan(cfg, stream, total, world, peaks, sum(p.numel() for p in state.weights.values())))
     if engine.summary:
         log(engine.summary)
+    scorer = Scorer(cfg, dataset, accelerator) if cfg.evaluate_steps else None
+    if scorer:
+        log(scorer.plan(total, total * group))
     metrics = Metrics(cfg, accelerator, state.step, total)
     sampler = positions(state.step, total - state.step, batch_size, accumulation, rank, world)
     pinned = accelerator.device.type == "cuda"
@@ -129,6 +135,24 @@ def fit(
                     metrics.log(state.step, figures)
         recipe.train()
 
+    def evaluate() -> None:
+        if scorer is None or (state.step % cfg.evaluate_steps and state.step < total):
+            return
+        recipe.eval()
+        with metrics.paused():
+            with state.evaluating():
+                figures = scorer.measure(recipe, attempt)
+                if figures is not None and dataset.holdout and cfg.keep_best == "holdout_loss":
+                    figures |= preview.holdout(engine, dataset, accelerator, attempt)
+            if figures is not None and not stop.agreed():
+                metrics.log(state.step, figures)
+                if best.update(state.step, figures):
+                    with state.export_weights() as exported:
+                        if main:
+                            artefacts.export_best(exported, out, state.step)
+                    store_barrier()
+        recipe.train()
+
     @torch.no_grad()
     def report() -> None:
         # A run may not end with a skipped step; only in fp16 a short one may end before its scale is found
@@ -140,8 +164,9 @@ def fit(
     recipe.train()
     if state.step == 0:
         validate()
+        evaluate()
     stop.defer(True)
-    while state.step < total and not stop.agreed():
+    while state.step < total and not best.exhausted and not stop.agreed():
         # fp16 overflows as a matter of course until its scale is found: such steps do not move the schedule
         effective_step = state.step - (window.skipped_so_far() if engine.overflows else 0)
         for parameters, peak, end in zip(optimizer.param_groups, peaks, group_end_steps, strict=True):
@@ -170,7 +195,9 @@ def fit(
         if state.average:
             state.average.update(state.step)
         metrics.advance(state.step)
-        saving = state.step == total or (cfg.checkpointing_steps and state.step % cfg.checkpointing_steps == 0)
+        evaluate()  # before saving: what a killed run has measured after its last checkpoint, it measures again
+        over = state.step == total or best.exhausted
+        saving = over or (cfg.checkpointing_steps and state.step % cfg.checkpointing_steps == 0)
         if saving or state.step % cfg.log_steps == 0:
             report()
         if cfg.export_steps and state.step % cfg.export_steps == 0:
@@ -178,19 +205,19 @@ def fit(
             # Before saving, so that none is missing after a kill
             with metrics.paused(), state.export_weights() as exported:
                 if main:
-                    folder.export_copy(exported, out, state.step)
+                    artefacts.export_copy(exported, out, state.step)
             store_barrier()
         if saving:
             with metrics.paused():
                 state.save()
                 publisher.checkpoint(state)
                 store_barrier()
-        if cfg.validation_steps and state.step % cfg.validation_steps == 0 and state.step < total:
+        if cfg.validation_steps and state.step % cfg.validation_steps == 0 and not over:
             validate()
 
     # Make way, or finish
     del batches  # and its workers
-    if state.step < total:
+    if state.step < total and not best.exhausted:
         if window.steps:
             report()
         state.save()
@@ -201,9 +228,14 @@ def fit(
     validate()
     metrics.close()
     with state.export_weights() as exported:
-        files = folder.export_last(exported, out, state.step) if main else []
+        files = artefacts.export_last(exported, out, state.step) if main else []
     if main:
-        log(f"wrote {', '.join(str(out / name) for name in folder.entries(out, files))}\nreport: {write_report(out)}")
+        report_file = metrics.report.finish(state.step)
+        if best.exhausted:
+            log(f"ended at step {state.step}: {cfg.patience} scores in a row were not better (--patience)")
+        if cfg.keep_best:
+            log(artefacts.describe_best(out, state.step))
+        log(f"wrote {', '.join(str(out / name) for name in artefacts.entries(out, files))}\nreport: {report_file}")
 
 
 def finite_or_nan(loss: Tensor) -> Tensor:
@@ -222,10 +254,11 @@ def start(cfg: Run) -> Accelerator:
     )
 
 
-def open_folder(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) -> Any:
-    """The run's folder, locked, swept and described; see ``folder.open_run``."""
-    lock = folder.open_run(cfg, words, overwrite, allow_change)
-    folder.make_folders(cfg.output_dir)
-    checkpoints.sweep(cfg.output_dir / "checkpoints")
-    (cfg.output_dir / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
-    return lock
+@contextmanager
+def open_folder(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) -> Iterator[None]:
+    """Context with the run's folder locked, swept and described; see ``folder.open_run``."""
+    with folder.open_run(cfg, words, overwrite, allow_change), recorded(cfg.output_dir):
+        folder.make_folders(cfg.output_dir)
+        checkpoints.sweep(cfg.output_dir / "checkpoints")
+        (cfg.output_dir / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+        yield

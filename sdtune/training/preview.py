@@ -1,7 +1,7 @@
 """What a run shows while it trains: sample images, and the loss of held-out images."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,20 +18,27 @@ Attempt = Callable[[Callable[[], Any]], Any]
 """Does the work given, or ends it early and returns None when a signal to stop comes; see `StopSignals.attempt`."""
 
 
+def draw(
+    recipe: Recipe, prompts: Sequence[str], count: int, accelerator: Accelerator, attempt: Attempt
+) -> list[tuple[int, Image]]:
+    """This process's share of ``count`` images with their numbers; prompts and seeds never change during a run.
+
+    All draw equally many, because they may hold the weights together, so numbers may go beyond ``count``. Empty if a
+    signal to stop has ended the drawing.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    mine = range(rank, math.ceil(count / world) * world, world)
+    seeds = [recipe.cfg.seed + k for k in mine]
+    images = attempt(lambda: recipe.sample([prompts[k % len(prompts)] for k in mine], seeds))
+    return [] if images is None else list(zip(mine, images, strict=True))
+
+
 def sample_images(
     recipe: Recipe, dataset: RecipeDataset, accelerator: Accelerator, attempt: Attempt
 ) -> tuple[list[Image], list[str]] | None:
-    """The run's sample grid and its prompts; each process draws its share, from seeds that never change.
-
-    All draw equally many, because they may hold the weights together; images beyond the count are dropped. None if a
-    signal to stop has ended the drawing on any process.
-    """
-    cfg, rank, world = recipe.cfg, accelerator.process_index, accelerator.num_processes
-    prompts, count = dataset.prompts, cfg.num_validation_images
-    mine = range(rank, math.ceil(count / world) * world, world)
-    images = attempt(lambda: recipe.sample([prompts[k % len(prompts)] for k in mine], [cfg.seed + k for k in mine]))
-    shares = gather_object(list(zip(mine, images, strict=True)) if images is not None else [])
-    drawn = sorted(shares, key=lambda pair: pair[0])
+    """The run's sample grid and its prompts. None if a signal to stop has ended the drawing on any process."""
+    prompts, count = dataset.prompts, recipe.cfg.num_validation_images
+    drawn = sorted(gather_object(draw(recipe, prompts, count, accelerator, attempt)), key=lambda pair: pair[0])
     if len(drawn) < count:
         return None
     return [image for _, image in drawn[:count]], [prompts[k % len(prompts)] for k in range(count)]

@@ -32,6 +32,9 @@ class ClassifierConfig(Network, Schedule, Classes, Data, Optim, Hub, Run):
     """
     num_validation_images: ClassVar[int] = 0
     """It draws none."""
+    evaluate_steps: ClassVar[int] = 0
+    keep_best: ClassVar[None] = None
+    patience: ClassVar[int] = 0
 
     output_dir: Path = Path("runs/classifier")
     class_column: str

@@ -1,0 +1,60 @@
+"""What a score is: the figures of `sdtune evaluate` and of a run that is evaluated while it trains."""
+
+from typing import Literal, NamedTuple, get_args
+
+INFINITE = float("inf")
+
+
+class Score(NamedTuple):
+    better: Literal["higher", "lower", "neither"]
+    """Neither: a figure to look at, which is best somewhere in the middle."""
+    least: float
+    greatest: float
+    title: str
+    of_network: bool = False
+    """Whether its name ends with that of the network in whose features it is measured, since only such compare."""
+
+
+SCORES = {
+    "frechet": Score("lower", 0, INFINITE, "Fréchet distance", of_network=True),
+    "kernel": Score("lower", -INFINITE, INFINITE, "Kernel distance", of_network=True),
+    "precision": Score("higher", 0, 1, "Precision"),
+    "recall": Score("higher", 0, 1, "Recall"),
+    "likeness": Score("higher", -1, 1, "Likeness", of_network=True),
+    "diversity": Score("neither", 0, INFINITE, "Diversity", of_network=True),
+    "memorisation": Score("lower", 0, 1, "Memorisation", of_network=True),
+    "clip_score": Score("higher", 0, 2.5, "CLIP score"),
+    "class_accuracy": Score("higher", 0, 1, "Class accuracy"),
+    "holdout_loss": Score("lower", 0, INFINITE, "Holdout loss"),
+}
+"""By name; what each measures is in docs/evaluate.md."""
+
+OF_INCEPTION = {"frechet": "fid", "kernel": "kid"}
+"""Names of two of them if they are measured in the features of FID's Inception network, and only then."""
+
+Criterion = Literal[
+    "holdout_loss", "frechet", "kernel", "precision", "recall", "likeness", "clip_score", "class_accuracy"
+]
+"""Scores by which one step is better than another. Memorisation is not: a model that learnt nothing has none."""
+
+
+def score_name(score: str, network: str) -> str:
+    """The name of a score as it is written down, of features by a network."""
+    if not SCORES[score].of_network:
+        return score
+    if network == "inception" and score in OF_INCEPTION:
+        return OF_INCEPTION[score]
+    return f"{score}_{network.replace('-', '_')}"
+
+
+def score_of(name: str) -> str | None:
+    """The score that a name written by `score_name` is of; None for any other figure."""
+    for score, how in SCORES.items():
+        if name == score and not how.of_network:
+            return score
+        if how.of_network and (name.startswith(f"{score}_") or name == OF_INCEPTION.get(score)):
+            return score
+    return None
+
+
+assert set(get_args(Criterion)) <= SCORES.keys()
