@@ -11,8 +11,8 @@ from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import UserError
 from sdtune.run import metrics as module
 from sdtune.run.contact_sheet import cells, grid, save_sheet
-from sdtune.run.metrics import Metrics, check_trackers
-from sdtune.run.metrics_file import cut_off, tracker_values
+from sdtune.run.metrics import Metrics, check_trackers, tracker_values
+from sdtune.run.metrics_file import cut_off
 
 
 @pytest.fixture

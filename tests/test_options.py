@@ -41,6 +41,7 @@ ON = {
     "classifier": "c",
     "initializer_token": ["x"],
     "interpolate": ["a", "b"],
+    "keep_best": "likeness",
     "placeholder_token": "<x>",
     "report_to": ["tensorboard"],
 }

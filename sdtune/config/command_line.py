@@ -61,7 +61,8 @@ class OptionCommand:
         beside = {name: given.pop(name) for name in self.launch.model_fields if name in given}
         loose = list(ctx.args)
         declared = self.config.model_fields
-        if strays := [n for n in given if fields.positional(declared[n]) and given[n].startswith("--")]:
+        one = [n for n in given if fields.positional(declared[n]) and isinstance(given[n], str)]
+        if strays := [n for n in one if given[n].startswith("--")]:
             loose = [given.pop(n) for n in strays] + loose  # an unknown flag has taken the place of an argument
         problems = list(parsing.unknown_words(self.config, loose, self.launch.model_fields))
         launch, more = parsing.validated(self.launch, beside, {})

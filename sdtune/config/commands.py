@@ -68,6 +68,14 @@ VERBS = {
         "Upload a run to the Hugging Face Hub: artefact, card, samples, config, metrics and report.",
         "Use",
     ),
+    "watch": Command(
+        "verbs:WatchConfig", "How far runs are, with their last loss and score: a table that stays up to date.", "Look"
+    ),
+    "compare": Command(
+        "verbs:CompareConfig",
+        "Runs beside each other on one page: settings, curves, samples, scores, time, memory, size.",
+        "Look",
+    ),
     "convert": Command("verbs:ConvertConfig", "An adapter file in another format, checked to do the same.", "Use"),
     "merge": Command(
         "verbs:MergeConfig",

@@ -57,4 +57,20 @@ def score_of(name: str) -> str | None:
     return None
 
 
+def title(name: str) -> str:
+    """A figure as a heading; a score by its title, with the network in brackets."""
+    score = score_of(name)
+    if score is None:
+        return name[0].upper() + name[1:].replace("_", " ")
+    network = name.removeprefix(f"{score}_") if name.startswith(f"{score}_") else ""
+    return SCORES[score].title + (f" ({network.replace('_', ' ')})" if network else "")
+
+
+def which_is_better(name: str) -> str:
+    """Such as "higher is better"; empty for a figure of which that is not known."""
+    score = score_of(name)
+    better = SCORES[score].better if score else "neither"
+    return "" if better == "neither" else f"{better} is better"
+
+
 assert set(get_args(Criterion)) <= SCORES.keys()

@@ -79,7 +79,7 @@ class SampleConfig(Pixels, Model, Verb):
     """Images from a base model, any adapters, and prompts; or from a model of pixels, and classes."""
 
     method: ClassVar[str] = "sample"
-    entry: ClassVar[str] = "sdtune.sampling.sample:main"
+    entry: ClassVar[str] = "sdtune.sampling.command:main"
     examples: ClassVar[str] = r"""
     sdtune sample --adapter runs/lora --prompt "a red heart"
     sdtune sample --model runs/ddpm --num-images-per-prompt 16
@@ -93,6 +93,8 @@ class SampleConfig(Pixels, Model, Verb):
     """Adapters: file, folder, run folder or Hub id, each with an optional =WEIGHT, such as runs/lora=0.8."""
     embedding: Annotated[PathOrIds, aliases("textual_inversion")] = []
     """Learnt words: file, run folder or Hub id of a textual inversion. Those beside an adapter are loaded with it."""
+    best: bool = False
+    """Of runs that kept it, take the step that was best (--keep-best) in place of the last one."""
     unet: Path | None = None
     """UNet to use in place of the base's: its folder, or that of a pipeline. Default: the base's own."""
     prompt: Annotated[StrList, aliases("prompts")] = []
@@ -107,6 +109,8 @@ class SampleConfig(Pixels, Model, Verb):
     """Denoising steps. Default: 25; for a model of pixels 50, or with ddpm all of its timesteps."""
     guidance_scale: NonNegative | None = None
     """Classifier-free guidance (Ho & Salimans 2022), 1 for no guidance. Default: 5 with prompts, 1 with classes."""
+    xy: StrList = []
+    """Table over two of scale, step, guidance and seed, such as --xy scale=0.4,0.7,1 step=200,400: xy.png. Off."""
     guidance_rescale: Share = 0.0
     """Pull the guided prediction back to the contrast of the plain one (Lin et al. 2023; 0.7 is usual)."""
     seed: Seed = 0
@@ -196,6 +200,50 @@ class PushConfig(Repository, Verb):
 
     run: Annotated[Path, positional("RUN")]
     """Folder of the run. Its config decides what is not given here."""
+    best: bool = False
+    """Upload the artefact of the step that was best (--keep-best) in place of the last one."""
+
+
+class WatchConfig(Verb):
+    """How far runs are, with their last loss and score: a table that stays up to date."""
+
+    method: ClassVar[str] = "watch"
+    entry: ClassVar[str] = "sdtune.run.watch:watch"
+    examples: ClassVar[str] = r"""
+    sdtune watch
+    sdtune watch runs/lora --open
+    """
+
+    runs: Annotated[list[Path], positional("RUNS")] = [Path("runs")]
+    """Run folders, and folders of runs."""
+    open: bool = False
+    """Open the report of the first run in the browser, where it stays up to date too."""
+    once: bool = False
+    """Print the table once and end, as always where the output is no terminal."""
+
+
+class CompareConfig(Verb):
+    """Runs beside each other on one page: settings, curves, samples, scores, time, memory, size."""
+
+    method: ClassVar[str] = "compare"
+    entry: ClassVar[str] = "sdtune.run.compare:main"
+    examples: ClassVar[str] = r"""
+    sdtune compare runs/rank-4 runs/rank-16
+    sdtune compare runs/* --json
+    """
+
+    runs: Annotated[list[Path], positional("RUNS")]
+    """Folders of the runs, two or more."""
+    output: Path = Path("compare.html")
+    """Page to write."""
+    as_json: Annotated[bool, aliases("json")] = False
+    """Print the comparison as JSON, and write no page."""
+
+    @model_validator(mode="after")
+    def _some_runs(self) -> Self:
+        if len(self.runs) < 2:
+            raise ValueError("runs: give two runs or more")
+        return self
 
 
 class ConvertConfig(Verb):

@@ -15,13 +15,16 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from PIL import Image
 
+from sdtune.config.scores import score_of, title
 from sdtune.config.section_base import Description
 from sdtune.publish.origin import Origin
 from sdtune.publish.redact import redact
 from sdtune.run import checkpoints, usage
+from sdtune.run.artefacts import best
 from sdtune.run.contact_sheet import cells
 from sdtune.run.folder import sample_sheets, step_of_sheet
 from sdtune.run.markdown import code_span, fence, heading
+from sdtune.run.metrics_file import read_lines
 from sdtune.run.settings import RunSettings
 from sdtune.run.usage import ArtefactKind
 
@@ -36,6 +39,7 @@ FAMILY_TAGS = {
 }
 """Pipeline class of a base to the tags under which the Hub files its adapters."""
 MOST_WIDGETS = 8
+LOSS = "Loss of held-out images at fixed timesteps and noise"
 
 
 def model_card(
@@ -52,10 +56,13 @@ def model_card(
     """
     shown, about, hub = redact(settings), settings.about, settings.hub
     name, kind = out.resolve().name, usage.artefact_kind(weights)
-    lines = _lines(out / "metrics.jsonl")
-    sheets = sample_sheets(out)
+    kept = best(out)
+    step = kept[0] if kept and any(file.is_relative_to(kept[1]) for file in weights.values()) else None
+    lines = [line for line in read_lines(out / "metrics.jsonl") if step is None or line["step"] <= step]
+    sheets = [sheet for sheet in sample_sheets(out) if step is None or step_of_sheet(sheet) <= step]
     images, widget = _widgets(sheets)
     task = _task(kind)
+    results = _results(shown, task, origin.data_on_hub, lines)
     holdout = [line["holdout_loss"] for line in lines if isinstance(line.get("holdout_loss"), float)]
     data = ModelCardData(
         base_model=about.base if origin.base_on_hub else None,
@@ -69,8 +76,8 @@ def model_card(
         instance_prompt=about.trigger,
         widget=widget or None,
         datasets=[settings.values["dataset"]] if origin.data_on_hub else None,
-        model_name=name if holdout else None,
-        eval_results=_results(shown, task, origin.data_on_hub, holdout[-1]) if holdout else None,
+        model_name=name if results else None,
+        eval_results=results or None,
     )
     command = _command(shown, out)
     trained = f"trained on {code_span(str(shown.values.get('dataset')))} with {code_span(shlex.join(command))}"
@@ -178,16 +185,25 @@ def _widgets(sheets: list[Path]) -> tuple[dict[str, bytes], list[dict[str, Any]]
     return pictures, widget
 
 
-def _results(shown: RunSettings, task: str, data_on_hub: bool, loss: float) -> list[EvalResult]:
+def _results(shown: RunSettings, task: str, data_on_hub: bool, lines: list[dict[str, Any]]) -> list[EvalResult]:
+    """The last loss of held-out images, and the last scores."""
+    measured: dict[str, float] = {}
+    for line in lines:
+        measured |= {name: value for name, value in line.items() if score_of(name) and isinstance(value, float)}
+    dataset = str(shown.values["dataset"])
     return [
         EvalResult(
             task_type=task,
-            dataset_type=shown.values["dataset"] if data_on_hub else "imagefolder",
-            dataset_name=shown.values["dataset"],
-            metric_type="loss",
-            metric_name="Loss of held-out images at fixed timesteps and noise",
-            metric_value=round(loss, 6),
+            dataset_type=dataset if data_on_hub else "imagefolder",
+            dataset_name=dataset,
+            metric_type="loss" if name == "holdout_loss" else name,
+            metric_name="Loss of held-out images at fixed timesteps and noise"
+            if name == "holdout_loss"
+            else title(name),
+            metric_value=round(value, 6),
         )
+        for name, value in measured.items()
+        if not name.endswith(("_low", "_high"))
     ]
 
 

@@ -18,7 +18,7 @@ from sdtune.config.verbs import PushConfig
 from sdtune.publish import hub, model_card
 from sdtune.publish.origin import Origin, by_name, look_up
 from sdtune.publish.redact import hide_paths
-from sdtune.run.artefacts import artefact, by_path, export
+from sdtune.run.artefacts import artefact, by_path, export, of_best
 from sdtune.run.folder import sample_sheets
 from sdtune.run.settings import RunSettings, read
 from sdtune.run.signals import Interrupted
@@ -62,13 +62,14 @@ def push_run(asked: PushConfig) -> None:
         UserError: there is no run, no artefact yet, no access, or a file holds a secret.
         SystemExit: `PUSH_FAILED` when the Hub cannot be reached or refuses the upload.
     """
-    given = {name: getattr(asked, name) for name in asked.model_fields_set - {"run"}}
+    given = {name: getattr(asked, name) for name in asked.model_fields_set - {"run", "best"}}
     if given.get("hub_revision"):
         given.setdefault("hub_create_pr", False)
     if given.get("hub_create_pr"):
         given.setdefault("hub_revision", None)
     settings = read(asked.run).changed(given | {"output_dir": str(asked.run)})
-    weights = by_path(asked.run, artefact(asked.run))
+    place = of_best("RUN", asked.run) if asked.best else asked.run
+    weights = by_path(place, artefact(place))
     if not weights:
         raise UserError(f"{asked.run}: no artefact in it yet; the run writes it when it ends")
     api = hub.connect()

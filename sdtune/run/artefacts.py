@@ -124,6 +124,18 @@ def best(out: Path) -> tuple[int, Path] | None:
     return None if step is None else (step, folder)
 
 
+def of_best(option: str, out: Path) -> Path:
+    """The folder of a run's best artefact.
+
+    Raises:
+        UserError: the run kept none.
+    """
+    found = best(out)
+    if found is None:
+        raise UserError(f"--best: {option} {out} kept no best step; train it with --evaluate-steps and --keep-best")
+    return found[1]
+
+
 def describe_best(out: Path, step: int) -> str:
     """A line on the best artefact of a run that ended at ``step``.
 

@@ -11,7 +11,8 @@ Points = list[tuple[int, float]]  # (optimizer step, value)
 
 
 def chart(title: str, unit: str, series: dict[str, Points], from_zero: bool = True) -> str:
-    """A ``figure`` with the curves of ``series``, by name; ``logged`` is drawn faint, ``holdout`` with dots.
+    """A ``figure`` with the curves of ``series``, by name; ``logged`` and the ends of an interval, ``low`` and
+    ``high``, are drawn faint, ``holdout`` with dots.
 
     At least one must have a point. ``data-points`` holds the values that the page's script shows at the pointer.
     """
@@ -26,15 +27,17 @@ def chart(title: str, unit: str, series: dict[str, Points], from_zero: bool = Tr
         return "L".join(f"{(x - x0) / (x1 - x0) * 1000:.1f} {(y1 - y) / (y1 - y0) * 1000:.1f}" for x, y in points)
 
     paths = "".join(f'<path class="lines" d="M0 {(y1 - y) / (y1 - y0) * 1000:.1f}H1000"/>' for y in y_ticks)
-    keys, classes = "", {"logged": "faint", "holdout": "second"}
-    # The faint one is drawn first, below the others
-    for name, points in sorted(series.items(), key=lambda s: s[0] != "logged"):
+    keys, classes = "", {"logged": "faint", "low": "faint", "high": "faint", "holdout": "second"}
+    if not series.keys() & classes.keys() and len(series) > 1:  # several of one kind, each in a colour of its own
+        classes = {name: f"run{k % 6}" for k, name in enumerate(series)}
+    # The faint ones are drawn first, below the others
+    for name, points in sorted(series.items(), key=lambda s: classes.get(s[0]) != "faint"):
         d = place(thin(points))
         paths += f'<path class="{classes.get(name, "main")}" d="M{d}"/>'
         if name == "holdout" or len(points) == 1:  # a line of no length with round ends is a dot
             dots = "".join(f"M{p}h0" for p in d.split("L"))
             paths += f'<path class="{"dots" if name == "holdout" else "main"}" d="{dots}"/>'
-        keys += f'<span class="key {classes.get(name, "")}">{name}</span>' if len(series) > 1 else ""
+        keys += f'<span class="key {classes.get(name, "")}">{escape(name)}</span>' if len(series) > 1 else ""
     labels = "".join(
         f'<span class="y" style="top:{(y1 - y) / (y1 - y0) * 100:.2f}%">{number(y)}</span>' for y in y_ticks
     ) + "".join(f'<span class="x" style="left:{(x - x0) / (x1 - x0) * 100:.2f}%">{number(x)}</span>' for x in x_ticks)

@@ -13,9 +13,10 @@ import yaml
 
 from sdtune import __version__
 from sdtune.config.commands import config_class
+from sdtune.config.scores import title, which_is_better
 from sdtune.config.sections import Run
 from sdtune.run import status, usage
-from sdtune.run.artefacts import artefact, by_path, entries
+from sdtune.run.artefacts import BEST, artefact, best, by_path, entries
 from sdtune.run.curves import Points, chart, clock, smooth
 from sdtune.run.folder import FIRST_LINE, sample_sheets, step_of_sheet
 from sdtune.run.metrics_file import read_lines
@@ -53,7 +54,7 @@ def write_report(folder: Path) -> Path:
         title=escape(" · ".join(names) or folder.resolve().name),
         heading=" <span>·</span> ".join(map(escape, names)) or escape(folder.resolve().name),
         state=_state(folder, config, lines),
-        figures=_figures(lines),
+        figures=_figures(folder, lines),
         before_after=_before_after(sheets),
         charts=_charts(lines),
         strip=_strip(sheets, count),
@@ -106,7 +107,7 @@ def _state(folder: Path, config: dict[str, Any], lines: list[dict[str, Any]]) ->
     if files := artefact(folder):
         said, found = f"finished after {done:,} steps; wrote {', '.join(entries(folder, files))}", None
     elif found is None:
-        said = f"step {done:,}" + (f" of {config['max_steps']:,}" if "max_steps" in config else "")
+        said = f"step {done:,}" + (f" of {config['steps']:,}" if config.get("steps") else "")
     else:
         done = max(done, found.step)
         said = STATES[found.state].format(step=f"{done:,}", total=f"{found.total:,}", message=found.message)
@@ -118,7 +119,7 @@ def _state(folder: Path, config: dict[str, Any], lines: list[dict[str, Any]]) ->
     return f'<p id="state"{live}>{escape(f"sdtune run in {folder}: {said}")}</p>'
 
 
-def _figures(lines: list[dict[str, Any]]) -> str:
+def _figures(folder: Path, lines: list[dict[str, Any]]) -> str:
     """The main figures as a list of terms; a figure that was never logged is left out."""
     last = {key: values[-1] for key in ("images_per_second", "seconds") if (values := _series(lines, key))}
     shown = [("Steps", f"{max((line['step'] for line in lines), default=0):,}")]
@@ -127,6 +128,8 @@ def _figures(lines: list[dict[str, Any]]) -> str:
         shown.append(("Final loss", f"{sum(tail) / len(tail):.4f}"))
     if holdout := _series(lines, "holdout_loss"):
         shown.append(("Holdout loss", f"{holdout[-1][1]:.4f} <small>from {holdout[0][1]:.4f}</small>"))
+    if kept := best(folder):
+        shown.append(("Best step", f"{kept[0]:,} <small>in {BEST}/</small>"))
     if rates := sorted(value for _, value in _series(lines, "images_per_second")):
         shown.append(("Throughput", f"{rates[len(rates) // 2]:.3g} <small>images/s</small>"))
     if waits := [value for _, value in _series(lines, "data_wait")]:
@@ -183,7 +186,7 @@ def _charts(lines: list[dict[str, Any]]) -> str:
         ("Gradient norm", "before clipping", {"gradient norm": _series(lines, "grad_norm")}),
         ("Throughput", "images/s", {"images/s": _series(lines, "images_per_second")}),
         ("Waiting for data", "% of the time", {"%": waits}),
-        *((key[0].upper() + key[1:].replace("_", " "), "", {key: _series(lines, key)}) for key in _figures_of(lines)),
+        *((title(key), which_is_better(key), _with_interval(lines, key)) for key in figures_of(lines)),
     ]
     return (
         '<div class="charts">'
@@ -192,9 +195,15 @@ def _charts(lines: list[dict[str, Any]]) -> str:
     )
 
 
-def _figures_of(lines: list[dict[str, Any]]) -> list[str]:
-    """The names of the figures that the recipe reports besides its loss."""
-    return sorted({key for line in lines for key in line} - MEASURED)
+def figures_of(lines: list[dict[str, Any]]) -> list[str]:
+    """The names of the scores, and of the figures that the recipe reports besides its loss."""
+    names = {key for line in lines for key in line} - MEASURED
+    return sorted(name for name in names if name.removesuffix("_low").removesuffix("_high") not in names - {name})
+
+
+def _with_interval(lines: list[dict[str, Any]], key: str) -> dict[str, Points]:
+    ends = {end: _series(lines, f"{key}_{end}") for end in ("low", "high")}
+    return {"score" if ends["low"] else key: _series(lines, key), **ends}
 
 
 def _commands(folder: Path, config: dict[str, Any], method: type[Run] | None) -> str:

@@ -32,6 +32,7 @@ from sdtune.diffusion.schedulers import make_scheduler
 from sdtune.models import families
 from sdtune.models.loading import load_adapters, load_embeddings, load_pipeline, split_weight
 from sdtune.models.prompts import check_negative, check_prompts, clip_tokenizers
+from sdtune.run.artefacts import of_best
 from sdtune.run.contact_sheet import grid, save_sheet
 from sdtune.sampling.prompts import Prompt, read_prompts
 from sdtune.sampling.sample_pixels import PixelJob, of_pixels
@@ -52,7 +53,7 @@ def sample(cfg: SampleConfig) -> list[Path]:
     Nothing but sheets is overwritten: a second call into the same folder continues the numbering.
     """
     prompts = read_prompts(cfg)
-    cfg = _with_base(cfg)
+    cfg = with_base(best_of_runs(cfg))
     source = families.resolve_model(cfg.model)
     pixels = of_pixels(families.model_index(source, cfg))
     refuse_options(cfg, *((OF_LATENTS, "a model of pixels") if pixels else (OF_PIXELS, "a text-to-image model")))
@@ -107,14 +108,7 @@ class PromptJob:
     def __init__(self, cfg: SampleConfig, prompts: Sequence[Prompt]):
         if not prompts:
             raise UserError("there is nothing to draw: give --prompt or --prompt-file")
-        several = [prompt for prompt in prompts for _ in range(cfg.num_images_per_prompt)]
-        self.cfg = cfg
-        seeds = [  # a seed in the file is that of the prompt's first image
-            p.settings["seed"] + k % cfg.num_images_per_prompt if "seed" in p.settings else cfg.seed + k
-            for k, p in enumerate(several)
-        ]
-        self.records = [{"text": p.text} | p.settings | {"seed": seed} for p, seed in zip(several, seeds, strict=True)]
-        self.scale = 5.0 if cfg.guidance_scale is None else cfg.guidance_scale
+        self.set_up(cfg, prompts)
         self.pipe = load_pipeline(cfg)
         load_adapters(self.pipe, cfg.adapter)
         words = load_embeddings(self.pipe, cfg.embedding, cfg.adapter)
@@ -129,6 +123,17 @@ class PromptJob:
         check_negative(cfg.negative_prompt, self.scale, "--negative-prompt", echo)
         if cfg.scheduler:
             self.pipe.scheduler = make_scheduler(cfg.scheduler, self.pipe.scheduler)
+
+    def set_up(self, cfg: SampleConfig, prompts: Sequence[Prompt]) -> None:
+        """From here on draw by ``cfg``, whose model and adapters are the same."""
+        several = [prompt for prompt in prompts for _ in range(cfg.num_images_per_prompt)]
+        self.cfg = cfg
+        seeds = [  # a seed in the file is that of the prompt's first image
+            p.settings["seed"] + k % cfg.num_images_per_prompt if "seed" in p.settings else cfg.seed + k
+            for k, p in enumerate(several)
+        ]
+        self.records = [{"text": p.text} | p.settings | {"seed": seed} for p, seed in zip(several, seeds, strict=True)]
+        self.scale = 5.0 if cfg.guidance_scale is None else cfg.guidance_scale
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -167,12 +172,6 @@ def refuse_options(cfg: SampleConfig, names: str, kind: str) -> None:
     defaults = {name: field.get_default() for name, field in SampleConfig.model_fields.items()}
     if given := [flag(name) for name in names.split() if getattr(cfg, name) != defaults[name]]:
         raise UserError(f"{', '.join(given)}: not for {kind}, which {cfg.model} is")
-
-
-def main(cfg: SampleConfig) -> str:
-    files = sample(cfg)
-    sheet = "interpolation.png" if cfg.interpolate else "grid.png"
-    return f"{len(files)} images in {cfg.output_dir}, side by side in {cfg.output_dir / sheet}"
 
 
 @torch.no_grad()
@@ -228,7 +227,22 @@ def generate(
     return images
 
 
-def _with_base(cfg: SampleConfig) -> SampleConfig:
+def best_of_runs(cfg: SampleConfig) -> SampleConfig:
+    """``cfg`` with the folders of the best steps of its runs (``--best``)."""
+    if not cfg.best:
+        return cfg
+
+    def best(option: str, given: str) -> str:
+        where = split_weight(given)[0]
+        return str(of_best(option, Path(where))) + given[len(where) :]
+
+    runs = {"adapter": [best("--adapter", a) for a in cfg.adapter]}
+    runs |= {"embedding": [best("--embedding", e) for e in cfg.embedding]}
+    model = {} if cfg.adapter or cfg.embedding else {"model": best("--model", cfg.model)}
+    return cfg.model_copy(update=runs | model)
+
+
+def with_base(cfg: SampleConfig) -> SampleConfig:
     """``cfg`` with its model; ``auto`` is the base (and VAE) of the first run among adapters, embeddings and UNet."""
     if cfg.model != "auto":
         return cfg
