@@ -1,4 +1,4 @@
-"""``sdtune sample --xy``: a table of images over two settings, such as the adapter's weight and its training step."""
+"""A table of images over two settings (``--xy``), such as the weight of the adapter and its training step."""
 
 import itertools
 from collections.abc import Sequence
