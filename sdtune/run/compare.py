@@ -5,7 +5,7 @@ common. The page is made from the files in the runs' folders; ``compare.html`` b
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -128,7 +128,9 @@ def verdict(runs: Sequence[Compared], name: str) -> dict[str, Any]:
     Two runs differ for sure if their 95 % intervals do not overlap.
     """
     have = [run for run in runs if name in run.scores]
-    values = {run.name: dict(zip(("value", "low", "high"), run.scores[name], strict=True)) for run in have}
+    values: dict[str, dict[str, Any]] = {
+        run.name: dict(zip(("value", "low", "high"), run.scores[name], strict=True)) for run in have
+    }
     better = SCORES[score_of(name) or ""].better
     found: dict[str, Any] = {"values": values, "better": better}
     if better == "neither":
@@ -141,7 +143,7 @@ def verdict(runs: Sequence[Compared], name: str) -> dict[str, Any]:
     return found | {"best": chosen, "sure": sure}
 
 
-def apart(a: dict[str, float], b: dict[str, float]) -> bool:
+def apart(a: Mapping[str, float], b: Mapping[str, float]) -> bool:
     """Whether two intervals do not overlap."""
     return a["low"] > b["high"] or b["low"] > a["high"]
 
@@ -196,7 +198,7 @@ def _scores(runs: Sequence[Compared]) -> str:
             mark = ' class="best"' if found.get("best") == run.name else ""
             cells.append(f"<span{mark}>{number(_short(value['value']))}</span> {interval}" if value else "")
         said = {True: "; the best is sure", False: "; the intervals overlap, so it may be chance"}
-        sure = said.get(found.get("sure"), "")
+        sure = said[found["sure"]] if "sure" in found else ""
         rows[f"{escape(title(name))} <small>{better}{sure}</small>"] = cells
     return _grid(runs, rows, "No score was measured in two runs: train with --evaluate-steps or --num-holdout-images.")
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ class Scorer:
         found = bootstrap(scores.of_subject, x, self.trained_on)
         found |= scores.of_copies(x, self.trained_on, self.unseen, bootstrap)
         if self.unseen is not None:
-            found |= bootstrap(lambda *s: scores.figures(*s, neighbours=NEIGHBOURS), x, self.unseen)
+            found |= bootstrap(partial(scores.figures, neighbours=NEIGHBOURS), x, self.unseen)
         prompts = [self.prompts[k % len(self.prompts)] for k in range(len(x))]
         if self.clip:
             found |= scores.mean_of("clip_score", self.clip.scores(judged.pop(0), prompts), bootstrap)
