@@ -281,3 +281,9 @@ def main(argv: list[str] | None = None) -> None:
         message = str(error).rpartition("RunFailed: ")[2]
         echo(f"failed: {message.rstrip()}", err=True)
         sys.exit(1)
+    except (RuntimeError, MemoryError) as error:
+        device = importlib.import_module("sdtune.run.device")
+        if not device.is_out_of_memory(error):
+            raise
+        echo(f"failed: {device.out_of_memory(error, device.best_device())}", err=True)
+        sys.exit(1)

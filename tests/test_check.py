@@ -106,3 +106,19 @@ def test_a_recipe_of_ones_own_is_checked_too(sd, pictures, tmp_path, capsys):
     words = command(sd, pictures, tmp_path / "run")[1:]
     assert status(["check", "run", "examples/my_lora.py", *words, "--gain", "3"]) == 0, capsys.readouterr().err
     assert "memory: " in capsys.readouterr().out
+
+
+def test_class_images_that_are_not_there_yet_are_counted_as_what_they_will_be(places, tmp_path, capsys):
+    words = contract.command("dreambooth", places, tmp_path / "run", "--class-prompt", "a circle")
+    k = words.index("--class-data")
+    words[k + 1] = str(tmp_path / "none")
+    words[words.index("--num-class-images") + 1] = "7"
+    assert status(["check", *words]) == 0
+    said = capsys.readouterr().out
+    assert "images: 18, 7 of them of the class" in said
+    assert "class images that the run will make: 7 of 7" in said
+    assert "exact copies" not in said
+    assert not (tmp_path / "none").exists()
+    k = words.index("--class-prompt")
+    assert status(["check", *words[:k], *words[k + 2 :]]) == 2
+    assert "0 of --num-class-images 7, and nothing to make more from" in capsys.readouterr().err

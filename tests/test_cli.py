@@ -241,7 +241,7 @@ KOHYA = shlex.split("""
 --network_args --network_dim --network_dropout --network_module --network_train_unet_only --network_weights
 --no_half_vae --optimizer_type --output_name --reg_data_dir --sample_every_n_steps --sample_prompts --save_every_n_steps
 --save_model_as --save_precision --save_state --scale_v_pred_loss_like_noise_pred --sdpa --shuffle_caption --v2
---v_parameterization --xformers --zero_terminal_snr
+--v_parameterization --weighted_captions --xformers --zero_terminal_snr
 """)
 """Flags of kohya's train_network.py that sdtune has under another name, or not at all."""
 

@@ -12,6 +12,7 @@ from PIL import Image
 from sdtune.config import fields, parsing
 from sdtune.config.methods.ddpm import DdpmConfig
 from sdtune.data import Stream, load_images
+from sdtune.data.buckets import training_shapes
 from sdtune.data.pixel_dataset import PixelDataset
 from sdtune.diffusion.pixel_sampler import draw, to_images
 from sdtune.models import pixel_models
@@ -410,3 +411,52 @@ def test_digits_are_those_of_scikit_learn():
         levels = (stream.pixels(stream._unaugmented(index))[0] + 1) * 8
         assert np.array_equal(levels.round().numpy(), truth.images[number])
         assert images.rows[index].label == str(truth.target[number])
+
+
+# ---- images that are not square ------------------------------------------------------------------------
+
+WIDE = ["--width", "24", "--height", "16"]
+
+
+def test_images_that_are_not_square_are_trained_and_sampled_at_their_size(ddpm, trained, places, tmp_path, capsys):
+    run = ddpm("wide", *WIDE, "--num-validation-images", "2", "--validation-inference-steps", "2", "--use-ema")
+    said = capsys.readouterr().out
+    assert "levels of 24 x 16, 12 x 8 pixels" in said
+    assert {cell.size for cell, _ in cells(Image.open(sorted((run / "samples").glob("*.png"))[-1]))} == {(24, 16)}
+    pipe = DDPMPipeline.from_pretrained(run)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(num_inference_steps=2).images[0].size == (24, 16)
+    judge = trained("classifier", "judge", *WIDE)
+    out = tmp_path / "drawn"
+    words = ["sample", "--model", str(run), "--steps", "2", "--output-dir", str(out), "--classifier", str(judge)]
+    name = json.loads((judge / "classes.json").read_text())[0]
+    assert status([*words, "--class", name]) == 0
+    assert Image.open(out / "00000.png").size == (24, 16)
+    square = trained("classifier", "square")
+    assert "made for 16 pixels a side, the model for 24 x 16" in answer_of(
+        capsys, ["sample", "--model", str(run), "--classifier", str(square), "--class", name, "--output-dir", str(out)]
+    )
+    assert "evaluation looks at squares" in answer_of(
+        capsys, ["evaluate", str(out), "--reference", str(places.pictures), "--classifier", str(judge)]
+    )
+
+
+def answer_of(capsys, words: list[str]) -> str:
+    capsys.readouterr()
+    assert status(words) == 2
+    return capsys.readouterr().err
+
+
+def test_buckets_of_images_that_are_not_square(ddpm, capsys):
+    """Each image gets the nearest shape of the same area; its own is one of them."""
+    ddpm("wide", *WIDE, "--buckets", "--bucket-step", "8", "--steps", "2")
+    assert "24 x 16: " in capsys.readouterr().out
+    cfg = DdpmConfig(dataset="x", width=96, height=64, buckets=True, bucket_step=8)
+    shapes = training_shapes(cfg)
+    assert (96, 64) in shapes and (64, 96) in shapes
+    assert all(0.85 * 96 * 64 <= width * height <= 96 * 64 for width, height in shapes)
+
+
+def test_sizes_that_cannot_be_trained_are_refused(refused):
+    assert "width and height: give both, or neither for a square of resolution" in refused("--width", "24")
+    assert "--height 17: this network halves it" in refused("--width", "24", "--height", "17")

@@ -75,10 +75,11 @@ def test_a_vae_that_fp16_cannot_hold_is_computed_in_fp32(upcast, places, tmp_pat
     vae.save_pretrained(base / "vae")
     half = ["--mixed-precision", "fp16", "--no-cache", "--steps", "2", "--log-steps", "1", "--model", str(base)]
     more = ["--num-validation-images", "1", "--validation-inference-steps", "2"]
-    assert status(command("lora", places, tmp_path / "run", *half, *more)) == 0
+    # Without a finite loss no step is taken, and the run fails
+    assert status(command("lora", places, tmp_path / "run", *half, *more)) == (0 if upcast else 1)
     losses = [line["loss"] for line in lines_of(tmp_path / "run") if "loss" in line]
     assert ("no finite loss in batches" in capfd.readouterr().out) is not upcast
-    assert [loss is not None for loss in losses] == [upcast] * 2
+    assert [loss is not None for loss in losses] == ([True] * 2 if upcast else [False])
     shown = Image.open(next((tmp_path / "run" / "samples").glob("*.png"))).convert("L")
     assert (shown.histogram()[0] < 32 * 32 / 2) is upcast  # what is not finite is shown black
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from sdtune.run import checkpoints
 from tests import ranks
@@ -160,7 +161,9 @@ def test_image_that_goes_bad_while_training(sd, pictures, tmp_path, capfd):
     assert ".png could be read when training began" in said
 
 
-@pytest.mark.fault("Captions are longer than the text encoder reads", "They are counted, the longest are named.")
+@pytest.mark.fault(
+    "Captions are longer than the text encoder reads", "They are counted; the longest are named, with what one loses."
+)
 def test_long_captions_are_counted(lora, pictures, tmp_path, capfd):
     copy = shutil.copytree(pictures, tmp_path / "pictures")
     with (copy / "metadata.jsonl").open("a") as lines:
@@ -168,8 +171,8 @@ def test_long_captions_are_counted(lora, pictures, tmp_path, capfd):
         lines.write(json.dumps({"file_name": "long.png", "text": "red circle " * 60}) + "\n")
     lora("run", "--dataset", str(copy))
     said = capfd.readouterr().out
-    assert "long.png" in said
-    assert "77" in said
+    assert "captions over the text encoder's 77 tokens: 1, 45 tokens lost (longest long.png: 122)" in said
+    assert "long.png loses: circle red circle red" in said
 
 
 def test_fewer_images_than_a_batch(lora, pictures, tmp_path):
@@ -363,14 +366,20 @@ class Poisoned(Lora):
 
     def forward(self, batch):
         loss = super().forward(batch)
-        return loss * torch.where(batch["u"] > {above}, torch.nan, 1.0)
+        return loss * torch.where(batch["u"] > ({above}), torch.nan, 1.0)
+
+    def after_step(self):
+        RUN.step += 1
+
+class RUN:
+    step = 0
 """
 
 
 @pytest.fixture
 def poisoned(sd, pictures, tmp_path):
     def run(above, *options):
-        file = tmp_path / f"poison{int(above * 100)}.py"
+        file = tmp_path / f"poison{abs(hash(above))}.py"
         file.write_text(POISON.format(above=above))
         words = command(sd, pictures, tmp_path / "run", *options)
         return status(["run", str(file), *words[1:]])
@@ -399,6 +408,55 @@ def test_too_many_bad_steps_end_the_run(poisoned, tmp_path, capfd):
     assert poisoned(-1, "--steps", "20", "--max-bad-steps", "4") == 1
     assert "4 steps in a row" in capfd.readouterr().err
     assert not (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
+
+
+@pytest.mark.fault("The last step of a run is not finite", "Exit code 1, and no artefact is written.")
+def test_a_run_whose_last_steps_were_all_skipped_fails(poisoned, tmp_path, capfd):
+    """From step 4 on, less than --max-bad-steps before the end."""
+    assert poisoned("-1 if RUN.step >= 4 else 2", "--steps", "8", "--checkpointing-steps", "4") == 1
+    said = capfd.readouterr().err
+    assert "failed: step 8: no finite gradient for 4 steps in a row" in said
+    assert not (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-000004"]
+
+
+@pytest.mark.fault("In fp16 no step of a run is finite", "Exit code 1, and no artefact is written.")
+def test_a_run_in_fp16_that_never_took_a_step_fails(poisoned, tmp_path, capfd):
+    """It is shorter than --max-bad-steps, and longer than none: a scale that is found later would be fine."""
+    half = ["--mixed-precision", "fp16", "--max-bad-steps", "50", "--steps"]
+    assert poisoned(-1, *half, "3") == 1
+    assert "failed: step 3: no finite gradient for 3 steps in a row" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
+
+
+@pytest.mark.fault("Weights grow beyond what fp16 holds", "Exit code 1; nothing is saved or exported after it.")
+def test_weights_that_have_grown_without_bounds_are_not_exported(lora, sd, pictures, tmp_path, capfd):
+    words = command(sd, pictures, tmp_path / "run", "--steps", "1", "--learning-rate", "1e30")
+    assert status(words) == 1
+    assert "failed: step 1: the weights have grown to 1e+30: training has diverged" in capfd.readouterr().err
+    assert list((tmp_path / "run").rglob("*.safetensors")) == []
+
+
+@pytest.mark.fault("The base holds NaN", "Refused with the part that does, before the first step.")
+def test_a_base_that_holds_nan_is_refused_before_training(refused, sd, tmp_path):
+    base = shutil.copytree(sd, tmp_path / "base")
+    file = base / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["conv_in.weight"][0] = float("nan")
+    save_file(tensors, file)
+    assert "unet: 36 numbers in 1 tensors are NaN or infinite" in refused("--model", str(base))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_longer_run_whose_rate_jumps_is_told(lora, capfd):
+    lora("run", "--steps", "4", "--lr-scheduler", "cosine")
+    capfd.readouterr()
+    lora("run", "--steps", "8", "--lr-scheduler", "cosine")
+    jump = "the run was to end at step 4 and now ends at 8: under cosine its learning rate jumps at step 4 from 0 to"
+    assert f"{jump} 0.5 of the peak" in capfd.readouterr().out
+    lora("flat", "--steps", "2")
+    lora("flat", "--steps", "4")
+    assert "was to end at" not in capfd.readouterr().out
 
 
 # ---- secrets -------------------------------------------------------------------------------------------

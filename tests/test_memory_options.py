@@ -71,3 +71,32 @@ def test_another_error_of_torch_stays_what_it_is(places, tmp_path, monkeypatch):
     monkeypatch.setattr(engine.Engine, "backward", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         main(contract.command("lora", places, tmp_path / "run"))
+
+
+FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried")
+
+
+def failed(capsys, words):
+    assert status(words) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
+    return line
+
+
+def test_other_commands_that_are_out_of_memory_name_what_needs_less(places, tmp_path, monkeypatch, capsys):
+    def full(*args, **options):
+        raise FULL
+
+    monkeypatch.setattr("sdtune.sampling.sample.generate", full)
+    out = ["--output-dir", str(tmp_path / "out")]
+    words = ["sample", "--model", str(places.sd), "--prompt", "a red circle", *out]
+    line = failed(capsys, words)
+    assert "out of memory on the machine" in line
+    assert "less with --batch-size 1, or --mixed-precision bf16, or a smaller --width" in line
+    assert "less with a smaller --width" in failed(capsys, [*words, "--batch-size", "1", "--mixed-precision", "bf16"])
+    words = ["evaluate", str(places.sd), "--reference", str(places.pictures), "--num-images", "8", *out]
+    assert "less with `sdtune sample --batch-size 1`" in failed(capsys, words)
+    monkeypatch.setattr("sdtune.evaluation.evaluate.features_of", full)
+    words = ["evaluate", str(places.pictures), "--reference", str(places.pictures), *out]
+    assert "a smaller network as --features" in failed(capsys, words)
+    monkeypatch.setattr("sdtune.conversion.inspect.inspect", full)
+    assert failed(capsys, ["inspect", str(places.sd)]).startswith("failed: out of memory on the machine (")

@@ -180,8 +180,8 @@ def test_an_optimizer_that_cannot_be_made_is_told_in_a_line(fields, told):
         ({"use_8bit_adam": True}, "bitsandbytes", "bnb"),
         ({"optimizer": "adamw8bit"}, "bitsandbytes", "bnb"),
         ({"optimizer": "torchao_adamw4bit"}, "torchao", "torchao"),
-        ({"optimizer": "prodigy"}, "prodigyopt", "optimizers"),
-        ({"optimizer": "adamw_schedulefree"}, "schedulefree", "optimizers"),
+        ({"optimizer": "prodigy"}, "pytorch_optimizer", "optimizers"),
+        ({"optimizer": "adamw_schedulefree"}, "pytorch_optimizer", "optimizers"),
     ],
 )
 def test_a_missing_extra_is_named(fields, module, extra, monkeypatch):
@@ -213,8 +213,8 @@ KINDS = {
     "torchao_adamw4bit": {"optimizer": "torchao_adamw4bit"},
     "torchao_adamwfp8": {"optimizer": "torchao_adamwfp8"},
 }
-NEEDS = {"prodigy": "prodigyopt", "adamw_schedulefree": "schedulefree", "adamw8bit": "bitsandbytes"}
-NEEDS |= dict.fromkeys(optim.FURTHER, "pytorch_optimizer")
+NEEDS = {"adamw8bit": "bitsandbytes"}
+NEEDS |= dict.fromkeys(("prodigy", "adamw_schedulefree", *optim.FURTHER), "pytorch_optimizer")
 NEEDS |= {name: "torchao" for name in KINDS if name.startswith("torchao")}
 
 
@@ -411,7 +411,7 @@ def test_saving_changes_nothing(cfg):
 
 
 def test_schedule_free_is_evaluated_at_its_average():
-    pytest.importorskip("schedulefree")
+    pytest.importorskip("pytorch_optimizer")
     module = network()
     optimizer = optimizer_of(module, config(**KINDS["adamw_schedulefree"]))
     for step in range(100):  # there and back rounds to the same more often than not
@@ -424,7 +424,7 @@ def test_schedule_free_is_evaluated_at_its_average():
 
 
 def test_prodigy_wants_one_rate():
-    pytest.importorskip("prodigyopt")
+    pytest.importorskip("pytorch_optimizer")
     groups = [{"params": [w], "lr": lr} for lr, w in zip((1.0, 0.5), network()[0].parameters(), strict=True)]
     with pytest.raises(UserError, match="--optimizer prodigy: finds one learning rate"):
         optim.make_optimizer(config(optimizer="prodigy"), groups)

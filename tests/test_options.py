@@ -342,6 +342,7 @@ def test_an_empty_file_is_defaults_and_a_byte_order_mark_is_ignored(written):
         "rank: null": "x.yaml:1: rank: wants a whole number, not None",
         "rank: [4]": "x.yaml:1: rank: wants a whole number, not [4]",
         "rank: true": "x.yaml:1: rank: wants a number, not True",
+        "bucket_max_aspect: [true]": "x.yaml:1: bucket_max_aspect: wants a number, not True",
         "snr_gamma: yes": "x.yaml:1: snr_gamma: wants a number, not True",
         "learning_rate: fast": "x.yaml:1: learning_rate: wants a number, not 'fast'",
         "learning_rate: .nan": "x.yaml:1: learning_rate: wants a number, not nan",

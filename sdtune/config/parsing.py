@@ -71,10 +71,16 @@ def merged(config: type[Section], file: str | None, flags: Mapping[str, Any]) ->
         values[name] = yaml_text.from_text(value) if is_mapping(config.model_fields[name]) else value
         origin[name] = written(config, name)
     for name in [name for name in values if takes_number(config.model_fields[name])]:
-        if isinstance(values[name], bool):  # pydantic would take 1 for it
-            problems.append(f"{origin[name]}: wants a number, not {values.pop(name)}")
-        elif name not in flags and re.fullmatch(r"[-+]?0[\d_]+", str(values[name])):  # octal to readers of YAML 1.1
-            problems.append(f"{origin[name]}: wants a number without leading zeros, not {values.pop(name)}")
+        given = values[name] if isinstance(values[name], list) else [values[name]]
+        for value in given:
+            if isinstance(value, bool):  # pydantic would take 1 for it
+                problems.append(f"{origin[name]}: wants a number, not {value}")
+            elif name not in flags and re.fullmatch(r"[-+]?0[\d_]+", str(value)):  # octal to readers of YAML 1.1
+                problems.append(f"{origin[name]}: wants a number without leading zeros, not {value}")
+            else:
+                continue
+            del values[name]
+            break
     cfg, more = validated(config, values, origin, flags)
     problems += more
     return (None if problems else cfg), problems

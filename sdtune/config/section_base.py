@@ -62,6 +62,10 @@ class Description(NamedTuple):
     """Kind of the adapters, LoRA or DoRA; empty for a method without adapters."""
     rank: int | None = None
     alpha: float | None = None
+    clip_skip: int | None = None
+    """Layer of the text encoder that prompts are read at, counted from the last; ``None`` for the base's own."""
+    long_prompts: bool = False
+    """Captions beyond the text encoder's window were read in several windows."""
     tags: tuple[str, ...] = ()
     """Tags of the method on the Hub, for a run whose artefact is a whole pipeline."""
 

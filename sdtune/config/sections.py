@@ -56,6 +56,18 @@ class Model(Section):
         return super().describe()._replace(base=self.model, revision=self.revision)
 
 
+class TextEncoding(Section):
+    clip_skip: Count | None = None
+    """Layer of CLIP to read, counted from the last, as kohya's scripts and UIs count. Default: the base's own."""
+    long_prompts: bool = False
+    """Read prompts and captions beyond 77 tokens in chunks of 75, as UIs do. Default: the rest is cut, and told."""
+    prompt_weights: bool = False
+    """Weigh words of prompts as in `(red:1.4)` or `red++` (needs compel). Default: such prompts are refused."""
+
+    def describe(self) -> Description:
+        return super().describe()._replace(clip_skip=self.clip_skip, long_prompts=self.long_prompts)
+
+
 class Source(Section):
     dataset_config_name: str | None = None
     """Configuration of a Hub dataset. Default: its own default."""
@@ -100,6 +112,30 @@ class Data(Source):
     """Do not train on this many images, and report their loss at fixed timesteps and noise."""
     dataloader_num_workers: Natural = 2
     """Processes that read images. This changes the speed only."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Width and height of the training images; with buckets, of images of the same area."""
+        return self.resolution, self.resolution
+
+
+class ImageSize(Data):
+    """Sizes of models that need not be square."""
+
+    width: Annotated[int, Ge(8)] | None = None
+    """Width of the training images in pixels, which is then that of the samples. Default: resolution."""
+    height: Annotated[int, Ge(8)] | None = None
+    """Height of the training images in pixels, which is then that of the samples. Default: resolution."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.width or self.resolution, self.height or self.resolution
+
+    @model_validator(mode="after")
+    def _whole_size(self) -> Self:
+        if (self.width is None) != (self.height is None):
+            raise ValueError("width and height: give both, or neither for a square of resolution")
+        return self
 
 
 class Streaming(Section):
@@ -168,7 +204,7 @@ class Network(Section):
     layers_per_block: Count = 2
     """Residual blocks at each level."""
     attention_resolutions: Counts = [16]
-    """Levels with self-attention, each given by its side in pixels."""
+    """Levels with self-attention, each given by its side in pixels, the shorter one where they differ."""
     attention_head_dim: Count | None = None
     """Channels of an attention head. Default: all channels in one head."""
     norm_num_groups: Count = 32
@@ -221,7 +257,7 @@ class Denoising(Section):
         return self
 
 
-class BaseOptions(Section):
+class BaseOptions(TextEncoding):
     """Options that some base models have a use for; given for another, they are refused by name."""
 
     weighting_scheme: Literal["base", "none", "logit_normal", "mode", "sigma_sqrt", "cosmap"] = "base"
@@ -486,8 +522,8 @@ MAY_CHANGE = frozenset(
     "gradient_checkpointing "
     "checkpointing_steps checkpoints_total_limit export_steps max_bad_steps log_steps report_to tracker_project_name "
     "train_batch_size gradient_accumulation_steps validation_prompt negative_prompt num_validation_images "
-    "validation_steps validation_inference_steps validation_guidance_scale push_to_hub hub_model_id hub_private "
-    "hub_revision hub_create_pr hub_strategy license".split()
+    "validation_steps validation_inference_steps validation_guidance_scale prompt_weights push_to_hub "
+    "hub_model_id hub_private hub_revision hub_create_pr hub_strategy license".split()
 )
 """What may differ when a run is continued: none of it touches an image, a draw or the mathematics of a step.
 

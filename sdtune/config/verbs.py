@@ -22,7 +22,7 @@ from sdtune.config.section_base import (
     positional,
     requires,
 )
-from sdtune.config.sections import Model, Repository, Source
+from sdtune.config.sections import Model, Repository, Source, TextEncoding
 
 Sampler = Annotated[
     Literal[
@@ -75,7 +75,7 @@ class Pixels(Section):
         return self
 
 
-class SampleConfig(Pixels, Model, Verb):
+class SampleConfig(Pixels, TextEncoding, Model, Verb):
     """Images from a base model, any adapters, and prompts; or from a model of pixels, and classes."""
 
     method: ClassVar[str] = "sample"
@@ -141,7 +141,7 @@ class SampleConfig(Pixels, Model, Verb):
         return self
 
 
-class EvaluateConfig(Source, Verb):
+class EvaluateConfig(TextEncoding, Source, Verb):
     """How close images are to a reference, and to their prompts and classes: FID and the like, with intervals."""
 
     method: ClassVar[str] = "evaluate"

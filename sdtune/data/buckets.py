@@ -11,7 +11,7 @@ Shape = tuple[int, int]
 """(width, height) in pixels."""
 
 
-def bucket_shapes(resolution: int, step: int, max_aspect: float) -> list[Shape]:
+def bucket_shapes(resolution: float, step: int, max_aspect: float) -> list[Shape]:
     """All bucket shapes, largest area first.
 
     Sides are multiples of ``step``, the longest side is at most ``max_aspect`` times the shortest, and areas are
@@ -20,11 +20,11 @@ def bucket_shapes(resolution: int, step: int, max_aspect: float) -> list[Shape]:
 
     Raises: UserError if ``step`` is larger than ``resolution``.
     """
-    square = resolution // step * step
+    square = int(resolution // step) * step
     if not square:
-        raise UserError(f"--bucket-step {step} is larger than --resolution {resolution}: make it smaller")
+        raise UserError(f"--bucket-step {step} is larger than --resolution {resolution:g}: make it smaller")
     found = {(square, square)}
-    largest = resolution * resolution
+    largest = round(resolution * resolution)
     for width in range(step, square + 1, step):
         for height in range(width, largest // width + 1, step):
             if height <= width * max_aspect and width * height >= SMALLEST * largest:
@@ -40,6 +40,8 @@ def nearest_shape(shapes: list[Shape], width: int, height: int) -> Shape:
 
 def training_shapes(cfg: Data) -> list[Shape]:
     """The shapes that the images of a run can get."""
-    if cfg.buckets:
-        return bucket_shapes(cfg.resolution, cfg.bucket_step, cfg.bucket_max_aspect)
-    return [(cfg.resolution, cfg.resolution)]
+    width, height = cfg.image_size
+    if not cfg.buckets:
+        return [(width, height)]
+    shapes = bucket_shapes(math.sqrt(width * height), cfg.bucket_step, cfg.bucket_max_aspect)
+    return shapes if width == height or (width, height) in shapes else [(width, height), *shapes]

@@ -126,20 +126,20 @@ class ShardStream(Stream):
     def _sample(self, index: int, record: Record) -> Sample:
         """Centre crop, no flip, first caption."""
         caption = without_separators(record.captions[0]) if record.captions else ""
-        return Sample(index, record.name, self.cfg.resolution, self.cfg.resolution, 0.5, 0.5, False, caption, 0)
+        return Sample(index, record.name, *self.cfg.image_size, 0.5, 0.5, False, caption, 0)
 
     def _image(self, record: Record) -> Image.Image | None:
         """The decoded image; None if only its moments are stored. Raises: ValueError for a bad image."""
         if record.content is None:
             return None
-        side = self.cfg.resolution
+        width, height = self.cfg.image_size
         try:
             image = decode(record.content, self.mode, self.cfg.first_frame, complete=True)
         except Exception as error:  # a broken file can raise any error in Pillow's decoders
             raise ValueError(f"{record.name}: {inspect_image(record.content).problem or error}") from None
-        if side / min(image.size) > 4:
+        if max(width / image.width, height / image.height) > 4:
             size = f"{image.width} x {image.height}"
-            raise ValueError(f"{record.name}: {size} is less than a quarter of {side} x {side}")
+            raise ValueError(f"{record.name}: {size} is less than a quarter of {width} x {height}")
         return image
 
     def reject(self, where: str, error: ValueError) -> None:

@@ -13,12 +13,24 @@ _WEIGHTS = re.compile(
 """Weights of A1111 and ComfyUI."""
 
 
-def summarize(stream: Stream, count_tokens: Callable[[str], int] | None = None, window: int = 77) -> list[str]:
+SHOWN = 200
+"""Most letters of lost words that are shown."""
+
+
+def summarize(
+    stream: Stream,
+    count_tokens: Callable[[str], int] | None = None,
+    window: int = 77,
+    lost_words: Callable[[str], str] = lambda caption: "",
+    way_out: str = "",
+) -> list[str]:
     """Lines about the data that the user should read before training.
 
     Args:
         count_tokens: gives the length of a caption in tokens, with the special ones; ``None`` reads no captions.
         window: tokens that the text encoder reads, with the special ones.
+        lost_words: the words of a caption beyond it.
+        way_out: the option that has longer captions read.
     """
     images, rows = stream.images, stream.images.rows
     more = f", {len(stream.holdout)} more held out" if stream.holdout else ""
@@ -41,7 +53,7 @@ def summarize(stream: Stream, count_tokens: Callable[[str], int] | None = None, 
         lines.append(f"exact copies of other images, which are therefore shown more often: {sum(copies) - len(copies)}")
     lines += _syntax_lines(stream)
     if count_tokens:
-        lines += _long_captions(rows, count_tokens, window)
+        lines += _long_captions(rows, count_tokens, window, lost_words, way_out)
     return lines
 
 
@@ -103,12 +115,18 @@ def _small_line(stream: Stream) -> list[str]:
     return [f"images smaller than their training shape, enlarged: {len(small)} ({least})"]
 
 
-def _long_captions(rows: list[Row], count_tokens: Callable[[str], int], window: int) -> list[str]:
-    lengths = [(count_tokens(caption), row.name) for row in rows for caption in row.captions]
-    over = sorted([(length, name) for length, name in lengths if length > window], key=lambda item: -item[0])
+def _long_captions(
+    rows: list[Row], count_tokens: Callable[[str], int], window: int, lost_words: Callable[[str], str], way_out: str
+) -> list[str]:
+    lengths = [(count_tokens(caption), row.name, caption) for row in rows for caption in row.captions]
+    over = sorted([known for known in lengths if known[0] > window], key=lambda known: -known[0])
     if not over:
         return []
-    lost = sum(length - window for length, _ in over)
-    longest = ", ".join(f"{name}: {length}" for length, name in over[:3])
-    head = f"captions over the text encoder's {window} tokens"
-    return [f"{head}: {len(over)}, {lost} tokens lost (longest {longest})"]
+    lost = sum(length - window for length, _, _ in over)
+    longest = ", ".join(f"{name}: {length}" for length, name, _ in over[:3])
+    lines = [f"captions over the text encoder's {window} tokens: {len(over)}, {lost} tokens lost (longest {longest})"]
+    if words := lost_words(over[0][2]):
+        lines.append(f"{over[0][1]} loses: {words if len(words) <= SHOWN else f'{words[:SHOWN]}...'}")
+    if way_out:
+        lines.append(f"{way_out} has longer captions read")
+    return ["; ".join(lines)]

@@ -118,6 +118,13 @@ class Family(Protocol):
     def count_tokens(self, caption: str) -> int:
         """Length of a caption in tokens, with the special ones."""
 
+    def lost_words(self, caption: str) -> str:
+        """The words of a caption that lie beyond the window."""
+
+    @property
+    def longer_captions(self) -> str:
+        """The option that has captions beyond the window read; empty if there is none."""
+
     def text_key(self) -> str:
         """A digest of all that ``encode`` depends on except the caption."""
 
@@ -155,7 +162,8 @@ def text_to_image_dataset(
         log(f"{native}; --resolution {cfg.resolution} is far from that")
     if isinstance(stream, ShardStream):
         return _streamed_dataset(cfg, family, stream, log)
-    for line in summarize(stream, family.count_tokens, family.caption_window):
+    about_text = family.count_tokens, family.caption_window, family.lost_words, family.longer_captions
+    for line in summarize(stream, *about_text):
         log(line)
     moments: Mapping[str, Tensor] | None = None
     texts: cache.Store | cache.MetaStore | None = None

@@ -37,6 +37,7 @@ from sdtune.evaluation.judges import Classifier, Clip
 from sdtune.evaluation.plots import Row, draw
 from sdtune.evaluation.scores import Bootstrap, figures, mean_of, of_copies, of_subject
 from sdtune.publish import hub
+from sdtune.run.device import less_memory_with
 from sdtune.sampling.sample import sample
 
 
@@ -70,7 +71,8 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     judges = load_judges(cfg)
     reference = read("--reference", cfg.reference, cfg)
     validate(cfg, reference)
-    samples = collect(cfg, judges)
+    with less_memory_with(["`sdtune sample --batch-size 1`, whose folder is then SAMPLES"]):
+        samples = collect(cfg, judges)
     prompts, classes = judges.questions(cfg, samples)
     x = features_of(samples.images, judges.features, samples.rows)
     y = features_of(reference, judges.features)
@@ -167,7 +169,8 @@ def write(folder: Path, result: dict[str, Any], picture: str) -> None:
 
 def main(cfg: EvaluateConfig) -> str:
     """The figures as a small table."""
-    result = evaluate(cfg)
+    with less_memory_with(["a smaller network as --features"]):
+        result = evaluate(cfg)
     lines = [f"{'':<28} {'value':>10}   95 % interval"]
     for name, e in result["figures"].items():
         interval = "" if e["low"] is None else f"{e['low']:.4g} to {e['high']:.4g}"

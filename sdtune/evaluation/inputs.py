@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from sdtune.config.sections import Captions, Data, UserError
+from sdtune.config.fields import flag
+from sdtune.config.sections import Captions, Data, TextEncoding, UserError
 from sdtune.config.verbs import EvaluateConfig, SampleConfig
 from sdtune.data import Images, load_images
 from sdtune.evaluation.features import BATCH
@@ -101,6 +102,10 @@ def plan_of(cfg: EvaluateConfig) -> Plan | None:
     adapter = (folder / FILE).is_file() or is_adapter(folder)
     if folder.is_dir() and not pipeline and not adapter:
         check_output_outside(cfg, "SAMPLES", folder)
+        if drawn := [name for name in ("steps", "guidance_scale", *TextEncoding.model_fields) if getattr(cfg, name)]:
+            raise UserError(
+                f"{flag(drawn[0])}: for images that are drawn, and SAMPLES is a folder of them; leave it out"
+            )
         if (folder / "metrics.jsonl").is_file():  # its previews are sheets, which would count as images
             raise UserError(f"SAMPLES {cfg.samples}: this run has no model that draws; give a folder of images")
         return None
@@ -111,6 +116,7 @@ def plan_of(cfg: EvaluateConfig) -> Plan | None:
     chosen = {"steps": cfg.steps, "guidance_scale": cfg.guidance_scale, "seed": cfg.seed, "output_dir": out}
     options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     options |= {"model": model} if model else {"adapter": [str(folder)]}
+    options |= {name: value for name in TextEncoding.model_fields if (value := getattr(cfg, name))}
     if classes is None:
         prompts = captions(cfg)
         return Plan(SampleConfig(prompt=prompts, **options), [*prompts], [None] * len(prompts))

@@ -91,6 +91,10 @@ def load_classifier(name: str) -> tuple[nn.Module, list[str]]:
         classes = network.model.config.id2label
         return network, [classes[k] for k in sorted(classes)]
     try:
-        return frozen(Noiseless(NoisyClassifier.from_pretrained(folder))), names
+        own = NoisyClassifier.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"--classifier {name}: {str(error).splitlines()[0]}") from error
+    if not isinstance(own.config.sample_size, int):
+        height, width = own.config.sample_size
+        raise UserError(f"--classifier {name}: made for images of {width} x {height}, and evaluation looks at squares")
+    return frozen(Noiseless(own)), names

@@ -17,6 +17,7 @@ from sdtune.config.sections import UserError
 from sdtune.config.verbs import SampleConfig
 from sdtune.models import families, formats
 from sdtune.models.attach import Layers, attach
+from sdtune.models.clip_skip import of_layers
 from sdtune.models.formats import Embedding, embedding
 from sdtune.models.noisy_classifier import NoisyClassifier
 from sdtune.models.part_files import (
@@ -29,7 +30,7 @@ from sdtune.models.part_files import (
     reason,
     refuse_broken,
 )
-from sdtune.models.pixel_models import read_classes
+from sdtune.models.pixel_models import read_classes, sides_of
 from sdtune.run.device import best_device
 from sdtune.run.precision import DTYPES
 from sdtune.run.usage import CLASSES, EMBEDDING
@@ -120,8 +121,12 @@ def check_pipeline(pipe: DiffusionPipeline, cfg: SampleConfig) -> None:
         check_channels(unet.config, pipe.vae.config, where)
 
 
-def load_adapters(pipe: DiffusionPipeline, adapters: Sequence[str]) -> list[RemovableHandle]:
+def load_adapters(
+    pipe: DiffusionPipeline, adapters: Sequence[str], clip_skip: int | None = None
+) -> list[RemovableHandle]:
     """Load each ``PATH_OR_ID[=WEIGHT]``, of any known format, into ``pipe`` with its weight, and the words it brings.
+
+    With ``clip_skip`` the text encoder has fewer layers than the adapters may have been made for.
 
     Returns the hooks that add what PEFT cannot; removing them takes those changes back.
 
@@ -133,6 +138,8 @@ def load_adapters(pipe: DiffusionPipeline, adapters: Sequence[str]) -> list[Remo
         where, weight = split_weight(text)
         asked = f"--adapter {where}"
         adapter = formats.read(where, "--adapter")
+        if clip_skip:
+            adapter = of_layers(adapter, len(pipe.text_encoder.encoder.layers))
         for word in adapter.words:
             add_word(pipe, word, asked)
         own, added = attach(layers, f"adapter_{k}", adapter, weight, asked)
@@ -231,9 +238,13 @@ def load_classifier(folder: Path, unet: UNet2DModel, scheduler: SchedulerMixin) 
     classes = read_classes(str(folder), where)
     if classes is None:
         raise UserError(f"{where}: not a classifier of noised images: no {CLASSES} in it")
-    for what, name in {"channels": "in_channels", "pixels a side": "sample_size"}.items():
-        if classifier.config[name] != unet.config[name]:
-            raise UserError(f"{where}: made for {classifier.config[name]} {what}, the model for {unet.config[name]}")
+    sizes = [sides_of(network.config["sample_size"]) for network in (classifier, unet)]
+    if sizes[0] != sizes[1]:
+        named = [f"{width} x {height}" if width != height else f"{width} pixels a side" for height, width in sizes]
+        raise UserError(f"{where}: made for {named[0]}, the model for {named[1]}")
+    if classifier.config["in_channels"] != unet.config["in_channels"]:
+        channels = classifier.config["in_channels"], unet.config["in_channels"]
+        raise UserError(f"{where}: made for {channels[0]} channels, the model for {channels[1]}")
     for name in ("num_train_timesteps", "beta_schedule"):
         if own.config[name] != scheduler.config.get(name):
             raise UserError(f"{where}: its {name} is {own.config[name]}, the model's {scheduler.config.get(name)}")

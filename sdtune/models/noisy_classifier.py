@@ -16,7 +16,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
     """``p(y | x_t, t)`` as logits.
 
     Args:
-        sample_size: side of the images in pixels.
+        sample_size: side of the images in pixels, or (height, width).
         in_channels: channels of the images.
         num_classes: K.
         block_out_channels: channels at each level; the next level has half the pixels along a side.
@@ -29,7 +29,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int,
+        sample_size: int | tuple[int, int],
         in_channels: int,
         num_classes: int,
         block_out_channels: tuple[int, ...] = (128, 128, 256, 256),
@@ -76,8 +76,11 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
             **shared,
         )
         self.norm = nn.GroupNorm(norm_num_groups, width, eps=norm_eps)
-        side = sample_size // 2 ** (len(block_out_channels) - 1)
-        self.pool = AttentionPool(side * side, width, width // (attention_head_dim or width), num_classes)
+        height, breadth = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        halvings = len(block_out_channels) - 1
+        self.pool = AttentionPool(
+            (height >> halvings) * (breadth >> halvings), width, width // (attention_head_dim or width), num_classes
+        )
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Logits ``[B, K]`` of images ``[B, C, H, W]`` at timesteps ``[B]``."""

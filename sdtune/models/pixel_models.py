@@ -5,6 +5,7 @@ has an embedding of K + 1, the last of which is the null class, and ``classes.js
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from sdtune.config.sections import Network, UserError
+from sdtune.config.sections import ImageSize, UserError
 from sdtune.models import families
 from sdtune.models.noisy_classifier import NoisyClassifier
 from sdtune.models.part_files import BROKEN, check_scheduler, has_part, read_part, reason
@@ -45,7 +46,7 @@ def plan(cfg: Any) -> PixelModel:
     """
     if cfg.model:
         return _saved(cfg)
-    return PixelModel(_described(cfg.unet_config) if cfg.unet_config else levels(cfg, cfg.resolution))
+    return PixelModel(_described(cfg.unet_config) if cfg.unet_config else levels(cfg))
 
 
 def build(cfg: Any, model: PixelModel, channels: int, classes: list[str]) -> UNet2DModel:
@@ -55,7 +56,7 @@ def build(cfg: Any, model: PixelModel, channels: int, classes: list[str]) -> UNe
         UserError: it cannot be made, or halves the images to a fraction of a pixel.
     """
     check_halvings(cfg, len(model.network["block_out_channels"]))
-    chosen = model.network | {"sample_size": cfg.resolution, "in_channels": channels, "out_channels": channels}
+    chosen = model.network | {"sample_size": sample_size(cfg), "in_channels": channels, "out_channels": channels}
     if classes:
         chosen["num_class_embeds"] = len(classes) + 1
     try:
@@ -70,13 +71,24 @@ def build(cfg: Any, model: PixelModel, channels: int, classes: list[str]) -> UNe
 def classifier(cfg: Any, channels: int, classes: int) -> NoisyClassifier:
     """The network that the options of Network describe, without its decoder. Raises: UserError, as `build` does."""
     check_halvings(cfg, len(cfg.block_out_channels))
-    given = {k: v for k, v in levels(cfg, cfg.resolution).items() if k in NoisyClassifier.__init__.__annotations__}
-    return NoisyClassifier(cfg.resolution, channels, classes, **given)
+    given = {k: v for k, v in levels(cfg).items() if k in NoisyClassifier.__init__.__annotations__}
+    return NoisyClassifier(sample_size(cfg), channels, classes, **given)
 
 
-def levels(cfg: Network, resolution: int) -> dict[str, Any]:
+def sample_size(cfg: ImageSize) -> int | tuple[int, int]:
+    """The size of the images as a network records it: the side of a square, or (height, width)."""
+    width, height = cfg.image_size
+    return width if width == height else (height, width)
+
+
+def sides_of(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of the images of a network, from what it records."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def levels(cfg: Any) -> dict[str, Any]:
     """The options of Network as arguments of ``UNet2DModel``, the rest as in the networks of Ho et al. 2020."""
-    sides = [resolution >> level for level in range(len(cfg.block_out_channels))]
+    sides = [min(cfg.image_size) >> level for level in range(len(cfg.block_out_channels))]
     attends = ["Attn" if side in cfg.attention_resolutions else "" for side in sides]
     widths = [n for n, kind in zip(cfg.block_out_channels, attends, strict=True) if kind]
     widths.append(cfg.block_out_channels[-1])  # the block in the middle attends as well
@@ -102,8 +114,11 @@ def levels(cfg: Network, resolution: int) -> dict[str, Any]:
 def check_halvings(cfg: Any, count: int) -> None:
     """Raises: UserError when the images cannot be halved from level to level of ``count``."""
     least = 2 ** (count - 1)
-    for option, pixels in {"resolution": cfg.resolution, "bucket_step": cfg.bucket_step}.items():
-        if pixels % least and (option == "resolution" or cfg.buckets):
+    sizes = {"width": cfg.width, "height": cfg.height} if cfg.width else {"resolution": cfg.resolution}
+    if cfg.buckets:
+        sizes["bucket_step"] = cfg.bucket_step
+    for option, pixels in sizes.items():
+        if pixels % least:
             raise UserError(
                 f"--{option.replace('_', '-')} {pixels}: this network halves it {count - 1} times, so it wants a "
                 f"multiple of {least}, or fewer --block-out-channels"
@@ -112,10 +127,12 @@ def check_halvings(cfg: Any, count: int) -> None:
 
 def describe(unet: UNet2DModel) -> str:
     """The network in one line, for the log."""
-    sides = [unet.config.sample_size >> level for level in range(len(unet.config.block_out_channels))]
-    attends = [str(side) for side, kind in zip(sides, unet.config.down_block_types, strict=True) if "Attn" in kind]
+    height, width = sides_of(unet.config.sample_size)
+    shapes = [(width >> level, height >> level) for level in range(len(unet.config.block_out_channels))]
+    sides = [str(w) if w == h else f"{w} x {h}" for w, h in shapes]
+    attends = [side for side, kind in zip(sides, unet.config.down_block_types, strict=True) if "Attn" in kind]
     return (
-        f"network: {unet.config.in_channels} channels in and out, levels of {', '.join(map(str, sides))} pixels, "
+        f"network: {unet.config.in_channels} channels in and out, levels of {', '.join(sides)} pixels, "
         f"attention at {', '.join(attends) or 'none of them'}"
     )
 

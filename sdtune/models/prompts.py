@@ -1,8 +1,8 @@
 """What a text encoder does not read of a prompt: words beyond its window, and the syntax of other programs."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from diffusers.loaders import TextualInversionLoaderMixin
 from transformers import CLIPTokenizer, CLIPTokenizerFast
@@ -11,32 +11,78 @@ from sdtune.config.sections import UserError
 
 LORA_TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]{1,200}>")
 """How user interfaces name an adapter inside a prompt."""
-WEIGHT = re.compile(r"\([^()]{1,500}:\s{0,3}-?\d{1,4}(?:\.\d{1,6})?\s{0,3}\)")
+WEIGHT = re.compile(r"\(([^()]{1,500}):\s{0,3}(-?\d{1,4}(?:\.\d{1,6})?)\s{0,3}\)")
 """How they weigh a part of it, as in ``(red:1.4)``."""
+BRACKETS = re.compile(r"\([^()]{0,500}\)")
 SHOWN = 200
 """Most letters of lost words that a message shows."""
 
 
-def lost_words(tokenizer: Any, text: str) -> str:
+class Window(NamedTuple):
+    """What a base reads of a text."""
+
+    tokenizer: Any
+    """Of the text encoder that reads the most."""
+    tokens: int
+    """That it reads, marks of begin and end included."""
+    way_out: str
+    """How to have the rest read; empty where it cannot be."""
+
+
+def lost_words(window: Window, text: str) -> str:
     """The words of a text that its encoder does not read, since they lie beyond its window; empty if it reads all."""
+    tokenizer = window.tokenizer
     spelt = TextualInversionLoaderMixin().maybe_convert_prompt(text, tokenizer)
     ids = tokenizer(spelt, truncation=False, verbose=False).input_ids
-    lost = ids[tokenizer.model_max_length - 1 : -1]  # the last place is that of the end mark
-    return tokenizer.decode(lost).strip() if len(ids) > tokenizer.model_max_length else ""
+    marks = int(ids[-1:] == [tokenizer.eos_token_id])  # its place is the last of the window
+    lost = ids[window.tokens - marks : len(ids) - marks] if len(ids) > window.tokens else []
+    return str(tokenizer.decode(lost)).strip()
 
 
-def clip_tokenizers(pipe: Any) -> list[Any]:
-    """The tokenizers of a pipeline, if all are CLIP's: an encoder of another kind, such as T5, reads longer prompts."""
+def compel_syntax(text: str) -> str:
+    """A prompt in the syntax of compel: ``(red:1.4)``, which other programs read, is ``(red)1.4`` there."""
+    return _rewritten(text, "({}){}")
+
+
+def without_weights(text: str) -> str:
+    """A prompt whose ``(red:1.4)`` are plain words."""
+    return _rewritten(text, "{0}")
+
+
+def _rewritten(text: str, form: str) -> str:
+    """The text with ``form`` of part and weight in the place of each ``(part:weight)``, the inner ones first."""
+    hidden = str.maketrans("()", "\ue000\ue001")
+    while inner := BRACKETS.search(text):
+        weighted = WEIGHT.fullmatch(inner[0])
+        new = form.format(*weighted.groups()) if weighted else inner[0]
+        text = text[: inner.start()] + new.translate(hidden) + text[inner.end() :]
+    return text.translate(str.maketrans("\ue000\ue001", "()"))
+
+
+def window_of(pipe: Any, tokens: int | None, by_windows: bool) -> Window | None:
+    """What a pipeline reads of a prompt: the window of CLIP, or where another encoder reads more, that of the last.
+
+    Args:
+        tokens: ``max_sequence_length`` of its call; ``None`` for pipelines without one.
+        by_windows: whether --long-prompts is for this pipeline.
+    """
     found = [part for name, part in pipe.components.items() if name.startswith("tokenizer") and part is not None]
-    return found if all(isinstance(part, CLIPTokenizer | CLIPTokenizerFast) for part in found) else []
+    if not found:
+        return None
+    if all(isinstance(part, CLIPTokenizer | CLIPTokenizerFast) for part in found):
+        return Window(found[0], found[0].model_max_length, "--long-prompts" if by_windows else "")
+    return Window(found[-1], tokens, "") if tokens else None
 
 
-def check_prompts(option: str, texts: Iterable[str], tokenizer: Any | None, log: Callable[[str], None]) -> None:
+def check_prompts(
+    option: str, texts: Iterable[str], window: Window | None, log: Callable[[str], None], weights: bool = False
+) -> None:
     """Log the words of prompts that are cut off; syntax of other programs is refused, since it would be drawn as text.
 
     Args:
         option: what the prompts were given by.
-        tokenizer: of CLIP; ``None`` where prompts are not cut.
+        window: what is read of a prompt; ``None`` where prompts are not cut.
+        weights: whether weights are understood.
 
     Raises:
         UserError: names the adapter or the weight in a prompt, and what to write in its place.
@@ -46,29 +92,17 @@ def check_prompts(option: str, texts: Iterable[str], tokenizer: Any | None, log:
             raise UserError(
                 f"{option}: {tag[0]} would be read as words; take it out, and give the adapter as --adapter"
             )
-        if weight := WEIGHT.search(text):
+        if not weights and (weight := WEIGHT.search(text)):
             raise UserError(
-                f"{option}: {weight[0]} is how other programs weigh words; here it would be read as words, so take the "
-                "brackets and the number out"
+                f"{option}: {weight[0]} is how other programs weigh words; here it would be read as words, so add "
+                "--prompt-weights, or take the brackets and the number out"
             )
-        if tokenizer is not None and (lost := lost_words(tokenizer, text)):
+        if window and (lost := lost_words(window, without_weights(text) if weights else text)):
+            way_out = f" ({window.way_out} reads all)" if window.way_out else ""
             log(
-                f"{option}: longer than the {tokenizer.model_max_length} tokens that this base reads; "
-                f"cut off: {shortened(lost)}"
+                f"{option}: longer than the {window.tokens} tokens that this base reads; cut off: {shortened(lost)}"
+                + way_out
             )
-
-
-def caption_notices(captions: Sequence[str], tokenizer: Any | None) -> list[str]:
-    """Lines about captions that are cut off, or hold what other programs would read as more than words."""
-    lines = []
-    for pattern, what in ((LORA_TAG, "name an adapter"), (WEIGHT, "weigh words")):
-        found = [match[0] for caption in captions if (match := pattern.search(caption))]
-        if found:
-            lines.append(f"captions that {what} as other programs do: {len(found)} ({found[0]}); it is read as words")
-    letters = max(captions, key=len, default="")  # the longest in letters loses as many words as any, or nearly
-    if tokenizer is not None and (lost := lost_words(tokenizer, letters)):
-        lines.append(f"the longest caption loses: {shortened(lost)}")
-    return lines
 
 
 def check_negative(negative: str, guidance_scale: float, option: str, log: Callable[[str], None]) -> None:

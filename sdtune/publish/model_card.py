@@ -212,7 +212,9 @@ def _usage(
 ) -> str:
     base, revision = (about.base, about.revision) if origin.base_on_hub else (f"path/to/{about.base}", None)
     prompt = widget[0]["text"] if widget else "..."
-    code = usage.lines(kind, repo, branch, str(base), revision, prompt, about.token)
+    code = usage.lines(
+        kind, repo, branch, str(base), revision, prompt, about.token, about.clip_skip, about.long_prompts
+    )
     return "\n\n".join(["## Use", fence(code, "python"), *filter(None, [usage.classes(kind)])])
 
 
@@ -237,7 +239,7 @@ def _training(
     rows = {
         "Steps": max((line["step"] for line in lines), default=0),
         "Images per step": _group(out),
-        "Resolution": values.get("resolution"),
+        "Resolution": f"{values['width']} x {values['height']}" if values.get("width") else values.get("resolution"),
         "Learning rate": f"{values['learning_rate']:g}{scaled}, {values.get('lr_scheduler')}",
         "Optimizer": values.get("optimizer"),
         "Rank, alpha": f"{about.rank}, {about.alpha:g}" if kind.adapter and about.rank and about.alpha else None,

@@ -7,6 +7,7 @@ written under another name first and then renamed.
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from rich.progress import track
 
 from sdtune.config.methods.dreambooth import DreamBoothConfig
 from sdtune.config.sections import UserError
+from sdtune.config.untrusted import echo
 from sdtune.data import Images, load_images
 from sdtune.data.folder_captions import has_captions
 from sdtune.data.folder_files import find_images
+from sdtune.models.prompt_embeddings import Reading
+from sdtune.models.prompts import check_prompts
 from sdtune.run import rng
 from sdtune.run.folder import CLASS_IMAGES
 from sdtune.run.processes import store_barrier
@@ -41,13 +45,15 @@ def class_images(cfg: DreamBoothConfig, family: Any) -> Images:
         UserError: there are too few and no class prompt to generate more, or they were generated with other settings.
     """
     folder = (cfg.class_data or cfg.output_dir / FOLDER).expanduser()
-    if family.device.type == "meta" and len(find_images(folder, Path(cfg.dataset))) < cfg.num_class_images:
-        # Nothing is drawn on the meta device: the images of the subject take their place.
-        return load_images(cfg, default_caption=cfg.instance_prompt)
-    own = [p for p in find_images(folder, Path(cfg.dataset)) if not NUMBERED.fullmatch(p.name)]
+    found = find_images(folder, Path(cfg.dataset))
+    own = [p for p in found if not NUMBERED.fullmatch(p.name)]
     missing_count = cfg.num_class_images - len(own)
+    if family.device.type == "meta" and len(found) < cfg.num_class_images:
+        can_be_made(cfg, folder, own)
+        return stand_ins(cfg, folder, cfg.num_class_images - len(found))
     if missing_count > 0:
         if PartialState().is_main_process:
+            check_prompts("--class-prompt", cfg.class_prompt, family.window, echo)
             prepare_folder(cfg, folder, own, missing_count)
         store_barrier()
         generate_missing(cfg, family, folder, missing_count)
@@ -61,12 +67,22 @@ def class_images(cfg: DreamBoothConfig, family: Any) -> Images:
     return load_images(cfg.model_copy(update=changed), default_caption=caption, leave_out=Path(cfg.dataset))
 
 
-def prepare_folder(cfg: DreamBoothConfig, folder: Path, own: list[Path], missing_count: int) -> None:
-    """Make sure that images can be generated into a folder; in the run's own, those of other settings are removed.
+def stand_ins(cfg: DreamBoothConfig, folder: Path, missing_count: int) -> Images:
+    """Images of the subject in the place of class images, where nothing is drawn: as many, and each another one."""
+    subject = load_images(cfg, default_caption=cfg.instance_prompt)
+    places = [k % len(subject.rows) for k in range(cfg.num_class_images)]
+    shape = {"width": cfg.resolution, "height": cfg.resolution, "repeats": 1, "mask": None}
+    rows = [
+        replace(subject.rows[place], name=path_of(folder, k).name, sha256=f"class image {k}", **shape)
+        for k, place in enumerate(places)
+    ]
+    said = f"class images that the run will make: {missing_count} of {cfg.num_class_images}"
+    sources = [subject.sources[place] for place in places]
+    return replace(subject, rows=rows, sources=sources, masks=(), ignored=[], skipped=[], notes=[said])
 
-    Raises:
-        UserError: the prompts, the folder or images of other settings are in the way.
-    """
+
+def can_be_made(cfg: DreamBoothConfig, folder: Path, own: list[Path]) -> None:
+    """Raises: UserError when the prompts do not say what the missing images show."""
     have = f"--class-data {folder}: {len(own)} of --num-class-images {cfg.num_class_images}"
     if not cfg.class_prompt:
         raise UserError(f"{have}, and nothing to make more from; add --class-prompt, pictures, or ask for fewer")
@@ -75,6 +91,15 @@ def prepare_folder(cfg: DreamBoothConfig, folder: Path, own: list[Path], missing
             f"{have}, and it is not said which of the class prompts they show; give one prompt, add pictures, or name "
             "another folder"
         )
+
+
+def prepare_folder(cfg: DreamBoothConfig, folder: Path, own: list[Path], missing_count: int) -> None:
+    """Make sure that images can be generated into a folder; in the run's own, those of other settings are removed.
+
+    Raises:
+        UserError: the prompts, the folder or images of other settings are in the way.
+    """
+    can_be_made(cfg, folder, own)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -111,6 +136,7 @@ def generate_missing(cfg: DreamBoothConfig, family: Any, folder: Path, count: in
                 batch_size=size,
                 width=cfg.resolution,
                 height=cfg.resolution,
+                reading=Reading(cfg.long_prompts),
             )
         for k, prompt, image in zip(range(batch.start, min(batch.stop, count)), prompts, images, strict=False):
             write(path_of(folder, k), image, settings(cfg), prompt if len(cfg.class_prompt) > 1 else None)
@@ -122,7 +148,11 @@ def generate_missing(cfg: DreamBoothConfig, family: Any, folder: Path, count: in
 def settings(cfg: DreamBoothConfig) -> str:
     """All that a generated image depends on, as JSON, which is stored in the image."""
     names = "revision seed class_prompt sample_batch_size class_inference_steps class_guidance_scale resolution".split()
-    chosen = {"model": public_name(cfg.model)} | {name: getattr(cfg, name) for name in names}
+    chosen: dict[str, Any] = {"model": public_name(cfg.model)} | {name: getattr(cfg, name) for name in names}
+    if cfg.clip_skip is not None:
+        chosen["clip_skip"] = cfg.clip_skip
+    if cfg.long_prompts:
+        chosen["long_prompts"] = True
     return json.dumps(chosen, sort_keys=True, ensure_ascii=False)
 
 

@@ -18,6 +18,8 @@ from sdtune.data import Images, Mixture, Shards, open_images, open_stream
 from sdtune.data.text_to_image import text_to_image_dataset
 from sdtune.diffusion.objective import denoising_loss
 from sdtune.models import adapters, attach, families
+from sdtune.models.prompt_embeddings import Reading
+from sdtune.models.prompts import check_negative, check_prompts
 from sdtune.recipes.recipe import Recipe
 from sdtune.run.precision import dtype_of
 from sdtune.run.public_name import public_name
@@ -69,6 +71,10 @@ class FineTune(Recipe):
         return open_images(self.cfg)
 
     def dataset(self, group, log):
+        cfg, window = self.cfg, self.family.window
+        check_prompts("--validation-prompt", cfg.validation_prompt, window, log, cfg.prompt_weights)
+        check_prompts("--negative-prompt", [cfg.negative_prompt], window, log, cfg.prompt_weights)
+        check_negative(cfg.negative_prompt, cfg.validation_guidance_scale, "--negative-prompt", log)
         stream = open_stream(self.cfg, self.images, group)
         return text_to_image_dataset(self.cfg, self.family, stream, log, trains_text=self.trains_text)
 
@@ -102,6 +108,7 @@ class FineTune(Recipe):
                 negative_prompt=cfg.negative_prompt,
                 width=cfg.resolution,
                 height=cfg.resolution,
+                reading=Reading(cfg.long_prompts, cfg.prompt_weights),
             )
         family.unload_frozen()
         return images

@@ -1,6 +1,11 @@
 """The device that computes, and what it says when its memory is full."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
+
+from sdtune.config.errors import RunFailed
 
 
 def best_device(mps: bool = True) -> torch.device:
@@ -19,3 +24,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def out_of_memory(error: BaseException, device: torch.device) -> str:
+    """What is said of such an error, in one line."""
+    where = "the GPU" if device.type == "cuda" else "the machine"
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return f"out of memory on {where} ({first[:150]})"
+
+
+@contextmanager
+def less_memory_with(ways: Sequence[str]) -> Iterator[None]:
+    """Where the memory is full, the options that need less are named.
+
+    Raises:
+        RunFailed: in place of torch's own error.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        error.with_traceback(None)  # it holds the frames whose tensors fill the memory
+        help_ = f"; it needs less with {', or '.join(ways)}" if ways else ""
+        raise RunFailed(f"{out_of_memory(error, best_device())}{help_}") from None

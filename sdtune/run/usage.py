@@ -62,7 +62,15 @@ def sample(what: ArtefactKind, folder: str, prompt: str) -> list[str]:
 
 
 def lines(
-    what: ArtefactKind, repo: str, at: str | None, base: str, base_at: str | None, prompt: str, token: str | None
+    what: ArtefactKind,
+    repo: str,
+    at: str | None,
+    base: str,
+    base_at: str | None,
+    prompt: str,
+    token: str | None,
+    clip_skip: int | None = None,
+    long_prompts: bool = False,
 ) -> str:
     """Python code that loads an artefact and makes an image.
 
@@ -70,6 +78,8 @@ def lines(
         repo: repository or folder of the artefact; ``at``: its branch.
         base: the model that an adapter or an embedding is for; ``base_at``: its revision.
         token: the new word of an embedding, in case its file does not name it.
+        clip_skip: the layer of the text encoder that it was trained at, counted from the last.
+        long_prompts: whether captions were read in several windows, which the stock call does not do.
     """
     if what.classifier:
         return _classifier(what.classifier, repo, at)
@@ -79,11 +89,16 @@ def lines(
     if base.endswith(".safetensors"):
         reader = "StableDiffusionPipeline.from_single_file"
     loads = [f"pipe = {reader}({arguments(base, revision=base_at)})"]
+    if clip_skip and clip_skip > 1:
+        loads.append(f"layers = pipe.text_encoder.encoder.layers[:{1 - clip_skip}]  # clip skip {clip_skip}")
+        loads.append("pipe.text_encoder.encoder.layers = layers")
     if what.embedding:  # first: an adapter of the text encoder may have been trained with the new word
         words = arguments(repo, weight_name=what.embedding, token=token, revision=at)
         loads.append(f"pipe.load_textual_inversion({words})")
     if what.adapter:
         loads.append(f"pipe.load_lora_weights({arguments(repo, weight_name=what.adapter, revision=at)})")
+    if long_prompts:
+        loads.append("# prompts over 77 tokens: sdtune sample --long-prompts")
     loads.append(f"image = pipe({text(prompt)}).images[0]")
     return "\n".join([f"from diffusers import {reader.partition('.')[0]}", "", *loads])
 
@@ -105,12 +120,14 @@ pipe.unet.forward = partial(pipe.unet.forward, class_labels=labels)
 
 
 def _classifier(config: Mapping[str, Any], repo: str, at: str | None) -> str:
-    name, side = config["_class_name"], config["sample_size"]
+    name, size = config["_class_name"], config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
     return f"""import torch
 from sdtune.noisy_classifier import {name}
 
 classifier = {name}.from_pretrained({arguments(repo, revision=at)})
-x_t, t = torch.randn(1, {config["in_channels"]}, {side}, {side}), torch.tensor([500])  # noised images, their timesteps
+x_t = torch.randn(1, {config["in_channels"]}, {height}, {width})  # noised images
+t = torch.tensor([500])  # their timesteps
 p = classifier(x_t, t).softmax(dim=1)"""
 
 

@@ -12,7 +12,7 @@ import inspect
 import itertools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,17 +30,21 @@ from sdtune.config.untrusted import echo
 from sdtune.config.verbs import SampleConfig
 from sdtune.diffusion.schedulers import make_scheduler
 from sdtune.models import families
+from sdtune.models.clip_skip import skip_layers
 from sdtune.models.loading import load_adapters, load_embeddings, load_pipeline, split_weight
-from sdtune.models.prompts import check_negative, check_prompts, clip_tokenizers
+from sdtune.models.prompt_embeddings import Reading, prompt_arguments
+from sdtune.models.prompts import check_negative, check_prompts, window_of, without_weights
 from sdtune.run.artefacts import of_best
 from sdtune.run.contact_sheet import grid, save_sheet
+from sdtune.sampling.image_text import parameters
 from sdtune.sampling.prompts import Prompt, read_prompts
 from sdtune.sampling.sample_pixels import PixelJob, of_pixels
 
 STEPS = 25
+AS_STOCK = Reading()
 SHOWN = 100
 """Images of a call that are held in memory for its sheet, at most."""
-OF_LATENTS = "adapter embedding unet vae negative_prompt width height"
+OF_LATENTS = "adapter embedding unet vae negative_prompt width height clip_skip long_prompts prompt_weights"
 OF_PIXELS = "classes classifier clip_model eta variance_type strip interpolate"
 """Options that only one kind of model uses."""
 
@@ -82,7 +86,7 @@ def sample(cfg: SampleConfig) -> list[Path]:
                 for image, record in zip(images, job.records[rows], strict=True):
                     files.append(cfg.output_dir / f"{first + len(files):05d}.png")
                     info = PngInfo()
-                    info.add_text("parameters", _parameters(cfg, job.facts, record, image))
+                    info.add_text("parameters", parameters(cfg, job.facts, record, image))
                     image.save(files[-1], pnginfo=info)
                     lines.write(json.dumps({"file_name": files[-1].name} | record, ensure_ascii=False) + "\n")
     for name, sheet in job.sheets(shown).items():
@@ -110,17 +114,25 @@ class PromptJob:
             raise UserError("there is nothing to draw: give --prompt or --prompt-file")
         self.set_up(cfg, prompts)
         self.pipe = load_pipeline(cfg)
-        load_adapters(self.pipe, cfg.adapter)
+        kind = type(self.pipe).__name__
+        family = families.family_class(kind)
+        family.check_reading(cfg, kind)
+        if cfg.clip_skip:
+            skip_layers(self.pipe.text_encoder, cfg.clip_skip, cfg.model)
+        load_adapters(self.pipe, cfg.adapter, cfg.clip_skip)
         words = load_embeddings(self.pipe, cfg.embedding, cfg.adapter)
         said = " ".join([cfg.negative_prompt, *(f"{p.text} {p.settings.get('negative_prompt', '')}" for p in prompts)])
         if unused := [word for word in words if word.lower() not in said.lower()]:
             notice = f"no prompt has {', '.join(unused)} in it: such a word has no effect unless a prompt says it"
             echo(f"warning: {notice}", err=True)
-        tokenizers = clip_tokenizers(self.pipe)
+        window = None if cfg.long_prompts else window_of(self.pipe, family.max_tokens, family.reads_windows)
         option = "--prompt" if cfg.prompt else "--prompt-file"
-        check_prompts(option, [prompt.text for prompt in prompts], next(iter(tokenizers), None), echo)
-        check_prompts("--negative-prompt", [cfg.negative_prompt], next(iter(tokenizers), None), echo)
+        check_prompts(option, [prompt.text for prompt in prompts], window, echo, cfg.prompt_weights)
+        check_prompts("--negative-prompt", [cfg.negative_prompt], window, echo, cfg.prompt_weights)
         check_negative(cfg.negative_prompt, self.scale, "--negative-prompt", echo)
+        for own in (prompt.settings for prompt in prompts if "negative_prompt" in prompt.settings):
+            check_prompts("--prompt-file: --n", [own["negative_prompt"]], window, echo, cfg.prompt_weights)
+            check_negative(own["negative_prompt"], own.get("guidance_scale", self.scale), "--prompt-file: --n", echo)
         if cfg.scheduler:
             self.pipe.scheduler = make_scheduler(cfg.scheduler, self.pipe.scheduler)
 
@@ -152,6 +164,7 @@ class PromptJob:
                 **settings,
                 guidance_rescale=self.cfg.guidance_rescale,
                 batch_size=self.cfg.batch_size,
+                reading=Reading(self.cfg.long_prompts, self.cfg.prompt_weights),
                 progress=progress,
             )
         return images
@@ -187,6 +200,7 @@ def generate(
     batch_size: int = 4,
     width: int | None = None,
     height: int | None = None,
+    reading: Reading = AS_STOCK,
     progress: Callable[[float], None] | None = None,
 ) -> list[Image.Image]:
     """One image for each prompt, in order; image k has the noise of ``seeds[k]``.
@@ -204,6 +218,7 @@ def generate(
     if refused := [k for k in options if k not in accepted]:
         raise UserError(f"{type(pipe).__name__} has no {', '.join(refused)}: leave it out")
     negative = options.pop("negative_prompt", None)
+    parts = family.text_parts(pipe.components.get, pipe.components.get) if any(reading) else None
     pipe.set_progress_bar_config(disable=True)
     modules = [m for c in pipe.components.values() if isinstance(c, torch.nn.Module) for m in c.modules()]
     training = [m for m in modules if m.training]
@@ -211,20 +226,27 @@ def generate(
     try:
         for m in training:
             m.training = False
-        for start in range(0, len(prompts), batch_size):
-            batch = list(prompts[start : start + batch_size])
+        # Prompts of one length at a time: an image does not depend on those that are drawn with it
+        lengths = [parts.windows(without_weights(text)) if parts else 1 for text in prompts]
+        for rows in _batches(lengths, batch_size):
             if progress:
-                options["callback_on_step_end"] = _reporter(progress, len(images), len(batch), len(prompts))
-            if negative is not None:
-                options["negative_prompt"] = [negative] * len(batch)
-            noise = [torch.Generator("cpu").manual_seed(s) for s in seeds[start : start + batch_size]]
-            images += pipe(prompt=batch, generator=noise, **options).images
+                options["callback_on_step_end"] = _reporter(progress, len(images), len(rows), len(prompts))
+            told = prompt_arguments(pipe, parts, [prompts[k] for k in rows], negative, reading)
+            noise = [torch.Generator("cpu").manual_seed(seeds[k]) for k in rows]
+            images += pipe(generator=noise, **told, **options).images
     except ValueError as error:  # diffusers checks sizes and numbers of steps, in words that name them
         raise UserError(f"{type(pipe).__name__}: {str(error).splitlines()[0]}") from error
     finally:
         for m in training:
             m.training = True
     return images
+
+
+def _batches(kinds: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Neighbouring places of one kind, at most ``size`` of them at a time."""
+    for start in range(0, len(kinds), size):
+        for _, run in itertools.groupby(range(start, min(start + size, len(kinds))), kinds.__getitem__):
+            yield list(run)
 
 
 def best_of_runs(cfg: SampleConfig) -> SampleConfig:
@@ -243,7 +265,10 @@ def best_of_runs(cfg: SampleConfig) -> SampleConfig:
 
 
 def with_base(cfg: SampleConfig) -> SampleConfig:
-    """``cfg`` with its model; ``auto`` is the base (and VAE) of the first run among adapters, embeddings and UNet."""
+    """``cfg`` with its model; ``auto`` is the base (and VAE) of the first run among adapters, embeddings and UNet.
+
+    Prompts are then read as that run read its captions, unless the options say otherwise.
+    """
     if cfg.model != "auto":
         return cfg
     for text in [*cfg.adapter, *cfg.embedding, *([str(cfg.unet)] if cfg.unet else [])]:
@@ -251,6 +276,7 @@ def with_base(cfg: SampleConfig) -> SampleConfig:
         if record.is_file():
             run = yaml.safe_load(record.read_text(encoding="utf-8"))
             base = {k: run[k] for k in ("model", "revision", "variant", "vae") if run.get(k) is not None}
+            base |= {k: run[k] for k in ("clip_skip", "long_prompts") if run.get(k) and not getattr(cfg, k)}
             return cfg.model_copy(update=base)
     return cfg.model_copy(update={"model": "tiny"})
 
@@ -261,21 +287,3 @@ def _reporter(progress: Callable[[float], None], done: int, batch: int, total: i
         return tensors
 
     return report
-
-
-def _parameters(cfg: SampleConfig, facts: dict[str, Any], record: dict[str, Any], image: Image.Image) -> str:
-    """How an image was made, in the layout that image viewers read from the text chunk ``parameters``."""
-    own = {"Steps": record.get("steps"), "CFG scale": record.get("guidance_scale")}
-    facts = facts | {name: value for name, value in own.items() if value is not None}
-    facts = facts | {"Seed": record["seed"], "Size": f"{image.width}x{image.height}", "Model": cfg.model}
-    if cfg.guidance_rescale:
-        facts["CFG rescale"] = cfg.guidance_rescale
-    if cfg.adapter:
-        facts["Adapters"] = " ".join(cfg.adapter)
-    if cfg.embedding:
-        facts["Embeddings"] = " ".join(cfg.embedding)
-    if cfg.unet:
-        facts["UNet"] = str(cfg.unet)
-    negative = record.get("negative_prompt", cfg.negative_prompt)
-    negative = f"Negative prompt: {negative}\n" if negative else ""
-    return f"{record['text']}\n{negative}{', '.join(f'{k}: {v}' for k, v in facts.items())}"

@@ -44,12 +44,14 @@ class Window:
 
     Args:
         skipped: steps skipped earlier in the run.
+        step: steps of the run so far.
     """
 
-    def __init__(self, accelerator: Accelerator, skipped: int):
+    def __init__(self, accelerator: Accelerator, skipped: int, step: int):
         self.accelerator, self.skipped = accelerator, skipped
         self.device = accelerator.device
-        self.counts = torch.tensor([skipped, 0], device=self.device)  # skipped steps: in all, and in a row
+        in_a_row = skipped if skipped == step else 0
+        self.counts = torch.tensor([skipped, in_a_row], device=self.device)  # skipped steps: in all, and in a row
         self.clear()
 
     def clear(self) -> None:

@@ -93,7 +93,7 @@ def fit(
     total = steps_of(cfg, stream)
     prepare_modules(recipe, cfg, accelerator.device)
     engine = make_engine(recipe, cfg, accelerator)
-    state = State(cfg, recipe, engine, accelerator, {"group": group, "data": stream.images.fingerprint})
+    state = State(cfg, recipe, engine, accelerator, {"group": group, "data": stream.images.fingerprint}, total)
     optimizer = state.optimizer
     peaks, lr_factor = [float(g["lr"]) for g in optimizer.param_groups], optim.lr_schedule(cfg, total)
     group_end_steps = [g.get("stop_fraction", 1.0) * total for g in optimizer.param_groups]
@@ -105,6 +105,8 @@ def fit(
         log(f"{out}: trained for {state.step} steps already; --steps trains on, --overwrite starts anew")
         return
     log(plan(cfg, stream, total, world, peaks, sum(p.numel() for p in state.weights.values())))
+    if state.step and (jump := optim.rate_jump(cfg, state.step, state.planned, total)):
+        log(jump)
     if engine.summary:
         log(engine.summary)
     scorer = Scorer(cfg, dataset, accelerator) if cfg.evaluate_steps else None
@@ -117,7 +119,7 @@ def fit(
         cast(Dataset[Any], dataset), batch_sampler=sampler, num_workers=cfg.dataloader_num_workers, pin_memory=pinned
     )
     batches = iter(loader)
-    window = Window(accelerator, state.skipped)
+    window = Window(accelerator, state.skipped, state.step)
 
     def attempt(work: Callable[[], Any]) -> Any:
         return stop.attempt(work, engine.forward_alone)
@@ -155,8 +157,8 @@ def fit(
 
     @torch.no_grad()
     def report() -> None:
-        # A run may not end with a skipped step; only in fp16 a short one may end before its scale is found
-        limit = 1 if state.step == total and not engine.overflows else cfg.max_bad_steps
+        # A run may not end with a skipped step; only in fp16 a short one may end soon after its scale was found
+        limit = 1 if state.step == total and not engine.overflows else min(cfg.max_bad_steps, total)
         metrics.log(state.step, window.line(state.step, norm, float(optimizer.param_groups[0]["lr"]), limit))
         state.skipped = window.skipped
 

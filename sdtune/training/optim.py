@@ -18,8 +18,8 @@ NAMED = {
     "torchao_adamw8bit": ("torchao.optim:AdamW8bit", "torchao"),
     "torchao_adamw4bit": ("torchao.optim:AdamW4bit", "torchao"),
     "torchao_adamwfp8": ("torchao.optim:AdamWFp8", "torchao"),
-    "prodigy": ("prodigyopt:Prodigy", "optimizers"),
-    "adamw_schedulefree": ("schedulefree:AdamWScheduleFree", "optimizers"),
+    "prodigy": ("pytorch_optimizer:Prodigy", "optimizers"),
+    "adamw_schedulefree": ("pytorch_optimizer:ScheduleFreeAdamW", "optimizers"),
 }
 """Short names of optimizers, and the extra of sdtune that installs each."""
 FURTHER: dict[str, dict[str, Any]] = {
@@ -103,6 +103,22 @@ def lr_schedule(cfg: Optim, total: int) -> Callable[[int], float]:
     return factor
 
 
+def rate_jump(cfg: Optim, step: int, planned: int, total: int) -> str | None:
+    """What the learning rate does when a run is continued to another end than was planned; ``None`` if nothing.
+
+    Args:
+        step: where the run goes on.
+        planned: steps that it was to have when it was last trained.
+    """
+    before, after = (lr_schedule(cfg, end)(step) for end in (planned, total))
+    if abs(before - after) < 1e-3:
+        return None
+    return (
+        f"the run was to end at step {planned:,} and now ends at {total:,}: under {cfg.lr_scheduler} its learning rate "
+        f"jumps at step {step:,} from {before:.3g} to {after:.3g} of the peak"
+    )
+
+
 def set_rate(group: dict[str, Any], rate: float) -> None:
     """Give a parameter group its learning rate; torchao keeps it in a tensor, which it wants filled."""
     if isinstance(group["lr"], Tensor):
@@ -180,7 +196,7 @@ class Average:
 def save_state(optimizer: Optimizer, names: dict[Tensor, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state as tensors, and numbers that JSON holds, under the names of the parameters.
 
-    No two tensors share memory, which bitsandbytes' tables do: a safetensors file cannot hold that.
+    No two tensors share memory, which bitsandbytes' tables and Prodigy's sums do: a safetensors file cannot hold that.
     """
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -198,7 +214,10 @@ def save_state(optimizer: Optimizer, names: dict[Tensor, str]) -> tuple[dict[str
     for group in optimizer.param_groups:  # Prodigy and Schedule-Free keep counters there
         own = {k: v for k, v in group.items() if k != "params" and isinstance(v, bool | int | float)}
         held = {k: v for k, v in group.items() if k != "params" and isinstance(v, Tensor)}
-        tensors |= {f"|{len(numbers['groups'])}|{k}": v.detach() for k, v in held.items()}
+        for key, value in held.items():
+            shared = value.data_ptr() in seen
+            tensors[f"|{len(numbers['groups'])}|{key}"] = value.detach().clone() if shared else value.detach()
+            seen.add(value.data_ptr())
         numbers["groups"].append(own)
     return tensors, numbers
 

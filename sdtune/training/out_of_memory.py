@@ -4,6 +4,7 @@ import torch
 
 from sdtune.config.sections import RunFailed
 from sdtune.recipes.recipe import Recipe, TrainingConfig
+from sdtune.run.device import out_of_memory
 from sdtune.training.batch_size import Estimates, fitting_changes, flags, human_bytes, limit_of
 
 SHARE = 0.9
@@ -16,8 +17,7 @@ def failure(
     kind: type[Recipe], cfg: TrainingConfig, device: torch.device, world: int, error: BaseException
 ) -> RunFailed:
     """The error of a run whose memory was full, with the options that save enough, each estimated on shapes alone."""
-    where = "the GPU" if device.type == "cuda" else "the machine"
-    said = f"out of memory on {where} ({str(error).strip().splitlines()[0][:150]})"
+    said = out_of_memory(error, device)
     try:
         estimates = Estimates(kind, cfg, device, world)
         needed = estimates.of().total

@@ -29,13 +29,20 @@ class State:
 
     Args:
         identity: facts that a continued run must share: images per step, fingerprint of the data.
+        total: steps that the run is to have.
 
     Raises:
         TypeError: a trained parameter is not fp32; its updates would round to nothing.
     """
 
     def __init__(
-        self, cfg: TrainingConfig, recipe: Recipe, engine: Engine, accelerator: Accelerator, identity: dict[str, Any]
+        self,
+        cfg: TrainingConfig,
+        recipe: Recipe,
+        engine: Engine,
+        accelerator: Accelerator,
+        identity: dict[str, Any],
+        total: int,
     ):
         self.cfg, self.engine, self.accelerator, self.identity = cfg, engine, accelerator, identity
         self.root = cfg.output_dir / "checkpoints"
@@ -46,6 +53,7 @@ class State:
         self.names = {p: name for name, p in self.weights.items()}
         self.average = optim.Average(cfg, self.weights) if cfg.use_ema else None
         self.step, self.skipped = 0, 0
+        self.total = self.planned = total
         if accelerator.is_main_process:
             copies = 4 if self.average else 3  # the weights, their two moments, their average
             size = copies * sum(w.numel() * w.element_size() for w in self.weights.values())
@@ -78,6 +86,7 @@ class State:
             facts = self.identity | {
                 "step": self.step,
                 "skipped": self.skipped,
+                "total": self.total,
                 "optimizer": numbers,
                 "scaler": self.engine.save_scale() or None,
                 "versions": environment(),
@@ -139,4 +148,5 @@ class State:
         if self.engine.overflows and saved["scaler"]:
             self.engine.load_scale(saved["scaler"])
         self.step, self.skipped = saved["step"], saved["skipped"]
+        self.planned = saved.get("total", self.total)
         log(f"continuing at step {self.step}, from {folder}")

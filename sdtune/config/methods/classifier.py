@@ -9,8 +9,8 @@ from pydantic import model_validator
 from sdtune.config.section_base import Count, Counts, Natural, NonNegative, Positive
 from sdtune.config.sections import (
     Classes,
-    Data,
     Hub,
+    ImageSize,
     LrSchedule,
     Network,
     Optim,
@@ -19,7 +19,7 @@ from sdtune.config.sections import (
 )
 
 
-class ClassifierConfig(Network, Schedule, Classes, Data, Optim, Hub, Run):
+class ClassifierConfig(Network, Schedule, Classes, ImageSize, Optim, Hub, Run):
     """A classifier of noised images, which guides a diffusion model (Dhariwal & Nichol 2021)."""
 
     method: ClassVar[str] = "classifier"

@@ -19,9 +19,9 @@ from sdtune.config.section_base import (
 )
 from sdtune.config.sections import (
     Classes,
-    Data,
     Denoising,
     Hub,
+    ImageSize,
     LrSchedule,
     Network,
     Optim,
@@ -32,7 +32,7 @@ from sdtune.config.sections import (
 )
 
 
-class DdpmConfig(Network, Schedule, Denoising, Classes, Streaming, Data, Optim, Preview, Hub, Run):
+class DdpmConfig(Network, Schedule, Denoising, Classes, Streaming, ImageSize, Optim, Preview, Hub, Run):
     """A diffusion model of pixels, from scratch or continued, with classes or without (DDPM; Ho et al. 2020)."""
 
     method: ClassVar[str] = "ddpm"

@@ -7,8 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 from sdtune.config.sections import UserError
+from sdtune.models.clip_skip import skip_layers
 from sdtune.models.families import part_location
 from sdtune.models.families.vaes import fp32_vae
 from sdtune.models.part_files import check_tokenizer, read_part, read_scheduler
@@ -43,6 +45,8 @@ class ModelParts:
     """The part that predicts."""
     encoders: tuple[str, ...] = ("text_encoder",)
     """The text encoders, each with a tokenizer."""
+    clip_layer: ClassVar[int | None] = None
+    """Layer of CLIP that is read, counted from the last; of 1, another can be chosen. ``None``: none is."""
 
     def __init__(self, cfg: Any, source: str, index: Mapping[str, Any], device: torch.device, dtype: torch.dtype):
         self.cfg, self.source, self.index, self.device, self.dtype = cfg, source, index, device, dtype
@@ -52,6 +56,12 @@ class ModelParts:
                 raise UserError(f"--model {cfg.model}: its model_index.json names no {part}{way_out}")
         self.parts: dict[str, Any] = {}
         self.retained: set[str] = {self.denoiser_name}
+
+    @property
+    def has_values(self) -> bool:
+        """False where memory is estimated: the parts are shapes without values."""
+        weight = next(self.denoiser.parameters())
+        return weight.device.type != "meta" and not isinstance(weight, FakeTensor)
 
     def part_class(self, part: str) -> Any:
         """The class of a part, as ``model_index.json`` names it."""
@@ -95,6 +105,8 @@ class ModelParts:
             else:
                 variant = {} if other else {"variant": self.cfg.variant}
                 module = self._read(kind, name, other, dtype=dtype, **variant)
+            if name == "text_encoder" and self.cfg.clip_skip:
+                skip_layers(module, self.cfg.clip_skip, self.cfg.model)
             self.parts[name] = module.requires_grad_(False).eval().to(self.device)
         return self.parts[name]
 

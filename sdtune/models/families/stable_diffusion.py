@@ -1,6 +1,6 @@
 """Stable Diffusion 1 and 2 (Rombach et al. 2022): a VAE, one CLIP text encoder and a UNet on 4-channel latents."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -18,6 +18,8 @@ class StableDiffusion(LatentFamily):
     trainable_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     options: ClassVar[frozenset[str]] = DDPM_ONLY
     patch = 1
+    clip_layer: ClassVar[int | None] = 1
+    reads_windows = True
     encode_options: ClassVar[dict[str, Any]] = {"do_classifier_free_guidance": False, "num_images_per_prompt": 1}
 
     def check(self) -> None:
@@ -43,9 +45,14 @@ class StableDiffusion(LatentFamily):
     def text_tensors(self, encoded: Any) -> dict[str, Tensor]:
         return {"embeds": encoded[0]}
 
+    @classmethod
+    def window_tensors(cls, outputs: Sequence[Any]) -> dict[str, Tensor]:
+        return {"embeds": outputs[0].last_hidden_state}
+
     def predict(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         dtype = self.dtype
-        return self.denoiser(x_t.to(dtype), t, encoder_hidden_states=cond["embeds"].to(dtype)).sample
+        text = {"encoder_hidden_states": cond["embeds"].to(dtype), "encoder_attention_mask": cond.get("mask")}
+        return self.denoiser(x_t.to(dtype), t, **text).sample
 
     @cached_property
     def scheduler(self) -> Any:

@@ -22,6 +22,7 @@ class StableDiffusion3(LatentFamily):
     options: ClassVar[frozenset[str]] = FLOW_ONLY | {"t5", "max_sequence_length"}
     prompt_arguments: ClassVar[tuple[str, ...]] = ("prompt", "prompt_2", "prompt_3")
     max_tokens: ClassVar[int | None] = 256
+    clip_layer: ClassVar[int | None] = 2
 
     def wants(self, encoder: str, cfg: Any) -> bool:
         return cfg.t5

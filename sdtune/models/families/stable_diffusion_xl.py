@@ -1,8 +1,9 @@
 """SDXL (Podell et al. 2023): two CLIP text encoders, and a UNet that is told the sizes of image and crop."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
@@ -14,10 +15,16 @@ class StableDiffusionXL(StableDiffusion):
     encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2")
     trainable_encoders: ClassVar[tuple[str, ...]] = encoders
     conditions_on_size = True
+    clip_layer: ClassVar[int | None] = 2
 
     def text_tensors(self, encoded: Any) -> dict[str, Tensor]:
         embeds, _, pooled, _ = encoded
         return {"embeds": embeds, "pooled": pooled}
+
+    @classmethod
+    def window_tensors(cls, outputs: Sequence[Any]) -> dict[str, Tensor]:
+        embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return {"embeds": embeds, "pooled": outputs[-1].text_embeds}
 
     def unused_layers(self, part: str) -> str | None:
         """The states before the last layer are read of both encoders, and the pooled output of the second alone."""
@@ -29,5 +36,5 @@ class StableDiffusionXL(StableDiffusion):
     def predict(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         dtype = self.dtype
         added = {"text_embeds": cond["pooled"].to(dtype), "time_ids": cond["size"].to(dtype)}
-        embeds = cond["embeds"].to(dtype)
-        return self.denoiser(x_t.to(dtype), t, encoder_hidden_states=embeds, added_cond_kwargs=added).sample
+        text = {"encoder_hidden_states": cond["embeds"].to(dtype), "encoder_attention_mask": cond.get("mask")}
+        return self.denoiser(x_t.to(dtype), t, added_cond_kwargs=added, **text).sample

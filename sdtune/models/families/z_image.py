@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sdtune.diffusion.objective import Objective
 from sdtune.diffusion.rectified_flow import RectifiedFlow
-from sdtune.models.families.latent import FLOW_ONLY, LatentFamily, pad, unpad
+from sdtune.models.families.latent import FLOW_ONLY, LatentFamily
+from sdtune.models.families.text import pad, unpad
 
 
 class ZImage(LatentFamily):
