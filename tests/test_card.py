@@ -12,7 +12,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
 from sdtune.config.methods.lora import LoraConfig
 from sdtune.publish import model_card, redact
 from sdtune.publish.origin import Origin, ask, by_name
-from sdtune.run import settings
+from sdtune.run import base_license, settings
 from sdtune.run.artefacts import artefact, by_path
 from tests.conftest import command, status
 from tests.tinyhub import TinyHub
@@ -109,6 +109,45 @@ def test_license_is_carried_over_from_the_base(api, run):
     ModelCard(text).validate()
     data, _, _ = made(run, base, model="tester/base", license="mit")
     assert data["license"] == "mit" and "license_name" not in data
+
+
+NON_COMMERCIAL = (
+    "---\nlicense: other\nlicense_name: flux-1-dev-non-commercial-license\nlicense_link: LICENSE.md\n---\n# x\n"
+)
+
+
+def test_a_license_that_forbids_use_is_told_in_the_plan_and_on_the_card(run, sd, pictures, tmp_path, capsys):
+    base = shutil.copytree(sd, tmp_path / "base")
+    (base / "README.md").write_text(NON_COMMERCIAL)
+    capsys.readouterr()
+    assert status(["check", *command(base, pictures, tmp_path / "out")]) == 0
+    told = "license: base is under flux-1-dev-non-commercial-license (LICENSE.md), which forbids commercial use"
+    assert capsys.readouterr().out.count(told) == 1
+    origin = by_name(named(str(base), "user/images"))
+    data, text, _ = made(run, origin)
+    assert (data["license"], data["license_name"]) == ("other", "flux-1-dev-non-commercial-license")
+    assert "forbids commercial use, also of what is made from it" in text
+    for front in ("no card", "---\nlicense: apache-2.0\n---\n", "---\nlicense: [a\n---\n", "---\n- license\n---\n"):
+        (base / "README.md").write_text(front)
+        assert base_license.notice(named_config(str(base))) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "forbids"),
+    [
+        ("cc-by-nc-4.0", True),
+        ("flux-non-commercial-license", True),
+        ("mit", False),
+        ("openrail++", False),
+        ("once", False),
+    ],
+)
+def test_names_of_licenses_that_forbid_use(name, forbids):
+    assert bool(base_license.License(name).forbids_use) is forbids
+
+
+def named_config(model):
+    return LoraConfig(model=model, dataset="user/images")
 
 
 def named(model, dataset):

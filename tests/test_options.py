@@ -11,7 +11,7 @@ import yaml
 
 from sdtune.config import fields, parsing, shipped
 from sdtune.config.commands import METHODS, config_class, methods
-from sdtune.config.foreign_flags import ANSWERS
+from sdtune.config.foreign_flags import ANSWERS, COMMON_NAMES
 from sdtune.config.methods.classifier import ClassifierConfig
 from sdtune.config.methods.dreambooth import DreamBoothConfig
 from sdtune.config.methods.lora import LoraConfig
@@ -20,6 +20,7 @@ from sdtune.config.sections import Run, UserError
 from sdtune.config.verbs import SampleConfig
 from sdtune.run import folder
 from tests.conftest import status
+from tests.diffusers_flags import FLAGS, IN_EACH
 
 CONFIGS = (*methods(), SampleConfig)
 LEAST = {config: {"dataset": "d"} if issubclass(config, Run) else {"prompt": ["x"]} for config in CONFIGS}
@@ -279,6 +280,28 @@ def test_who_says_an_options_default_expects_it_to_count():
     cfg = resolved(config=DreamBoothConfig)
     assert resolved(config=DreamBoothConfig, use_dora=False) == cfg  # asks for nothing
     assert resolved(lr_warmup_steps="0", lr_num_cycles="1").lr_warmup_steps == 0  # as diffusers' own commands say
+
+
+def test_every_flag_of_diffusers_scripts_is_an_option_or_has_an_answer():
+    """Under its own name; the values are for `test_cli`."""
+    launch = {"num_processes", "overwrite"}
+    unknown = []
+    for script, (command, flags) in FLAGS.items():
+        names = fields.names_of(METHODS[command].load())
+        meant = {name for name, options in COMMON_NAMES.items() if any(option in names for option in options)}
+        known = {*names, *meant, *ANSWERS, *launch}
+        unknown += [(script, flag) for flag in (*IN_EACH, *flags.split()) if flag not in known]
+    assert unknown == []
+
+
+def test_names_of_modules_may_have_commas_between_them():
+    assert resolved(target_modules="attn.to_k,attn.to_q, to_out.0").target_modules == [
+        "attn.to_k",
+        "attn.to_q",
+        "to_out.0",
+    ]
+    assert resolved(target_modules=["to_k", "to_q"]).target_modules == ["to_k", "to_q"]
+    assert resolved(target_modules=r".*\.to_q{1,2}").target_modules == [r".*\.to_q{1,2}"]
 
 
 def test_options_that_may_change_exist():

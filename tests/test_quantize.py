@@ -7,14 +7,17 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
+from torch.utils.data import default_collate
 
 from sdtune.config import parsing
 from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import UserError
 from sdtune.models import families
+from sdtune.models import quantize as quantization
 from sdtune.models.quantize import QuantizedLinear, quantize, sizes, weight_bytes
 from sdtune.recipes.lora import Lora
 from sdtune.training import memory_estimate
+from sdtune.training.prepare import prepare_modules
 from tests.conftest import command, status
 
 KINDS = {"int8": "torchao", "nf4": "bitsandbytes"}
@@ -28,7 +31,7 @@ def kind(request):
 
 def test_codes_give_the_numbers_and_the_gradient_of_what_they_stand_for(kind):
     torch.manual_seed(0)
-    layer, x = nn.Linear(128, 96), torch.randn(5, 7, 128, requires_grad=True)
+    layer, x = nn.Linear(128, 96).requires_grad_(False), torch.randn(5, 7, 128, requires_grad=True)
     exact = layer.weight.detach().clone()
     quantize(nn.Sequential(layer), kind)
     assert isinstance(layer, QuantizedLinear)
@@ -91,6 +94,36 @@ def test_adapters_learn_on_codes_as_on_numbers_and_load_in_the_stock_pipeline(ki
     pipe = StableDiffusionPipeline.from_pretrained(families.resolve_model("tiny"), safety_checker=None)
     pipe.load_lora_weights(tmp_path / kind, weight_name="pytorch_lora_weights.safetensors", adapter_name="own")
     assert any("own" in name for name, _ in pipe.unet.named_parameters())
+
+
+def rounded(weight):
+    """Codes of 8 bits a row, as those of the libraries, which need not be here."""
+    scale = weight.abs().amax(dim=1, keepdim=True) / 127
+    codes = (weight / scale).round().to(torch.int8)
+    return [codes, scale], lambda: codes.to(scale.dtype) * scale
+
+
+def test_a_base_is_coded_on_its_way_to_the_device_and_adapters_are_not(sd, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantization, "require", lambda kind: None)
+    monkeypatch.setattr(quantization, "int8", rounded)
+    monkeypatch.setattr(memory_estimate, "require", lambda kind: None)
+    words = command(sd, pictures, tmp_path / "run", "--quantize-base", "int8", "--train-text-encoder", "true")[1:]
+    given = {word[2:].replace("-", "_"): value for word, value in zip(words[::2], words[1::2], strict=True)}
+    cfg = parsing.resolve(LoraConfig, None, given, [])
+    recipe = Lora(cfg, torch.device("cpu"))
+    dataset = recipe.dataset(2, lambda line: None)
+    assert not any(isinstance(m, QuantizedLinear) for m in recipe.modules())
+    prepare_modules(recipe.train(), cfg, torch.device("cpu"))
+    for part in recipe.trained.values():
+        layers = {name: m for name, m in part.named_modules() if isinstance(m, nn.Linear)}
+        coded = {name for name, m in layers.items() if isinstance(m, QuantizedLinear)}
+        assert coded == {name for name in layers if "lora_" not in name}
+    assert all(p.dtype == torch.float32 for p in recipe.parameters() if p.requires_grad)
+    recipe(default_collate([dataset[0], dataset[1]])).mean().backward()
+    assert all(p.grad is not None for p in recipe.parameters() if p.requires_grad)
+    meta, _ = memory_estimate.meta_recipe(Lora, cfg, 2, lambda line: None)
+    added, _ = memory_estimate.quantised(meta, torch.device("cuda"))
+    assert added < 0
 
 
 def test_dora_wants_the_numbers(capsys):

@@ -3,6 +3,7 @@
 Nothing here imports torch or anything slow, so that a typing mistake costs a third of a second.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
@@ -21,10 +22,22 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 Precision = Annotated[Literal["no", "fp16", "bf16", "fp8"], BeforeValidator(lambda v: "no" if v is False else v)]
 """A bare `no` is false in YAML 1.1."""
 StrList = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+NAMES = r"[\w.]+( ?, ?[\w.]+)+"
+"""Names of modules with commas between them."""
+NameList = Annotated[StrList, BeforeValidator(lambda v: separate(v))]
+"""Names of modules, also as `NAMES`; a regular expression keeps its own commas."""
 PathOrId = Annotated[str, BeforeValidator(lambda v: home(v) if isinstance(v, str) else v)]
 """A path of this machine, or something that is no path, such as a Hub id."""
 PathOrIds = Annotated[list[PathOrId], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 Counts = Annotated[list[Count], BeforeValidator(lambda v: [v] if isinstance(v, str | int) else v)]
+
+
+def separate(value: Any) -> Any:
+    """Each text of names and commas as names; anything else as it is."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return value
+    return [name for text in texts for name in (re.findall(r"[\w.]+", text) if re.fullmatch(NAMES, text) else [text])]
 
 
 def home(path: str) -> str:

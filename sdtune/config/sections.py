@@ -17,6 +17,7 @@ from sdtune.config.section_base import (
     Count,
     Counts,
     Description,
+    NameList,
     Natural,
     NonNegative,
     PathOrId,
@@ -460,7 +461,7 @@ class Adapter(Section):
     """The update is scaled by alpha / rank. Default: alpha = rank."""
     dropout: Annotated[Annotated[float, Interval(ge=0, lt=1)], aliases("lora_dropout")] = 0.0
     """Dropout on the input of the adapters."""
-    target_modules: Annotated[StrList, aliases("lora_target_modules")] = []
+    target_modules: Annotated[NameList, aliases("lora_target_modules", "lora_layers")] = []
     """Modules of the denoiser that get an adapter: ends of names, or a regular expression. Default: the base's own."""
     use_dora: bool = False
     """Weight-decomposed adapters (DoRA; Liu et al. 2024)."""

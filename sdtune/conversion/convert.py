@@ -148,7 +148,7 @@ def check(file: Path, adapter: AdapterFile, to: str, pipe: Any = None) -> str:
                     f"{checked}, and the model's output as {reader} reads it ({CHANGE * deviation:.1e} of the effect)"
                 )
             refusal = f"{reader} itself does not read all of it"
-        except (ValueError, RuntimeError, KeyError, AttributeError) as error:
+        except (ValueError, RuntimeError, KeyError, AttributeError, AssertionError) as error:  # by its own checks
             refusal = f"{reader} refuses it: {(str(error).strip() or type(error).__name__).splitlines()[0][:120]}"
         if to in ("diffusers", "peft"):
             raise RunFailed(f"{file.name.removeprefix('.')}: {refusal}; the new file was deleted")
@@ -230,7 +230,9 @@ def outputs(pipe: Any) -> Tensor:
     noise = torch.randn(1, unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
     more = {}
     if getattr(unet.config, "addition_embed_type", None) == "text_time":
-        times = torch.full((1, 6), 8.0 * side, device=pipe.device, dtype=unet.dtype)
+        told = unet.config.projection_class_embeddings_input_dim - encoded[2].shape[-1]
+        sizes = (1, told // unet.config.addition_time_embed_dim)
+        times = torch.full(sizes, 8.0 * side, device=pipe.device, dtype=unet.dtype)
         more["added_cond_kwargs"] = {"text_embeds": encoded[2], "time_ids": times}
     predicted = unet(noise.to(pipe.device, unet.dtype), 500, encoder_hidden_states=encoded[0], **more).sample
     return torch.cat([t.flatten().double().cpu() for t in (*made, predicted)])

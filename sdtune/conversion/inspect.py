@@ -57,10 +57,12 @@ def of_embedding(found: Embedding) -> dict[str, Any]:
         "format": found.format,
         "kind": ["textual inversion"],
         "trigger": [found.token],
-        "vectors": {part: list(table.shape) for part, table in found.parts.items()},
+        "vectors": {part: list(table.shape) for part, table in sorted(found.parts.items())},
         "parameters": sum(table.numel() for table in found.parts.values()),
         "trained": trained(found.metadata, {}),
-        "norms": {f"{part} {k}": round(float(v.norm()), 6) for part, t in found.parts.items() for k, v in enumerate(t)},
+        "norms": {
+            f"{part} {k}": round(float(v.norm()), 6) for part, t in sorted(found.parts.items()) for k, v in enumerate(t)
+        },
     }
 
 

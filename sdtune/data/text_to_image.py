@@ -179,6 +179,7 @@ def text_to_image_dataset(
 
         vae_key = None if on_meta else partial(cache.weights_digest, family.vae)
         moments = cache.cached_tensors("moments", vae_key, variants, encode, "Encoding images")
+        family.unload_frozen()  # the VAE is not beside the text encoders
     reason = "the text encoder is trained" if trains_text else stream.text_cacheable
     if cfg.cache and reason:
         log(f"text embeddings are not cached: {reason}")

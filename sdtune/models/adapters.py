@@ -22,14 +22,13 @@ from torch import Tensor, nn
 from sdtune.config.sections import Adapter, UserError
 from sdtune.models.formats import diffusers_file
 from sdtune.models.formats.tensor_file import FILE, reproducible
-from sdtune.models.quantize import quantize
 
 # peft 0.15 refuses a LoraConfig with keys that it does not know; these it does.
 PORTABLE = "r lora_alpha target_modules rank_pattern alpha_pattern use_rslora use_dora lora_bias bias".split()
 
 
 def add_adapter(model: nn.Module, cfg: Adapter, targets: list[str], what: str) -> None:
-    """Freeze ``model``, quantise it if asked, and put a trainable adapter in fp32 on the modules that ``targets`` name.
+    """Freeze ``model``, and put a trainable adapter in fp32 on the modules that ``targets`` name.
 
     A single target with a character that no module name has is a regular expression for the full name. Adapters are
     fp32 whatever the precision of the base, because fp16 updates of fp16 weights would round to nothing.
@@ -48,8 +47,6 @@ def add_adapter(model: nn.Module, cfg: Adapter, targets: list[str], what: str) -
             init_lora_weights="gaussian",
         )
         model.requires_grad_(False)
-        if cfg.quantize_base and model.device.type != "meta":
-            quantize(model, cfg.quantize_base)
         model.add_adapter(adapter)
     except (ValueError, re.error) as error:
         ends = (re.search(r"[^.]*[a-z][^.]*(\.\d+)*$", n) for n, m in model.named_modules() if is_target(m))

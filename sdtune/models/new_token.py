@@ -1,11 +1,11 @@
 """New words for a text encoder: rows of its embedding that train, beside a table that cannot (Gal et al. 2022).
 
 A word of several vectors is several tokens, ``<cat> <cat>_1 <cat>_2``, which diffusers puts in place of ``<cat>``
-wherever a prompt says it.
+wherever a prompt says it. In a base of several text encoders each has vectors of its own for the word.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,29 @@ class Embedding(nn.Module):
         new = functional.embedding((ids - self.size).clamp(min=0), self.rows).to(old.dtype)
         return torch.where((ids >= self.size)[..., None], new, old)
 
+
+class Word(NamedTuple):
+    """A new word in the text encoders that learn it, by their names."""
+
+    token: str
+    embeddings: dict[str, Embedding]
+
+    @property
+    def rows(self) -> dict[str, nn.Parameter]:
+        """Its vectors, ``[n, dim]`` for each text encoder."""
+        return {name: embedding.rows for name, embedding in self.embeddings.items()}
+
     def figures(self, images: int) -> dict[str, Tensor]:
         """The mean norm of the new rows, for the metrics: one that runs away drowns the other words."""
-        return {"embedding_norm": self.rows.detach().norm(dim=1).mean().expand(images)}
+        return {
+            f"embedding_norm{name.removeprefix('text_encoder')}": rows.detach().norm(dim=1).mean().expand(images)
+            for name, rows in self.rows.items()
+        }
+
+    def deviation(self) -> Tensor:
+        """Mean square of the deviation of the norms from the vocabulary's, relative to it, over all encoders."""
+        squares = [((e.rows.norm(dim=1) / e.usual_norm) - 1).square().mean() for e in self.embeddings.values()]
+        return torch.stack(squares).mean()
 
 
 def spelling(word: str, vectors: int) -> list[str]:
@@ -49,17 +69,24 @@ def spelling(word: str, vectors: int) -> list[str]:
     return [word, *(f"{word}_{k}" for k in range(1, vectors))]
 
 
-def start_vectors(cfg: NewWord, tokenizer: Any, text_encoder: Any) -> Tensor:
-    """Where the vectors of ``cfg.placeholder_token`` start, ``[num_vectors, dim]``.
+def start_vectors(cfg: NewWord, tokenizers: Mapping[str, Any], encoders: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Where the vectors of ``cfg.placeholder_token`` start in each text encoder, ``[num_vectors, dim]``.
 
     Every mistake in the word is reported here, so that it is reported before anything that takes long.
+
+    Args:
+        tokenizers: that of each text encoder, by the encoder's name.
 
     Raises:
         UserError: the base knows the word already, or nothing to start from is there.
     """
     assert cfg.placeholder_token is not None
-    refuse_known(tokenizer, cfg.placeholder_token, cfg.num_vectors)
-    return starting_rows(tokenizer, text_encoder, cfg.initializer_token, cfg.num_vectors, cfg.initializer_mean)
+    for tokenizer in tokenizers.values():
+        refuse_known(tokenizer, cfg.placeholder_token, cfg.num_vectors)
+    return {
+        name: starting_rows(tokenizers[name], encoder, cfg.initializer_token, cfg.num_vectors, cfg.initializer_mean)
+        for name, encoder in encoders.items()
+    }
 
 
 def require_word(word: str, images: Images) -> Images:
@@ -86,6 +113,14 @@ def refuse_known(tokenizer: Any, word: str, vectors: int) -> None:
             f"--placeholder-token {word}: {taken[0]} is in the base's vocabulary; choose a word of your own, such as "
             f"<my-{word.strip('<>')}>"
         )
+
+
+def add_word(
+    word: str, tokenizers: Mapping[str, Any], encoders: Mapping[str, Any], starts: Mapping[str, Tensor]
+) -> Word:
+    """Add ``word`` to each text encoder and its tokenizer, by the encoders' names; its vectors train."""
+    embeddings = {name: add_token(tokenizers[name], encoder, word, starts[name]) for name, encoder in encoders.items()}
+    return Word(word, embeddings)
 
 
 def add_token(tokenizer: Any, text_encoder: Any, word: str, start: Tensor) -> Embedding:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sdtune.config.sections import UserError
 
-SIDE = 512
-"""Side of the layer from which the size of larger ones is calculated."""
+LIBRARIES = {"int8": ("torchao", "torchao"), "nf4": ("bitsandbytes", "bnb")}
+"""What makes the codes of a kind, and the extra of sdtune that installs it."""
 
 
 class QuantizedLinear(nn.Linear):
@@ -46,25 +46,32 @@ class DequantizedMatmul(torch.autograd.Function):
 
 
 @torch.no_grad()
-def quantize(model: nn.Module, kind: str) -> None:
-    """Quantise the weights of the linear layers of ``model`` in place, on their device.
+def quantize(model: nn.Module, kind: str, device: torch.device | None = None) -> None:
+    """Quantise the frozen weights of the linear layers of ``model`` in place.
 
     Args:
+        device: where the codes go; a layer at a time is there in full. ``None`` for that of the weights.
         kind: ``int8``, with a scale for each row, or ``nf4``, with one for each 64 weights, itself in 8 bits.
 
     Raises:
         UserError: the library is not there.
     """
-    encode, library, extra = {"int8": (int8, "torchao", "torchao"), "nf4": (nf4, "bitsandbytes", "bnb")}[kind]
+    require(kind)
+    encode = {"int8": int8, "nf4": nf4}[kind]
+    for layer in model.modules():
+        if type(layer) is nn.Linear and not layer.weight.requires_grad:
+            layer.codes, layer.decode = encode(layer.weight.detach().to(device or layer.weight.device))
+            layer.weight = nn.Parameter(layer.codes[0], requires_grad=False)
+            layer.__class__ = QuantizedLinear
+
+
+def require(kind: str) -> None:
+    """Raises: UserError where the library that makes the codes is not there."""
+    library, extra = LIBRARIES[kind]
     try:
         importlib.import_module(library)
     except ImportError as error:
         raise UserError(f"--quantize-base {kind}: {error}; pip install 'sdtune[{extra}]'") from None
-    for layer in model.modules():
-        if type(layer) is nn.Linear:
-            layer.codes, layer.decode = encode(layer.weight.detach())
-            layer.weight = nn.Parameter(layer.codes[0], requires_grad=False)
-            layer.__class__ = QuantizedLinear
 
 
 def int8(weight: Tensor) -> tuple[list[Tensor], Callable[[], Tensor]]:
@@ -86,16 +93,18 @@ def nf4(weight: Tensor) -> tuple[list[Tensor], Callable[[], Tensor]]:
 
 
 def sizes(model: nn.Module, kind: str) -> tuple[int, int, int]:
-    """Bytes of the weights that `quantize` quantises, of their codes, and of the largest weight, dequantised.
-
-    The size of the codes is that of a small layer, scaled up.
-    """
+    """Bytes of the weights that `quantize` quantises, of their codes, and of the largest weight, dequantised."""
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
-    small = nn.Sequential(nn.Linear(SIDE, SIDE, bias=False))
-    quantize(small, kind)
-    coded = weight_bytes(small) / SIDE**2
     plain = [w.nbytes for w in weights]
-    return sum(plain), round(sum(w.numel() for w in weights) * coded), max(plain)
+    return sum(plain), round(sum(code_bytes(w, kind) for w in weights)), max(plain)
+
+
+def code_bytes(weight: Tensor, kind: str) -> float:
+    """Bytes of the codes of a weight with what belongs to them, as the libraries keep them."""
+    if kind == "int8":
+        return weight.numel() + 4 * len(weight)  # a scale for each row
+    # half a byte, a scale in 8 bits for each 64, its own in 32 for each 256 of these; the tables of both codes
+    return weight.numel() * (1 / 2 + 1 / 64 + 4 / (64 * 256)) + 4 * (16 + 256)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -21,6 +21,7 @@ from sdtune.publish.origin import Origin
 from sdtune.publish.redact import redact
 from sdtune.run import checkpoints, usage
 from sdtune.run.artefacts import best
+from sdtune.run.base_license import License
 from sdtune.run.contact_sheet import cells
 from sdtune.run.folder import sample_sheets, step_of_sheet
 from sdtune.run.markdown import code_span, fence, heading
@@ -31,8 +32,11 @@ from sdtune.run.usage import ArtefactKind
 FAMILY_TAGS = {
     "StableDiffusionPipeline": ["stable-diffusion", "stable-diffusion-diffusers"],
     "StableDiffusionXLPipeline": ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"],
+    "StableDiffusionXLImg2ImgPipeline": ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"],
     "StableDiffusion3Pipeline": ["sd3", "sd3-diffusers"],
     "FluxPipeline": ["flux", "flux-diffusers"],
+    "FluxKontextPipeline": ["flux", "flux-diffusers"],
+    "Flux2Pipeline": ["flux2", "flux2-diffusers"],
     "Flux2KleinPipeline": ["flux2-klein", "flux2-klein-diffusers"],
     "QwenImagePipeline": ["qwen-image", "qwen-image-diffusers"],
     "ZImagePipeline": ["z-image", "z-image-diffusers"],
@@ -56,6 +60,7 @@ def model_card(
     """
     shown, about, hub = redact(settings), settings.about, settings.hub
     name, kind = out.resolve().name, usage.artefact_kind(weights)
+    base_class = _pipeline_class(settings, origin)
     kept = best(out)
     step = kept[0] if kept and any(file.is_relative_to(kept[1]) for file in weights.values()) else None
     lines = [line for line in read_lines(out / "metrics.jsonl") if step is None or line["step"] <= step]
@@ -84,9 +89,10 @@ def model_card(
     parts = [
         heading(name),
         f"{_article(about, kind)}{_on(shown.about, kind, origin)}, {trained}.",
+        License(origin.license, origin.license_name, origin.license_link).sentence(),
         "<Gallery />" if widget else "",
         f"## Trigger words\n\nUse {code_span(about.trigger)} in the prompt." if about.trigger else "",
-        _usage(shown.about, hub.hub_revision, kind, origin, repo or f"path/to/{name}", widget),
+        _usage(shown.about, hub.hub_revision, kind, origin, repo or f"path/to/{name}", widget, base_class),
         _before_after(sheets),
         _training(shown, kind, out, lines, holdout),
         _reproduce(shown, command),
@@ -208,12 +214,18 @@ def _results(shown: RunSettings, task: str, data_on_hub: bool, lines: list[dict[
 
 
 def _usage(
-    about: Description, branch: str | None, kind: ArtefactKind, origin: Origin, repo: str, widget: list[dict[str, Any]]
+    about: Description,
+    branch: str | None,
+    kind: ArtefactKind,
+    origin: Origin,
+    repo: str,
+    widget: list[dict[str, Any]],
+    base_class: str,
 ) -> str:
     base, revision = (about.base, about.revision) if origin.base_on_hub else (f"path/to/{about.base}", None)
     prompt = widget[0]["text"] if widget else "..."
     code = usage.lines(
-        kind, repo, branch, str(base), revision, prompt, about.token, about.clip_skip, about.long_prompts
+        kind, repo, branch, str(base), revision, prompt, about.token, about.clip_skip, about.long_prompts, base_class
     )
     return "\n\n".join(["## Use", fence(code, "python"), *filter(None, [usage.classes(kind)])])
 

@@ -1,11 +1,12 @@
 """What the Hub knows of a run's base model and dataset."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
 from sdtune.publish import hub
+from sdtune.run import base_license
 from sdtune.run.public_name import may_be_hub_id
 from sdtune.run.settings import RunSettings
 
@@ -30,9 +31,10 @@ def look_up(api: HfApi, settings: RunSettings) -> Origin:
 
 
 def by_name(settings: RunSettings) -> Origin:
-    """Whether the names of base and data can be ids of the Hub."""
+    """Whether the names of base and data can be ids of the Hub, and the license of a base that is on this machine."""
     base, dataset = settings.about.base, str(settings.values.get("dataset") or "")
-    return Origin(base is not None and may_be_hub_id(base), may_be_hub_id(dataset))
+    known = base_license.of_base(base, settings.about.revision, settings.values.get("cache_dir")) if base else ()
+    return Origin(base is not None and may_be_hub_id(base), may_be_hub_id(dataset), *known)
 
 
 def ask(api: HfApi, settings: RunSettings) -> Origin:
@@ -47,9 +49,4 @@ def ask(api: HfApi, settings: RunSettings) -> Origin:
         card = api.model_info(base, revision=revision, timeout=20).card_data
     except (RepositoryNotFoundError, HFValidationError) as error:
         return origin._replace(base_on_hub=isinstance(error, GatedRepoError))
-    known: dict[str, Any] = card.to_dict() if card else {}
-    license = known.get("license")
-    if isinstance(license, list) and len(license) > 1:  # nobody knows here which of them holds
-        license = None
-    name, link = (known.get("license_name"), known.get("license_link")) if license else (None, None)
-    return origin._replace(license=license, license_name=name, license_link=link)
+    return origin._replace(**base_license.of_metadata(card.to_dict() if card else {})._asdict())

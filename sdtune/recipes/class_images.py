@@ -141,7 +141,7 @@ def generate_missing(cfg: DreamBoothConfig, family: Any, folder: Path, count: in
         for k, prompt, image in zip(range(batch.start, min(batch.stop, count)), prompts, images, strict=False):
             write(path_of(folder, k), image, settings(cfg), prompt if len(cfg.class_prompt) > 1 else None)
     if mine:
-        family.unload_frozen()
+        family.set_aside()
     store_barrier()
 
 

@@ -27,8 +27,9 @@ class DreamBooth(FineTune):
         super().__init__(cfg, device)
         self.add_part(self.family.denoiser_name, trains=False)
         if cfg.placeholder_token:  # so that a mistake in the word is reported before images are generated
-            text_encoder = self.add_part(self.family.word_encoder(), trains=False)
-            start = new_token.start_vectors(cfg, self.family.tokenizer, text_encoder)
+            encoders = {name: self.add_part(name, trains=False) for name in self.family.encoders_for_a_word()}
+            tokenizers = self.family.tokenizers_of(encoders)
+            starts = new_token.start_vectors(cfg, tokenizers, encoders)
         if cfg.prior_preservation:
             self.images = Mixture(self.images, class_images(cfg, self.family))
         if cfg.lora:
@@ -37,7 +38,7 @@ class DreamBooth(FineTune):
             self.train_all_weights(cfg.train_text_encoder)
         self.word = None
         if cfg.placeholder_token:
-            self.word = new_token.add_token(self.family.tokenizer, text_encoder, cfg.placeholder_token, start)
+            self.word = new_token.add_word(cfg.placeholder_token, tokenizers, encoders, starts)
 
     def load_images(self):
         cfg = self.cfg
@@ -53,10 +54,11 @@ class DreamBooth(FineTune):
         cfg, groups = self.cfg, super().parameter_groups()
         ends = [cfg.text_encoder_frac if self.of_text(name) else cfg.unet_frac for name in self.trained]
         groups = [group | {"stop_fraction": end} for group, end in zip(groups, ends, strict=True)]
-        if self.word:  # its rows are in the text encoder
-            rows, rate = self.word.rows, cfg.placeholder_lr or cfg.learning_rate
-            groups = [group | {"params": [p for p in group["params"] if p is not rows]} for group in groups]
-            groups.append({"params": [rows], "lr": rate, "stop_fraction": cfg.placeholder_frac})
+        if self.word:  # its rows are in the text encoders
+            rows, rate = list(self.word.rows.values()), cfg.placeholder_lr or cfg.learning_rate
+            for group in groups:
+                group["params"] = [p for p in group["params"] if all(p is not row for row in rows)]
+            groups.append({"params": rows, "lr": rate, "stop_fraction": cfg.placeholder_frac})
         return groups
 
     def export(self, out):

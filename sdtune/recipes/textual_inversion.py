@@ -2,7 +2,7 @@
 
     v* = argmin_v  E || eps - eps_theta(z_t, t, tau(y(v))) ||^2
 
-A new word gets vectors v of its own in the text encoder's table; nothing else trains. Each time an image is used, a
+A new word gets vectors v of its own in each text encoder's table; nothing else trains. Each time an image is used, a
 template such as "a photo of {}", drawn at random, captions it with the new word.
 """
 
@@ -20,9 +20,10 @@ class TextualInversion(FineTune):
     def __init__(self, cfg, device):
         super().__init__(cfg, device)
         self.add_part(self.family.denoiser_name, trains=False)
-        text_encoder = self.add_part(self.family.word_encoder(), trains=False)
-        start = new_token.start_vectors(cfg, self.family.tokenizer, text_encoder)
-        self.word = new_token.add_token(self.family.tokenizer, text_encoder, cfg.placeholder_token, start)
+        encoders = {name: self.add_part(name, trains=False) for name in self.family.encoders_for_a_word()}
+        tokenizers = self.family.tokenizers_of(encoders)
+        starts = new_token.start_vectors(cfg, tokenizers, encoders)
+        self.word = new_token.add_word(cfg.placeholder_token, tokenizers, encoders, starts)
 
     def load_images(self):
         cfg = self.cfg
@@ -33,12 +34,11 @@ class TextualInversion(FineTune):
     def forward(self, batch):
         loss = super().forward(batch)
         if self.cfg.norm_weight:
-            relative = self.word.rows.norm(dim=1) / self.word.usual_norm
-            loss = loss + self.cfg.norm_weight * (relative - 1).square().mean()
+            loss = loss + self.cfg.norm_weight * self.word.deviation()
         return loss, self.word.figures(len(loss))
 
     def parameter_groups(self):
-        return [{"params": [self.word.rows], "lr": self.cfg.learning_rate}]
+        return [{"params": list(self.word.rows.values()), "lr": self.cfg.learning_rate}]
 
     def export(self, out):
         return [embedding.save(out, self.cfg.placeholder_token, self.word.rows, self.provenance())]

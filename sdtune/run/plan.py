@@ -1,10 +1,11 @@
-"""The plan of a run in one line, printed before training."""
+"""The plan of a run in one line, printed before training, and what the license of its base forbids."""
 
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from sdtune.config.sections import RATE_FREE, WARMED, LrSchedule, UserError
+from sdtune.run import base_license
 
 
 class Planned(Protocol):
@@ -69,7 +70,7 @@ def plan(cfg: Planned, stream: Any, total: int, world: int, peaks: Sequence[floa
         rate += f" ({cfg.optimizer} finds the rate itself and multiplies it by this: 1 is usual)"
     if warms_up(cfg) and cfg.lr_warmup_steps >= total:
         rate += f" (not reached: its warm-up of {cfg.lr_warmup_steps} steps is longer than the run)"
-    return "; ".join(
+    line = "; ".join(
         [
             f"plan: {epoch} = {stream.epoch_length:,} an epoch",
             f"{cfg.train_batch_size} a process x {cfg.gradient_accumulation_steps} accumulated x {world} processes = "
@@ -79,6 +80,7 @@ def plan(cfg: Planned, stream: Any, total: int, world: int, peaks: Sequence[floa
             f"{trained:,} parameters train",
         ]
     )
+    return "\n".join(filter(None, [line, base_license.notice(cfg)]))
 
 
 def short(number: float) -> str:

@@ -8,8 +8,12 @@ from typing import Any, NamedTuple
 from sdtune.run.markdown import code_span
 
 EMBEDDING = "learned_embeds.safetensors"
+ENCODERS = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2"}
+"""Names of the tables of a word that several text encoders learnt, or ComfyUI reads, to the encoder of each."""
 CLASSES = "classes.json"
 """Names of classes in the order of their labels, beside a model that knows classes."""
+FROM_PICTURES = ("StableDiffusionXLImg2ImgPipeline",)
+"""Classes of pipelines that are called with a picture beside the prompt."""
 MANY = 30
 """At most this many classes are listed; for more, the file with their names is named."""
 
@@ -21,6 +25,8 @@ class ArtefactKind(NamedTuple):
     """Name of the file."""
     embedding: str | None = None
     """Name of the file."""
+    tables: tuple[str, ...] = ()
+    """Keys of its tables where each text encoder has one; empty for the one table of one encoder."""
     pipeline: str | None = None
     """Class of diffusers."""
     takes_text: bool = True
@@ -50,7 +56,19 @@ def artefact_kind(files: Mapping[str, Path]) -> ArtefactKind:
     if "diffusion_pytorch_model.safetensors" in files and (config := read_json("config.json")):
         return ArtefactKind(takes_text=False, classifier=config, classes=classes)
     others = [name for name in files if name.endswith(".safetensors") and name != EMBEDDING]
-    return ArtefactKind(adapter=next(iter(others), None), embedding=EMBEDDING if EMBEDDING in files else None)
+    adapter = next(iter(others), None)
+    if EMBEDDING not in files:
+        return ArtefactKind(adapter=adapter)
+    return ArtefactKind(adapter=adapter, embedding=EMBEDDING, tables=_tables(files[EMBEDDING]))
+
+
+def _tables(file: Path) -> tuple[str, ...]:
+    """The keys of an embedding's tables, if they are names of text encoders."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="np") as tensors:
+        keys = set(tensors.keys())
+    return tuple(key for key in ENCODERS if key in keys) if keys <= ENCODERS.keys() else ()
 
 
 def sample(what: ArtefactKind, folder: str, prompt: str) -> list[str]:
@@ -71,6 +89,7 @@ def lines(
     token: str | None,
     clip_skip: int | None = None,
     long_prompts: bool = False,
+    base_class: str = "",
 ) -> str:
     """Python code that loads an artefact and makes an image.
 
@@ -80,6 +99,7 @@ def lines(
         token: the new word of an embedding, in case its file does not name it.
         clip_skip: the layer of the text encoder that it was trained at, counted from the last.
         long_prompts: whether captions were read in several windows, which the stock call does not do.
+        base_class: the pipeline class of the base, if it is known.
     """
     if what.classifier:
         return _classifier(what.classifier, repo, at)
@@ -89,23 +109,49 @@ def lines(
     if base.endswith(".safetensors"):
         reader = "StableDiffusionPipeline.from_single_file"
     loads = [f"pipe = {reader}({arguments(base, revision=base_at)})"]
+    imports = [f"from diffusers import {reader.partition('.')[0]}"]
     if clip_skip and clip_skip > 1:
         loads.append(f"layers = pipe.text_encoder.encoder.layers[:{1 - clip_skip}]  # clip skip {clip_skip}")
         loads.append("pipe.text_encoder.encoder.layers = layers")
-    if what.embedding:  # first: an adapter of the text encoder may have been trained with the new word
+    # The word first: an adapter of the text encoder may have been trained with it
+    if what.embedding and what.tables:
+        loads += _tables_loaded(what, repo, at, token, imports)
+    elif what.embedding:
         words = arguments(repo, weight_name=what.embedding, token=token, revision=at)
         loads.append(f"pipe.load_textual_inversion({words})")
     if what.adapter:
         loads.append(f"pipe.load_lora_weights({arguments(repo, weight_name=what.adapter, revision=at)})")
     if long_prompts:
         loads.append("# prompts over 77 tokens: sdtune sample --long-prompts")
-    loads.append(f"image = pipe({text(prompt)}).images[0]")
-    return "\n".join([f"from diffusers import {reader.partition('.')[0]}", "", *loads])
+    if base_class in FROM_PICTURES:
+        imports.append("from diffusers.utils import load_image")
+        loads.append('picture = load_image("...")')
+    call = f"{text(prompt)}, image=picture" if base_class in FROM_PICTURES else text(prompt)
+    loads.append(f"image = pipe({call}).images[0]")
+    return "\n".join([*imports, "", *loads])
+
+
+def _tables_loaded(what: ArtefactKind, repo: str, at: str | None, token: str | None, imports: list[str]) -> list[str]:
+    """Lines that teach each text encoder its table of a word; adds what they import to ``imports``."""
+    file = text(f"{repo}/{what.embedding}")
+    if repo.count("/") == 1:  # a repository, and no folder
+        imports.append("from huggingface_hub import hf_hub_download")
+        file = f"hf_hub_download({arguments(repo, filename=what.embedding, revision=at)})"
+    imports.append("from safetensors.torch import load_file")
+    loads = [f"tables = load_file({file})"]
+    for key in what.tables:
+        encoder = ENCODERS[key]
+        parts = f"text_encoder=pipe.{encoder}, tokenizer=pipe.{encoder.replace('text_encoder', 'tokenizer')}"
+        loads.append(f"pipe.load_textual_inversion(tables[{text(key)}], token={text(token or '...')}, {parts})")
+    return loads
 
 
 def _pipeline(what: ArtefactKind, repo: str, at: str | None, prompt: str) -> str:
     load = f"pipe = DiffusionPipeline.from_pretrained({arguments(repo, revision=at)})"
     draw = f"image = pipe({text(prompt) if what.takes_text else ''}).images[0]"
+    if what.pipeline in FROM_PICTURES:
+        draw = f"image = pipe({text(prompt)}, image=load_image({text('...')})).images[0]"
+        return f"from diffusers import DiffusionPipeline\nfrom diffusers.utils import load_image\n\n{load}\n{draw}"
     if not what.classes:
         return f"from diffusers import DiffusionPipeline\n\n{load}\n{draw}"
     return f"""from functools import partial

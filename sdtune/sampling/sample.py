@@ -213,7 +213,7 @@ def generate(
     accepted = inspect.signature(pipe.__call__).parameters
     family = families.family_class(type(pipe).__name__)
     options: dict[str, Any] = {"num_inference_steps": steps} | family.guidance(guidance_scale, negative_prompt)
-    options |= {"width": width, "height": height, "guidance_rescale": guidance_rescale or None}
+    options |= family.picture_size(pipe, width, height) | {"guidance_rescale": guidance_rescale or None}
     options = {k: v for k, v in options.items() if v is not None}
     if refused := [k for k in options if k not in accepted]:
         raise UserError(f"{type(pipe).__name__} has no {', '.join(refused)}: leave it out")

@@ -85,7 +85,7 @@ def fit(
 
     # What trains, on what, and where the run stands
     torch.manual_seed(rng.key(cfg.seed, "init"))
-    recipe = kind(cfg, accelerator.device).to(accelerator.device)
+    recipe = kind(cfg, accelerator.device)
     batch_size, accumulation = cfg.train_batch_size, cfg.gradient_accumulation_steps
     group = batch_size * accumulation * world  # images per optimizer step
     dataset = recipe.dataset(group, log)

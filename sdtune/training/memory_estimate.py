@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 
 from sdtune.config.sections import Adapter
-from sdtune.models.quantize import sizes
+from sdtune.models.quantize import require, sizes
 from sdtune.recipes.finetune import FineTune
 from sdtune.recipes.recipe import Recipe, RecipeDataset, TrainingConfig, split_loss
 from sdtune.run.precision import dtype_of
@@ -190,7 +190,7 @@ def trial_step(kind: type[Recipe], cfg: TrainingConfig, device: torch.device, gr
         torch.OutOfMemoryError: it does not fit.
     """
     torch.cuda.reset_peak_memory_stats(device)
-    recipe = kind(cfg, device).to(device)
+    recipe = kind(cfg, device)
     dataset = recipe.dataset(group, lambda line: None)
     prepare_modules(recipe.train(), cfg, device)
     batch = send_to_device(heaviest_batch(cfg, dataset), device)
@@ -234,6 +234,7 @@ def quantised(recipe: Recipe, device: torch.device) -> tuple[int, int]:
     cfg = recipe.cfg
     if not (isinstance(recipe, FineTune) and isinstance(cfg, Adapter) and cfg.quantize_base):
         return 0, 0
+    require(cfg.quantize_base)
     mapped = device.type == "cpu" and recipe.family.dtype == torch.float32 and recipe.cfg.variant is None
     plain, coded, largest = zip(*(sizes(part, cfg.quantize_base) for part in recipe.trained.values()), strict=True)
     return sum(coded) - (0 if mapped else sum(plain)), max(largest)
@@ -243,8 +244,7 @@ def read_in_full(recipe: Recipe) -> int:
     """Bytes in 32 bits of the largest part of a base that is held in fewer: while it is read it is there twice."""
     if not isinstance(recipe, FineTune) or recipe.cfg.variant is not None or recipe.family.dtype == torch.float32:
         return 0
-    sizes_in_full: list[int] = [4 * sum(p.numel() for p in part.parameters()) for part in recipe.family.parts.values()]
-    return max(sizes_in_full)
+    return int(max(4 * sum(p.numel() for p in part.parameters()) for part in recipe.family.parts.values()))
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

@@ -9,79 +9,11 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
-from tests.tinysd import WORDS, bpe_tables, tiny_tokenizer, tiny_vae
+from tests.families.encoders import clip, mistral_3, qwen3, qwen_tokenizer, t5, t5_tokenizer
+from tests.tinysd import tiny_tokenizer, tiny_vae
 
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 SMALL_VAE = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 32, **BLOCKS}
-
-
-def t5_tokenizer() -> Any:
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -2.0), ("▁", -3.0)]
-    pieces += [(chr(c), -5.0 - c / 100) for c in range(33, 127)] + [(f"▁{word}", -2.5) for word in WORDS]
-    tokenizer = transformers.T5Tokenizer(vocab=pieces, extra_ids=0)
-    tokenizer.model_max_length = 512
-    return tokenizer
-
-
-def qwen_tokenizer() -> Any:
-    vocab, merges = bpe_tables()
-    tokens = list(dict.fromkeys(token.replace("</w>", "") for token in vocab if not token.startswith("<|")))
-    pairs = dict.fromkeys((a, b.replace("</w>", "")) for a, b in merges)
-    known = [(a, b) for a, b in pairs if {a, b, a + b} <= set(tokens)]
-    tokenizer = transformers.Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=known)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template, tokenizer.model_max_length = CHAT, 4096
-    return tokenizer
-
-
-def clip(tokenizer: Any, projects: bool, activation: str = "quick_gelu") -> Any:
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=77,
-        projection_dim=32,
-        hidden_act=activation,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return (transformers.CLIPTextModelWithProjection if projects else transformers.CLIPTextModel)(config)
-
-
-def t5(tokenizer: Any, width: int) -> Any:
-    return transformers.T5EncoderModel(
-        transformers.T5Config(
-            vocab_size=len(tokenizer),
-            d_model=width,
-            d_ff=64,
-            d_kv=8,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-        )
-    )
-
-
-def qwen3(tokenizer: Any, layers: int, kind: Any) -> Any:
-    return kind(
-        transformers.Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=4096,
-        )
-    )
 
 
 def flow_scheduler(**options: Any) -> Any:
@@ -100,10 +32,9 @@ def vae16(**options: Any) -> Any:
     )
 
 
-def sdxl() -> Any:
-    tokenizer, vae = tiny_tokenizer(), tiny_vae(32, 2)
-    vae.register_to_config(scaling_factor=0.13025)
-    unet = diffusers.UNet2DConditionModel(
+def sdxl_unet(text: int, pooled: int, told: int) -> Any:
+    """The UNet of SDXL, for states and pooled output of such widths, told as many numbers of sizes."""
+    return diffusers.UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
         out_channels=4,
@@ -111,24 +42,53 @@ def sdxl() -> Any:
         block_out_channels=(16, 32),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=64,
+        cross_attention_dim=text,
         attention_head_dim=(2, 4),
         norm_num_groups=4,
         use_linear_projection=True,
         transformer_layers_per_block=(1, 2),
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=32 + 6 * 8,
+        projection_class_embeddings_input_dim=pooled + told * 8,
     )
+
+
+def sdxl_vae() -> Any:
+    vae = tiny_vae(32, 2)
+    vae.register_to_config(scaling_factor=0.13025)
+    return vae
+
+
+def sdxl_scheduler() -> Any:
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    return EulerDiscreteScheduler(**schedule, steps_offset=1, timestep_spacing="leading")
+
+
+def sdxl() -> Any:
+    tokenizer = tiny_tokenizer()
     return diffusers.StableDiffusionXLPipeline(
-        vae=vae,
+        vae=sdxl_vae(),
+        unet=sdxl_unet(64, 32, 6),
         text_encoder=clip(tokenizer, False),
         text_encoder_2=clip(tokenizer, True, "gelu"),
         tokenizer=tokenizer,
         tokenizer_2=tiny_tokenizer(),
-        unet=unet,
-        scheduler=EulerDiscreteScheduler(**schedule, steps_offset=1, timestep_spacing="leading"),
+        scheduler=sdxl_scheduler(),
+    )
+
+
+def sdxl_refiner() -> Any:
+    tokenizer = tiny_tokenizer()
+    return diffusers.StableDiffusionXLImg2ImgPipeline(
+        vae=sdxl_vae(),
+        unet=sdxl_unet(32, 32, 5),
+        text_encoder=None,
+        text_encoder_2=clip(tokenizer, True, "gelu"),
+        tokenizer=None,
+        tokenizer_2=tokenizer,
+        scheduler=sdxl_scheduler(),
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
     )
 
 
@@ -190,9 +150,8 @@ def z_image() -> Any:
     )
 
 
-def flux_2_klein() -> Any:
-    tokenizer = qwen_tokenizer()
-    transformer = diffusers.Flux2Transformer2DModel(
+def flux_2_transformer(**options: Any) -> Any:
+    return diffusers.Flux2Transformer2DModel(
         patch_size=1,
         in_channels=64,
         num_layers=1,
@@ -202,22 +161,41 @@ def flux_2_klein() -> Any:
         joint_attention_dim=96,
         timestep_guidance_channels=32,
         axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=False,
+        **options,
     )
+
+
+def flux_2_vae() -> Any:
     vae = diffusers.AutoencoderKLFlux2(latent_channels=16, **SMALL_VAE)
     vae.bn.running_mean.normal_(0, 0.1)
     vae.bn.running_var.uniform_(0.5, 1.5)
+    return vae
+
+
+def flux_2_klein() -> Any:
+    tokenizer = qwen_tokenizer()
     return diffusers.Flux2KleinPipeline(
-        transformer=transformer,
+        transformer=flux_2_transformer(guidance_embeds=False),
         scheduler=flow_scheduler(use_dynamic_shifting=True),
-        vae=vae,
+        vae=flux_2_vae(),
         text_encoder=qwen3(tokenizer, 28, transformers.Qwen3ForCausalLM),
         tokenizer=tokenizer,
         is_distilled=False,
     )
 
 
-def flux() -> Any:
+def flux_2() -> Any:
+    tokenizer = qwen_tokenizer()
+    return diffusers.Flux2Pipeline(
+        transformer=flux_2_transformer(guidance_embeds=True),
+        scheduler=flow_scheduler(use_dynamic_shifting=True),
+        vae=flux_2_vae(),
+        text_encoder=mistral_3(tokenizer, 31),
+        tokenizer=tokenizer,
+    )
+
+
+def flux(kind: Any = diffusers.FluxPipeline) -> Any:
     tokenizer, tokenizer_2 = tiny_tokenizer(), t5_tokenizer()
     transformer = diffusers.FluxTransformer2DModel(
         patch_size=1,
@@ -231,7 +209,7 @@ def flux() -> Any:
         guidance_embeds=True,
         axes_dims_rope=(4, 4, 8),
     )
-    return diffusers.FluxPipeline(
+    return kind(
         transformer=transformer,
         scheduler=flow_scheduler(use_dynamic_shifting=True),
         vae=vae16(scaling_factor=0.3611, shift_factor=0.1159),
@@ -240,6 +218,10 @@ def flux() -> Any:
         text_encoder_2=t5(tokenizer_2, 32),
         tokenizer_2=tokenizer_2,
     )
+
+
+def flux_kontext() -> Any:
+    return flux(diffusers.FluxKontextPipeline)
 
 
 def chroma() -> Any:

@@ -39,6 +39,17 @@ def sdxl(pipe: Any, batch: Mapping[str, Any]) -> Tensor:
     return squares(pipe.unet(x_t, t, torch.cat(states, -1), added_cond_kwargs=told).sample, batch["noise"])
 
 
+def sdxl_refiner(pipe: Any, batch: Mapping[str, Any]) -> Tensor:
+    x0 = posterior(pipe, batch) * pipe.vae.config.scaling_factor
+    t = (batch["u"] * 1000).long()
+    x_t = DDPMScheduler.from_config(pipe.scheduler.config).add_noise(x0, batch["noise"], t)
+    ids = pipe.tokenizer_2(batch["caption"], padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    pooled, *_, hidden = pipe.text_encoder_2(ids.input_ids, output_hidden_states=True, return_dict=False)
+    sizes = [[*size[:4], 6.0] for size in batch["size"].tolist()]
+    told = {"time_ids": torch.tensor(sizes), "text_embeds": pooled}
+    return squares(pipe.unet(x_t, t, hidden[-2], added_cond_kwargs=told).sample, batch["noise"])
+
+
 def sigmas(u: Tensor, shift: float = 1.0) -> Tensor:
     return (shift * u / (1 + (shift - 1) * u)).float()
 
@@ -73,7 +84,8 @@ def z_image(pipe: Any, batch: Mapping[str, Any]) -> Tensor:
     return flow(scaled(pipe, batch), batch["noise"], t, predict)
 
 
-def flux_2_klein(pipe: Any, batch: Mapping[str, Any]) -> Tensor:
+def flux_2_klein(pipe: Any, batch: Mapping[str, Any], guidance: float | None = None) -> Tensor:
+    told = None if guidance is None else torch.full((len(batch["u"]),), guidance)
     t, patches = sigmas(batch["u"]), Flux2KleinPipeline._patchify_latents
     mean = pipe.vae.bn.running_mean.view(1, -1, 1, 1)
     std = (pipe.vae.bn.running_var.view(1, -1, 1, 1) + pipe.vae.config.batch_norm_eps).sqrt()
@@ -88,10 +100,15 @@ def flux_2_klein(pipe: Any, batch: Mapping[str, Any]) -> Tensor:
             encoder_hidden_states=embeds,
             txt_ids=text_ids,
             img_ids=image_ids,
+            guidance=told,
         ).sample
         return Flux2KleinPipeline._unpack_latents_with_ids(tokens, image_ids)
 
     return flow((patches(posterior(pipe, batch)) - mean) / std, patches(batch["noise"]), t, predict)
+
+
+def flux_2(pipe: Any, batch: Mapping[str, Any]) -> Tensor:
+    return flux_2_klein(pipe, batch, guidance=3.5)
 
 
 def packed(pipe: Any, x_t: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:

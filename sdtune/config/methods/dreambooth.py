@@ -79,8 +79,8 @@ class DreamBoothConfig(
     """Learning rate of the text encoder. Default: learning_rate."""
     placeholder_lr: Annotated[Positive | None, requires("placeholder_token")] = None
     """Learning rate of the new word's vectors. Default: learning_rate."""
-    unet_frac: Share = 1.0
-    """Share of the run, from its start, in which the UNet trains."""
+    unet_frac: Annotated[Share, aliases("train_transformer_frac")] = 1.0
+    """Share of the run, from its start, in which the denoiser (UNet or transformer) trains."""
     text_encoder_frac: Annotated[Share, aliases("train_text_encoder_frac"), requires("train_text_encoder")] = 1.0
     """Share of the run, from its start, in which the text encoder trains."""
     placeholder_frac: Annotated[Share, aliases("train_text_encoder_ti_frac"), requires("placeholder_token")] = 1.0

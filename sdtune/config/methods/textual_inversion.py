@@ -1,7 +1,7 @@
 """Options of `sdtune textual-inversion`."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from sdtune.config.methods.new_word import NewWord
 from sdtune.config.section_base import Natural, NonNegative, Positive
@@ -17,6 +17,7 @@ from sdtune.config.sections import (
     Preview,
     Prompts,
     Run,
+    aliases,
 )
 
 
@@ -44,4 +45,4 @@ class TextualInversionConfig(
     """Weight of the squared deviation of the vectors' norm from the vocabulary's mean norm, relative to it."""
     output_dir: Path = Path("runs/textual-inversion")
     learning_rate: Positive = 5e-3
-    export_steps: Natural = 500
+    export_steps: Annotated[Natural, aliases("save_steps")] = 500

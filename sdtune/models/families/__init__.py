@@ -22,10 +22,13 @@ PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 CLASSES = {
     "StableDiffusionPipeline": "sdtune.models.families.stable_diffusion:StableDiffusion",
     "StableDiffusionXLPipeline": "sdtune.models.families.stable_diffusion_xl:StableDiffusionXL",
+    "StableDiffusionXLImg2ImgPipeline": "sdtune.models.families.stable_diffusion_xl_refiner:StableDiffusionXLRefiner",
     "StableDiffusion3Pipeline": "sdtune.models.families.stable_diffusion_3:StableDiffusion3",
     "ZImagePipeline": "sdtune.models.families.z_image:ZImage",
+    "Flux2Pipeline": "sdtune.models.families.flux_2:Flux2",
     "Flux2KleinPipeline": "sdtune.models.families.flux_2_klein:Flux2Klein",
     "FluxPipeline": "sdtune.models.families.flux:Flux",
+    "FluxKontextPipeline": "sdtune.models.families.flux_kontext:FluxKontext",
     "ChromaPipeline": "sdtune.models.families.chroma:Chroma",
     "QwenImagePipeline": "sdtune.models.families.qwen_image:QwenImage",
 }

@@ -40,10 +40,7 @@ class Flux(LatentFamily):
 
     def denoiser_inputs(self, x_t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Any]:
         """What the denoiser is told beside the image, the time and the words."""
-        guidance = None
-        if self.denoiser.config.guidance_embeds:
-            guidance = torch.full((len(x_t),), self.cfg.guidance_embedding, device=x_t.device)
-        return {"pooled_projections": cond["pooled"].to(self.dtype), "guidance": guidance}
+        return {"pooled_projections": cond["pooled"].to(self.dtype), "guidance": self.told_guidance(x_t)}
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         x_t, embeds = x_t.to(self.dtype), cond["embeds"].to(self.dtype)

@@ -1,70 +1,13 @@
-"""FLUX.2 klein (2026): Qwen3 read at three depths; latents in 2 x 2 patches under the VAE's batch-norm statistics."""
+"""FLUX.2 klein (2026): FLUX.2 with Qwen3 in place of Mistral 3, smaller, and told no guidance."""
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from diffusers import Flux2KleinPipeline
-from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from sdtune.config.sections import UserError
-from sdtune.diffusion.objective import Objective
-from sdtune.diffusion.rectified_flow import RectifiedFlow
-from sdtune.models.families.latent import FLOW_ONLY, LatentFamily, pack, unpack
-
-DEPTHS = 3
-"""Layers of the text encoder whose states are put side by side."""
+from sdtune.models.families.flux_2 import Flux2
+from sdtune.models.families.latent import FLOW_ONLY
 
 
-class Flux2Klein(LatentFamily):
+class Flux2Klein(Flux2):
     pipeline_class: ClassVar[Any] = Flux2KleinPipeline
-    # attn.to_out is a layer in the single blocks, a list of layers in the double ones
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        r".*\.(to_q|to_k|to_v|to_out\.0|to_qkv_mlp_proj)|single_transformer_blocks\.\d+\.attn\.to_out",
-    )
     options: ClassVar[frozenset[str]] = FLOW_ONLY | {"max_sequence_length"}
-    max_tokens: ClassVar[int | None] = 512
-    encode_options: ClassVar[dict[str, Any]] = {}
-
-    def make_objective(self) -> Objective:
-        return RectifiedFlow.of(self.cfg, self.cfg, self.scheduler, "uniform", self.patch)
-
-    def text_tensors(self, encoded: Any) -> dict[str, Tensor]:
-        return {"embeds": encoded[0]}
-
-    def text_shapes(self, captions: int) -> dict[str, Tensor]:
-        shape = (captions, self.sequence_length, DEPTHS * self.text_encoder.config.hidden_size)
-        return {"embeds": torch.empty(shape, device=self.denoiser.device, dtype=self.dtype)}
-
-    def normalise(self, z: Tensor) -> Tensor:
-        mean, std = self.patch_statistics()
-        return pixel_shuffle((pixel_unshuffle(z, 2) - mean.to(z)) / std.to(z), 2)
-
-    def patch_statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of each element of a patch, ``[4C, 1, 1]``; they stay when the VAE is unloaded."""
-        if "vae" in self.parts or not self._statistics:
-            norm, epsilon = self.vae.bn, self.vae_config["batch_norm_eps"]
-            self._statistics = norm.running_mean[:, None, None], (norm.running_var + epsilon).sqrt()[:, None, None]
-        return self._statistics
-
-    _statistics: tuple[Tensor, Tensor] | None = None
-
-    def predict(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        x_t, embeds = x_t.to(self.dtype), cond["embeds"].to(self.dtype)
-        velocity = self.denoiser(
-            hidden_states=pack(x_t),
-            timestep=t,
-            encoder_hidden_states=embeds,
-            txt_ids=self.pipeline_class._prepare_text_ids(embeds).to(x_t.device),
-            img_ids=self.pipeline_class._prepare_latent_ids(pixel_unshuffle(x_t, 2)).to(x_t.device),
-            guidance=None,
-            return_dict=False,
-        )[0]
-        return unpack(velocity, x_t)
-
-    @classmethod
-    def guidance(cls, scale: float, negative: str) -> dict[str, Any]:
-        if negative:
-            raise UserError("--negative-prompt: a FLUX.2 klein pipeline takes none; leave it out")
-        return {"guidance_scale": scale}

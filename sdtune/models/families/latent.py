@@ -38,6 +38,8 @@ class LatentFamily(TextFamily):
     """Encoders that a base may lack."""
     trainable_encoders: ClassVar[tuple[str, ...]] = ()
     """Text encoders that ``--train-text-encoder`` trains."""
+    word_encoders: ClassVar[tuple[str, ...]] = ()
+    """Text encoders that learn the vectors of a new word, each its own."""
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     """Default of ``--target-modules``: ends of names, or one regular expression."""
     options: ClassVar[frozenset[str]] = FLOW_ONLY
@@ -81,6 +83,17 @@ class LatentFamily(TextFamily):
         ``None`` and not "" stands for no negative prompt: SDXL takes zeros for it, and so do its users.
         """
         return {"guidance_scale": scale, "negative_prompt": negative or None}
+
+    @classmethod
+    def picture_size(cls, pipe: Any, width: int | None, height: int | None) -> dict[str, Any]:
+        """The arguments of ``pipe`` for an image of this size; ``None`` twice is the base's own."""
+        return {"width": width, "height": height}
+
+    def told_guidance(self, x_t: Tensor) -> Tensor | None:
+        """The guidance that a guidance-distilled denoiser is told in training, ``[B]``; ``None`` for another."""
+        if not self.denoiser.config.get("guidance_embeds"):
+            return None
+        return torch.full((len(x_t),), self.cfg.guidance_embedding, device=x_t.device)
 
     def unused_layers(self, part: str) -> str | None:
         """Regular expression on the beginning of names of layers whose output is never read.
@@ -140,17 +153,17 @@ class LatentFamily(TextFamily):
 
     # ---- what trains -----------------------------------------------------------------------------------
 
-    def word_encoder(self) -> str:
-        """The text encoder that learns the vectors of a new word.
+    def encoders_for_a_word(self) -> tuple[str, ...]:
+        """The text encoders that learn a new word.
 
-        Raises: UserError for a base in which a word would have to be learnt in several, or in a language model.
+        Raises: UserError for a base that no reader of embeddings teaches a word.
         """
-        if len(self.encoders) > 1 or "text_encoder" not in self.trainable_encoders:
+        if not self.word_encoders:
             raise UserError(
                 f"--placeholder-token: a {self.pipeline_class.__name__} learns no new word here, only Stable Diffusion "
-                "1 and 2 do; use sdtune lora, or dreambooth --lora with --instance-prompt"
+                "1, 2 and XL do; use sdtune lora, or dreambooth --lora with --instance-prompt"
             )
-        return self.encoders[0]
+        return tuple(name for name in self.word_encoders if name in self.encoders)
 
     def encoders_to_train(self) -> tuple[str, ...]:
         """Raises: UserError for a base whose text encoders are not trained."""
@@ -159,7 +172,7 @@ class LatentFamily(TextFamily):
                 f"--train-text-encoder: the text encoder of a {self.pipeline_class.__name__} is a language model that "
                 "adapters for it leave alone; leave it out"
             )
-        return self.trainable_encoders
+        return tuple(name for name in self.trainable_encoders if name in self.encoders)
 
     def adapted_modules(self, part: str, asked: list[str]) -> list[str]:
         """Modules of a part that get an adapter: ends of names, or one regular expression.

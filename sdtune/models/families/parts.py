@@ -1,7 +1,7 @@
 """The parts of a base model: read as ``model_index.json`` names them when first used, released, made into pipelines."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -21,6 +21,8 @@ LIBRARIES = ("diffusers", "transformers")
 
 LONGEST = 512
 """Tokens to which a saved tokenizer pads and cuts, if its model reads as many."""
+HOST = torch.device("cpu")
+"""Where the parts that train wait while others use the device."""
 
 
 class ConfigOnly:
@@ -32,6 +34,9 @@ class ConfigOnly:
 
 class ModelParts:
     """Parts load when first used: a run whose cache is full holds no VAE and no frozen text encoder.
+
+    Those that train wait in the machine's memory until the recipe is moved to the device, so that they are not beside
+    a text encoder or the VAE while images and captions are encoded.
 
     Args:
         cfg: a config with the section Model.
@@ -69,6 +74,11 @@ class ModelParts:
         kind = getattr(importlib.import_module(library), name, None) if library in LIBRARIES else None
         if not isinstance(kind, type):
             raise UserError(f"--model {self.cfg.model}: its {part} is a {library}.{name}, which is not known here")
+        return self.reader(part, kind)
+
+    @classmethod
+    def reader(cls, part: str, kind: type) -> Any:
+        """What reads a part, given the class that ``model_index.json`` names."""
         return kind
 
     def _read(self, kind: Any, part: str, source: str | None = None, **more: Any) -> Any:
@@ -94,7 +104,10 @@ class ModelParts:
             return make(config)
 
     def part(self, name: str) -> Any:
-        """A frozen part of the base on the run's device, in evaluation mode; on the meta device its shapes alone."""
+        """A part of the base in evaluation mode, frozen; on the meta device its shapes alone.
+
+        It is on the run's device, but for one of ``retained``, which a recipe or a pipeline moves there.
+        """
         if name not in self.parts:
             kind, dtype = self.part_class(name), self.dtype
             other = self.cfg.vae if name == "vae" else None
@@ -107,7 +120,9 @@ class ModelParts:
                 module = self._read(kind, name, other, dtype=dtype, **variant)
             if name == "text_encoder" and self.cfg.clip_skip:
                 skip_layers(module, self.cfg.clip_skip, self.cfg.model)
-            self.parts[name] = module.requires_grad_(False).eval().to(self.device)
+            self.parts[name] = module.requires_grad_(False).eval()
+            if name not in self.retained:
+                move(module, self.device)
         return self.parts[name]
 
     @property
@@ -120,12 +135,18 @@ class ModelParts:
 
     @property
     def text_encoder(self) -> Any:
-        return self.part("text_encoder")
+        return self.part(self.encoders[0])
 
     def retain(self, part: str) -> Any:
         """The part, which from now on holds trained weights and is never released."""
         self.retained.add(part)
         return self.part(part)
+
+    def set_aside(self) -> None:
+        """Drop the frozen parts, and have the others wait in the machine's memory: those before the first step."""
+        for name in self.retained & self.parts.keys():
+            move(self.parts[name], HOST)
+        self.unload_frozen()
 
     def unload_frozen(self) -> None:
         """Drop the frozen parts that nothing trains; they are read again when next used."""
@@ -153,7 +174,12 @@ class ModelParts:
 
     @property
     def tokenizer(self) -> Any:
-        return self.tokenizers["tokenizer"]
+        """That of the first text encoder."""
+        return self.tokenizers[tokenizer_of(self.encoders[0])]
+
+    def tokenizers_of(self, encoders: Iterable[str]) -> dict[str, Any]:
+        """The tokenizer of each text encoder, by the encoder's name."""
+        return {name: self.tokenizers[tokenizer_of(name)] for name in encoders}
 
     @cached_property
     def scheduler(self) -> Any:
@@ -175,7 +201,7 @@ class ModelParts:
             if name in instead:
                 given[name] = instead[name]
             elif name in ("scheduler", self.denoiser_name, "vae", *self.encoders):
-                given[name] = self._new_scheduler() if name == "scheduler" else self.part(name)
+                given[name] = self._new_scheduler() if name == "scheduler" else move(self.part(name), self.device)
             else:
                 given[name] = self.tokenizers.get(name)
         if "safety_checker" in self.index:
@@ -191,6 +217,12 @@ class ModelParts:
         finally:
             self.unload_frozen()
             self.dtype = training
+
+
+def move(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module, on ``device``; one whose weights are shapes alone stays as it is."""
+    here = next(module.parameters()).device.type
+    return module if here in (device.type, "meta") else module.to(device)
 
 
 def named(index: Mapping[str, Any], part: str) -> bool:

@@ -16,6 +16,7 @@ class StableDiffusion(LatentFamily):
     pipeline_class: ClassVar[Any] = StableDiffusionPipeline
     denoiser_name = "unet"
     trainable_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    word_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     options: ClassVar[frozenset[str]] = DDPM_ONLY
     patch = 1
     clip_layer: ClassVar[int | None] = 1
@@ -28,6 +29,11 @@ class StableDiffusion(LatentFamily):
             raise UserError(
                 f"--model {self.cfg.model}: its UNet takes {takes} channels, its VAE gives {gives}: an inpainting or "
                 "editing model, not text-to-image"
+            )
+        if (sampler := self.index["scheduler"][1]).startswith("EDM"):
+            raise UserError(
+                f"--model {self.cfg.model}: its scheduler is {sampler}: EDM's preconditioning (Karras et al. 2022), as "
+                "of Playground 2.5, is not here; choose another base"
             )
 
     def make_objective(self) -> Objective:

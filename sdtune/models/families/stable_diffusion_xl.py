@@ -14,6 +14,7 @@ class StableDiffusionXL(StableDiffusion):
     pipeline_class: ClassVar[Any] = StableDiffusionXLPipeline
     encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2")
     trainable_encoders: ClassVar[tuple[str, ...]] = encoders
+    word_encoders: ClassVar[tuple[str, ...]] = encoders
     conditions_on_size = True
     clip_layer: ClassVar[int | None] = 2
 
@@ -33,8 +34,12 @@ class StableDiffusionXL(StableDiffusion):
         last = self.part(part).config.num_hidden_layers - 1
         return rf".*(layers\.{last}\.|final_layer_norm)"
 
+    def time_ids(self, size: Tensor) -> Tensor:
+        """What the denoiser is told of sizes, from ``size`` ``[B, 6]``: those of the image, its crop and the target."""
+        return size
+
     def predict(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         dtype = self.dtype
-        added = {"text_embeds": cond["pooled"].to(dtype), "time_ids": cond["size"].to(dtype)}
+        added = {"text_embeds": cond["pooled"].to(dtype), "time_ids": self.time_ids(cond["size"]).to(dtype)}
         text = {"encoder_hidden_states": cond["embeds"].to(dtype), "encoder_attention_mask": cond.get("mask")}
         return self.denoiser(x_t.to(dtype), t, added_cond_kwargs=added, **text).sample

@@ -17,9 +17,8 @@ from sdtune.config.sections import UserError
 from sdtune.models.formats import metadata
 from sdtune.models.formats.neutral import Embedding
 from sdtune.models.formats.tensor_file import load, locate, reproducible
-from sdtune.run.usage import EMBEDDING
+from sdtune.run.usage import EMBEDDING, ENCODERS
 
-ENCODERS = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2"}
 A1111 = ("emb_params", "string_to_param.*")
 """Keys of the one table of A1111's files, and of those converted from its pickles."""
 WIDTH_OF_CLIP_H = 1024
@@ -112,11 +111,19 @@ def write(path: Path, embedding: Embedding, to: str) -> None:
     path.write_bytes(reproducible(keys_of(embedding, to), about | {"format": "pt", "token": embedding.token}))
 
 
-def save(folder: Path, token: str, rows: Tensor, provenance: Mapping[str, Any]) -> Path:
-    """Write ``learned_embeds.safetensors`` as diffusers reads it, atomically; equal rows give equal bytes."""
+def save(folder: Path, token: str, rows: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> Path:
+    """Write ``learned_embeds.safetensors`` as diffusers reads it, atomically; equal rows give equal bytes.
+
+    Args:
+        rows: the word's vectors ``[n, dim]`` in each text encoder, by the encoder's name.
+    """
     path, new = folder / EMBEDDING, folder / f".{EMBEDDING}"
     about = {"sdtune": json.dumps(provenance, sort_keys=True)}
-    write(new, Embedding(token, {"text_encoder": rows.detach().cpu()}, about, "diffusers"), "diffusers")
+    write(
+        new,
+        Embedding(token, {name: table.detach().cpu() for name, table in rows.items()}, about, "diffusers"),
+        "diffusers",
+    )
     new.replace(path)
     return path
 

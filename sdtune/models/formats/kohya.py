@@ -1,7 +1,8 @@
 """kohya's files (sd-scripts; LyCORIS for LoHa and LoKr), which A1111, Forge and ComfyUI read as well.
 
 ``lora_unet_<module with underscores>.lora_down.weight``, ``.lora_up.weight``, ``.alpha`` and DoRA's ``.dora_scale``;
-text encoders ``lora_te_`` in Stable Diffusion 1 and 2, ``lora_te1_`` and ``lora_te2_`` in SDXL. Written with diffusers'
+text encoders ``lora_te_`` in Stable Diffusion 1 and 2, ``lora_te1_`` and ``lora_te2_`` in SDXL; FLUX.1's transformer as
+``lora_unet_double_blocks_...`` (`kohya_flux`). Written with diffusers'
 module names, which all readers know; read with sgm's ``input_blocks`` as well.
 """
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sdtune.config.sections import UserError
+from sdtune.models.formats import kohya_flux
 from sdtune.models.formats import metadata as about
 from sdtune.models.formats.keys import LYCORIS, Place, assemble, with_alpha
 from sdtune.models.formats.names import dotted, published_name, underscored
@@ -41,6 +43,8 @@ ENDS = {slot: end for end, slot in SUFFIXES.items()}
 def place(key: str) -> Place | None:
     stem, _, end = key.partition(".")
     prefix = next((p for p in PREFIXES if stem.startswith(p)), None)
+    if prefix == "lora_unet_" and end in SUFFIXES and (name := kohya_flux.dotted(stem.removeprefix(prefix))):
+        return "transformer", name, SUFFIXES[end]
     if prefix is None or end not in SUFFIXES or (name := dotted(stem.removeprefix(prefix))) is None:
         return None
     part = PREFIXES[prefix]
@@ -49,6 +53,11 @@ def place(key: str) -> Place | None:
 
 def read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> AdapterFile:
     parts = assemble(path, tensors, place)
+    if flux := parts.get("transformer"):
+        try:
+            parts["transformer"] = kohya_flux.apart(flux)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
     if metadata.get(BASE_NORM) == "base":
         parts = {part: {n: with_base_norm(m) for n, m in own.items()} for part, own in parts.items()}
     return AdapterFile(parts, metadata, "kohya")
@@ -59,12 +68,18 @@ def with_base_norm(module: Module) -> Module:
 
 
 def tensors(adapter: AdapterFile) -> dict[str, Tensor]:
-    if "transformer" in adapter.parts:
-        raise UserError("--to kohya: has no layout for the adapter of a transformer; diffusers, comfyui and peft have")
-    te = "lora_te1_" if about.is_sdxl(adapter) else "lora_te_"
-    prefixes = {"unet": "lora_unet_", "text_encoder": te, "text_encoder_2": "lora_te2_"}
+    parts, transformer = dict(adapter.parts), adapter.parts.get("transformer")
+    if transformer and (flux := kohya_flux.joined(transformer)):
+        parts["transformer"] = flux
+    elif transformer:
+        raise UserError(
+            "--to kohya: of transformers it has a layout for FLUX.1 and Chroma alone, told by their single blocks; "
+            "diffusers, comfyui and peft have one for this adapter"
+        )
+    te = "lora_te1_" if transformer or about.is_sdxl(adapter) else "lora_te_"
+    prefixes = {"unet": "lora_unet_", "transformer": "lora_unet_", "text_encoder": te, "text_encoder_2": "lora_te2_"}
     out: dict[str, Tensor] = {}
-    for part, modules in adapter.parts.items():
+    for part, modules in parts.items():
         for name, module in common_alpha(modules).items():
             stem = f"{prefixes[part]}{underscored(name)}"
             out |= {f"{stem}.{ENDS[f'{module.kind}.{n}']}": t for n, t in module.tensors.items()}
