@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -56,6 +57,7 @@ def torchvision_state() -> str:
     return f"{_version('torchvision')}, broken: {why} (pip uninstall torchvision; sdtune does not need it)"
 
 
+@cache
 def _version(package: str) -> str:
     try:
         return str(version(package))

@@ -84,7 +84,7 @@ class Metrics:
         cfg.output_dir.mkdir(parents=True, exist_ok=True)
         self.path = cfg.output_dir / "metrics.jsonl"
         self.seconds_before = cut_off(self.path, first_step)
-        self.file = self.path.open("a", encoding="utf-8")
+        self.path.touch()
         self.trackers = self._start_trackers(first_step)
         self.start = self.mark = self.last_print = time.monotonic()
         self.first_step = self.step = self.marked_step = first_step
@@ -112,8 +112,8 @@ class Metrics:
             self.loss, self.rate = line["loss"], line["images_per_second"]
         line["seconds"] = round(self.seconds_before + time.monotonic() - self.start, 3)
         finite = {name: value for name, value in line.items() if math.isfinite(value)}
-        self.file.write(json.dumps(line | dict.fromkeys(line.keys() - finite.keys())) + "\n")
-        self.file.flush()
+        with self.path.open("a", encoding="utf-8") as file:  # not held open: a run that fails need not close it
+            file.write(json.dumps(line | dict.fromkeys(line.keys() - finite.keys())) + "\n")
         numbers = {name: value for name, value in finite.items() if name != "step"}
         for tracker in self.trackers:
             tracker.log(numbers, step=step)
@@ -152,13 +152,12 @@ class Metrics:
             self.away_since_mark += time.monotonic() - begin
 
     def close(self) -> None:
-        """Finish the progress line, the file and the trackers; safe to call twice."""
+        """Finish the progress line and the trackers; safe to call twice."""
         if not self.active:
             return
         self.active = False
         if self.live:
             self.live.stop()
-        self.file.close()
         for tracker in self.trackers:
             tracker.finish()
 
