@@ -174,6 +174,7 @@ image.images[0].save(sys.argv[2])
 """
 
 
+@pytest.mark.processes
 def test_pushed_pipeline_loads_by_its_name_and_draws_the_same(here, elsewhere, run, tmp_path):
     assert status(["push", str(run)]) == 0
     files = here.files("tester/whole")

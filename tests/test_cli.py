@@ -1,5 +1,6 @@
 """The command line as people meet it: names, mistakes, verbs, and what it loads before it answers."""
 
+import json
 import os
 import re
 import shlex
@@ -428,6 +429,7 @@ def test_a_file_name_that_is_too_long_is_one_line(words, capsys):
     assert err.startswith(f"error: {'x' * 60}...: the file name is too long")
 
 
+@pytest.mark.processes
 def test_an_argument_that_is_not_utf_8_is_one_line():
     words = [sys.executable, "-m", "sdtune", "lora", "--dataset", b"caf\xe9"]
     done = subprocess.run(words, capture_output=True, text=True)
@@ -625,17 +627,34 @@ QUICK = {
 }
 
 
-@pytest.mark.parametrize("words", QUICK)
-def test_answers_come_before_anything_heavy_is_imported(words):
-    code = "import sys; from sdtune.cli import main\ntry: main()\nfinally: print('loaded', *sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True)
-    assert done.returncode == QUICK[words], done.stderr
+ANSWERS_OF_FORKS = """
+import json, os, sys
+from sdtune.cli import main
+for words in sys.argv[1:]:
+    sys.stdout.flush()
+    if os.fork() == 0:
+        try:
+            main(words.split())
+        except SystemExit as ended:
+            print("ended", json.dumps([words, ended.code or 0, list(sys.modules)]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.processes
+def test_answers_come_before_anything_heavy_is_imported():
+    """In a Python that has imported the command line alone, a fork of it for each answer."""
+    line = [sys.executable, "-c", ANSWERS_OF_FORKS, *QUICK]
+    done = subprocess.run(line, capture_output=True, text=True)
     assert "Traceback" not in done.stderr
-    loaded = done.stdout.rpartition("loaded ")[2].split()
-    assert "sdtune.cli" in loaded
-    assert [name for name in HEAVY if name in loaded] == []
+    ended = [json.loads(line.removeprefix("ended ")) for line in done.stdout.splitlines() if line.startswith("ended ")]
+    assert {words: code for words, code, _ in ended} == QUICK
+    assert all("sdtune.cli" in loaded for _, _, loaded in ended)
+    assert {words: found for words, _, loaded in ended if (found := [name for name in HEAVY if name in loaded])} == {}
 
 
+@pytest.mark.processes
 def test_the_module_and_the_installed_command_answer_alike():
     words = ["lora", "--ragk", "4"]
     done = subprocess.run([sys.executable, "-X", "importtime", "-m", "sdtune", *words], capture_output=True, text=True)
@@ -651,6 +670,7 @@ def test_the_module_and_the_installed_command_answer_alike():
         assert (done.returncode, done.stderr.splitlines()) == (2, said)
 
 
+@pytest.mark.processes
 def test_no_words_show_the_help():
     done = subprocess.run([sys.executable, "-m", "sdtune"], capture_output=True, text=True)
     assert done.returncode == 2

@@ -139,6 +139,7 @@ def test_script(name, slurm, places, uninterrupted):
     globals()[name](slurm, places, uninterrupted)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script_is_bash(name):
     assert subprocess.run(["bash", "-n", SCRIPTS[name]]).returncode == 0

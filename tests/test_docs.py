@@ -66,6 +66,7 @@ def test_commands_parse(name, tmp_path, monkeypatch, capsys):
             assert status([verb, *rest, "--dry-run"]) == 0, capsys.readouterr().err
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", NAMES)
 def test_transcripts_are_what_is_printed(name, tmp_path):
     told = "import sys; print('torch' in sys.modules or 'diffusers' in sys.modules)"

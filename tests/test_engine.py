@@ -90,6 +90,7 @@ WAYS = {
 }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("way", WAYS)
 def test_overflow_of_many_processes_is_that_of_all(way, places, tmp_path, monkeypatch):
     """Skipped by each of them, counted once, and the scale goes on from a checkpoint."""

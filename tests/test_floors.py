@@ -191,6 +191,29 @@ def test_a_file_is_read_in_one_sitting():
     assert {name: count for name, count in long.items() if name not in TABLES} == {}
 
 
+STARTS = "train Ranks Forked interrupt launch launch_and_interrupt run Popen soak".split()
+"""What starts a process, as an attribute of the modules `ranks`, `subprocess` and `soak`."""
+STARTING = {"elsewhere", "python"}
+"""Fixtures with which a test starts one."""
+
+
+def starts_processes(function: ast.FunctionDef) -> bool:
+    called = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
+    named = [f for f in called if isinstance(f, ast.Attribute) and isinstance(f.value, ast.Name)]
+    starting = [f for f in named if f.value.id in ("ranks", "subprocess", "soak") and f.attr in STARTS]
+    return bool(starting) or bool({a.arg for a in function.args.args} & STARTING)
+
+
+def test_tests_that_start_processes_are_marked():
+    unmarked = []
+    for file in Path(__file__).parent.rglob("test_*.py"):
+        tests = (node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef))
+        starting = (test for test in tests if test.name.startswith("test_") and starts_processes(test))
+        marks = {test.name: " ".join(map(ast.unparse, test.decorator_list)) for test in starting}
+        unmarked += [f"{file.name}::{name}" for name, marked in marks.items() if "mark.processes" not in marked]
+    assert unmarked == []
+
+
 def test_a_package_hides_none_of_its_modules_behind_another_name():
     """Whichever is imported last would win."""
     hidden = []

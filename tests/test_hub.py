@@ -32,6 +32,7 @@ image.save(out)
 """
 
 
+@pytest.mark.processes
 def test_stock_diffusers_loads_it_by_name_and_draws_the_same(server, elsewhere, sd, pictures, tmp_path):
     out = tmp_path / "hearts"
     code, said = elsewhere("-m", "sdtune", *command(sd, pictures, out, *SAMPLES, "--push-to-hub"))
@@ -107,6 +108,7 @@ def test_finished_run_is_pushed_by_its_own_command(here, lora, capfd):
     assert here.titles("tester/run") == ["sdtune lora", "initial commit"]
 
 
+@pytest.mark.processes
 def test_over_xet(server, elsewhere, lora):
     run = lora("run", *SAMPLES)
     code, said = elsewhere("-m", "sdtune", "push", str(run), HF_HUB_DISABLE_XET="0")

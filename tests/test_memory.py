@@ -83,6 +83,7 @@ CELLS = {
 }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_estimate_is_within_a_tenth_of_what_a_run_takes(cell, tmp_path):
     """As bench/memory.py: fresh processes, and a malloc that gives memory back at once."""

@@ -7,6 +7,7 @@ from tests.conftest import command, status
 from tests.test_hub import SAMPLES
 
 
+@pytest.mark.processes
 @pytest.mark.fault(
     "A token is in the environment of training, sampling and pushing",
     "It is in no file, no line printed, no request body.",

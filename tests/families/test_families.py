@@ -208,6 +208,7 @@ DRAWS = {
 """Options of the two bases whose runs are cut short and divided: such runs are expensive."""
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", DRAWS)
 def test_a_run_that_is_continued_and_one_of_two_processes_learn_the_same(name, bases, pictures, tmp_path):
     options = [*DRAWS[name], "--adam-epsilon", "1e-3"]
