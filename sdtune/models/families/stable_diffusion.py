@@ -32,7 +32,7 @@ class StableDiffusion(LatentFamily):
             )
         if (sampler := self.index["scheduler"][1]).startswith("EDM"):
             raise UserError(
-                f"--model {self.cfg.model}: its scheduler is {sampler}: EDM's preconditioning (Karras et al. 2022), as "
+                f"--model {self.cfg.model}: its scheduler is {sampler}: EDM's preconditioning, as "
                 "of Playground 2.5, is not here; choose another base"
             )
 
