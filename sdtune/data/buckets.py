@@ -44,4 +44,7 @@ def training_shapes(cfg: Data) -> list[Shape]:
     if not cfg.buckets:
         return [(width, height)]
     shapes = bucket_shapes(math.sqrt(width * height), cfg.bucket_step, cfg.bucket_max_aspect)
-    return shapes if width == height or (width, height) in shapes else [(width, height), *shapes]
+    if width == height:
+        return shapes
+    least = SMALLEST * width * height  # the square of `bucket_shapes` may be smaller
+    return [(width, height), *(s for s in shapes if s != (width, height) and s[0] * s[1] >= least)]
