@@ -82,6 +82,41 @@ RECIPES = {
         ],
         previews=["--num-validation-images", "3"],
     ),
+    "lora, LoHa": Contract(
+        method="lora",
+        settings={"--model": "{sd}", "--resolution": 32, **NO_PREVIEWS, "--adapter": "loha"},
+        weights="pytorch_lora_weights.safetensors",
+        variants={
+            "convolutions, rows left out, text encoder": [
+                *("--target-modules", "to_q", "to_v", "conv1", "--rank-dropout", "0.2"),
+                *("--train-text-encoder", "--use-ema"),
+            ],
+        },
+        draws=["--random-flip", "--target-modules", "to_q", "to_v", "conv1", *STEADY],
+        previews=["--num-validation-images", "3"],
+    ),
+    "lora, LoKr": Contract(
+        method="lora",
+        settings={"--model": "{sd}", "--resolution": 32, **NO_PREVIEWS, "--adapter": "lokr", "--decompose-factor": 2},
+        weights="pytorch_lora_weights.safetensors",
+        variants={
+            "both factors, a core": [
+                *("--decompose-both", "--rank", "1", "--use-effective-conv2d"),
+                *("--target-modules", "to_q", "to_v", "conv1"),
+            ],
+            "8 bits": ["--quantize-base", "int8"],
+        },
+        draws=["--random-flip", "--train-text-encoder", *STEADY],
+        previews=["--num-validation-images", "3"],
+    ),
+    "lora, PiSSA": Contract(
+        method="lora",
+        settings={"--model": "{sd}", "--resolution": 32, **NO_PREVIEWS, "--lora-plus-ratio": 4},
+        weights="pytorch_lora_weights.safetensors",
+        variants={"by a draw": ["--init-lora-weights", "pissa_niter_4", "--train-text-encoder"]},
+        draws=["--random-flip", "--init-lora-weights", "pissa", *STEADY],
+        previews=["--num-validation-images", "3"],
+    ),
     "dreambooth": Contract(
         settings={
             "--model": "{sd}",

@@ -52,8 +52,7 @@ ON = {
 def least(config, name):
     """A config in which the option has an effect, without the option."""
     values = LEAST[config] | LEAST_WITH.get((config, name), {})
-    if required := config.requirement(name):
-        option, choices = required
+    for option, choices in config.requirements(name):
         values = least(config, option) | values | {option: choices[0] if choices else ON.get(option, True)}
     return values
 
@@ -64,6 +63,8 @@ ONLY = {
     "bucket_max_aspect": [1.5],
     "channels": [2],
     "norm_num_groups": [16],
+    "init_lora_weights": ["olora", "pissa", "pissa_niter_16"],
+    "decompose_factor": [1, 4],
     "attention_head_dim": [32],
     "interpolate": [["a b", "1e5"]],
     "timestep_bias_begin": [11],
@@ -248,19 +249,19 @@ def test_every_field_says_what_it_is_for(config):
         assert "none is" not in field.description, name
 
 
-@pytest.mark.parametrize(("config", "name"), [(c, n) for c in CONFIGS for n in c.model_fields if c.requirement(n)])
-def test_an_option_that_cannot_have_an_effect_is_refused(config, name):
-    required = config.requirement(name)
-    assert required
-    option = required[0]
+@pytest.mark.parametrize(
+    ("config", "name", "option", "choices"),
+    [(c, n, *needed) for c in CONFIGS for n in c.model_fields for needed in c.requirements(n)],
+)
+def test_an_option_that_cannot_have_an_effect_is_refused(config, name, option, choices):
     base = {key: value for key, value in least(config, name).items() if key != option and key not in ("dataset",)}
     base |= LEAST[config] if option not in LEAST[config] else {"dataset": "d"}
     chosen = next((v for v in others(config, name) if v), None)
     on = config.model_fields[option]
-    if chosen is None or on.is_required() or on.default in required[1]:
+    if chosen is None or on.is_required() or on.default in choices:
         return
     off = {option: False} if config.model_fields[option].annotation is bool else {}
-    with pytest.raises(UserError, match=f"^({name}|class_prompt) has no effect with"):
+    with pytest.raises(UserError, match=f"^({name}|class_prompt|adapter) has no effect with"):
         parsing.resolve(config, None, base | off | {name: chosen}, [])
 
 

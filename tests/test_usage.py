@@ -2,8 +2,10 @@
 
 import json
 import re
+import shlex
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -121,6 +123,26 @@ def test_adapter(lora_run, sd):
         shown = cells(sheet)[0][0]
     text = text.replace('circle").images', 'circle", guidance_scale=5.0).images')
     assert ran(text, sd)["image"].tobytes() == shown.tobytes()
+
+
+def test_kind_of_adapter_that_diffusers_cannot_hold(sd, pictures, tmp_path, monkeypatch):
+    """A line for the shell comes before those of Python."""
+    run = tmp_path / "run"
+    shown = ["--validation-prompt", "a red circle", "--num-validation-images", "1", "--validation-inference-steps", "2"]
+    words = command(sd, pictures, run, "--steps", "2", *shown, "--train-text-encoder", "--adapter", "lokr")
+    assert status(words) == 0
+    data, text = carded(read(run), run, str(run))
+    assert {"lokr", "template:sd-lora"} <= set(data["tags"]) and "lora" not in data["tags"]
+    assert "A LoKr adapter of rank 4" in text
+    (shell,) = re.findall(r"^# first, in a shell: sdtune (.*)$", code(text), re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    assert status(shlex.split(shell)) == 0
+    with Image.open(run / "samples" / "step-000002.png") as sheet:
+        preview = np.asarray(cells(sheet)[0][0]).astype(int)
+    drawn = np.asarray(ran(text.replace('circle").images', 'circle", guidance_scale=5.0).images'), sd)["image"])
+    assert np.abs(drawn - preview).max() <= 1
+    with Image.open(run / "samples" / "step-000000.png") as sheet:
+        assert np.abs(np.asarray(cells(sheet)[0][0]).astype(int) - preview).max() > 1
 
 
 def test_embedding(sd, tmp_path):

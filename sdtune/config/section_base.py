@@ -72,7 +72,7 @@ class Description(NamedTuple):
     token: str | None = None
     """New word that has vectors of its own."""
     adapter: str = ""
-    """Kind of the adapters, LoRA or DoRA; empty for a method without adapters."""
+    """Kind of the adapters, such as LoRA; empty for a method without adapters."""
     rank: int | None = None
     alpha: float | None = None
     clip_skip: int | None = None
@@ -134,17 +134,17 @@ class Section(BaseModel):
     """Sections whose options have no effect without an option of this class: the section's name, and the option."""
 
     @classmethod
-    def requirement(cls, name: str) -> tuple[str, list[str]] | None:
-        """The option without which field ``name`` has no effect, and the values that it may then have, if not all."""
+    def requirements(cls, name: str) -> list[tuple[str, list[str]]]:
+        """The options without which field ``name`` has no effect, each with the values it may then have, if not all."""
         extra: Any = cls.model_fields[name].json_schema_extra or {}
-        if own := extra.get("requires"):
-            return own[0], own[1:]
+        own = extra.get("requires")
+        found: list[tuple[str, list[str]]] = [(own[0], own[1:])] if own else []
         for base in cls.__mro__[1:]:
             option = cls.section_requires.get(base.__name__)
             own_names = base.__dict__.get("__annotations__", {})
             if option and name in own_names and name not in cls.__annotations__ and name != option:
-                return option, []
-        return None
+                found.append((option, []))
+        return found
 
     @field_validator("*", mode="before")
     @classmethod
@@ -157,10 +157,12 @@ class Section(BaseModel):
     @model_validator(mode="after")
     def _every_option_has_an_effect(self, info: ValidationInfo) -> Self:
         flags = (info.context or {}).get("flags", ())
-        for name, field in type(self).model_fields.items():
-            if not (required := type(self).requirement(name)):
-                continue
-            option, values = required
+        required = [
+            (name, field, *needed)
+            for name, field in type(self).model_fields.items()
+            for needed in type(self).requirements(name)
+        ]
+        for name, field, option, values in required:
             now, value = getattr(self, option), getattr(self, name)
             changed = value != field.get_default() or (name in flags and not values)
             if value and changed and not (str(now) in values if values else now):

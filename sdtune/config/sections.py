@@ -4,11 +4,12 @@ A field here is a flag, a YAML key, an attribute of the resolved config, a line 
 docs. A method's config (``methods/``) inherits the sections it reads and adds its own fields.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Ge, Interval
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from sdtune.config.errors import RunFailed as RunFailed
 from sdtune.config.errors import UserError as UserError
@@ -454,19 +455,51 @@ class Hub(Repository):
     """end uploads when training ends; checkpoint also after each checkpoint, while training goes on."""
 
 
+def lokr_factor(value: int) -> int:
+    """The value, if a side can be divided by it; ``ValueError`` if not."""
+    if value != -1 and value < 1:
+        raise ValueError(f"is a number of rows, or -1 for about the square root, not {value}")
+    return value
+
+
+def start_of_lora(value: str) -> str:
+    """The value, if there is such a start of a LoRA; ``ValueError`` says which there are."""
+    if not re.fullmatch(r"gaussian|olora|pissa(_niter_[1-9]\d*)?", value):
+        raise ValueError(f"is gaussian, olora, pissa, or pissa_niter_N such as pissa_niter_16, not {value}")
+    return value
+
+
 class Adapter(Section):
+    adapter: Literal["lora", "loha", "lokr"] = "lora"
+    """Kind of the adapters: LoRA (Hu et al. 2021), LoHa (Hyeon-Woo et al. 2021), LoKr (Yeh et al. 2024)."""
     rank: Count = 4
-    """Rank r of the update B A."""
+    """Rank r of the factors."""
     alpha: Annotated[Positive | None, aliases("lora_alpha")] = None
     """The update is scaled by alpha / rank. Default: alpha = rank."""
-    dropout: Annotated[Annotated[float, Interval(ge=0, lt=1)], aliases("lora_dropout")] = 0.0
-    """Dropout on the input of the adapters."""
+    dropout: Annotated[
+        Annotated[float, Interval(ge=0, lt=1)], aliases("lora_dropout"), requires("adapter", "lora")
+    ] = 0.0
+    """Dropout on the input of a LoRA."""
+    rank_dropout: Annotated[Annotated[float, Interval(ge=0, lt=1)], requires("adapter", "loha", "lokr")] = 0.0
+    """Share of the rows of the update that LoHa and LoKr leave out, drawn anew for each forward pass."""
     target_modules: Annotated[NameList, aliases("lora_target_modules", "lora_layers")] = []
     """Modules of the denoiser that get an adapter: ends of names, or a regular expression. Default: the base's own."""
-    use_dora: bool = False
+    use_dora: Annotated[bool, requires("adapter", "lora")] = False
     """Weight-decomposed adapters (DoRA; Liu et al. 2024)."""
-    use_rslora: bool = False
+    use_rslora: Annotated[bool, requires("adapter", "lora")] = False
     """Scale by alpha / sqrt(rank) (rsLoRA; Kalajdzievski 2023)."""
+    init_lora_weights: Annotated[str, AfterValidator(start_of_lora), requires("adapter", "lora")] = "gaussian"
+    """Start of a LoRA: gaussian, pissa or pissa_niter_N (Meng et al. 2024), olora (Büyükakyüz 2024)."""
+    lora_plus_ratio: Annotated[Positive, aliases("loraplus_lr_ratio"), requires("adapter", "lora")] = 1.0
+    """Learning rate of B divided by that of A (LoRA+; Hayou et al. 2024)."""
+    use_effective_conv2d: Annotated[bool, aliases("use_tucker", "use_cp"), requires("adapter", "lokr")] = False
+    """Factor the 3 x 3 convolutions of LoKr through a core, with fewer numbers (Hyeon-Woo et al. 2021)."""
+    decompose_both: Annotated[bool, requires("adapter", "lokr")] = False
+    """Factor the first matrix of LoKr as well, where the rank is small enough."""
+    decompose_factor: Annotated[
+        Annotated[int, AfterValidator(lokr_factor)], aliases("lokr_factor"), requires("adapter", "lokr")
+    ] = -1
+    """Sides of the first matrix of LoKr, where they divide those of the weight. -1 is about the square root."""
     train_text_encoder: bool = False
     """Adapt the text encoder's q, k, v and out projections as well."""
     text_encoder_lr: Annotated[Positive | None, requires("train_text_encoder")] = None
@@ -477,14 +510,40 @@ class Adapter(Section):
     """Hold the linear layers of the frozen base in 8 or 4 bits (QLoRA; Dettmers et al. 2023). Default: in full."""
 
     @model_validator(mode="after")
-    def _adapters_on_codes(self) -> Self:
+    def _adapters_that_read_the_weights(self) -> Self:
         if self.quantize_base and self.use_dora:
             raise ValueError("use_dora with quantize_base: DoRA reads the weights themselves; leave one of them out")
+        if self.quantize_base and self.starts_from_base:
+            raise ValueError(
+                f"init_lora_weights {self.init_lora_weights} with quantize_base: it is computed from the weights in "
+                "full; leave one of them out"
+            )
+        if self.quantize_base == "nf4" and self.adapter != "lora":
+            raise ValueError(f"adapter {self.adapter} with quantize_base nf4: PEFT has it on int8 alone; take int8")
+        if self.init_adapter and self.starts_from_base:
+            raise ValueError(
+                f"init_lora_weights {self.init_lora_weights} with init_adapter: both say how to start; leave one out"
+            )
         return self
 
+    @property
+    def starts_from_base(self) -> bool:
+        """Whether the adapter starts with a part of the base's weights, which is taken out of them (PiSSA, OLoRA)."""
+        return self.init_lora_weights != "gaussian"
+
+    @property
+    def quantizations(self) -> tuple[str, ...]:
+        """What ``quantize_base`` may be beside the other options."""
+        if self.use_dora or self.starts_from_base:
+            return ()
+        return ("int8", "nf4") if self.adapter == "lora" else ("int8",)
+
     def describe(self) -> Description:
-        kind = "DoRA" if self.use_dora else "LoRA"
-        return super().describe()._replace(adapter=kind, rank=self.rank, alpha=self.alpha or self.rank)
+        kind = {"lora": "DoRA" if self.use_dora else "LoRA", "loha": "LoHa", "lokr": "LoKr"}[self.adapter]
+        rank, alpha = self.rank, self.alpha or self.rank
+        if self.starts_from_base:  # what it started with is in its file too, beside what it became
+            alpha, rank = 2 * alpha * (rank**0.5 if self.use_rslora else 1), 2 * rank
+        return super().describe()._replace(adapter=kind, rank=rank, alpha=alpha)
 
 
 class Options(Section):

@@ -13,14 +13,16 @@ from warnings import catch_warnings
 
 import torch
 from peft import LoraConfig
+from peft.tuners.loha import LoHaLayer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lycoris_utils import LycorisLayer
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from sdtune.config.sections import UserError
 from sdtune.models import formats
-from sdtune.models.adapters import is_target
+from sdtune.models.adapter_kinds import is_target
 from sdtune.models.formats import PARTS, AdapterFile, Module
 
 Key = tuple[str, str]
@@ -133,10 +135,17 @@ def add_peft(model: Any, name: str, modules: Mapping[str, Module]) -> None:
         wrapped[where].lora_alpha[name], wrapped[where].scaling[name] = module.alpha, module.scale
 
 
-def fill(layer: LoraLayer, name: str, module: Module) -> None:
-    """Copy the tensors of a module into a PEFT layer of its rank."""
-    pairs = {"down": layer.lora_A[name].weight, "up": layer.lora_B[name].weight}
-    for end, parameter in pairs.items():
+def factors(layer: Any, name: str) -> dict[str, Tensor]:
+    """The parameters of adapter ``name`` of a PEFT layer, as the tensors of a module are called; no magnitude."""
+    if isinstance(layer, LoraLayer):
+        return {"down": layer.lora_A[name].weight, "up": layer.lora_B[name].weight}
+    own = {attribute: getattr(layer, attribute) for attribute in layer.adapter_layer_names}
+    return {attribute.partition("_")[2]: held[name] for attribute, held in own.items() if name in held}
+
+
+def fill(layer: Any, name: str, module: Module) -> None:
+    """Copy the tensors of a module into a PEFT layer of its kind and rank."""
+    for end, parameter in factors(layer, name).items():
         parameter.copy_(module.tensors[end].reshape(parameter.shape))
     if module.magnitude is not None:
         parameter = layer.lora_magnitude_vector[name].weight
@@ -176,14 +185,17 @@ def initialise(where: Path, parts: Mapping[str, nn.Module]) -> None:
         (part, published_name(part, name)): layer
         for part, model in parts.items()
         for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer)
+        if isinstance(layer, LoraLayer | LycorisLayer)
     }
-    modules = keyed(adapter)
+    modules, kind = keyed(adapter), kind_of(next(iter(layers.values())))
     wrong = [".".join(key) for key, module in modules.items() if key not in layers or not matches(layers[key], module)]
-    if other := sorted({m.kind for m in modules.values() if not in_peft(m)}):
+    if other := sorted({m.kind for m in modules.values() if m.kind != kind or (kind == "lora" and not in_peft(m))}):
+        ways = [f"give --adapter {other[0]}"] if other != [kind] and len(other) == 1 else []
+        if kind == "lora":
+            ways.append("make a LoRA of it: sdtune merge --combine svd --rank R --model BASE")
         raise UserError(
-            f"{asked}: holds {', '.join(other)}, with which a LoRA cannot begin; sdtune merge --combine svd --rank R "
-            "--model BASE makes a LoRA of it"
+            f"{asked}: holds {', '.join(other)}, with which a {CALLED[kind]} cannot begin; "
+            f"{', or '.join(ways) or 'give a file of that kind'}"
         )
     if wrong or modules.keys() != layers.keys():
         missing = [".".join(key) for key in layers if key not in modules]
@@ -195,8 +207,19 @@ def initialise(where: Path, parts: Mapping[str, nn.Module]) -> None:
         fill(layers[key], "default", with_scale(module, layers[key].scaling["default"]))
 
 
-def matches(layer: LoraLayer, module: Module) -> bool:
+CALLED = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
+
+
+def kind_of(layer: Any) -> str:
+    """The kind of a PEFT layer: ``lora``, ``loha`` or ``lokr``."""
+    return "lora" if isinstance(layer, LoraLayer) else "loha" if isinstance(layer, LoHaLayer) else "lokr"
+
+
+def matches(layer: Any, module: Module) -> bool:
     """Whether a PEFT layer holds a module's tensors as they are."""
+    if isinstance(layer, LycorisLayer):
+        shapes = {name: t.shape for name, t in factors(layer, "default").items()}
+        return module.magnitude is None and shapes == {name: t.shape for name, t in module.tensors.items()}
     up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
     dora = "default" in layer.lora_magnitude_vector
     return (

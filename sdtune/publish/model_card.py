@@ -125,7 +125,7 @@ def _task(kind: ArtefactKind) -> str:
 def _tags(settings: RunSettings, kind: ArtefactKind, task: str, origin: Origin) -> list[str]:
     tags = [task, "diffusers", "diffusers-training"]
     if kind.adapter:
-        tags += ["dora" if settings.about.adapter == "DoRA" else "lora", "template:sd-lora"]
+        tags += [settings.about.adapter.lower() or "lora", "template:sd-lora"]
     if kind.embedding:
         tags.append("textual_inversion")
     if kind.pipeline:

@@ -13,7 +13,7 @@ import torch
 
 from sdtune.config.methods.dreambooth import DreamBoothConfig
 from sdtune.data import Mixture, load_images
-from sdtune.models import adapters, new_token
+from sdtune.models import new_token
 from sdtune.models.formats import embedding
 from sdtune.models.pipeline_folder import write_pipeline
 from sdtune.recipes.class_images import class_images
@@ -51,9 +51,9 @@ class DreamBooth(FineTune):
         return (loss, self.word.figures(len(loss))) if self.word else loss
 
     def parameter_groups(self):
-        cfg, groups = self.cfg, super().parameter_groups()
-        ends = [cfg.text_encoder_frac if self.of_text(name) else cfg.unet_frac for name in self.trained]
-        groups = [group | {"stop_fraction": end} for group, end in zip(groups, ends, strict=True)]
+        cfg, ends = self.cfg, dict.fromkeys(self.trained, self.cfg.unet_frac)
+        ends |= {name: cfg.text_encoder_frac for name in self.trained if self.of_text(name)}
+        groups = [group | {"stop_fraction": end} for name, end in ends.items() for group in self.groups_of(name)]
         if self.word:  # its rows are in the text encoders
             rows, rate = list(self.word.rows.values()), cfg.placeholder_lr or cfg.learning_rate
             for group in groups:
@@ -64,7 +64,7 @@ class DreamBooth(FineTune):
     def export(self, out):
         if not self.cfg.lora:
             return write_pipeline(out, self.family.fp32_pipeline())
-        files = [adapters.save_adapter(out, self.trained, self.provenance(), self.family.pipeline_class)]
+        files = [self.save_adapters(out)]
         if self.word:
             files.append(embedding.save(out, self.cfg.placeholder_token, self.word.rows, self.provenance()))
         return files

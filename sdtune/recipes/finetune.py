@@ -8,6 +8,7 @@ or its form for velocity or image where the base regresses those. A method choos
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class FineTune(Recipe):
         self.images = self.load_images()
         self.family = families.load(cfg, device, dtype_of(cfg))
         self.trained: dict[str, nn.Module] = {}
+        self.starts: dict[str, dict[str, torch.Tensor]] = {}
+        self.lora_plus_ratio = 1.0
 
     def add_part(self, name: str, trains: bool = True) -> Any:
         """A part of the base, now a submodule of that name; ``trains`` lists it in ``trained``."""
@@ -52,7 +55,8 @@ class FineTune(Recipe):
         cfg, family = self.cfg, self.family
         for name in (family.denoiser_name, *(family.encoders_to_train() if cfg.train_text_encoder else ())):
             modules = family.adapted_modules(name, cfg.target_modules)
-            adapters.add_adapter(self.add_part(name), cfg, modules, name)
+            self.starts[name] = adapters.add_adapter(self.add_part(name), cfg, modules, name)
+        self.lora_plus_ratio = cfg.lora_plus_ratio
         if cfg.init_adapter:
             attach.initialise(cfg.init_adapter, self.trained)
 
@@ -82,15 +86,23 @@ class FineTune(Recipe):
         x0, text = self.family.latents(batch), self.family.conditioning(batch)
         return denoising_loss(self.family.objective, lambda x_t, t: self.family.predict(x_t, t, text), x0, batch)
 
+    def save_adapters(self, out: Path) -> Path:
+        """Write the adapters to ``out`` as one file; returns its path."""
+        return adapters.save_adapter(out, self.trained, self.provenance(), self.family.pipeline_class, self.starts)
+
     def parameter_groups(self):
-        cfg = self.cfg
-        return [
-            {
-                "params": [p for p in part.parameters() if p.requires_grad],
-                "lr": (self.of_text(name) and cfg.text_encoder_lr) or cfg.learning_rate,
-            }
-            for name, part in self.trained.items()
-        ]
+        return [group for name in self.trained for group in self.groups_of(name)]
+
+    def groups_of(self, name: str) -> list[dict[str, Any]]:
+        """What trains of a part; with LoRA+ in two groups, the second of which is B."""
+        cfg, ratio = self.cfg, self.lora_plus_ratio
+        rate = (self.of_text(name) and cfg.text_encoder_lr) or cfg.learning_rate
+        trained = {n: p for n, p in self.trained[name].named_parameters() if p.requires_grad}
+        if ratio == 1:
+            return [{"params": list(trained.values()), "lr": rate}]
+        of_b = [n for n in trained if ".lora_B." in n]
+        others = [p for n, p in trained.items() if n not in of_b]
+        return [{"params": others, "lr": rate}, {"params": [trained[n] for n in of_b], "lr": rate * ratio}]
 
     def of_text(self, part: str) -> bool:
         """Whether a part is a text encoder; only methods that may train one have a rate for it."""

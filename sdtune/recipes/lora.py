@@ -3,11 +3,11 @@
     h = W x + (alpha / r) B A x        A ~ N(0, 1/r^2), B = 0, W frozen
 
 The loss is the base model's own: only the weights that train are others. The adapters sit inside the base's modules,
-so the base is a submodule of the recipe, and frozen.
+so the base is a submodule of the recipe, and frozen. LoHa and LoKr make up the change in other ways
+(`models.adapter_kinds`).
 """
 
 from sdtune.config.methods.lora import LoraConfig
-from sdtune.models import adapters
 from sdtune.recipes.finetune import FineTune
 
 
@@ -19,4 +19,4 @@ class Lora(FineTune):
         self.train_adapters()
 
     def export(self, out):
-        return [adapters.save_adapter(out, self.trained, self.provenance(), self.family.pipeline_class)]
+        return [self.save_adapters(out)]

@@ -1,12 +1,17 @@
 """The kind of artefact a run made, judged by its file names, and the lines of stock diffusers that use it."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError, safe_open
+
 from sdtune.run.markdown import code_span
 
+PEFT = "adapter"
+"""The folder into which the lines of a LoHa or LoKr have it converted."""
 EMBEDDING = "learned_embeds.safetensors"
 ENCODERS = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2"}
 """Names of the tables of a word that several text encoders learnt, or ComfyUI reads, to the encoder of each."""
@@ -14,6 +19,14 @@ CLASSES = "classes.json"
 """Names of classes in the order of their labels, beside a model that knows classes."""
 FROM_PICTURES = ("StableDiffusionXLImg2ImgPipeline",)
 """Classes of pipelines that are called with a picture beside the prompt."""
+LYCORIS_PREFIXES = {
+    "lora_unet_": "unet",
+    "lycoris_": "transformer",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+}
+"""How the keys of each part begin in the file of a LoHa or LoKr."""
 MANY = 30
 """At most this many classes are listed; for more, the file with their names is named."""
 
@@ -29,6 +42,8 @@ class ArtefactKind(NamedTuple):
     """Keys of its tables where each text encoder has one; empty for the one table of one encoder."""
     pipeline: str | None = None
     """Class of diffusers."""
+    peft_parts: tuple[str, ...] = ()
+    """Parts that a LoHa or LoKr adapts, which PEFT loads; none for a LoRA, which diffusers loads."""
     takes_text: bool = True
     classifier: dict[str, Any] | None = None
     """Its settings, from config.json."""
@@ -55,20 +70,31 @@ def artefact_kind(files: Mapping[str, Path]) -> ArtefactKind:
         )
     if "diffusion_pytorch_model.safetensors" in files and (config := read_json("config.json")):
         return ArtefactKind(takes_text=False, classifier=config, classes=classes)
-    others = [name for name in files if name.endswith(".safetensors") and name != EMBEDDING]
-    adapter = next(iter(others), None)
+    adapter = next((name for name in files if name.endswith(".safetensors") and name != EMBEDDING), None)
+    parts = _lycoris_parts(files[adapter]) if adapter else ()
     if EMBEDDING not in files:
-        return ArtefactKind(adapter=adapter)
-    return ArtefactKind(adapter=adapter, embedding=EMBEDDING, tables=_tables(files[EMBEDDING]))
+        return ArtefactKind(adapter=adapter, peft_parts=parts)
+    tables = _tables(files[EMBEDDING])
+    return ArtefactKind(adapter=adapter, embedding=EMBEDDING, tables=tables, peft_parts=parts)
 
 
 def _tables(file: Path) -> tuple[str, ...]:
     """The keys of an embedding's tables, if they are names of text encoders."""
-    from safetensors import safe_open
-
     with safe_open(file, framework="np") as tensors:
         keys = set(tensors.keys())
     return tuple(key for key in ENCODERS if key in keys) if keys <= ENCODERS.keys() else ()
+
+
+def _lycoris_parts(file: Path) -> tuple[str, ...]:
+    """The parts that a file in LyCORIS' layout adapts; none if it holds no LoHa and no LoKr."""
+    try:
+        with safe_open(file, framework="np") as tensors:
+            keys = list(tensors.keys())
+    except (OSError, SafetensorError):  # a report is made of a damaged folder too
+        return ()
+    if not any(".hada_" in key or ".lokr_" in key for key in keys):
+        return ()
+    return tuple(dict.fromkeys(p for prefix, p in LYCORIS_PREFIXES.items() if any(k.startswith(prefix) for k in keys)))
 
 
 def sample(what: ArtefactKind, folder: str, prompt: str) -> list[str]:
@@ -119,7 +145,11 @@ def lines(
     elif what.embedding:
         words = arguments(repo, weight_name=what.embedding, token=token, revision=at)
         loads.append(f"pipe.load_textual_inversion({words})")
-    if what.adapter:
+    if what.peft_parts:
+        imports.insert(0, f"# first, in a shell: {shlex.join(['sdtune', 'convert', repo, PEFT, '--to', 'peft'])}")
+        imports.append("from peft import PeftModel")
+        loads += [f'PeftModel.from_pretrained(pipe.{part}, "{PEFT}", subfolder="{part}")' for part in what.peft_parts]
+    elif what.adapter:
         loads.append(f"pipe.load_lora_weights({arguments(repo, weight_name=what.adapter, revision=at)})")
     if long_prompts:
         loads.append("# prompts over 77 tokens: sdtune sample --long-prompts")

@@ -93,7 +93,7 @@ def savings(cfg: TrainingConfig) -> Iterator[dict[str, Any]]:
     if not cfg.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
     if isinstance(cfg, LoraConfig) or (isinstance(cfg, DreamBoothConfig) and cfg.lora):
-        yield from ({"quantize_base": bits} for bits in ("int8", "nf4") if not cfg.quantize_base and not cfg.use_dora)
+        yield from ({"quantize_base": bits} for bits in cfg.quantizations if not cfg.quantize_base)
     if cfg.optimizer == "adamw" and not cfg.use_8bit_adam:
         yield {"use_8bit_adam": True}
     if cfg.mixed_precision in (None, "no"):

@@ -11,13 +11,15 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig as PeftConfig
+from peft.tuners.lycoris_utils import LycorisLayer
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
 from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.methods.text_to_image import TextToImageConfig
-from sdtune.models import families
+from sdtune.models import families, formats
+from sdtune.models.attach import Layers, attach, published_name
 from sdtune.recipes.finetune import FineTune
 from sdtune.recipes.lora import Lora
 from sdtune.recipes.text_to_image import TextToImage
@@ -186,6 +188,35 @@ def test_every_tensor_of_the_adapter_arrives(base, bases, pictures, tmp_path):
         assert torch.equal(arrived[name.replace(".default.", ".default_0.")], parameter), name
 
 
+KIND = {"sdxl": "loha", "sd3": "loha", "flux": "loha"}
+"""The kind beside LoRA that a base is tried with; the others with LoKr."""
+
+
+def test_the_other_kinds_train_and_come_back_from_their_file(base, bases, pictures, tmp_path):
+    kind = KIND.get(base, "lokr")
+    recipe = recipe_of(
+        bases(base), pictures, tmp_path, adapter=kind, rank=1, train_text_encoder=base in ("sdxl", "sd3")
+    )
+    with torch.no_grad():
+        for parameter in recipe.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    recipe(batch_of(recipe)).mean().backward()
+    assert [name for name, p in recipe.named_parameters() if p.requires_grad and p.grad is None] == []
+    recipe.export(tmp_path)
+    found = formats.read(tmp_path)
+    layers = Layers(DiffusionPipeline.from_pretrained(bases(base)).components)
+    _, hooks = attach(layers, "a", found, 1.0, "--adapter")
+    assert found.parts.keys() == recipe.trained.keys()
+    for part, model in recipe.trained.items():
+        trained = {published_name(part, n): m for n, m in model.named_modules() if isinstance(m, LycorisLayer)}
+        assert found.parts[part].keys() == trained.keys()
+        for name, layer in trained.items():
+            change = found.parts[part][name].delta(layer.weight.shape)
+            torch.testing.assert_close(change.float(), layer.get_delta_weight("default").detach())
+    assert len(hooks) == len(found.modules())
+
+
 def test_all_weights_train_and_load_in_the_stock_class(base, bases, pictures, tmp_path):
     folder, run = bases(base), tmp_path / "run"
     train("text-to-image", folder, pictures, run, "--learning-rate", "1e-3", "--no-cache")
@@ -201,17 +232,18 @@ def test_all_weights_train_and_load_in_the_stock_class(base, bases, pictures, tm
     shutil.rmtree(run)
 
 
-DRAWS = {
-    "sdxl": ["--train-text-encoder", "--random-flip", "--no-center-crop", "--snr-gamma", "5"],
-    "z-image": ["--random-flip", "--caption-dropout", "0.3", "--weighting-scheme", "logit_normal"],
-}
-"""Options of the two bases whose runs are cut short and divided: such runs are expensive."""
+DRAWS = [
+    ("sdxl", ["--train-text-encoder", "--random-flip", "--no-center-crop", "--snr-gamma", "5"]),
+    ("z-image", ["--random-flip", "--caption-dropout", "0.3", "--weighting-scheme", "logit_normal"]),
+    ("z-image", ["--adapter", "lokr", "--decompose-factor", "2", "--rank", "2"]),
+]
+"""Options of the bases whose runs are cut short and divided: such runs are expensive."""
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", DRAWS)
-def test_a_run_that_is_continued_and_one_of_two_processes_learn_the_same(name, bases, pictures, tmp_path):
-    options = [*DRAWS[name], "--adam-epsilon", "1e-3"]
+@pytest.mark.parametrize(("name", "draws"), DRAWS, ids=["sdxl", "z-image", "z-image-lokr"])
+def test_a_run_that_is_continued_and_one_of_two_processes_learn_the_same(name, draws, bases, pictures, tmp_path):
+    options = [*draws, "--adam-epsilon", "1e-3"]
     pairs = [*options, "--train-batch-size", "2", "--steps"]
     train("lora", bases(name), pictures, tmp_path / "whole", *pairs, "4")
     train("lora", bases(name), pictures, tmp_path / "cut", *pairs, "2")

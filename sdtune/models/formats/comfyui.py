@@ -5,7 +5,8 @@ For Stable Diffusion 1, 2 and XL it reads kohya's keys, and of diffusers' only t
 and not of the changed one (``weight_decompose`` in comfy/weight_adapter/base.py as of 2026). Each row is off by the
 ratio of the two norms.
 
-A transformer has the prefix ``diffusion_model.``, diffusers' names of modules, and an alpha for each.
+The LoRA of a transformer has the prefix ``diffusion_model.``, diffusers' names of modules, and an alpha for each; its
+LoHa and LoKr have LyCORIS' keys (`kohya`).
 """
 
 import re
@@ -58,7 +59,7 @@ OWN = {
 
 
 def tensors(adapter: AdapterFile) -> dict[str, Tensor]:
-    if "transformer" not in adapter.parts:
+    if not any(m.kind == "lora" for m in adapter.parts.get("transformer", {}).values()):
         return kohya.tensors(adapter)
     require_kinds(adapter, "comfyui", ("lora",))
     out: dict[str, Tensor] = {}

@@ -1,9 +1,10 @@
 """kohya's files (sd-scripts; LyCORIS for LoHa and LoKr), which A1111, Forge and ComfyUI read as well.
 
 ``lora_unet_<module with underscores>.lora_down.weight``, ``.lora_up.weight``, ``.alpha`` and DoRA's ``.dora_scale``;
-text encoders ``lora_te_`` in Stable Diffusion 1 and 2, ``lora_te1_`` and ``lora_te2_`` in SDXL; FLUX.1's transformer as
-``lora_unet_double_blocks_...`` (`kohya_flux`). Written with diffusers'
-module names, which all readers know; read with sgm's ``input_blocks`` as well.
+text encoders ``lora_te_`` in Stable Diffusion 1 and 2, ``lora_te1_`` and ``lora_te2_`` in all others; FLUX.1's
+transformer as ``lora_unet_double_blocks_...`` (`kohya_flux`). Written with diffusers' module names, which all readers
+know; read with sgm's ``input_blocks`` as well. LoHa and LoKr of a transformer have LyCORIS' own ``lycoris_``, which
+ComfyUI knows for them too.
 """
 
 from dataclasses import replace
@@ -16,7 +17,7 @@ from sdtune.config.sections import UserError
 from sdtune.models.formats import kohya_flux
 from sdtune.models.formats import metadata as about
 from sdtune.models.formats.keys import LYCORIS, Place, assemble, with_alpha
-from sdtune.models.formats.names import dotted, published_name, underscored
+from sdtune.models.formats.names import denoiser_of, dotted, published_name, underscored
 from sdtune.models.formats.neutral import AdapterFile, Module
 
 PREFIXES = {
@@ -47,7 +48,7 @@ def place(key: str) -> Place | None:
         return "transformer", name, SUFFIXES[end]
     if prefix is None or end not in SUFFIXES or (name := dotted(stem.removeprefix(prefix))) is None:
         return None
-    part = PREFIXES[prefix]
+    part = denoiser_of(name) if PREFIXES[prefix] == "unet" else PREFIXES[prefix]
     return part, published_name(part, name), SUFFIXES[end]
 
 
@@ -69,15 +70,17 @@ def with_base_norm(module: Module) -> Module:
 
 def tensors(adapter: AdapterFile) -> dict[str, Tensor]:
     parts, transformer = dict(adapter.parts), adapter.parts.get("transformer")
-    if transformer and (flux := kohya_flux.joined(transformer)):
+    has_lora = transformer is not None and any(m.kind == "lora" for m in transformer.values())
+    if transformer and has_lora:
+        if not (flux := kohya_flux.joined(transformer)):
+            raise UserError(
+                "--to kohya: of transformers it has a layout for the LoRA of FLUX.1 and Chroma alone, told by their single "
+                "blocks; diffusers, comfyui and peft have one for this adapter"
+            )
         parts["transformer"] = flux
-    elif transformer:
-        raise UserError(
-            "--to kohya: of transformers it has a layout for FLUX.1 and Chroma alone, told by their single blocks; "
-            "diffusers, comfyui and peft have one for this adapter"
-        )
     te = "lora_te1_" if transformer or about.is_sdxl(adapter) else "lora_te_"
-    prefixes = {"unet": "lora_unet_", "transformer": "lora_unet_", "text_encoder": te, "text_encoder_2": "lora_te2_"}
+    prefixes = {"unet": "lora_unet_", "transformer": "lora_unet_" if has_lora else "lycoris_"}
+    prefixes |= {"text_encoder": te, "text_encoder_2": "lora_te2_"}
     out: dict[str, Tensor] = {}
     for part, modules in parts.items():
         for name, module in common_alpha(modules).items():

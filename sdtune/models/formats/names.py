@@ -2,7 +2,7 @@
 
 import re
 
-# Every word between the dots of a UNet's or CLIP text encoder's module names; the second group is sgm's (SDXL's
+# Every word between the dots of names of modules: of a UNet and a CLIP text encoder, of transformers, and sgm's (SDXL's
 # original code). kohya turns dots into underscores, so a list of words is needed to find which underscores were dots.
 WORDS = """
     down_blocks mid_block up_blocks resnets attentions downsamplers upsamplers conv transformer_blocks attn1 attn2
@@ -11,6 +11,13 @@ WORDS = """
     linear_1 linear_2 cond_proj encoder_hid_proj time_proj
     text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 layer_norm1 layer_norm2
     final_layer_norm embeddings token_embedding position_embedding text_projection
+
+    2-1 adaLN_modulation all_final_layer all_x_embedder attention attn cap_embedder context_embedder
+    context_refiner distilled_guidance_layer double_stream_modulation_img double_stream_modulation_txt
+    feed_forward ff_context guidance_embedder img_in img_mlp img_mod in_proj linear linear_in linear_out
+    noise_refiner norm1_context norm_out pos_embed proj_mlp single_stream_modulation single_transformer_blocks
+    t_embedder text_embedder time_guidance_embed time_text_embed timestep_embedder to_qkv_mlp_proj txt_in
+    txt_mlp txt_mod w1 w2 w3 x_embedder
 
     input_blocks middle_block output_blocks in_layers out_layers emb_layers skip_connection op time_embed label_emb out
 """.split()
@@ -73,7 +80,13 @@ def from_sgm(words: list[str]) -> str | None:
     return f"{where}.resnets.{layer}.{RESNET.get(inner, inner)}" if j == "0" else f"{where}.attentions.{layer}.{inner}"
 
 
-OF_TRANSFORMER = ("transformer_blocks.", "single_transformer_blocks.", "layers.", "noise_refiner.", "context_refiner.")
+OF_TRANSFORMER = tuple(
+    """
+    transformer_blocks. single_transformer_blocks. layers. noise_refiner. context_refiner. x_embedder t_embedder
+    cap_embedder context_embedder all_x_embedder pos_embed img_in txt_in time_text_embed time_guidance_embed
+    single_stream_modulation double_stream_modulation distilled_guidance_layer norm_out proj_out all_final_layer
+    """.split()
+)
 """How names of the layers of a transformer begin; a UNet's have their transformer blocks inside of others."""
 
 
