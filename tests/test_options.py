@@ -261,7 +261,7 @@ def test_an_option_that_cannot_have_an_effect_is_refused(config, name, option, c
     if chosen is None or on.is_required() or on.default in choices:
         return
     off = {option: False} if config.model_fields[option].annotation is bool else {}
-    with pytest.raises(UserError, match=f"^({name}|class_prompt|adapter) has no effect with"):
+    with pytest.raises(UserError, match=f"^({name}|class_prompt|adapter|initializer_token) has no effect with"):
         parsing.resolve(config, None, base | off | {name: chosen}, [])
 
 
