@@ -40,6 +40,7 @@ LEAST_WITH = {
 ON = {
     "class_column": "c",
     "classifier": "c",
+    "evaluate_steps": 5,
     "initializer_token": ["x"],
     "interpolate": ["a", "b"],
     "keep_best": "likeness",
