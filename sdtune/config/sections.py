@@ -476,9 +476,9 @@ class Adapter(Section):
     """Rank r of the factors."""
     alpha: Annotated[Positive | None, aliases("lora_alpha")] = None
     """The update is scaled by alpha / rank. Default: alpha = rank."""
-    dropout: Annotated[
-        Annotated[float, Interval(ge=0, lt=1)], aliases("lora_dropout"), requires("adapter", "lora")
-    ] = 0.0
+    dropout: Annotated[Annotated[float, Interval(ge=0, lt=1)], aliases("lora_dropout"), requires("adapter", "lora")] = (
+        0.0
+    )
     """Dropout on the input of a LoRA."""
     rank_dropout: Annotated[Annotated[float, Interval(ge=0, lt=1)], requires("adapter", "loha", "lokr")] = 0.0
     """Share of the rows of the update that LoHa and LoKr leave out, drawn anew for each forward pass."""

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from sdtune.config.methods.new_word import NewWord
-from sdtune.config.section_base import Natural, NonNegative, Positive
+from sdtune.config.section_base import Natural, NonNegative, Positive, aliases
 from sdtune.config.sections import (
     BaseOptions,
     Captions,
@@ -17,7 +17,6 @@ from sdtune.config.sections import (
     Preview,
     Prompts,
     Run,
-    aliases,
 )
 
 

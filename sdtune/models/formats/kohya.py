@@ -74,8 +74,8 @@ def tensors(adapter: AdapterFile) -> dict[str, Tensor]:
     if transformer and has_lora:
         if not (flux := kohya_flux.joined(transformer)):
             raise UserError(
-                "--to kohya: of transformers it has a layout for the LoRA of FLUX.1 and Chroma alone, told by their single "
-                "blocks; diffusers, comfyui and peft have one for this adapter"
+                "--to kohya: of transformers it has a layout for the LoRA of FLUX.1 and Chroma alone, told by their "
+                "single blocks; diffusers, comfyui and peft have one for this adapter"
             )
         parts["transformer"] = flux
     te = "lora_te1_" if transformer or about.is_sdxl(adapter) else "lora_te_"
