@@ -5,7 +5,6 @@ it does not depend on the process, worker or batch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -125,6 +124,9 @@ class Family(Protocol):
     def longer_captions(self) -> str:
         """The option that has captions beyond the window read; empty if there is none."""
 
+    def vae_key(self) -> str:
+        """A digest of the weights of the VAE."""
+
     def text_key(self) -> str:
         """A digest of all that ``encode`` depends on except the caption."""
 
@@ -177,7 +179,7 @@ def text_to_image_dataset(
         def encode(key: str) -> Tensor:
             return family.moments(stream.pixels(variants[key])[None])[0]
 
-        vae_key = None if on_meta else partial(cache.weights_digest, family.vae)
+        vae_key = None if on_meta else family.vae_key
         moments = cache.cached_tensors("moments", vae_key, variants, encode, "Encoding images")
         family.unload_frozen()  # the VAE is not beside the text encoders
     reason = "the text encoder is trained" if trains_text else stream.text_cacheable
@@ -217,7 +219,7 @@ def _streamed_dataset(
     def encode(pixels: Tensor) -> Tensor:
         return family.moments(pixels)
 
-    encoded = encode_shards(shard_cache, stream, cache.weights_digest(family.vae), encode, family.vae.dtype)
+    encoded = encode_shards(shard_cache, stream, family.vae_key(), encode, family.vae.dtype)
     family.unload_frozen()
     encoded_stream = ShardStream(stream.cfg, encoded, stream.group)
     return TextToImageDataset(encoded_stream, latent, cfg.validation_prompt, sizes, encoded)

@@ -10,8 +10,10 @@ from torch import nn
 from torch._subclasses import FakeTensor
 
 from sdtune.config.sections import UserError
+from sdtune.data.cache import weights_digest
 from sdtune.models.clip_skip import skip_layers
 from sdtune.models.families import part_location
+from sdtune.models.families.part_digest import identity_of, part_folder, remembered
 from sdtune.models.families.vaes import fp32_vae
 from sdtune.models.part_files import check_tokenizer, read_part, read_scheduler
 
@@ -61,6 +63,7 @@ class ModelParts:
                 raise UserError(f"--model {cfg.model}: its model_index.json names no {part}{way_out}")
         self.parts: dict[str, Any] = {}
         self.retained: set[str] = {self.denoiser_name}
+        self.downloaded: set[str] = set()
 
     @property
     def has_values(self) -> bool:
@@ -81,18 +84,34 @@ class ModelParts:
         """What reads a part, given the class that ``model_index.json`` names."""
         return kind
 
+    def _place(self, part: str, source: str | None = None) -> tuple[str, str, dict[str, Any]]:
+        """How an error names a part, its folder or repository, and where it is in that."""
+        if source is None:
+            return f"--model {self.cfg.model}: {part}", self.source, {"subfolder": part, "revision": self.cfg.revision}
+        base = self.source if named(self.index, "vae") else None
+        folder, subfolder = part_location(source, "--vae", "vae", base)
+        return f"--vae {source}", folder, {"subfolder": subfolder} if subfolder else {}
+
     def _read(self, kind: Any, part: str, source: str | None = None, **more: Any) -> Any:
-        """One part of the base from its folder or repository."""
-        asked, folder = f"--model {self.cfg.model}: {part}", self.source
-        where: dict[str, Any] = {"subfolder": part, "revision": self.cfg.revision}
-        if source is not None:
-            asked = f"--vae {source}"
-            base = self.source if named(self.index, "vae") else None
-            folder, subfolder = part_location(source, "--vae", "vae", base)
-            where = {"subfolder": subfolder} if subfolder else {}
-        if part == "scheduler":
-            return read_scheduler(kind, folder, asked, cache_dir=self.cfg.cache_dir, **where)
-        return read_part(kind, folder, asked, cache_dir=self.cfg.cache_dir, **where, **more)
+        """One part of the base from its folder or repository; the Hub is asked for it once."""
+        asked, folder, where = self._place(part, source)
+        what = f"{getattr(kind, '__name__', ConfigOnly.__name__)} {asked}"
+        if what in self.downloaded:
+            where["local_files_only"] = True
+        read = read_scheduler if part == "scheduler" else read_part
+        found = read(kind, folder, asked, cache_dir=self.cfg.cache_dir, **where, **more)
+        self.downloaded.add(what)
+        return found
+
+    def weights_key(self, part: str) -> str:
+        """A digest of the weights of a frozen part, which is not read for it if its files have been seen before."""
+        if part in self.parts:
+            return weights_digest(self.parts[part])
+        _, folder, where = self._place(part, self.cfg.vae if part == "vae" else None)
+        place = part_folder(folder, where.get("subfolder"), where.get("revision"), self.cfg.cache_dir)
+        kind = self.part_class(part).__name__
+        identity = identity_of(place, part, kind, self.dtype, self.cfg.variant, self.cfg.clip_skip)
+        return remembered(identity, lambda: weights_digest(self.part(part)))
 
     def _meta_part(self, kind: Any, part: str, source: str | None) -> nn.Module:
         """A part without its weights: its configuration alone is read."""
@@ -154,11 +173,13 @@ class ModelParts:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    @property
+    def vae_key(self) -> str:
+        """A digest of the VAE's weights."""
+        return self.weights_key("vae")
+
+    @cached_property
     def vae_config(self) -> Any:
-        """The VAE's configuration, without its weights."""
-        if "vae" in self.parts:
-            return self.parts["vae"].config
+        """The VAE's configuration, without its weights. Each step asks for it, so it is read once."""
         return self._read(ConfigOnly(self.part_class("vae")), "vae", self.cfg.vae)
 
     @cached_property

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from sdtune.config.fields import flag
 from sdtune.config.sections import UserError
-from sdtune.data.cache import weights_digest
 from sdtune.models.families.parts import ModelParts, tokenizer_of
 from sdtune.models.prompt_embeddings import TextParts, embed
 from sdtune.models.prompts import Window, lost_words
@@ -118,7 +117,7 @@ class TextFamily(ModelParts):
         for name, tokenizer in sorted(self.tokenizers.items()):
             sha.update(f"{name} {tokenizer.backend_tokenizer.to_str()} {tokenizer.chat_template}".encode())
         for name in self.encoders:
-            sha.update(weights_digest(self.part(name)).encode())
+            sha.update(self.weights_key(name).encode())
         return sha.hexdigest()[:24]
 
     @property
