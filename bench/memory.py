@@ -6,8 +6,7 @@
 The measurement is the peak resident set of the training process over two steps, from metrics.jsonl, with the model
 loaded and the cache filled by an earlier run. malloc returns memory at once (MALLOC_MMAP_THRESHOLD_=131072,
 MALLOC_ARENA_MAX=2), so that what is counted is what is in use. The shapes are `tiny`; `tiny` with a UNet of a hundred
-million random parameters; a Z-Image of random parameters, a seventh as wide as the published one; and the UNet of
-`ddpm/cifar10`.
+million random parameters; and the UNet of `ddpm/cifar10`.
 """
 
 import argparse
@@ -47,18 +46,6 @@ def cases(work: Path) -> dict[tuple[str, str], list[str]]:
     given = {("tiny", name): [*words, *LATENT, "--train-batch-size", "8"] for name, words in CASES.items()}
     middle = ["--model", str(work / "middle"), "--train-batch-size", "2"]
     given |= {("middle", name): [*words, *LATENT, *middle] for name, words in CASES.items()}
-    flow = [
-        "--model",
-        str(work / "flow"),
-        "--dataset",
-        "tiny-hearts",
-        "--resolution",
-        "256",
-        "--max-sequence-length",
-        "32",
-    ]
-    flow += ["--train-batch-size", "4"]
-    given |= {("flow", name): [*words, *flow] for name, words in CASES.items() if words[0] == "lora"}
     cifar = ["--config", "ddpm/cifar10", "--dataset", "tiny-hearts", "--image-column", "image"]
     cifar += ["--train-batch-size", "16", "--num-holdout-images", "0"]
     return given | {("cifar10", name): [*words, *cifar] for name, words in PIXELS.items()}
@@ -78,35 +65,6 @@ def build_middle(folder: Path) -> None:
     wide |= {"down_block_types": kinds, "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 2)}
     pipe.unet = UNet2DConditionModel.from_config(wide | {"norm_num_groups": 32, "attention_head_dim": 8})
     pipe.save_pretrained(folder)
-
-
-FLOW = {
-    "transformer": {"dim": 512, "n_layers": 12, "n_heads": 8, "n_kv_heads": 8, "cap_feat_dim": 256}
-    | {"axes_dims": [16, 24, 24]},
-    "text_encoder": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
-    | {"num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000},
-    "vae": {"block_out_channels": [32, 64, 64, 64], "layers_per_block": 1},
-}
-"""What is smaller than in the published Z-Image, by part."""
-
-
-def build_flow(folder: Path) -> None:
-    """A Z-Image of random parameters that is small enough for a CPU."""
-    import diffusers
-    import torch
-    import transformers
-    from family_memory import SHAPES, write_base
-
-    torch.manual_seed(0)
-    shape = json.loads(SHAPES.read_text(encoding="utf-8"))["Z-Image"]
-    for part, smaller in FLOW.items():
-        shape["parts"][part][2] |= smaller
-    write_base(folder, shape)
-    for part in FLOW:
-        library, kind, config = shape["parts"][part]
-        made = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
-        module = made.from_config(config) if library == "diffusers" else made(made.config_class(**config))
-        module.save_pretrained(folder / part)
 
 
 def estimated(words: list[str]) -> dict[str, int]:
@@ -148,8 +106,6 @@ def main() -> None:
     given = parser.parse_args()
     if not (given.work / "middle" / "model_index.json").exists():
         python([__file__, "--build", str(given.work / "middle")])  # a child's peak begins at its parent's
-    if not (given.work / "flow" / "model_index.json").exists():
-        python([__file__, "--build", str(given.work / "flow")])
     filled: set[str] = set()  # whose cache of moments and embeddings is
     print("| Shape, options | estimate | measured | error |\n| --- | --- | --- | --- |")
     for (shape, name), words in cases(given.work).items():
@@ -167,7 +123,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--estimate"]:
         estimate(sys.argv[2:])
     elif sys.argv[1:2] == ["--build"]:
-        where = Path(sys.argv[2])
-        (build_flow if where.name == "flow" else build_middle)(where)
+        build_middle(Path(sys.argv[2]))
     else:
         main()
