@@ -123,9 +123,9 @@ def shared_scores(runs: Sequence[Compared]) -> list[str]:
 
 
 def verdict(runs: Sequence[Compared], name: str) -> dict[str, Any]:
-    """Each run's value and interval of a score, the best run, and whether it is better than each other for sure.
+    """Each run's value and interval of a score, the best run, and whether that is sure.
 
-    Two runs differ for sure if their 95 % intervals do not overlap.
+    It is sure if its 95 % interval overlaps no other; nothing is said of equal values, and of those without intervals.
     """
     have = [run for run in runs if name in run.scores]
     values: dict[str, dict[str, Any]] = {
@@ -135,12 +135,13 @@ def verdict(runs: Sequence[Compared], name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"values": values, "better": better}
     if better == "neither":
         return found
-    chosen = (max if better == "higher" else min)(values, key=lambda run: values[run]["value"])
-    known = [v for v in values.values() if v["low"] is not None]
-    sure = len(known) == len(values) and all(
-        apart(values[chosen], value) for run, value in values.items() if run != chosen
-    )
-    return found | {"best": chosen, "sure": sure}
+    if len({value["value"] for value in values.values()}) == 1:
+        return found
+    found["best"] = chosen = (max if better == "higher" else min)(values, key=lambda run: values[run]["value"])
+    others = [value for run, value in values.items() if run != chosen]
+    if all(value["low"] is not None for value in values.values()):
+        found["sure"] = all(apart(values[chosen], other) for other in others)
+    return found
 
 
 def apart(a: Mapping[str, float], b: Mapping[str, float]) -> bool:
