@@ -49,6 +49,9 @@ RUNS = {
 """Small runs; the first is the short form's."""
 PATIENCE = 300
 """Seconds that an attempt may take."""
+UNHEEDED = 10
+"""Seconds after a signal within which a run has to be over."""
+HANG = "HANG"
 
 
 def die() -> None:
@@ -94,6 +97,8 @@ def later(number: int, out: Path, draws: random.Random) -> None:
             time.sleep(0.002)
         time.sleep(wait)
         os.kill(os.getpid(), number)
+        time.sleep(UNHEEDED)
+        print(f"{HANG}: {signal.Signals(number).name} is not heeded after {UNHEEDED} s", flush=True)
 
     Thread(target=watch, daemon=True).start()
 
@@ -212,6 +217,7 @@ def course(name: str, folder: Path, draws: random.Random, counts: Counter[str], 
     counts["WRONG end"] += code != 0
     text = log.read_text()
     counts["WRONG traceback"] += text.count("Traceback")
+    counts["WRONG hang"] += text.count(HANG)
     if code == 0:
         got = result(out)
         different = [part for part in wanted if got[part] != wanted[part]]
