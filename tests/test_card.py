@@ -5,9 +5,11 @@ import shlex
 import shutil
 
 import pytest
+import torch
 import yaml
 from accelerate.state import AcceleratorState
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
+from safetensors.torch import save_file
 
 from sdtune.config.methods.lora import LoraConfig
 from sdtune.publish import model_card, redact
@@ -93,6 +95,20 @@ def test_usage_is_python(run):
         'DiffusionPipeline.from_pretrained("user/base", revision="v1")'
         in made(run, Origin(True), model="user/base", revision="v1")[1]
     )
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        ("conditioner.embedders.0.x", "StableDiffusionXLPipeline"),
+        ("model.diffusion_model.joint_blocks.0.x", "StableDiffusion3Pipeline"),
+        ("cond_stage_model.x", "StableDiffusionPipeline"),
+    ],
+)
+def test_usage_reads_a_base_in_one_file_as_what_it_is(tensor, kind, run, tmp_path):
+    save_file({tensor: torch.zeros(1)}, tmp_path / "base.safetensors")
+    text = made(run, model=str(tmp_path / "base.safetensors"))[1]
+    assert f"pipe = {kind}.from_single_file(" in text
 
 
 def test_license_is_carried_over_from_the_base(api, run):

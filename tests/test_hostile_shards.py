@@ -69,7 +69,7 @@ def test_images_without_their_last_rows_are_bad_images(tmp_path):
     data = io.BytesIO()
     NOISE.save(data, "PNG")
     folder = shard(tmp_path / "shards", png=taller(data.getvalue(), "PNG"))
-    with pytest.raises(UserError, match="its last rows are missing"):
+    with pytest.raises(UserError, match="its last pixels are missing"):
         [stream(folder)[position] for position in range(8)]
 
 

@@ -82,7 +82,7 @@ def test_a_png_with_fewer_rows_than_its_header_says(mode):
     data = BytesIO()
     NOISE.convert(mode).save(data, "PNG")
     assert inspect_image(data.getvalue()).problem is None
-    assert "its last rows are missing" in inspect_image(taller(data.getvalue(), "PNG")).problem
+    assert "its last pixels are missing" in inspect_image(taller(data.getvalue(), "PNG")).problem
 
 
 def test_an_interlaced_png_is_complete():
@@ -115,7 +115,21 @@ def test_a_jpeg_with_fewer_rows_than_its_header_says(mode, progressive):
     data = BytesIO()
     NOISE.convert(mode).save(data, "JPEG", progressive=progressive)
     assert inspect_image(data.getvalue()).problem is None
-    assert "its last rows are missing" in inspect_image(taller(data.getvalue(), "JPEG")).problem
+    assert "its last pixels are missing" in inspect_image(taller(data.getvalue(), "JPEG")).problem
+
+
+@pytest.mark.fault("The end of a JPEG is missing, though its end mark is there", "It counts as truncated.")
+@pytest.mark.parametrize("restart", [{}, {"restart_marker_blocks": 2}, {"restart_marker_rows": 1}])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_a_jpeg_that_was_cut_and_closed_again(restart, progressive, subsampling):
+    for mode in ("RGB", "L"):
+        data = BytesIO()
+        NOISE.convert(mode).save(data, "JPEG", quality=90, progressive=progressive, subsampling=subsampling, **restart)
+        whole = data.getvalue()
+        assert inspect_image(whole).problem is None
+        for share in (0.7, 0.9, 0.95):
+            assert inspect_image(whole[: int(share * len(whole))] + b"\xff\xd9").problem, share
 
 
 def test_a_jpeg_with_a_plain_border_is_complete():

@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import UserError
 from sdtune.config.verbs import SampleConfig
-from sdtune.models import families, single_file
+from sdtune.models import families, single_file, single_file_kinds
 from sdtune.models.loading import load_pipeline
 from tests.conftest import command, status
 
@@ -272,7 +272,7 @@ def test_a_part_that_is_not_there_is_one_line(option, sd, tmp_path):
 )
 def test_settings_of_a_kind_make_the_networks_that_were_published(kind, sizes, tmp_path):
     """By their number of parameters, and CLIP's tokens by those of a sentence that is known."""
-    single_file.write_settings(tmp_path, kind)
+    single_file_kinds.write_settings(tmp_path, kind)
     made = {}
     with torch.device("meta"):
         for name, kind_of in {"unet": UNet2DConditionModel, "vae": AutoencoderKL}.items():

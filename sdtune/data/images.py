@@ -39,7 +39,7 @@ MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 ANIMATED = frozenset({"PNG", "GIF", "WEBP", "TIFF", "AVIF"})
 """Formats whose further frames are images too. In JPEG (MPO) and HEIF files they are depth maps and the like."""
 
-TRUNCATED = "truncated: its last rows are missing"
+TRUNCATED = "truncated: its last pixels are missing"
 
 MAX_PIXELS = 50_000_000
 """A 12,000 x 12,000 1-bit PNG has 17 KB on disk and 1.5 GB in memory."""

@@ -35,7 +35,7 @@ def summarize(
     images, rows = stream.images, stream.images.rows
     more = f", {len(stream.holdout)} more held out" if stream.holdout else ""
     if len(images.sizes) > 1:
-        more += f", {images.sizes[1]} of them of the class; each step shows as many of the class as of the subject"
+        more += f", {images.sizes[1]} of them of the class"
     steps = f"{stream.epoch_length / stream.group:.4g} steps of {stream.group} images"
     lines = [f"images: {len(stream.indices)}{more}; an epoch is {steps}"]
     lines += images.notes

@@ -56,6 +56,8 @@ def load_pipeline(cfg: SampleConfig) -> DiffusionPipeline:
         raise UserError(f"{where}: holds no VAE; give one with --vae")
     if Path(source).is_dir():
         parts |= own_parts(cfg, source, {name: kind for name, kind in index.items() if name not in parts}, dtype)
+    # a pipeline asks for parts that its index calls absent, unless it is given None in words
+    parts = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None} | parts
     if has_part(index, "scheduler"):
         try:
             check_scheduler(DDPMScheduler.load_config(source, subfolder="scheduler", **hub), f"{where}: scheduler")

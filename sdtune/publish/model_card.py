@@ -77,7 +77,7 @@ def model_card(
         license_link=None if hub.license else origin.license_link,
         library_name="diffusers",
         pipeline_tag=task,
-        tags=_tags(settings, kind, task, origin),
+        tags=_tags(settings, kind, task, base_class),
         instance_prompt=about.trigger,
         widget=widget or None,
         datasets=[settings.values["dataset"]] if origin.data_on_hub else None,
@@ -122,7 +122,7 @@ def _task(kind: ArtefactKind) -> str:
     return "text-to-image" if kind.takes_text else "unconditional-image-generation"
 
 
-def _tags(settings: RunSettings, kind: ArtefactKind, task: str, origin: Origin) -> list[str]:
+def _tags(settings: RunSettings, kind: ArtefactKind, task: str, base_class: str) -> list[str]:
     tags = [task, "diffusers", "diffusers-training"]
     if kind.adapter:
         tags += [settings.about.adapter.lower() or "lora", "template:sd-lora"]
@@ -132,16 +132,18 @@ def _tags(settings: RunSettings, kind: ArtefactKind, task: str, origin: Origin) 
         tags += settings.about.tags
     if kind.classifier:
         tags.append("classifier-guidance")
-    return [*tags, *FAMILY_TAGS.get(kind.pipeline or _pipeline_class(settings, origin), []), "sdtune"]
+    return [*tags, *FAMILY_TAGS.get(kind.pipeline or base_class, []), "sdtune"]
 
 
 def _pipeline_class(settings: RunSettings, origin: Origin) -> str:
-    """From the base's ``model_index.json`` if it is on this machine; a single file is Stable Diffusion."""
+    """From the base's ``model_index.json``, or from the tensors of a single file, if it is on this machine."""
     base, cache = settings.about.base, settings.values.get("cache_dir")
     if not base:
         return ""
-    if base == "tiny" or base.endswith(".safetensors"):
+    if base == "tiny":
         return "StableDiffusionPipeline"
+    if base.endswith(".safetensors"):
+        return usage.single_file_class(Path(settings.values.get("model") or base).expanduser())
     file: Any = Path(base).expanduser() / "model_index.json"
     if origin.base_on_hub:
         file = try_to_load_from_cache(base, "model_index.json", cache, settings.about.revision)

@@ -133,7 +133,7 @@ def lines(
         return _pipeline(what, repo, at, prompt)
     reader = "DiffusionPipeline.from_pretrained"
     if base.endswith(".safetensors"):
-        reader = "StableDiffusionPipeline.from_single_file"
+        reader = f"{base_class or 'StableDiffusionPipeline'}.from_single_file"
     loads = [f"pipe = {reader}({arguments(base, revision=base_at)})"]
     imports = [f"from diffusers import {reader.partition('.')[0]}"]
     if clip_skip and clip_skip > 1:
@@ -174,6 +174,18 @@ def _tables_loaded(what: ArtefactKind, repo: str, at: str | None, token: str | N
         parts = f"text_encoder=pipe.{encoder}, tokenizer=pipe.{encoder.replace('text_encoder', 'tokenizer')}"
         loads.append(f"pipe.load_textual_inversion(tables[{text(key)}], token={text(token or '...')}, {parts})")
     return loads
+
+
+def single_file_class(file: Path) -> str:
+    """The pipeline class of a base in one file, by the names of its tensors; empty where it cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = list(tensors.keys())
+    except (SafetensorError, OSError):
+        return ""
+    if any(".joint_blocks." in name for name in names):
+        return "StableDiffusion3Pipeline"
+    return f"StableDiffusion{'XL' if any(name.startswith('conditioner.') for name in names) else ''}Pipeline"
 
 
 def _pipeline(what: ArtefactKind, repo: str, at: str | None, prompt: str) -> str:
