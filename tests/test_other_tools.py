@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import time
 
 import pytest
@@ -321,7 +322,7 @@ def test_half_of_the_modules_missing_is_told(pipe, tmp_path):
         ({"lora_alpha": "x"}, "do not match"),
         ({"r": -3}, "do not match"),
         ({"rank_pattern": [1]}, "cannot be read"),
-        ({"text": "[" * 100_000}, "cannot be read"),
+        ({"text": "[" * 100_000}, "cannot be read .nested too deeply"),
         ({"text": "[1]"}, "cannot be read"),
     ],
 )
@@ -332,7 +333,7 @@ def test_settings_in_metadata_are_read_or_refused_in_a_moment(config, words, com
     if command == "inspect":
         assert status(["inspect", str(file)]) == 2
         message = capsys.readouterr().err.strip()
-        assert words in message and len(message.splitlines()) == 1 and len(message) < 1000
+        assert re.search(words, message) and len(message.splitlines()) == 1 and len(message) < 1000
     else:
         with pytest.raises(UserError, match=words):
             load_adapters(pipe, [str(file)])

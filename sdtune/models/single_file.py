@@ -58,6 +58,8 @@ def model_folder(file: Path) -> str:
     absent = absent_parts(names, kind, where)
     import diffusers
 
+    diffusers.utils.logging.disable_progress_bar()
+
     def convert(new: Path, config: Path) -> None:
         loader: Any = getattr(diffusers, PIPELINES[kind])
         without: dict[str, Any] = dict.fromkeys(absent)

@@ -32,6 +32,8 @@ def errors_of(where: Path | str) -> Iterator[None]:
         yield
     except (ValueError, OverflowError, RecursionError, AttributeError, TypeError, re.error) as error:
         text = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        if isinstance(error, RecursionError):
+            text = "nested too deeply"
         raise UserError(f"{where}: its settings of rank and alpha cannot be read ({text})") from None
 
 
