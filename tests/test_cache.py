@@ -133,6 +133,7 @@ def test_another_vae_is_used_and_has_a_cache_of_its_own(lora, sd, tmp_path, caps
     assert "--vae" in capsys.readouterr().err
 
 
+@pytest.mark.fault("A bit of the cache flips", "It is found by its checksum and computed again.")
 def test_a_flipped_bit_is_found_and_computed_again(tmp_path):
     store = cache.fill(tmp_path, KEYS[:3], tensor_of, "")
     file = next(tmp_path.glob("*.safetensors"))
@@ -163,12 +164,14 @@ def test_files_obey_the_umask_and_those_of_killed_runs_are_swept(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("*tmp*")) == ["0123456789abcdef01234568.78.tmp", "mine.tmp"]
 
 
+@pytest.mark.fault("The cache cannot be written", "Refused in one line, with the way out.")
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"the cache cannot be written .*SDTUNE_CACHE"):
         cache.fill(tmp_path / "file" / "moments", KEYS, tensor_of, "")
 
 
+@pytest.mark.fault("A file in a shared cache cannot be read", "It is computed again.")
 def test_a_file_of_another_user_that_cannot_be_read_is_computed_again(tmp_path, monkeypatch):
     cache.fill(tmp_path, KEYS[:3], tensor_of, "")
     real = cache.safe_open

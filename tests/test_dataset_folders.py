@@ -23,6 +23,7 @@ def folder(tmp_path):
 # ---- links
 
 
+@pytest.mark.fault("An image is a link out of the dataset's folder", "Refused; `--follow-links` reads it.")
 def test_links_out_of_the_folder_are_refused_or_followed(folder, tmp_path):
     paint(folder / "a.png")
     (folder / "b.png").symlink_to(paint(tmp_path / "library" / "b.png", shade=1))
@@ -50,6 +51,7 @@ def test_linked_folders_are_named_or_followed(folder, tmp_path):
     assert "links to folders, not read without --follow-links: linked/" in summary(folder, caption="x")
 
 
+@pytest.mark.fault("A caption file is a link out of the dataset's folder", "Never read.")
 @pytest.mark.parametrize("follow_links", [False, True])
 def test_captions_outside_of_the_folder_are_never_read(folder, tmp_path, follow_links):
     paint(folder / "a.png")
@@ -95,6 +97,7 @@ def run_in(folder):
     paint(folder / "class-pictures" / "made-00000.png", shade=8)
 
 
+@pytest.mark.fault("A run's folder is inside the dataset", "Its files are left out, with a line.")
 def test_runs_inside_the_dataset_are_left_out(folder):
     paint(folder / "a.png")
     run_in(folder / "runs" / "lora")
@@ -128,6 +131,7 @@ def test_class_images_are_no_subjects(folder):
 # ---- masks
 
 
+@pytest.mark.fault("Masks lie among the images", "They are left out, with a line; `--masked-loss` uses them.")
 @pytest.mark.parametrize(
     "mask", ["a-mask.png", "a_mask.png", "a.mask.png", "a-masklabel.png", "masks/a.png", "mask/a.jpg"]
 )
@@ -278,6 +282,7 @@ def test_weights_in_captions_are_told(folder, text):
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.fault("A caption has megabytes", "Refused in a moment.")
 def test_endless_captions_are_refused_at_once(folder):
     paint(folder / "a.png")
     write(folder / "a.txt", "x" * 20_000_000)
@@ -321,6 +326,7 @@ def test_why_there_are_no_images(folder, name, said):
     assert said in refusal(folder, caption="x")
 
 
+@pytest.mark.fault("An image is a device or a pipe", "Never opened.")
 def test_devices_are_no_images(folder):
     paint(folder / "a.png")
     (folder / "b.png").symlink_to(os.devnull)

@@ -21,6 +21,9 @@ def shard(folder, **members):
     return folder
 
 
+@pytest.mark.fault(
+    "A caption in a shard is nested a thousand times, or has megabytes", "Refused in a moment, by its name."
+)
 @pytest.mark.parametrize(
     ("members", "fields", "said"),
     [
@@ -43,6 +46,7 @@ def test_captions_are_bounded(tmp_path, members, fields, said):
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.fault("A shard claims a terabyte with a sparse member", "Refused by its name.")
 def test_sparse_members_are_refused_by_name(tmp_path):
     folder = tmp_path / "shards"
     folder.mkdir()

@@ -37,6 +37,7 @@ def animated(kind, frames=3):
     return data.getvalue()
 
 
+@pytest.mark.fault("An image has several frames or pages", "It is named; `--first-frame` takes the first.")
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("a.gif", "GIF"), ("a.webp", "WEBP"), ("a.png", "PNG"), ("a.tif", "TIFF"), ("a.avif", "AVIF"), ("b.png", "GIF")],
@@ -77,6 +78,7 @@ def taller(content, kind):
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 61, 3), dtype=np.uint8))
 
 
+@pytest.mark.fault("A header promises more rows than there are", "It counts as truncated.")
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA", "LA"])
 def test_a_png_with_fewer_rows_than_its_header_says(mode):
     data = BytesIO()

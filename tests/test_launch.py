@@ -165,11 +165,12 @@ def test_contradictions_are_refused(lines, flags, processes, told, tmp_path, sd,
     assert "Traceback" not in said
 
 
+@pytest.mark.fault("Variables of another launcher are in the environment", "Refused, with the variable's name.")
 @pytest.mark.parametrize(
     ("variables", "told"),
     [
         ({"LOCAL_RANK": "0"}, "LOCAL_RANK is set in the environment, but RANK and WORLD_SIZE and MASTER_ADDR"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK is set in the environment, but MASTER_ADDR and MASTER_PORT is not"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK is set in the environment, but MASTER_ADDR and MASTER_PORT are not"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set in the environment, but RANK and"),
         ({"RANK": "", "WORLD_SIZE": ""}, "RANK=: this variable of the environment has no usable value"),
         ({"RANK": "x", "WORLD_SIZE": "1"}, "RANK=x: this variable of the environment has no usable value"),

@@ -21,6 +21,9 @@ def save(root, step, keep=2):
     return checkpoints.save(root, step, {"weights": {"w": torch.zeros(2)}}, {"step": step}, keep)
 
 
+@pytest.mark.fault(
+    "A checkpoint was copied or renamed by hand", "It is neither counted, nor removed, nor continued from."
+)
 @pytest.mark.parametrize("name", ["step-000004 (copy)", "step-000004-good", "step-000004.bak", "step-4-best"])
 def test_copies_of_checkpoints_are_neither_removed_nor_continued_from(name, tmp_path):
     copy = tmp_path / name
@@ -78,6 +81,7 @@ def test_a_renamed_sample_sheet_does_not_break_the_report(tmp_path):
     assert len(cells(Image.open(out / "samples" / "step-best.png"))) == 1
 
 
+@pytest.mark.fault("A killed run left half-written files", "The next run removes them, and no file of yours.")
 def test_half_written_files_of_killed_runs_are_swept(tmp_path):
     out = begun(tmp_path / "run")
     strays = [".config-77.yaml", ".launch-77.yaml", ".tmpAb12Cd", "metrics.jsonl.partial", "report.html.partial"]
@@ -98,6 +102,7 @@ def test_the_folder_of_a_run_is_recognised(tmp_path):
     assert not folder.is_run(tmp_path) and not folder.own_entries(tmp_path)
 
 
+@pytest.mark.fault("`config.yaml` of the run is damaged", "Refused in one line; `--overwrite` starts anew.")
 @pytest.mark.parametrize("damaged", ["a: [1", "- 1\n- 2\n", "\x00", "\udcff"])
 def test_a_damaged_config_of_an_earlier_run_is_one_line(damaged, tmp_path):
     out = begun(tmp_path / "run")
@@ -109,6 +114,7 @@ def test_a_damaged_config_of_an_earlier_run_is_one_line(damaged, tmp_path):
     folder.begin(LoraConfig(dataset="d", output_dir=out), ["lora"], True, False)
 
 
+@pytest.mark.fault("A folder inside the run's cannot be written", "Refused before the model loads.")
 @pytest.mark.parametrize("name", ["checkpoints", "samples"])
 def test_a_folder_that_cannot_be_written_is_found_before_training(name, tmp_path, monkeypatch):
     out = begun(tmp_path / "run")
@@ -129,6 +135,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(name, tmp_path
         folder.make_folders(out)
 
 
+@pytest.mark.fault("A class image is damaged", "In the run's own folder it is made again; in yours it is named.")
 def test_junk_among_the_class_images_is_one_line_or_made_again(tmp_path):
     fields = {"dataset": "d", "prior_preservation": True, "class_prompt": ["a circle"], "num_class_images": 2}
     own, others = tmp_path / "own", tmp_path / "others"

@@ -83,6 +83,10 @@ def test_a_signal_is_known_to_other_threads_at_once():
         assert stop.arrived == signal.SIGUSR1
 
 
+@pytest.mark.fault(
+    "A signal comes while a model is read, a cache filled or a preview drawn",
+    "The run ends within seconds, saved as far as there is something to save.",
+)
 @pytest.mark.parametrize("place", ["caches", "first previews", "last previews", "export"])
 def test_training_ends_at_once_outside_its_steps(place, sd, pictures, tmp_path, monkeypatch, capfd):
     out = tmp_path / "run"
@@ -132,6 +136,7 @@ def test_previews_in_the_middle_are_given_up_and_the_run_is_saved(lora, sd, pict
     assert_same_bits(whole, out)
 
 
+@pytest.mark.fault("A signal comes while a file does not arrive", "The run ends within seconds.")
 def test_a_loader_that_waits_for_an_image_is_given_up(sd, pictures, tmp_path, monkeypatch, capfd):
     out = tmp_path / "run"
     words = command(sd, pictures, out, "--num-validation-images", "0", "--dataloader-num-workers", "0")
@@ -149,6 +154,7 @@ def test_a_loader_that_waits_for_an_image_is_given_up(sd, pictures, tmp_path, mo
     assert len(checkpoints.found(out / "checkpoints")) >= 1
 
 
+@pytest.mark.fault("A process that reads images is killed", "The run ends with one line.")
 def test_a_killed_loader_worker_ends_the_run_with_one_line(tmp_path):
     message = "DataLoader worker (pid 123) is killed by signal: Killed. "
     said = r"loads images is killed by signal: Killed, as .*continue with fewer --dataloader-num-workers: sdtune lora$"
@@ -165,6 +171,9 @@ def test_class_images_are_given_up(sd, pictures, tmp_path, monkeypatch, capfd):
     assert "there is no checkpoint yet" in capfd.readouterr().err
 
 
+@pytest.mark.fault(
+    "One of several processes stops around a save", "It is named, and the others end after `--ddp-timeout`."
+)
 @pytest.mark.processes
 def test_a_process_that_is_stopped_around_a_save_is_named(places, tmp_path, monkeypatch):
     """The first process waits for it in the barrier after the save."""
@@ -188,6 +197,9 @@ def test_a_process_that_is_stopped_around_a_save_is_named(places, tmp_path, monk
     assert started.all[1].exit_code(0) == -signal.SIGKILL
 
 
+@pytest.mark.fault(
+    "A signal comes while one of several processes hangs", "The process that got it ends within seconds."
+)
 @pytest.mark.processes
 def test_a_signal_ends_a_process_that_waits_for_one_that_hangs(places, tmp_path):
     out = tmp_path / "run"

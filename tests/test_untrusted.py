@@ -50,6 +50,7 @@ def test_an_argument_that_is_no_text_is_one_line(words, word, capsys):
     assert "\x1b" not in said
 
 
+@pytest.mark.fault("A file's name holds sequences that control a terminal", "They are printed as escapes.")
 def test_names_of_files_are_printed_without_their_escapes(sd, pictures, tmp_path, capsys):
     (tmp_path / "bad\x1b[31m.png").write_bytes(b"none")
     (tmp_path / "bad\x1b[31m.txt").write_text("a caption")
@@ -74,6 +75,7 @@ def test_a_heading_is_one_line_without_html():
     assert heading("a\n<script>x</script> [b](c)") == r"# a \<script\>x\</script\> \[b\](c)"
 
 
+@pytest.mark.fault("A prompt holds Markdown or HTML", "It stays inside its code block of the card.")
 def test_prompts_and_captions_stay_in_their_place_in_a_card(tmp_path):
     prompt = "a cat\n---\n```\n# Free money\n</details><script>x</script>`` `"
     out = tmp_path / "run# owned"
@@ -116,6 +118,7 @@ def test_secrets_of_addresses_are_hidden(text, shown):
     assert hide_secrets(shown) == shown
 
 
+@pytest.mark.fault("A URL holds a password", "Refused before anything is written.")
 @pytest.mark.parametrize("option", ["--dataset", "--model", "--vae"])
 def test_a_password_is_refused_before_anything_is_written(option, sd, pictures, tmp_path, capsys):
     words = command(sd, pictures, tmp_path / "run")
@@ -126,6 +129,7 @@ def test_a_password_is_refused_before_anything_is_written(option, sd, pictures, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.fault("A URL is signed", "The signature is on no disk and no screen.")
 def test_a_signature_is_neither_recorded_nor_shown(tmp_path, capsys):
     out = tmp_path / "run"
     assert status(["lora", "--dataset", SIGNED, "--output-dir", str(out), "--dry-run"]) == 0

@@ -25,4 +25,5 @@ def check_environment() -> None:
         among = int(env.get("WORLD_SIZE", "1")) > 1 or "LOCAL_RANK" in env
         needed = ("RANK", "WORLD_SIZE", *(("MASTER_ADDR", "MASTER_PORT") if among else ()))
         if missing := [name for name in needed if name not in env]:
-            raise UserError(f"{set_[0]} is set in the environment, but {' and '.join(missing)} is not; {unset}")
+            are = "is" if len(missing) == 1 else "are"
+            raise UserError(f"{set_[0]} is set in the environment, but {' and '.join(missing)} {are} not; {unset}")
