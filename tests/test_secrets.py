@@ -40,13 +40,19 @@ def test_planted_token_is_nowhere(server, elsewhere, sd, pictures, tmp_path):
         assert [name for name, content in server.files("tester/run", "any").items() if token in content] == []
 
 
-@pytest.mark.fault("A file to be pushed holds a token", "The push is refused.")
+@pytest.mark.fault("A file to be pushed holds a token, or is a link out of the run's folder", "The push is refused.")
 @pytest.mark.parametrize("name", ["README.md", "metrics.jsonl"])
 def test_token_in_a_file_stops_the_push(name, here, lora, sd, pictures, capfd):
     secret = "hf_" + "Abcd1234" * 4
     prompt = secret if name == "README.md" else "a red circle"
     run = lora("run", *SAMPLES[:2], "--validation-inference-steps", "2", "--validation-prompt", prompt)
     if name == "metrics.jsonl":
+        (run / name).rename(run.parent / "kept")
+        (run / name).symlink_to(run.parent / "kept")
+        assert status(["push", str(run)]) == 2
+        assert "metrics.jsonl: a link out of the run's folder" in capfd.readouterr().err
+        (run / name).unlink()
+        (run.parent / "kept").rename(run / name)
         with (run / name).open("a") as file:
             file.write(f'{{"step": 12, "note": "{secret}"}}\n')
     assert status(["push", str(run)]) == 2

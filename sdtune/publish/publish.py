@@ -6,6 +6,7 @@ state, log, cache or dataset. Unchanged files make no commit, so a push may be r
 
 import shlex
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any, NamedTuple
@@ -33,16 +34,28 @@ def contents(
     settings: RunSettings, repo: str, origin: Origin, weights: dict[str, Path], report: bool = True
 ) -> hub.Files:
     """All that a push uploads, and nothing else: no checkpoint, optimizer state, log, cache or dataset."""
-    out = settings.out
+    out, sheets = settings.out, sample_sheets(settings.out)
+    texts = [out / name for name in ("config.yaml", "metrics.jsonl", "report.html", "README.md")]
+    refuse_links(out, [*weights.values(), *texts, *sheets])
     text, images = model_card.model_card(settings, out, repo, origin, weights)
     write_card(text, out)
     files: hub.Files = {**weights}
     for name in ("config.yaml", "metrics.jsonl", *(["report.html"] if report else [])):
         if (out / name).is_file():
             files[name] = hide_paths((out / name).read_text(encoding="utf-8"), settings).encode()
-    sheets = sample_sheets(out)
     files |= {f"samples/{path.name}": path for path in (*sheets[:1], *sheets[-1:])}  # the report has those between
     return files | images | {"README.md": text.encode()}
+
+
+def refuse_links(out: Path, files: Iterable[Path]) -> None:
+    """A run's folder may be somebody's: a link in it must not publish a file of this machine.
+
+    Raises:
+        UserError: a file of the run lies outside of its folder.
+    """
+    for file in files:
+        if not file.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"{file}: a link out of the run's folder, so nothing was pushed; copy the file into it")
 
 
 def write_card(text: str, out: Path) -> None:
