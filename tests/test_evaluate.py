@@ -209,6 +209,16 @@ def test_features_of_a_dino_like_model(reference, tmp_path):
     assert torch.allclose(features_of(images, network)[5], by_hand, atol=1e-5)
 
 
+@pytest.mark.fault("Weights of a network that judges images are incomplete", "Refused: random numbers are no figure.")
+def test_a_network_whose_pooled_output_would_be_random_is_refused(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=16)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    write_preprocessor(tmp_path, 32)
+    with pytest.raises(UserError, match=r"2 of \d+ tensors are missing from its file \(pooler\.dense\.bias"):
+        load_network(str(tmp_path))
+
+
 # ---- the Inception network -----------------------------------------------------------------------------
 
 

@@ -7,12 +7,14 @@ from io import BytesIO
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from sdtune.config.methods.dreambooth import DreamBoothConfig
 from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import UserError
+from sdtune.models.pixel_models import read_classes
 from sdtune.recipes import class_images
-from sdtune.run import checkpoints, folder
+from sdtune.run import artefacts, checkpoints, folder
 from sdtune.run.contact_sheet import cells, grid, save_sheet
 from sdtune.run.report import write_report
 
@@ -112,6 +114,28 @@ def test_a_damaged_config_of_an_earlier_run_is_one_line(damaged, tmp_path):
         folder.begin(LoraConfig(dataset="d", output_dir=out), ["lora"], False, False)
     assert "\n" not in str(caught.value)
     folder.begin(LoraConfig(dataset="d", output_dir=out), ["lora"], True, False)
+
+
+NESTED = "[" * 100_000
+
+
+@pytest.mark.fault("A record in a run's folder holds anything", "It is passed over, or refused in one line.")
+def test_records_that_are_nested_without_end_are_damaged(tmp_path):
+    out = begun(tmp_path / "run")
+    (out / "metrics.jsonl").write_text(f"{NESTED}\n")
+    info = PngInfo()
+    info.add_text("sdtune", NESTED)
+    (out / "samples").mkdir()
+    Image.new("RGB", (8, 8)).save(out / "samples" / "step-000004.png", pnginfo=info)
+    write_report(out)
+    (save(out / "checkpoints", 4) / checkpoints.MANIFEST).write_text(NESTED)
+    assert checkpoints.verify(out / "checkpoints" / "step-000004") == "manifest.json is damaged"
+    (out / artefacts.ARTEFACT).write_text(NESTED)
+    with pytest.raises(UserError, match="artefact.json: damaged"):
+        artefacts.artefact(out)
+    (tmp_path / "classes.json").write_text(NESTED)
+    with pytest.raises(UserError, match="classes.json: maximum recursion"):
+        read_classes(str(tmp_path), "--model x")
 
 
 @pytest.mark.fault("A folder inside the run's cannot be written", "Refused before the model loads.")

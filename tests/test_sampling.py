@@ -1,6 +1,7 @@
 """Drawing pixels: image k is what stock diffusers draws from the k-th seed, and the command says what it cannot do."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from sdtune.config.sections import UserError
@@ -24,6 +26,7 @@ from tests.tinysd import tiny_tokenizer
 
 SEEDS = [7, 8, 9]
 NAMES = ["one", "two", "three"]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def tiny_unet(channels=1, classes=None, **more) -> UNet2DModel:
@@ -211,6 +214,11 @@ def folders(tmp_path_factory):
         kinds = ("DownBlock2D", "AttnDownBlock2D")
         classifier = NoisyClassifier(side, channels, 3, (8, 16), kinds, 1, norm_num_groups=4, attention_head_dim=8)
         pixel_models.save_classifier(root / name, classifier, scheduler, NAMES)
+    for name, spoil in (("nan", lambda w: w.update(bad)), ("lost", lambda w: w.pop(next(iter(bad))))):
+        weights = load_file(shutil.copytree(root / "classifier", root / name) / WEIGHTS)
+        bad = {key: tensor * torch.nan for key, tensor in weights.items() if key == "conv_in.weight"}
+        spoil(weights)
+        save_file(weights, root / name / WEIGHTS, metadata={"format": "pt"})
     tiny_clip().save_pretrained(root / "clip")
     tiny_tokenizer().save_pretrained(root / "clip")
     processor().save_pretrained(root / "clip")
@@ -394,6 +402,8 @@ def test_a_row_between_two_images(sampled, folders):
         ("--classifier FOLDERS/classifier --class seven", "knows one, two, three"),
         ("--classifier FOLDERS/nowhere --class one", "not a classifier of noised images"),
         ("--classifier FOLDERS/clip --class one", "not a classifier of noised images"),
+        ("--classifier FOLDERS/nan --class one", "NaN or infinite (first conv_in.weight"),
+        ("--classifier FOLDERS/lost --class one", "tensors are missing from its file (conv_in.weight)"),
         ("--classifier FOLDERS/classifier-16 --class one", "made for 16 pixels a side, the model for 8"),
         ("--classifier FOLDERS/classifier-rgb --class one", "made for 3 channels, the model for 1"),
         ("--classifier FOLDERS/classifier-cosine --class one", "its beta_schedule is squaredcos_cap_v2, the model's"),

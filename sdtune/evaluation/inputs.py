@@ -79,7 +79,7 @@ def samples_of(folder: Path, cfg: EvaluateConfig | None = None) -> Samples:
             entry = json.loads(line) if line.strip() else None
             if entry is not None:
                 entries[entry["file_name"]] = entry
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{file}:{number}: not JSON with a file_name") from None
     if missing := [name for name in entries if name not in by_name]:
         raise UserError(f"{file}: names {missing[0]}, which does not exist ({len(missing)} of {len(entries)})")

@@ -10,6 +10,7 @@ from torch.nn import functional
 from sdtune.config.sections import UserError
 from sdtune.evaluation.features import BATCH
 from sdtune.models.noisy_classifier import NoisyClassifier
+from sdtune.models.part_files import read_part
 from sdtune.models.pixel_models import read_classes
 from sdtune.models.vision import device, frozen, load_clip, load_pretrained
 
@@ -90,10 +91,7 @@ def load_classifier(name: str) -> tuple[nn.Module, list[str]]:
         network = frozen(load_pretrained(name, "--classifier", "AutoModelForImageClassification"))
         classes = network.model.config.id2label
         return network, [classes[k] for k in sorted(classes)]
-    try:
-        own = NoisyClassifier.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--classifier {name}: {str(error).splitlines()[0]}") from error
+    own = read_part(NoisyClassifier, str(folder), f"--classifier {name}")
     if not isinstance(own.config.sample_size, int):
         height, width = own.config.sample_size
         raise UserError(f"--classifier {name}: made for images of {width} x {height}, and evaluation looks at squares")

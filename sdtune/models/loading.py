@@ -27,6 +27,7 @@ from sdtune.models.part_files import (
     check_tokenizer,
     has_part,
     read_part,
+    read_scheduler,
     reason,
     refuse_broken,
 )
@@ -232,11 +233,10 @@ def class_labels(names: Sequence[str], classes: Sequence[str], where: str) -> Te
 def load_classifier(folder: Path, unet: UNet2DModel, scheduler: SchedulerMixin) -> tuple[nn.Module, list[str]]:
     """A run of ``sdtune classifier`` and its classes; `UserError` where it cannot steer this model."""
     where = f"--classifier {folder}"
-    try:
-        classifier = NoisyClassifier.from_pretrained(folder)
-        own = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: not a classifier of noised images: {str(error).splitlines()[0]}") from error
+    classifier = read_part(NoisyClassifier, str(folder), f"{where}: not a classifier of noised images")
+    own = read_scheduler(
+        DDPMScheduler, str(folder), f"{where}: not a classifier of noised images", subfolder="scheduler"
+    )
     classes = read_classes(str(folder), where)
     if classes is None:
         raise UserError(f"{where}: not a classifier of noised images: no {CLASSES} in it")

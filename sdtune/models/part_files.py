@@ -28,13 +28,13 @@ def read_part(kind: Any, source: str, where: str, **options: Any) -> Any:
     """What ``kind.from_pretrained(source, **options)`` gives, with every tensor of a module accounted for.
 
     Args:
-        kind: a model, tokenizer or configuration of diffusers or transformers.
+        kind: a model, tokenizer or configuration of diffusers or transformers, or an ``AutoModel`` of transformers.
         where: the option, its value and the part, with which an error begins.
 
     Raises:
         UserError: a tensor is missing or holds NaN or infinity; a pickle; anything that the library cannot use.
     """
-    is_module = isinstance(kind, type) and issubclass(kind, nn.Module)
+    is_module = isinstance(kind, type) and (issubclass(kind, nn.Module) or kind.__name__.startswith("AutoModel"))
     more = {"output_loading_info": True, "use_safetensors": True} if is_module else {}
     try:
         found = kind.from_pretrained(source, **options, **more)

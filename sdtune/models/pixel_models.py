@@ -226,7 +226,7 @@ def read_classes(
         classes = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, EntryNotFoundError):
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: {CLASSES}: {str(error).splitlines()[0]}") from None
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise UserError(f"{where}: {CLASSES} is no list of names")
@@ -242,7 +242,7 @@ def _described(asked: Path) -> dict[str, Any]:
     except OSError as error:
         hint = "; of a model on the Hub, download its config.json, or continue it with --model"
         raise UserError(f"--unet-config {file}: {error.strerror}{hint}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--unet-config {file}: not JSON ({error})") from None
     if not isinstance(found, dict) or "block_out_channels" not in found:
         raise UserError(f"--unet-config {file}: wants the config.json of a UNet2DModel, with its block_out_channels")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sdtune.config.sections import UserError
 from sdtune.models import families
+from sdtune.models.part_files import read_part
 from sdtune.run.device import best_device
 
 
@@ -46,15 +47,16 @@ def load_pretrained(name: str, option: str, auto: str = "AutoModel") -> Pretrain
     import transformers
 
     families.silence_libraries()
+    where = f"{option} {name}: cannot be loaded as a model of images"
+    model = read_part(getattr(transformers, auto), name, where)
     try:
-        model = getattr(transformers, auto).from_pretrained(name)
         folder = Path(name).expanduser()
         settings = "preprocessor_config.json"
         file = folder / settings if folder.is_dir() else Path(hf_hub_download(name, settings))
         pixels = json.loads(file.read_text(encoding="utf-8"))
     except Exception as error:  # transformers, the Hub and the network raise many kinds; each means the same here
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{option} {name}: cannot be loaded as a model of images: {why}") from error
+        raise UserError(f"{where}: {why}") from error
     if not hasattr(model, "get_image_features") and model.main_input_name != "pixel_values":
         raise UserError(f"{option} {name}: a {model.config.model_type} takes no images")
     size = pixels.get("crop_size") if pixels.get("do_center_crop") else pixels.get("size")

@@ -149,7 +149,7 @@ def _pipeline_class(settings: RunSettings, origin: Origin) -> str:
         file = try_to_load_from_cache(base, "model_index.json", cache, settings.about.revision)
     try:
         return str(json.loads(Path(file).read_text(encoding="utf-8")).get("_class_name", ""))
-    except (TypeError, OSError, ValueError):
+    except (TypeError, OSError, ValueError, RecursionError):
         return ""
 
 
@@ -271,7 +271,7 @@ def _group(out: Path) -> int | None:
     saved = checkpoints.found(out / "checkpoints")
     try:
         return int(json.loads((saved[-1] / "state.json").read_text(encoding="utf-8"))["group"])
-    except (IndexError, OSError, ValueError, KeyError):
+    except (IndexError, OSError, ValueError, KeyError, RecursionError):
         return None
 
 
@@ -289,14 +289,3 @@ def _versions(out: Path) -> str:
         return ""
     names = ("sdtune", "python", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
     return "Versions: " + ", ".join(f"{name} {facts[name]}" for name in names if name in facts) + "."
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``; a last one that is still being written is left out."""
-    found = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            found.append(json.loads(text))
-        except ValueError:
-            continue
-    return found

@@ -47,7 +47,7 @@ def recorded(out: Path) -> tuple[int | None, list[Path]]:
     try:
         found = json.loads((out / ARTEFACT).read_text(encoding="utf-8"))
         step, names = found["step"], [PurePosixPath(name) for name in found["files"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{out / ARTEFACT}: damaged ({error}); remove it, then give the training command again"
         ) from None

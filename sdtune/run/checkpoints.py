@@ -123,7 +123,7 @@ def verify(folder: Path) -> str | None:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
         return f"no {MANIFEST}: it was not written completely"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"{MANIFEST} is damaged"
     for name, expected in files.items():
         path = folder / name

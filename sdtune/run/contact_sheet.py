@@ -78,7 +78,7 @@ def cells(sheet: Image.Image) -> list[tuple[Image.Image, str]]:
     """The images of a sheet at their original size, with their captions. Any other image is one cell."""
     try:
         layout = json.loads(sheet.info["sdtune"])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         return [(sheet.convert("RGB"), "")]
     found = []
     for k, (x, y, width, height, factor) in enumerate(layout["places"]):

@@ -13,7 +13,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             if isinstance(found := json.loads(line), dict) and isinstance(found.get("step"), int):
                 lines.append(found)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return lines
 
@@ -29,7 +29,7 @@ def cut_off(path: Path, first_step: int) -> float:
             line = json.loads(text)
             if not 0 < first_step >= line["step"]:
                 continue
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
         lines.append(text + "\n")
         seconds = line.get("seconds") or seconds

@@ -102,5 +102,5 @@ def _declared(file: Path, method: str, values: dict[str, Any]) -> RunSettings:
         facts = json.loads(file.read_text(encoding="utf-8"))
         about = Description(**facts["about"] | {"tags": tuple(facts["about"]["tags"])})
         return RunSettings(method, values, dict(facts["defaults"]), frozenset(facts["paths"]), about)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: damaged ({error}); the run's own command writes it again") from None

@@ -42,7 +42,7 @@ def read(folder: Path) -> Status | None:
         status = Status(**found)
         if status.state not in get_args(State):
             return None
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
     return status._replace(state="killed") if status.state == "running" and not locked(folder) else status
 
