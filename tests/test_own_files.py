@@ -131,10 +131,10 @@ def test_records_that_are_nested_without_end_are_damaged(tmp_path):
     (save(out / "checkpoints", 4) / checkpoints.MANIFEST).write_text(NESTED)
     assert checkpoints.verify(out / "checkpoints" / "step-000004") == "manifest.json is damaged"
     (out / artefacts.ARTEFACT).write_text(NESTED)
-    with pytest.raises(UserError, match="artefact.json: damaged"):
+    with pytest.raises(UserError, match=r"artefact\.json: damaged"):
         artefacts.artefact(out)
     (tmp_path / "classes.json").write_text(NESTED)
-    with pytest.raises(UserError, match="classes.json: maximum recursion"):
+    with pytest.raises(UserError, match=r"classes\.json: maximum recursion"):
         read_classes(str(tmp_path), "--model x")
 
 
