@@ -36,16 +36,6 @@ def test_a_check_tells_what_a_run_does_and_needs_and_leaves_nothing(recipe, plac
     assert not (tmp_path / "run").exists()
 
 
-def test_class_images_that_are_not_there_yet_are_not_counted_as_copies(places, tmp_path, capsys):
-    more = ["--class-data", str(tmp_path / "class"), "--class-prompt", "a red circle", "--num-class-images", "30"]
-    words = contract.command("dreambooth", places, tmp_path / "run", *more, "--train-batch-size", "1")
-    assert status(["check", *words]) == 0, capsys.readouterr().err
-    said = capsys.readouterr().out
-    assert "images: 41, 30 of them of the class; an epoch" in said and "exact copies" not in said
-    assert "class images that the run will make: 30 of 30" in said
-    assert "1 a step, in turn of the subject and of its class" in said and "each step shows" not in said
-
-
 def test_everything_that_is_wrong_is_told_at_once(sd, pictures, tmp_path, capsys):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "0.png").write_bytes(b"no picture")
