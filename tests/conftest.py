@@ -3,10 +3,11 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
@@ -21,7 +22,7 @@ from PIL import Image
 
 from sdtune.cli import main
 from sdtune.publish import hub
-from tests import contract, ranks
+from tests import contract, quick_sdtune, ranks
 from tests.tinyhub import TinyHub
 from tests.tinysd import save_tiny_sd
 
@@ -110,6 +111,13 @@ def elsewhere(server, tmp_path):
     return run
 
 
+@pytest.fixture
+def python() -> Iterator[Path]:
+    """Stands in for Python where something starts `python -m sdtune`; only what it starts is a fork."""
+    with quick_sdtune.executable() as file:
+        yield file
+
+
 LONG = ["--steps", "40", "--checkpointing-steps", "5", "--log-steps", "1", "--train-batch-size", "1"]
 """Options of a run that is long enough to be interrupted."""
 
@@ -134,6 +142,16 @@ def shared(places, tmp_path_factory) -> Callable[..., Path]:
         return out
 
     return run
+
+
+@pytest.fixture
+def copied(shared, tmp_path) -> Callable[..., Path]:
+    """A copy of a shared run in ``tmp_path / name``, to be continued or damaged; the run's folder."""
+
+    def copy(recipe: str, name: str, *options: str) -> Path:
+        return shutil.copytree(shared(recipe, *options), tmp_path / name)
+
+    return copy
 
 
 @pytest.fixture

@@ -26,17 +26,22 @@ from sdtune.cli import main
 
 
 class Forked:
-    """A function called in a process of its own; what it prints goes to ``{name}.out`` and ``{name}.err``."""
+    """A function called in a process of its own; what it prints goes to ``{name}.out`` and ``{name}.err``.
 
-    def __init__(self, work: Callable[[], Any], name: Path, **environment: str):
+    Args:
+        python: what a launcher in it starts in place of a fresh Python, see `quick_sdtune`.
+    """
+
+    def __init__(self, work: Callable[[], Any], name: Path, python: Path | None = None, **environment: str):
         AcceleratorState._reset_state(reset_partial_state=True)
         self.name = name
         name.parent.mkdir(exist_ok=True)
-        self.process = get_context("fork").Process(target=self._run, args=(work, environment))
+        self.process = get_context("fork").Process(target=self._run, args=(work, python, environment))
         self.process.start()
 
-    def _run(self, work: Callable[[], Any], environment: dict[str, str]) -> None:
+    def _run(self, work: Callable[[], Any], python: Path | None, environment: dict[str, str]) -> None:
         os.environ |= environment
+        sys.executable = str(python or sys.executable)
         for number, end in ((1, ".out"), (2, ".err")):
             file = os.open(self.name.with_suffix(end), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, number)
@@ -96,7 +101,9 @@ def launch(words: list[str], **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(line, env=os.environ | environment, capture_output=True, text=True)
 
 
-def interrupt(words: list[str], folder: Path, number: signal.Signals, when: Callable[[], bool]) -> tuple[int, str]:
+def interrupt(
+    words: list[str], folder: Path, number: signal.Signals, when: Callable[[], bool], python: Path | None = None
+) -> tuple[int, str]:
     """Run a command line in a fork that sends itself a signal once ``when()`` holds; exit code and output.
 
     A thread of the victim looks, so that a busy machine slows both alike.
@@ -111,7 +118,7 @@ def interrupt(words: list[str], folder: Path, number: signal.Signals, when: Call
             time.sleep(0.002)
         os.kill(os.getpid(), number)
 
-    victim = Forked(watched, folder / "victim")
+    victim = Forked(watched, folder / "victim", python)
     code = victim.exit_code()
     assert code, f"it ended before it could be interrupted: {victim.output('err')}"
     return code, victim.output("out")

@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -46,15 +45,15 @@ class Slurm:
 
     Args:
         place: folder of its commands, and the folder in which jobs run.
+        python: what stands in for `python -m sdtune`.
     """
 
-    def __init__(self, place: Path):
+    def __init__(self, place: Path, python: Path):
         self.place, self.requeued = place, place / "requeued"
         for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
             (place / name).write_text(text)
             (place / name).chmod(0o755)
-        (place / "sdtune").write_text(f'#!/bin/bash\nexec {sys.executable} -m sdtune "$@"\n')
-        (place / "sdtune").chmod(0o755)
+        (place / "sdtune").symlink_to(python)
 
     def sbatch(self, script: Path, words: list[str], **variables: str) -> subprocess.Popen:
         """Start a job, with what Slurm tells it."""
@@ -69,7 +68,6 @@ class Slurm:
             "SLURM_GPUS_ON_NODE": "2",
             "REQUEUED": str(self.requeued),
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parent.parent),
         }
         with (self.place / "slurm.out").open("a") as out:
             argv = ["bash", str(script), *words]
@@ -77,13 +75,13 @@ class Slurm:
                 argv, cwd=self.place, env=os.environ | told | variables | {"PATH": path}, stdout=out, stderr=out
             )
 
-    def said(self) -> str:
+    def printed(self) -> str:
         return (self.place / "slurm.out").read_text()
 
 
 @pytest.fixture
-def slurm(tmp_path) -> Slurm:
-    return Slurm(tmp_path)
+def slurm(tmp_path, python) -> Slurm:
+    return Slurm(tmp_path, python)
 
 
 def node(slurm, places, uninterrupted):
@@ -93,9 +91,9 @@ def node(slurm, places, uninterrupted):
     job = slurm.sbatch(SCRIPTS["node"], words)
     wait_until(lambda: reached(out, 3) and job.poll() is None)
     job.send_signal(signal.SIGUSR1)  # to the shell alone, as B: says
-    assert job.wait(60) == 128 + signal.SIGUSR1, slurm.said()
+    assert job.wait(60) == 128 + signal.SIGUSR1, slurm.printed()
     assert slurm.requeued.read_text() == "4711\n"
-    assert "continue with: sdtune lora" in slurm.said()
+    assert "continue with: sdtune lora" in slurm.printed()
     assert not (out / "pytorch_lora_weights.safetensors").exists()
     assert "continuing at step" in ranks.train(2, words, slurm.place / "output")
     assert_same_bits(uninterrupted, out)
@@ -108,7 +106,7 @@ def nodes(slurm, places, uninterrupted):
     job = slurm.sbatch(SCRIPTS["nodes"], words)
     wait_until(lambda: reached(out, 3) and job.poll() is None)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(60) == 128 + signal.SIGTERM, slurm.said()
+    assert job.wait(60) == 128 + signal.SIGTERM, slurm.printed()
     assert not slurm.requeued.exists()
     ranks.train(2, words, slurm.place / "output")
     assert_same_bits(uninterrupted, out)
@@ -120,11 +118,11 @@ def array(slurm, places, uninterrupted):
     words = command(*places, Path("unused"), "--steps", "2")
     for k in range(2):
         told = {"SLURM_ARRAY_TASK_ID": str(k), "SLURM_ARRAY_JOB_ID": "4711", "SLURM_GPUS_ON_NODE": "1"}
-        assert slurm.sbatch(SCRIPTS["array"], words, **told).wait(120) == 0, slurm.said()
+        assert slurm.sbatch(SCRIPTS["array"], words, **told).wait(120) == 0, slurm.printed()
         run = slurm.place / f"runs/sdtune/seed-{k}"
         assert f"seed: {k}\n" in (run / "config.yaml").read_text()
         learnt.append(load_file(run / "pytorch_lora_weights.safetensors"))
-    assert slurm.said().count("2 a process x 1 accumulated x 1 processes = 2 a step") == 2
+    assert slurm.printed().count("2 a process x 1 accumulated x 1 processes = 2 a step") == 2
     assert difference(*learnt) > 1e-6
     assert not slurm.requeued.exists()
 

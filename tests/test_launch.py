@@ -113,7 +113,7 @@ WAYS = {
 
 @pytest.mark.processes
 @pytest.mark.parametrize("way", WAYS)
-def test_a_precision_is_the_same_however_it_is_asked_for(way, shared, places, tmp_path, edited):
+def test_a_precision_is_the_same_however_it_is_asked_for(way, shared, places, tmp_path, edited, python):
     precision, own, launcher = WAYS[way]
     (tmp_path / "run.yaml").write_text(f"mixed_precision: {precision}\n")
     told = {"run": tmp_path / "run.yaml", "file": edited(precision, num_processes=1, distributed_type="NO")}
@@ -123,7 +123,7 @@ def test_a_precision_is_the_same_however_it_is_asked_for(way, shared, places, tm
     else:
         line = [word.format(precision, **told) for word in launcher]
         line += ["--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no", "--cpu"]
-        started = ranks.Forked(partial(accelerate_launch, *line, "-m", "sdtune", *words), tmp_path / "output")
+        started = ranks.Forked(partial(accelerate_launch, *line, "-m", "sdtune", *words), tmp_path / "output", python)
     assert started.exit_code() == 0, started.output("err")
     saved = json.loads((checkpoints.found(tmp_path / "asked" / "checkpoints")[-1] / "state.json").read_text())
     assert (saved["scaler"] is not None) is (precision == "fp16")
@@ -265,11 +265,13 @@ def test_error_of_one_process_is_told_once_and_ends_the_others(places, tmp_path)
     "It is named within seconds, the others end, and the same command continues to the same bits.",
 )
 @pytest.mark.processes
-def test_killed_process_is_named_and_the_same_command_continues_to_the_same_bits(uninterrupted, places, tmp_path):
+def test_killed_process_is_named_and_the_same_command_continues_to_the_same_bits(
+    uninterrupted, places, tmp_path, python
+):
     """On one machine, under `sdtune` itself, at a step that is another each time."""
     cut = tmp_path / "cut"
     words = command(*places, cut, *LONG, "--num-processes", "2")
-    launcher = ranks.Forked(partial(main, words), tmp_path / "launcher")
+    launcher = ranks.Forked(partial(main, words), tmp_path / "launcher", python)
     rank, step = random.randrange(2), random.randrange(6, 20)
     wait_until(lambda: reached(cut, step), launcher)
     worker(launcher, rank).send_signal(signal.SIGKILL)
@@ -356,7 +358,7 @@ def free_port() -> str:
     "A process of another machine is lost", "It is named; the run continues under another launcher to the same bits."
 )
 @pytest.mark.processes
-def test_two_machines_under_accelerate_lose_a_process_and_go_on_under_torchrun(uninterrupted, places, tmp_path):
+def test_two_machines_under_accelerate_lose_a_process_and_go_on_under_torchrun(uninterrupted, places, tmp_path, python):
     """Each a launcher with one process, on this host."""
     cut = tmp_path / "cut"
     words, cpu = ["sdtune", *command(*places, cut, *LONG)], {"ACCELERATE_USE_CPU": "true"}
@@ -365,7 +367,7 @@ def test_two_machines_under_accelerate_lose_a_process_and_go_on_under_torchrun(u
     line += ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port(), "--mixed_precision", "no"]
     machines = [
         ranks.Forked(
-            partial(accelerate_launch, *line, "--machine_rank", str(k), "-m", *words), tmp_path / f"{k}", **cpu
+            partial(accelerate_launch, *line, "--machine_rank", str(k), "-m", *words), tmp_path / f"{k}", python, **cpu
         )
         for k in range(2)
     ]
@@ -379,7 +381,7 @@ def test_two_machines_under_accelerate_lose_a_process_and_go_on_under_torchrun(u
     line = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", free_port()]
     machines = [
         ranks.Forked(
-            partial(torchrun.main, [*line, "--node-rank", str(k), "-m", "--", *words]), tmp_path / f"{k}", **cpu
+            partial(torchrun.main, [*line, "--node-rank", str(k), "-m", "--", *words]), tmp_path / f"{k}", python, **cpu
         )
         for k in range(2)
     ]

@@ -42,23 +42,23 @@ def test_recipe_out_of_tree_has_flags_resume_and_record(sd, pictures, tmp_path, 
 
 
 @pytest.mark.processes
-def test_recipe_out_of_tree_runs_on_two_processes(sd, pictures, tmp_path):
+def test_recipe_out_of_tree_runs_on_two_processes(sd, pictures, tmp_path, python):
     assert status(own(sd, pictures, tmp_path / "one", "--learning-rate", "1e-4")) == 0
     options = ["--learning-rate", "1e-4", "--train-batch-size", "1", "--num-processes", "2"]
     words = own(sd, pictures, tmp_path / "two", *options)
-    launcher = ranks.Forked(partial(main, words), tmp_path / "output" / "launcher")
+    launcher = ranks.Forked(partial(main, words), tmp_path / "output" / "launcher", python)
     assert launcher.exit_code() == 0, launcher.output("err")
     one, two = (load_file(tmp_path / run / "pytorch_lora_weights.safetensors") for run in ("one", "two"))
     assert difference(one, two) < 1e-6
 
 
 @pytest.mark.processes
-def test_two_processes_stop_together_when_told(sd, pictures, tmp_path):
+def test_two_processes_stop_together_when_told(sd, pictures, tmp_path, python):
     out = tmp_path / "run"
     words = command(sd, pictures, out, "--steps", "200", "--num-processes", "2", "--checkpointing-steps", "0")
     metrics = out / "metrics.jsonl"
     begun = lambda: metrics.exists() and metrics.stat().st_size > 50  # noqa: E731
-    code, said = ranks.interrupt(words, tmp_path / "output", signal.SIGTERM, begun)
+    code, said = ranks.interrupt(words, tmp_path / "output", signal.SIGTERM, begun, python)
     assert code == 143
     assert "continue with: sdtune lora" in said
     assert len(checkpoints.found(out / "checkpoints")) == 1
@@ -79,9 +79,9 @@ def test_signal_that_comes_while_processes_agree_counts_at_the_next_step(monkeyp
 
 
 @pytest.mark.processes
-def test_mistake_found_by_a_launched_process_is_exit_code_2(sd, pictures, tmp_path):
+def test_mistake_found_by_a_launched_process_is_exit_code_2(sd, pictures, tmp_path, python):
     words = command(sd, pictures, tmp_path / "run", "--target-modules", "to_nothing", "--num-processes", "2")
-    launcher = ranks.Forked(partial(main, words), tmp_path / "output" / "launcher")
+    launcher = ranks.Forked(partial(main, words), tmp_path / "output" / "launcher", python)
     assert launcher.exit_code() == 2
     assert "--target-modules to_nothing" in launcher.output("err")
 
