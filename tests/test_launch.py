@@ -20,7 +20,7 @@ from sdtune.config import fields, shipped
 from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import UserError
 from sdtune.data import cache
-from sdtune.run import checkpoints, folder, metrics, processes
+from sdtune.run import artefacts, checkpoints, metrics, processes
 from sdtune.training import launch, launch_variables
 from tests import ranks
 from tests.compare import assert_same_bits, difference
@@ -320,7 +320,7 @@ def test_one_process_may_work_alone_for_longer_than_a_collective_waits(places, t
         alone.append(name)
 
     slow(checkpoints, "save", "0")
-    slow(folder, "export_copy", "0")
+    slow(artefacts, "export_copy", "0")
     slow(metrics, "save_sheet", "0")
     slow(cache, "write_tensors", "1")
     monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / "cache"))

@@ -103,7 +103,7 @@ def test_training_ends_at_once_outside_its_steps(place, sd, pictures, tmp_path, 
                 saved = out / "checkpoints" / "step-000012"
                 patch.setattr(preview, "sample_images", lambda *a: last() if saved.exists() else real(*a))
             case "export":
-                patch.setattr(folder, "export_last", killing())
+                patch.setattr(artefacts, "export_last", killing())
         assert ended(words) == 128 + signal.SIGTERM
     said = capfd.readouterr().err
     assert said.count("interrupted: stopped by SIGTERM") == 1 and "continue with: sdtune lora" in said
