@@ -44,7 +44,7 @@ LrSchedule = Literal[
 
 class Model(Section):
     model: Annotated[PathOrId, aliases("pretrained_model_name_or_path")] = "tiny"
-    """Base model: Hub id, folder of a diffusers pipeline, single .safetensors file, or `tiny` (built in)."""
+    """Base model: Hub id, folder of a diffusers pipeline, .safetensors file, or `tiny` or `tiny-flow` (built in)."""
     revision: str | None = None
     """Branch, tag or commit of the base on the Hub. Default: its main branch."""
     variant: str | None = None

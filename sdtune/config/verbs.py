@@ -130,7 +130,8 @@ class SampleConfig(Pixels, TextEncoding, Model, Verb):
 
     @model_validator(mode="after")
     def _some_prompt(self) -> Self:
-        if self.model in ("auto", "tiny") and not self.prompt and self.prompt_file is None:  # others may need none
+        draws_prompts = self.model in ("auto", "tiny", "tiny-flow")  # others may need none
+        if draws_prompts and not self.prompt and self.prompt_file is None:
             raise ValueError("nothing to show: give prompt or prompt_file")
         return self
 

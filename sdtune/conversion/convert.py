@@ -108,7 +108,7 @@ def base_model(name: str | None, adapter: AdapterFile) -> Any:
     """The pipeline to check in: ``name``; else the base that the metadata names if it is on this machine; else None."""
     chosen, base = name, metadata.base_of(adapter)
     if chosen is None and base is not None:
-        here = base == "tiny" or Path(base).exists()
+        here = base in families.BUILT_IN or Path(base).exists()
         if here or (base.count("/") == 1 and isinstance(try_to_load_from_cache(base, "model_index.json"), str)):
             chosen = base
     if chosen is None:

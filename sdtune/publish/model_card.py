@@ -140,8 +140,8 @@ def _pipeline_class(settings: RunSettings, origin: Origin) -> str:
     base, cache = settings.about.base, settings.values.get("cache_dir")
     if not base:
         return ""
-    if base == "tiny":
-        return "StableDiffusionPipeline"
+    if base in ("tiny", "tiny-flow"):
+        return "StableDiffusionPipeline" if base == "tiny" else "ZImagePipeline"
     if base.endswith(".safetensors"):
         return usage.single_file_class(Path(settings.values.get("model") or base).expanduser())
     file: Any = Path(base).expanduser() / "model_index.json"

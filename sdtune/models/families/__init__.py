@@ -17,6 +17,8 @@ from sdtune.config.sections import UserError
 from sdtune.diffusion.objective import Objective
 from sdtune.models.part_files import parse_index, reason
 
+BUILT_IN = ("tiny", "tiny-flow")
+"""Bases that come with the package, named without a folder."""
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 
 CLASSES = {
@@ -64,8 +66,8 @@ def resolve_model(name: str) -> str:
     Raises:
         UserError: for a pickle, a missing folder, or a folder that holds no pipeline.
     """
-    if name == "tiny":
-        return str(Path(__file__).parents[2] / "assets" / "tiny")
+    if name in BUILT_IN:
+        return str(Path(__file__).parents[2] / "assets" / name)
     path = Path(name).expanduser()
     if path.suffix in PICKLES:
         raise UserError(
@@ -84,7 +86,7 @@ def resolve_model(name: str) -> str:
         return single_file.model_folder(path)
     if path.exists() or name.count("/") != 1 or name[0] in "./~":
         near = [p.name for p in path.parent.glob("*/")] if path.parent.is_dir() else []
-        close = difflib.get_close_matches(path.name, ["tiny", *near], n=1)
+        close = difflib.get_close_matches(path.name, [*BUILT_IN, *near], n=1)
         raise UserError(
             f"--model {name}: no such folder or .safetensors file"
             + (f"; did you mean {close[0]}?" if close else "; a Hub id is written user/name")

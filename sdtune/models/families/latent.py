@@ -87,13 +87,25 @@ class LatentFamily(TextFamily):
     @classmethod
     def picture_size(cls, pipe: Any, width: int | None, height: int | None) -> dict[str, Any]:
         """The arguments of ``pipe`` for an image of this size; ``None`` twice is the base's own."""
-        return {"width": width, "height": height}
+        side = cls.own_side(pipe) if width is None else None
+        return {"width": width or side, "height": height or side}
 
     def told_guidance(self, x_t: Tensor) -> Tensor | None:
         """The guidance that a guidance-distilled denoiser is told in training, ``[B]``; ``None`` for another."""
         if not self.denoiser.config.get("guidance_embeds"):
             return None
         return torch.full((len(x_t),), self.cfg.guidance_embedding, device=x_t.device)
+
+    @classmethod
+    def own_side(cls, pipe: Any) -> int | None:
+        """Side in pixels of what a pipeline draws when no size is asked for; ``None`` where the stock call knows it.
+
+        A denoiser that does not say its size gets 1024 from the stock call, whatever size its VAE was made for.
+        """
+        denoiser = pipe.components.get(cls.denoiser_name)
+        if denoiser is None or denoiser.config.get("sample_size"):
+            return None
+        return stated_size(pipe.vae.config)
 
     def unused_layers(self, part: str) -> str | None:
         """Regular expression on the beginning of names of layers whose output is never read.
@@ -133,7 +145,7 @@ class LatentFamily(TextFamily):
     def resolution(self) -> int:
         """Side in pixels of the images that the base was made for."""
         side = self.denoiser.config.get("sample_size")
-        return side * self.downscale if side else self.native_resolution
+        return side * self.downscale if side else stated_size(self.vae_config) or self.native_resolution
 
     def moments(self, pixels: Tensor) -> Tensor:
         """Mean and log-variance of the VAE's posterior, ``[B, 2C, h, w]`` in fp32, of pixels in [-1, 1]."""
@@ -186,6 +198,11 @@ class LatentFamily(TextFamily):
         if len(names) > 1 or re.fullmatch(r"[\w.]+", names[0]):
             names = [rf"(.*\.)?({'|'.join(map(re.escape, names))})"]
         return [f"(?!{unused})({names[0]})"]
+
+
+def stated_size(config: Mapping[str, Any]) -> int | None:
+    """Side in pixels of the images that a VAE was made for, where its configuration says it and not diffusers."""
+    return None if "sample_size" in config.get("_use_default_values", ()) else config.get("sample_size")
 
 
 def pack(z: Tensor) -> Tensor:
