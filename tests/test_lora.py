@@ -17,16 +17,28 @@ PROMPT = "a red circle"
 FILE = "pytorch_lora_weights.safetensors"
 
 KINDS = {
-    "plain": [],
-    "alpha": ["--alpha", "16"],
-    "rslora": ["--use-rslora", "--alpha", "8"],
-    "dora": ["--use-dora"],
-    "text encoder": ["--train-text-encoder", "--text-encoder-lr", "5e-3"],
+    "alpha, text encoder": ["--rank", "3", "--alpha", "6", "--train-text-encoder", "--text-encoder-lr", "5e-3"],
     "text encoder, dora": ["--train-text-encoder", "--use-dora"],
-    "convolutions": ["--target-modules", "to_k", "conv1", "proj_in", "ff.net.0.proj"],
+    "rslora, convolutions": [
+        "--use-rslora",
+        "--alpha",
+        "8",
+        "--target-modules",
+        "to_k",
+        "conv1",
+        "proj_in",
+        "ff.net.0.proj",
+    ],
+    "dora, average": ["--use-dora", "--use-ema"],
     "expression": ["--target-modules", r".*attn2\.to_(q|k)"],
-    "average": ["--use-ema"],
 }
+"""Every kind of adapter, and the pairs of them that are put together in code of their own."""
+QUICK = ["--steps", "3", "--learning-rate", "3e-2"]
+
+
+@pytest.fixture(scope="module")
+def untrained(sd):
+    return stock(sd)
 
 
 def stock(sd, run=None):
@@ -39,17 +51,17 @@ def stock(sd, run=None):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stock_diffusers_gives_the_image_of_sdtune_sample(kind, lora, sd, tmp_path):
-    run = lora("run", *KINDS[kind], "--learning-rate", "3e-2")
+def test_stock_diffusers_gives_the_image_of_sdtune_sample(kind, shared, untrained, sd, tmp_path):
+    run = shared("lora", *KINDS[kind], *QUICK)
     words = ["sample", "--adapter", str(run), "--prompt", PROMPT, "--steps", "4", "--seed", "5"]
     assert status([*words, "--output-dir", str(tmp_path / "images")]) == 0
     ours = np.asarray(Image.open(tmp_path / "images" / "00000.png"))
     assert np.array_equal(ours, stock(sd, run))
-    assert not np.array_equal(ours, stock(sd)), "the adapter changes nothing"
+    assert not np.array_equal(ours, untrained), "the adapter changes nothing"
 
 
-def test_keys_and_metadata_are_the_published_ones(lora):
-    run = lora("run", "--train-text-encoder", "--rank", "3", "--alpha", "6")
+def test_keys_and_metadata_are_the_published_ones(shared):
+    run = shared("lora", *KINDS["alpha, text encoder"], *QUICK)
     with safe_open(run / FILE, framework="pt") as file:
         keys, metadata = list(file.keys()), file.metadata()
     unet = {k.rpartition(".lora.")[2] for k in keys if k.startswith("unet.")}
@@ -61,13 +73,13 @@ def test_keys_and_metadata_are_the_published_ones(lora):
     assert json.loads(metadata["sdtune"])["base"]
 
 
-def test_the_same_run_gives_the_same_bytes(lora):
-    one, other = lora("one"), lora("other")
+def test_the_same_run_gives_the_same_bytes(shared, lora):
+    one, other = shared("lora"), lora("other")
     assert (one / FILE).read_bytes() == (other / FILE).read_bytes()
 
 
-def test_average_is_exported_and_differs_from_the_last_weights(lora):
-    plain, average = load_file(lora("plain") / FILE), load_file(lora("average", "--use-ema") / FILE)
+def test_average_is_exported_and_differs_from_the_last_weights(shared):
+    plain, average = (load_file(shared("lora", *more, "--steps", "4") / FILE) for more in ([], ["--use-ema"]))
     assert any(not torch.equal(plain[k], average[k]) for k in plain)
 
 
@@ -79,27 +91,22 @@ def test_training_lowers_the_loss_of_held_out_images(lora):
     assert held_out[-1] < 0.95 * held_out[0]
 
 
-def test_bf16_trains_fp32_adapters(lora):
-    run = lora("run", "--mixed-precision", "bf16")
-    assert {t.dtype for t in load_file(run / FILE).values()} == {torch.float32}
-
-
-def test_gradient_checkpointing_changes_nothing_but_memory(lora):
-    one, other = load_file(lora("one") / FILE), load_file(lora("other", "--gradient-checkpointing") / FILE)
+def test_gradient_checkpointing_changes_nothing_but_memory(shared, lora):
+    few = ["--steps", "4"]
+    one = load_file(shared("lora", *few) / FILE)
+    other = load_file(lora("other", "--gradient-checkpointing", *few) / FILE)
     assert max((one[k] - other[k]).abs().max().item() for k in one) < 1e-6
 
 
 def test_cached_and_uncached_agree(lora):
-    one, other = (
-        load_file(lora("one", "--random-flip") / FILE),
-        load_file(lora("other", "--no-cache", "--random-flip") / FILE),
-    )
+    options = ["--random-flip", "--steps", "4"]
+    one, other = load_file(lora("one", *options) / FILE), load_file(lora("other", "--no-cache", *options) / FILE)
     assert max((one[k] - other[k]).abs().max().item() for k in one) < 1e-4
 
 
-def test_init_adapter_goes_on_from_a_file(lora, capsys):
-    first = lora("first")
-    options = ["--init-adapter", str(first), "--learning-rate", "1e-12", "--adam-weight-decay", "0"]
+def test_init_adapter_goes_on_from_a_file(shared, lora, capsys):
+    first = shared("lora")
+    options = ["--steps", "1", "--init-adapter", str(first), "--learning-rate", "1e-12", "--adam-weight-decay", "0"]
     second = lora("second", *options)
     one, other = load_file(first / FILE), load_file(second / FILE)
     assert max((one[k] - other[k]).abs().max().item() for k in one) < 1e-8
@@ -120,9 +127,9 @@ def test_single_file_base_is_refused_with_a_reason_when_it_is_no_checkpoint(lora
     assert "not a safetensors file" in capsys.readouterr().err
 
 
-def test_another_base_is_not_silently_half_adapted(lora, sd, tmp_path, capsys):
+def test_another_base_is_not_silently_half_adapted(shared, sd, tmp_path, capsys):
     """Diffusers loads an adapter whose modules the base does not have without a word."""
-    run = lora("run")
+    run = shared("lora")
     tensors = {k.replace("attn1", "attn9"): v for k, v in load_file(run / FILE).items()}
     from safetensors.torch import save_file
 
