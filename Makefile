@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: demo digits digits-guided test check docs pictures site clean
+.PHONY: demo digits digits-guided control test check docs pictures site clean
 
 demo: $(READY)  ## train the shipped recipe on the built-in model, then score it
 	$(BIN)/python examples/demo.py
@@ -13,6 +13,9 @@ digits: $(READY)  ## train a model of digits from scratch, draw from it, have th
 
 digits-guided: $(READY)  ## after it: digits by class, by both ways of guidance
 	$(BIN)/python examples/digits.py guided
+
+control: $(READY)  ## networks that follow edges and a model that edits, on the built-in model; fails under its bars
+	$(BIN)/python examples/control.py
 
 test: $(READY)  ## the tests: offline, on the CPU
 	$(BIN)/python -m pytest -n auto --dist worksteal

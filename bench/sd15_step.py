@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdtune.cli import main
-from sdtune.evaluation import toy_world
+from sdtune.data import toy_world
 from sdtune.models import families
 
 

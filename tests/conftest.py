@@ -61,14 +61,15 @@ def sd(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
-    """Eleven captioned pictures, the last ones wider."""
+    """Eleven captioned pictures, the last ones wider; each is its own input image, for methods that need one."""
     folder = tmp_path_factory.mktemp("pictures")
     numbers = np.random.default_rng(0)
     with (folder / "metadata.jsonl").open("w") as lines:
         for i in range(11):
             pixels = numbers.integers(0, 256, (40, 40 + max(0, i - 5), 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{i:02d}.png")
-            lines.write(json.dumps({"file_name": f"{i:02d}.png", "text": f"a red circle {i}"}) + "\n")
+            row = {"file_name": f"{i:02d}.png", "input_image_file_name": f"{i:02d}.png", "text": f"a red circle {i}"}
+            lines.write(json.dumps(row) + "\n")
     return folder
 
 

@@ -168,6 +168,27 @@ RECIPES = {
         draws=["--learning-rate", "1e-5", "--random-flip", "--caption-dropout", "0.2", "--use-ema", "--dream"],
         previews=["--num-validation-images", "3"],
     ),
+    "controlnet": Contract(
+        settings={"--model": "{sd}", "--resolution": 32, "--condition": "edges", **NO_PREVIEWS},
+        weights="diffusion_pytorch_model.safetensors",
+        variants={**COMMON, "a mask, crops, flips": ["--condition", "mask", "--random-flip", "--no-center-crop"]},
+        draws=[*STEADY, "--random-flip", "--caption-dropout", "0.2", "--condition", "mask", "--snr-gamma", "5"],
+        previews=["--num-validation-images", "3"],
+    ),
+    "t2i-adapter": Contract(
+        settings={"--model": "{sd}", "--resolution": 32, "--condition": "edges", **NO_PREVIEWS},
+        weights="diffusion_pytorch_model.safetensors",
+        variants=COMMON,
+        draws=[*STEADY, "--random-flip", "--caption-dropout", "0.2", "--condition", "mask", "--use-ema"],
+        previews=["--num-validation-images", "3"],
+    ),
+    "instruct-pix2pix": Contract(
+        settings={"--model": "{sd}", "--resolution": 32, "--learning-rate": "1e-3", **NO_PREVIEWS},
+        weights="unet/diffusion_pytorch_model.safetensors",
+        variants={**COMMON, "dropout, flips": ["--conditioning-dropout", "0.2", "--random-flip", "--no-cache"]},
+        draws=["--learning-rate", "1e-5", "--random-flip", "--conditioning-dropout", "0.2", "--use-ema"],
+        previews=["--num-validation-images", "3"],
+    ),
     "ddpm": Contract(
         settings=SMALL | NO_PREVIEWS,
         weights="unet/diffusion_pytorch_model.safetensors",

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from sdtune.evaluation import toy_world
+from sdtune.data import toy_world
 
 UNEQUAL = (7, 1, 5, 9, 3)
 """Images of each shard."""

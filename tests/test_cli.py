@@ -36,6 +36,26 @@ DIFFUSERS = shlex.split("""
 """The 51 flags of diffusers' train_text_to_image_lora.py, with values."""
 
 SCRIPTS = {
+    "t2i-adapter": """
+    --adapter_model_name_or_path=a --detection_resolution=512 --crops_coords_top_left_h=0 --tokenizer_name=t
+    --conditioning_image_column=c --proportion_empty_prompts=0.1 --validation_image=i --tracker_project_name=t
+    """,
+    "instruct-pix2pix": """
+    --original_image_column=o --edited_image_column=e --edit_prompt_column=p --val_image_url=u --val_image_url_or_path=u
+    --validation_epochs=1 --conditioning_dropout_prob=0.25 --use_ema --non_ema_revision=r --vae_precision=fp32
+    --crops_coords_top_left_h=0 --crops_coords_top_left_w=0 --pretrained_vae_model_name_or_path=v --random_flip
+    """,
+    "controlnet": """
+    --controlnet_model_name_or_path=c --tokenizer_name=t --lr_num_cycles=2 --lr_power=2.0 --set_grads_to_none
+    --train_data_dir=d --image_column=i --conditioning_image_column=c --proportion_empty_prompts=0.1
+    --validation_image=i --validation_steps=9 --tracker_project_name=t
+    --crops_coords_top_left_h=0 --crops_coords_top_left_w=0
+    --enable_npu_flash_attention --num_extra_conditioning_channels=1 --upcast_vae --weighting_scheme=logit_normal
+    --logit_mean=0.5 --logit_std=2.0 --mode_scale=1.5 --precondition_outputs=1 --max_sequence_length=77
+    --dataset_preprocess_batch_size=9 --use_adafactor --num_double_layers=2 --num_single_layers=2 --jsonl_for_train=j
+    --guidance_scale=3.0 --save_weight_dtype=fp32 --enable_model_cpu_offload --pretrained_vae_model_name_or_path=v
+    --image_interpolation_mode=bicubic
+    """,
     "dreambooth": """
     --tokenizer_name=t --instance_data_dir=d --class_data_dir=c --instance_prompt=p --class_prompt=k
     --with_prior_preservation --prior_loss_weight=0.5 --num_class_images=7 --train_text_encoder --sample_batch_size=3

@@ -16,6 +16,7 @@ from sdtune.cli import imported
 from sdtune.config import parsing
 from sdtune.config.commands import methods
 from sdtune.training import memory_estimate
+from sdtune.training.peak_memory import PeakMemoryMode
 from tests import contract
 
 
@@ -25,7 +26,7 @@ def worst(layers, width, batch, recompute=False):
         blocks = [nn.Sequential(nn.Linear(width, width, bias=False), nn.ReLU()) for _ in range(layers)]
         weights = [block[0].weight for block in blocks]
         x = torch.empty(batch, width)
-        alive = memory_estimate.PeakMemoryMode([*weights, x])
+        alive = PeakMemoryMode([*weights, x])
         for w in weights:
             w.register_post_accumulate_grad_hook(alive.mark_gradient)
         with alive:

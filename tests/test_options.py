@@ -68,11 +68,19 @@ ONLY = {
     "decompose_factor": [1, 4],
     "attention_head_dim": [32],
     "interpolate": [["a b", "1e5"]],
+    "image": [["a b", "1e5"]],
+    "validation_image": [["a b", "1e5"]],
+    "conditioning_dropout": [0.25],
     "timestep_bias_begin": [11],
     "placeholder_token": ["<größer>", "1e-4", "--rank", "'"],
     "validation_prompt": [["a <x> b", "c"], ["<x>", *TEXTS]],
 }
 REFUSED = {(ClassifierConfig, name) for name in ("buckets", "bucket_step", "bucket_max_aspect")}
+REFUSED |= {
+    (METHODS[method].load(), name)
+    for method in ("controlnet", "t2i-adapter", "instruct-pix2pix")
+    for name in ("long_prompts", "prompt_weights")
+}
 NOT_DEFAULT = {"lr_step_rules", "prompt_file"}
 """Options that have no default, and whose help says when they are needed."""
 FIELDS = [(c, name) for c in CONFIGS for name in c.model_fields if (c, name) not in REFUSED]

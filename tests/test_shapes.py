@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sdtune.evaluation import toy_world
+from sdtune.data import toy_world
 
 
 def scenes(n, seed=0, **options):

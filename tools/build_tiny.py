@@ -4,7 +4,7 @@
     python tools/build_tiny.py --work runs/tiny --export sdtune/assets/tiny                # write the pipeline
 
 A Stable Diffusion of 4.2 million parameters at 64 x 64, trained on the images of
-``sdtune.evaluation.toy_world``. It predicts velocity (Salimans & Ho 2022) on a schedule that ends in pure noise (Lin et
+``sdtune.data.toy_world``. It predicts velocity (Salimans & Ho 2022) on a schedule that ends in pure noise (Lin et
 al. 2023): with the usual schedule a trace of each image's mean is left at the last step, and flat colours, which are
 all in the mean, come out wrong. Each stage saves its state; the same command continues.
 """
@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from sdtune.data import toy_world
 from sdtune.diffusion.objective import DDPM, denoising_loss
-from sdtune.evaluation import toy_world
 from sdtune.run.rng import generator, key
 
 BOS, EOS, WINDOW = "<|startoftext|>", "<|endoftext|>", 77

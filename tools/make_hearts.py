@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdtune.evaluation import toy_world
+from sdtune.data import toy_world
 
 SIZES = [(64, 64), (96, 80), (120, 160), (128, 128), (200, 150), (72, 72), (80, 112), (160, 160)]
 

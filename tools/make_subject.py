@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdtune.evaluation import toy_world
+from sdtune.data import toy_world
 
 SHOWN = (
     ("big", "red", "white"),

@@ -41,6 +41,18 @@ METHODS = {
         "methods.text_to_image:TextToImageConfig",
         "Full fine-tuning of a text-to-image model's denoiser (Rombach et al. 2022).",
     ),
+    "controlnet": Command(
+        "methods.controlnet:ControlNetConfig",
+        "A copy of the base's encoder that follows an image, such as edges (ControlNet; Zhang et al. 2023).",
+    ),
+    "t2i-adapter": Command(
+        "methods.t2i_adapter:T2IAdapterConfig",
+        "A small network that gives the base features of an image to follow (T2I-Adapter; Mou et al. 2023).",
+    ),
+    "instruct-pix2pix": Command(
+        "methods.instruct_pix2pix:InstructPix2PixConfig",
+        "Edit an image as an instruction says (InstructPix2Pix; Brooks et al. 2023).",
+    ),
     "ddpm": Command(
         "methods.ddpm:DdpmConfig",
         "A diffusion model of pixels, from scratch or continued, with classes or without (DDPM; Ho et al. 2020).",

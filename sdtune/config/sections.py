@@ -429,6 +429,11 @@ class Prompts(Section):
     """Classifier-free guidance of the samples (Ho & Salimans 2022). 1 means no guidance."""
 
 
+class ValidationImages(Preview):
+    validation_image: list[Path] = []
+    """Images that the samples start from, one for each validation_prompt. Default: some of the dataset."""
+
+
 class Repository(Section):
     hub_model_id: str | None = None
     """Repository to push to, as user/name. Default: the name of output_dir under your account."""

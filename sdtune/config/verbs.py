@@ -83,6 +83,7 @@ class SampleConfig(Pixels, TextEncoding, Model, Verb):
     examples: ClassVar[str] = r"""
     sdtune sample --adapter runs/lora --prompt "a red heart"
     sdtune sample --model runs/ddpm --num-images-per-prompt 16
+    sdtune sample --control runs/controlnet=0.8 --image edges.png --prompt "a red star"
     sdtune sample --adapter runs/lora=0.8 --prompt-file prompts.txt --seed 7 \
         --scheduler dpm++ --steps 20
     """
@@ -97,10 +98,16 @@ class SampleConfig(Pixels, TextEncoding, Model, Verb):
     """Of runs that kept it, take the step that was best (--keep-best) in place of the last one."""
     unet: Path | None = None
     """UNet to use in place of the base's: its folder, or that of a pipeline. Default: the base's own."""
+    control: Annotated[PathOrIds, aliases("controlnet")] = []
+    """Networks that follow an image: run of `sdtune controlnet` or folder or Hub id, each with an optional =SCALE."""
+    image: Annotated[list[Path], aliases("control_image")] = []
+    """Images to follow, one for each of --control, or to edit: once for all prompts, or for each prompt."""
+    image_guidance_scale: NonNegative | None = None
+    """How closely an edit keeps to its image (Brooks et al. 2023). Default: that of the stock pipeline, 1.5."""
     prompt: Annotated[StrList, aliases("prompts")] = []
     """What to show. Several prompts give one image each."""
     prompt_file: Path | None = None
-    """UTF-8 file with a prompt on each line, after those of --prompt; `--n --w --h --d --l --s` as in kohya's."""
+    """UTF-8 file with a prompt on each line, after those of --prompt; `--n --w --h --d --l --s --cn` as in kohya's."""
     negative_prompt: str = ""
     """What not to show; needs guidance_scale above 1."""
     num_images_per_prompt: Annotated[Count, aliases("num_images")] = 1

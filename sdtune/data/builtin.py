@@ -9,41 +9,53 @@ from PIL import Image
 
 from sdtune.config.sections import UserError
 from sdtune.data.cache_folder import cache_root
+from sdtune.data.toy_pairs import draw_edges, draw_edits
 
 ASSETS = Path(__file__).parent.parent / "assets"
+
+
+def _drawn(name: str, draw: Callable[[Path], None]) -> Path:
+    """The folder of a dataset in the cache, which ``draw`` fills once, under another name that is then changed."""
+    folder = cache_root() / "datasets" / name
+    if folder.is_dir():
+        return folder
+    new = folder.with_name(f".{name}-{os.getpid()}")
+    try:
+        draw(new)
+        new.rename(folder)
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        if not folder.is_dir():  # else another process was faster
+            raise UserError(f"--dataset {name}: {folder} cannot be written ({error.strerror})") from error
+    return folder
 
 
 def digits() -> Path:
     """scikit-learn's ``load_digits``, 1797 handwritten digits of 8 x 8 grey pixels, in folders ``0`` to ``9``.
 
-    Written into the cache once, under another name that is then changed. The 17 levels of grey, 0 to 16, span 0 to 255.
+    The 17 levels of grey, 0 to 16, span 0 to 255.
     """
-    folder = cache_root() / "datasets" / "digits"
-    if folder.is_dir():
-        return folder
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise UserError("--dataset digits: comes with scikit-learn; pip install 'sdtune[digits]'") from None
-    new = folder.with_name(f".digits-{os.getpid()}")
-    data = load_digits()
-    try:
+
+    def draw(folder: Path) -> None:
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError:
+            raise UserError("--dataset digits: comes with scikit-learn; pip install 'sdtune[digits]'") from None
+        data = load_digits()
         for k, (pixels, label) in enumerate(zip(data.images, data.target, strict=True)):
-            file = new / str(label) / f"{k:04}.png"
+            file = folder / str(label) / f"{k:04}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray((pixels * 255 / 16).round().astype("uint8")).save(file)
-        new.rename(folder)
-    except OSError as error:
-        shutil.rmtree(new, ignore_errors=True)
-        if not folder.is_dir():  # else another process was faster
-            raise UserError(f"--dataset digits: {folder} cannot be written ({error.strerror})") from error
-    return folder
+
+    return _drawn("digits", draw)
 
 
 BUILT_IN: dict[str, Callable[[], Path]] = {
     "tiny-hearts": lambda: ASSETS / "tiny-hearts",
     "tiny-subject": lambda: ASSETS / "tiny-subject",
     "tiny-word": lambda: ASSETS / "tiny-word",
+    "tiny-edges": lambda: _drawn("tiny-edges", draw_edges),
+    "tiny-edits": lambda: _drawn("tiny-edits", draw_edits),
     "digits": digits,
 }
 """Name of a dataset -> function that gives its folder."""

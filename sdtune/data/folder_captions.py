@@ -12,16 +12,34 @@ from typing import Any
 from sdtune.config.sections import Captions, UserError
 from sdtune.data.folder_files import FolderFiles, find_files
 from sdtune.data.images import ACCEPTED, EXTENSIONS
-from sdtune.data.metadata import TABLES, column_named, listed_error, parse_caption_text, read_caption, read_metadata
+from sdtune.data.metadata import (
+    FILE_NAME,
+    TABLES,
+    column_named,
+    listed_error,
+    parse_caption_text,
+    read_caption,
+    read_metadata,
+)
 
 CAPTION_FILES = (".txt", ".caption")
 """Endings of caption files, in lower case."""
-_INSIDE_ONLY = "captions and metadata are never read from outside of it: copy the files into it"
+INSIDE_ONLY = "captions and metadata are never read from outside of it: copy the files into it"
 
 
 def tables_of(files: FolderFiles) -> dict[str, Path]:
     """The metadata tables, by name."""
     return {name: path for name, path in files.others.items() if name.rpartition("/")[2].lower() in TABLES}
+
+
+def own_column(columns: list[str], image_column: str) -> str | None:
+    """The column that names the image of a row: ``a_file_name`` for image column ``a``, else ``file_name``."""
+    return column_named(f"{image_column}_{FILE_NAME}", columns) or column_named(FILE_NAME, columns)
+
+
+def file_columns(columns: list[str]) -> list[str]:
+    """The columns that name images."""
+    return [column for column in columns if column.casefold().endswith(FILE_NAME)]
 
 
 def caption_files(files: FolderFiles) -> dict[str, list[str]]:
@@ -55,7 +73,7 @@ def read_caption_files(
 
     Raises: UserError that names all images without a caption, and all files that cannot be read.
     """
-    files.refuse_outside((name for names in texts.values() for name in names), _INSIDE_ONLY)
+    files.refuse_outside((name for names in texts.values() for name in names), INSIDE_ONLY)
     found: dict[str, tuple[str, ...]] = {}
     problems: list[str] = []
     joined = 0
@@ -128,6 +146,7 @@ class ImageNames:
 def read_tables(
     files: FolderFiles,
     tables: dict[str, Path],
+    image_column: str,
     choose: Callable[[list[str]], str],
     parse: Callable[[Any], Any],
     notes: list[str],
@@ -141,7 +160,7 @@ def read_tables(
         otherwise: another way out, for the message.
         default: of images without a row; ``None`` if every image needs a row.
     """
-    files.refuse_outside(tables, _INSIDE_ONLY)
+    files.refuse_outside(tables, INSIDE_ONLY)
     names = ImageNames(files.images)
     found: dict[str, Any] = {}
     places: dict[str, str] = {}  # of the first row of each image
@@ -152,9 +171,9 @@ def read_tables(
         if not rows:
             problems += [] if broken else [f"{table}: no rows"]
             continue
-        key = column_named("file_name", columns)
+        key = own_column(columns, image_column)
         if key is None:
-            raise UserError(f"{path}: no column file_name, which finds the image; it has {', '.join(columns)}")
+            raise UserError(f"{path}: no column {FILE_NAME}, which finds the image; it has {', '.join(columns)}")
         column = choose(columns)
         for place, row in rows:
             try:

@@ -27,6 +27,8 @@ class FolderFiles:
     images: dict[str, Path] = field(default_factory=dict)
     masks: dict[str, Path] = field(default_factory=dict)
     """Name of an image -> its mask."""
+    paired: dict[str, Path] = field(default_factory=dict)
+    """Images that belong to others, such as the edges that a ControlNet follows: see ``paired``."""
     others: dict[str, Path] = field(default_factory=dict)
     """Files that are neither images nor masks: captions, tables, and files that are not used."""
     ignored: list[str] = field(default_factory=list)

@@ -3,13 +3,15 @@
 import re
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sdtune.config.sections import Captions, Data, Masks, UserError
 from sdtune.data.cache_folder import local_stamp
-from sdtune.data.folder_captions import caption_files, read_caption_files, read_tables, tables_of
+from sdtune.data.folder_captions import caption_files, file_columns, read_caption_files, read_tables, tables_of
 from sdtune.data.folder_files import FolderFiles, find_files
 from sdtune.data.metadata import Listing, caption_column, class_column, listed_error, parse_captions, parse_class
+from sdtune.data.paired import Paired, find_paired, set_paired_aside
 
 _REPEATED = re.compile(r"(\d{1,3})_(.+)")
 _TEXT_LIKE = frozenset({".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml", ".xml", ".xlsx", ".md", ".npz"})
@@ -22,6 +24,7 @@ def read_folder(
     default_caption: str | None,
     class_from: str | None,
     leave_out: Path | None = None,
+    paired: Paired = MappingProxyType({}),
 ) -> Listing:
     """All images below the folder, sorted by name.
 
@@ -30,11 +33,14 @@ def read_folder(
         default_caption: of images that have no caption of their own.
         class_from: the column of the classes; ``folder`` for the names of the folders; ``None`` for no classes.
         leave_out: a folder below it that is not read.
+        paired: the columns of paired images that every image needs.
 
     Raises: UserError that names all files that are missing or cannot be used.
     """
     files = find_files(folder, cfg.dataset, cfg.follow_links, leave_out)
-    tables, texts = tables_of(files), caption_files(files)
+    tables = tables_of(files)
+    set_paired_aside(files, tables, cfg.image_column, paired)
+    texts = caption_files(files)
     notes: list[str] = []
     found: dict[str, tuple[str, ...]] = dict.fromkeys(files.images, ())
     if captions is not None:
@@ -48,10 +54,11 @@ def read_folder(
         )
     elif class_from:
         choose = partial(class_column, class_from, dataset=cfg.dataset)
-        classes = read_tables(files, tables, choose, parse_class, [])
+        classes = read_tables(files, tables, cfg.image_column, choose, parse_class, [])
     names = sorted(files.images)
     masks = [files.masks.get(name) for name in names]
-    notes += _notes(cfg, files)
+    pairs = {column: find_paired(files, tables, cfg.image_column, column, option) for column, option in paired.items()}
+    notes += _notes(cfg, files, pairs)
     used = {*tables, *(name for image in texts for name in texts[image])}
     return Listing(
         dataset=str(folder),
@@ -65,6 +72,21 @@ def read_folder(
         repeats=[_repeats(name) for name in names] if cfg.folder_repeats else [],
         masks=masks if isinstance(cfg, Masks) and cfg.masked_loss else [],
         notes=notes,
+        paired={column: _listing_of(files, [found[name] for name in names]) for column, found in pairs.items()},
+    )
+
+
+def _listing_of(files: FolderFiles, names: list[str]) -> Listing:
+    """Paired images, in the order of the images that they belong to."""
+    paths = [files.paired.get(name) or files.images[name] for name in names]
+    return Listing(
+        dataset=str(files.folder),
+        cache_name=str(files.folder.resolve()),
+        keys=[f"{name}:{local_stamp(path)}" for name, path in zip(names, paths, strict=True)],
+        names=names,
+        captions=[()] * len(names),
+        classes=[None] * len(names),
+        sources=paths,
     )
 
 
@@ -84,7 +106,8 @@ def _captions(
         return read_tables(
             files,
             tables,
-            lambda columns: caption_column(captions, cfg.dataset, columns, "file_name"),
+            cfg.image_column,
+            lambda columns: caption_column(captions, cfg.dataset, columns, file_columns(columns)),
             partial(parse_captions, default=default),
             notes,
             ", or give --caption",
@@ -118,12 +141,14 @@ def _repeats(name: str) -> int:
     return max(1, int(match[1])) if match else 1
 
 
-def _notes(cfg: Data, files: FolderFiles) -> list[str]:
+def _notes(cfg: Data, files: FolderFiles, pairs: dict[str, dict[str, str]]) -> list[str]:
     notes = []
     if files.own:
         notes.append(f"written by sdtune, left out: {_first(files.own)}")
     if files.linked:
         notes.append(f"links to folders, not read without --follow-links: {_first(files.linked)}")
+    if left := files.paired.keys() - {name for found in pairs.values() for name in found.values()}:
+        notes.append(f"images that belong to others, not trained on: {len(left)} ({_first(list(left), 3)})")
     if files.masks:
         used = isinstance(cfg, Masks) and cfg.masked_loss
         end = "their images are weighted by them" if used else "not trained on"

@@ -9,7 +9,7 @@ import csv
 import difflib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from sdtune.config.sections import Captions, UserError
 
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.json")
 """Names of tables, in lower case."""
+
+FILE_NAME = "file_name"
+"""Column of a table that names the image, or the end of a column that names another image of the row."""
 
 MAX_CAPTION = 20_000
 """Most characters of a caption. A text encoder reads a few hundred; a tokenizer takes a minute for 20 million."""
@@ -54,6 +57,8 @@ class Listing:
     """Lines that the user should read."""
     table_folder: Path | None = None
     """Where image files that the table only names may be; None if none is read."""
+    paired: dict[str, "Listing"] = field(default_factory=dict)
+    """Paired images of each image, by their column."""
 
 
 def listed_error(head: str, problems: list[str]) -> UserError:
@@ -64,12 +69,12 @@ def listed_error(head: str, problems: list[str]) -> UserError:
     return UserError("\n  ".join([head, *shown]))
 
 
-def caption_column(options: Captions, dataset: str, columns: list[str], other: str) -> str:
-    """The column of the captions: ``--caption-column``, else ``text``, else the only column that is not ``other``.
+def caption_column(options: Captions, dataset: str, columns: list[str], others: Collection[str]) -> str:
+    """The column of the captions: ``--caption-column``, else ``text``, else the only column that is not of ``others``.
 
     Raises: UserError that lists the columns.
     """
-    rest = [column for column in columns if column.casefold() != other.casefold()]
+    rest = [column for column in columns if column not in others]
     there = ", ".join(columns) or "none"
     if options.caption_column is not None:
         if given := column_named(options.caption_column, columns):

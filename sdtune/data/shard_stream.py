@@ -4,8 +4,10 @@ So there are no buckets, no repeats, and no report of sizes and copies. A bad im
 the run ends, or the next usable image of the same shard takes its place, at the same position in every run.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
+from types import MappingProxyType
 
 import torch
 from PIL import Image
@@ -13,6 +15,7 @@ from PIL import Image
 from sdtune.config.sections import Classes, Data, Latents, Masks, Streaming, UserError
 from sdtune.config.untrusted import echo
 from sdtune.data.images import decode, inspect_image, to_tensor
+from sdtune.data.paired import Paired, same_shape
 from sdtune.data.parquet_shards import open_parquet_shards
 from sdtune.data.shard_names import is_sharded, shard_urls
 from sdtune.data.shard_order import ShardOrder
@@ -26,24 +29,36 @@ PREVIEW_CAPTIONS = 16
 """How many captions of a dataset can become prompts of the sample grids."""
 
 
-def open_images(cfg: Data, captions: bool = True, class_column: str | None = None) -> Images | Shards:
+def open_images(
+    cfg: Data, captions: bool = True, class_column: str | None = None, paired: Paired = MappingProxyType({})
+) -> Images | Shards:
     """``load_images``, or the shards of a dataset that is streamed."""
     shards = is_sharded(cfg.dataset)
     if isinstance(cfg, Streaming) and (shards or cfg.streaming):
         refuse_unsupported(cfg)
         if shards:
-            return open_tar_shards(cfg, shard_urls(cfg.dataset), caption_options(cfg, captions))
+            return open_tar_shards(cfg, shard_urls(cfg.dataset), caption_options(cfg, captions), list(paired))
         urls = split_files(cfg)
         open_shards = open_tar_shards if urls[0].endswith(".tar") else open_parquet_shards
-        return open_shards(cfg, urls, caption_options(cfg, captions))
+        return open_shards(cfg, urls, caption_options(cfg, captions), list(paired))
     if isinstance(cfg, Latents) and cfg.shard_cache:
         raise UserError("--shard-cache: only for streamed datasets; other datasets are cached without it")
-    return load_images(cfg, captions, class_column=class_column)
+    return load_images(cfg, captions, class_column=class_column, paired=paired)
 
 
-def open_stream(cfg: Data, images: Images | Mixture | Shards, group: int, mode: str = "RGB") -> Stream:
-    """The samples of the images that ``open_images`` gave."""
-    return ShardStream(cfg, images, group, mode) if isinstance(images, Shards) else Stream(cfg, images, group, mode)
+def open_stream(
+    cfg: Data,
+    images: Images | Mixture | Shards,
+    group: int,
+    mode: str = "RGB",
+    paired: Paired = MappingProxyType({}),
+) -> Stream:
+    """The samples of the images that ``open_images`` gave, with the same ``paired``."""
+    return (
+        ShardStream(cfg, images, group, mode, list(paired))
+        if isinstance(images, Shards)
+        else Stream(cfg, images, group, mode)
+    )
 
 
 def refuse_unsupported(cfg: Data) -> None:
@@ -71,7 +86,7 @@ class ShardStream(Stream):
     images: Shards  # type: ignore[assignment]
     order: ShardOrder
 
-    def __init__(self, cfg: Data, shards: Shards, group: int, mode: str = "RGB") -> None:
+    def __init__(self, cfg: Data, shards: Shards, group: int, mode: str = "RGB", paired: Sequence[str] = ()) -> None:
         assert isinstance(cfg, Streaming)
         self._configure(cfg, group, mode)
         self.images = shards
@@ -84,7 +99,8 @@ class ShardStream(Stream):
             self.seed, shards.counts - self.holdout_counts, group, cfg.stream_lanes, cfg.shuffle_window
         )
         self.epoch_length = len(shards) - held
-        self._read: tuple[int, Image.Image | None] = (-1, None)
+        self.paired = list(paired)
+        self._read: tuple[int, list[Image.Image]] = (-1, [])
 
     def __getitem__(self, position: int) -> Sample:
         """The sample at ``position``. Raises: UserError for a bad image, unless ``--on-bad-image skip``."""
@@ -95,12 +111,12 @@ class ShardStream(Stream):
             nth = first + (place.nth + further) % (count - first)
             try:
                 record = opened.record(nth)
-                image = self._image(record)
+                images = self._images(record)
             except ValueError as error:
                 self.reject(f"position {position}: {self.images.names[shard]}, image {nth}", error)
                 continue
             index = int(self.images.starts[shard]) + nth
-            self._read = (index, image)
+            self._read = (index, images)
             return self._augmented(self._sample(index, record), record.captions, position)
         raise UserError(f"{self.images.names[shard]}: none of its images can be used; remove it from the dataset")
 
@@ -115,7 +131,7 @@ class ShardStream(Stream):
     def unaugmented(self, index: int) -> tuple[Sample, tuple[str, ...]]:
         """The sample of an image with centre crop and no flip, and its captions. Raises: ValueError for a bad image."""
         record = self._record(index)
-        self._read = (index, self._image(record))
+        self._read = (index, self._images(record))
         return self._sample(index, record), record.captions
 
     def _record(self, index: int) -> Record:
@@ -128,19 +144,29 @@ class ShardStream(Stream):
         caption = without_separators(record.captions[0]) if record.captions else ""
         return Sample(index, record.name, *self.cfg.image_size, 0.5, 0.5, False, caption, 0)
 
-    def _image(self, record: Record) -> Image.Image | None:
-        """The decoded image; None if only its moments are stored. Raises: ValueError for a bad image."""
+    def _images(self, record: Record) -> list[Image.Image]:
+        """The decoded image and its paired images; none if only its moments are stored.
+
+        Raises: ValueError for a bad image.
+        """
         if record.content is None:
-            return None
+            return []
         width, height = self.cfg.image_size
-        try:
-            image = decode(record.content, self.mode, self.cfg.first_frame, complete=True)
-        except Exception as error:  # a broken file can raise any error in Pillow's decoders
-            raise ValueError(f"{record.name}: {inspect_image(record.content).problem or error}") from None
+        image, *others = (self._decoded(record.name, content) for content in (record.content, *record.paired))
+        for column, other in zip(self.paired, others, strict=True):
+            if not same_shape(image.size, other.size):
+                sizes = f"{other.width} x {other.height}, and the image {image.width} x {image.height}"
+                raise ValueError(f"{record.name}: its {column} has another shape: {sizes}")
         if max(width / image.width, height / image.height) > 4:
             size = f"{image.width} x {image.height}"
             raise ValueError(f"{record.name}: {size} is less than a quarter of {width} x {height}")
-        return image
+        return [image, *others]
+
+    def _decoded(self, name: str, content: bytes) -> Image.Image:
+        try:
+            return decode(content, self.mode, self.cfg.first_frame, complete=True)
+        except Exception as error:  # a broken file can raise any error in Pillow's decoders
+            raise ValueError(f"{name}: {inspect_image(content).problem or error}") from None
 
     def reject(self, where: str, error: ValueError) -> None:
         """Report a bad image. Raises: UserError, unless ``--on-bad-image skip``."""
@@ -150,31 +176,39 @@ class ShardStream(Stream):
             ) from None
         echo(f"{where}: {error}; the next image is shown instead", err=True)
 
-    def pixels(self, sample: Sample) -> torch.Tensor:
-        """float32 [C, height, width] in [-1, 1]."""
+    def pixels(self, sample: Sample, paired: str | None = None) -> torch.Tensor:
+        """float32 [C, height, width] in [-1, 1] of a sample, or of its paired image of column ``paired``."""
         if self._read[0] != sample.index:
             try:
-                self._read = (sample.index, self._image(self._record(sample.index)))
+                self._read = (sample.index, self._images(self._record(sample.index)))
             except ValueError as error:
                 raise UserError(str(error)) from None
-        image = self._read[1]
-        assert image is not None
+        image = self._read[1][1 + self.paired.index(paired) if paired else 0]
         return to_tensor(image, *sample.crop, self.cfg.image_interpolation_mode)
 
     def image_size(self, sample: Sample) -> tuple[int, int]:
         """Width and height of the image file."""
-        index, image = self._read
-        if index != sample.index or image is None:
+        index, images = self._read
+        if index != sample.index or not images:
             record = self._record(sample.index)
             if record.size is not None:
                 return record.size
-            image = self._image(record)
-        assert image is not None
-        return image.size
+            images = self._images(record)
+        return images[0].size
 
-    def pixel_key(self, sample: Sample) -> tuple[int, bool]:
-        """The key of its moments."""
+    def pixel_key(self, sample: Sample, paired: str | None = None) -> tuple[int, bool]:
+        """The key of its moments; those of paired images are not stored."""
         return sample.index, sample.flip
+
+    def examples(self, count: int) -> list[Sample]:
+        """Some samples to show, without augmentation: the first images that can be used."""
+        found: list[Sample] = []
+        for index in range(len(self.images)):
+            if len(found) == count or index >= PREVIEW_CAPTIONS:
+                break
+            with suppress(ValueError):
+                found.append(self.unaugmented(index)[0])
+        return found
 
     def texts(self) -> list[str]:
         """The captions of the first images."""

@@ -39,6 +39,8 @@ class Record(NamedTuple):
     """The bytes of the image file; None if only its moments are stored."""
     size: tuple[int, int] | None = None
     """Width and height of the image file, if only its moments are stored."""
+    paired: tuple[bytes, ...] = ()
+    """The bytes of its paired images, in the order of their columns."""
 
 
 class ShardIndex(NamedTuple):

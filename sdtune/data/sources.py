@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from sdtune.data.builtin import BUILT_IN
 from sdtune.data.cache_folder import local_stamp
 from sdtune.data.folders import read_folder
 from sdtune.data.image_info import inspect_images
-from sdtune.data.images import ImageInfo, many_frames
+from sdtune.data.images import ImageInfo
 from sdtune.data.metadata import Listing, listed_error
+from sdtune.data.paired import Paired, pair_problem
 from sdtune.data.shard_names import is_sharded
 from sdtune.data.tables import is_table, read_cell, read_dataset
 from sdtune.run.rng import generator
@@ -71,13 +73,15 @@ class Images:
     """For each row its mask; empty if masks are not used."""
     notes: Sequence[str] = ()
     """Lines that the user should read."""
+    paired: dict[str, "Images"] = field(default_factory=dict)
+    """Paired images of the same rows, by their column."""
     fingerprint: str = field(init=False)
     """Hash of names, image bytes, captions and classes. It does not depend on where the dataset is."""
 
     def __post_init__(self) -> None:
         listed: list[Any] = [
-            (r.name, r.sha256, r.captions, *filter(None, (r.label, r.mask, r.repeats > 1 and r.repeats)))
-            for r in self.rows
+            (r.name, r.sha256, r.captions, *filter(None, (r.label, r.mask, r.repeats > 1 and r.repeats)), *hashes)
+            for r, *hashes in zip(self.rows, *([r.sha256 for r in p.rows] for p in self.paired.values()), strict=True)
         ]
         self.fingerprint = hashlib.sha256(json.dumps(sorted(listed)).encode()).hexdigest()
 
@@ -108,7 +112,7 @@ class Mixture:
     """Two sets of images. A stream shows them in turn, so half of its images are of each set, whatever their sizes."""
 
     def __init__(self, first: Images, second: Images):
-        self.parts = (first, second)
+        self.parts, self.paired = (first, second), dict[str, Images]()
         self.rows = [*first.rows, *second.rows]
         self.ignored, self.skipped = first.ignored + second.ignored, first.skipped + second.skipped
         self.notes = [*first.notes, *second.notes]
@@ -148,6 +152,7 @@ def load_images(
     default_caption: str | None = None,
     class_column: str | None = None,
     leave_out: Path | None = None,
+    paired: Paired = MappingProxyType({}),
 ) -> Images:
     """Find, read and check the dataset of ``cfg``.
 
@@ -156,20 +161,20 @@ def load_images(
         default_caption: of images that have no caption of their own.
         class_column: the column of the classes; ``folder`` for the names of the folders; ``None`` for no classes.
         leave_out: a folder below the dataset's that is not read.
+        paired: the columns of paired images, which every image needs; they get its crop and flip.
 
     Raises: UserError for everything that is wrong with the dataset.
     """
     if cfg.dataset not in BUILT_IN and is_sharded(cfg.dataset):
-        raise UserError(
-            f"--dataset {cfg.dataset}: tar shards are for lora, text-to-image and ddpm; unpack them into a folder"
-        )
+        raise UserError(f"--dataset {cfg.dataset}: this method reads no tar shards; unpack them into a folder")
     folder = BUILT_IN[cfg.dataset]() if cfg.dataset in BUILT_IN else Path(cfg.dataset).expanduser()
     options = caption_options(cfg, captions)
     if folder.is_dir() and not is_table(folder):
-        return _check_images(cfg, read_folder(cfg, folder, options, default_caption, class_column, leave_out))
+        found = read_folder(cfg, folder, options, default_caption, class_column, leave_out, paired)
+        return _check_images(cfg, found)
     if isinstance(cfg, Masks) and cfg.masked_loss:
         raise UserError(f"--masked-loss: reads masks of a folder of images, and {cfg.dataset} is a table; leave it out")
-    return _check_images(cfg, read_dataset(cfg, folder, options, default_caption, class_column))
+    return _check_images(cfg, read_dataset(cfg, folder, options, default_caption, class_column, paired))
 
 
 def _check_images(cfg: Data, found: Listing) -> Images:
@@ -181,18 +186,15 @@ def _check_images(cfg: Data, found: Listing) -> Images:
         drawn = torch.randperm(count, generator=generator(cfg.seed, "max_train_samples"))
         chosen = sorted(drawn[: cfg.max_train_samples].tolist())
 
-    def read(index: int) -> Path | bytes:
-        source = found.sources[chosen[index]]
-        return source if isinstance(source, Path) else read_cell(found.table, source, found.table_folder)
-
-    infos = inspect_images(found.cache_name, [found.keys[i] for i in chosen], read)
+    infos = _inspected(found, chosen)
+    pairs = {column: _inspected(other, chosen) for column, other in found.paired.items()}
 
     shapes = training_shapes(cfg)
     bad: dict[int, str] = {}
     small: dict[int, str] = {}
-    for i, info in zip(chosen, infos, strict=True):
-        if info.problem or (info.frames > 1 and not cfg.first_frame):
-            bad[i] = info.problem or many_frames(info.frames)
+    for nth, (i, info) in enumerate(zip(chosen, infos, strict=True)):
+        if problem := pair_problem(info, {column: of[nth] for column, of in pairs.items()}, cfg.first_frame):
+            bad[i] = problem
             continue
         width, height = nearest_shape(shapes, info.width, info.height)
         if max(width / info.width, height / info.height) > 4:
@@ -231,7 +233,26 @@ def _check_images(cfg: Data, found: Listing) -> Images:
         table_folder=found.table_folder,
         masks=[found.masks[i] for i in used] if found.masks else (),
         notes=[*found.notes, *_pixel_notes(found, used)],
+        paired={
+            column: _paired_images(other, dict(zip(chosen, pairs[column], strict=True)), list(used))
+            for column, other in found.paired.items()
+        },
     )
+
+
+def _inspected(found: Listing, chosen: list[int]) -> list[ImageInfo]:
+    """The facts of the images ``chosen`` of a listing."""
+
+    def read(index: int) -> Path | bytes:
+        source = found.sources[chosen[index]]
+        return source if isinstance(source, Path) else read_cell(found.table, source, found.table_folder)
+
+    return inspect_images(found.cache_name, [found.keys[i] for i in chosen], read)
+
+
+def _paired_images(found: Listing, infos: dict[int, ImageInfo], used: list[int]) -> Images:
+    rows = [Row(found.names[i], (), infos[i].width, infos[i].height, infos[i].sha256, infos[i].mode) for i in used]
+    return Images(rows, [], [], [found.sources[i] for i in used], found.table, found.table_folder)
 
 
 def _pixel_notes(found: Listing, used: dict[int, ImageInfo]) -> list[str]:

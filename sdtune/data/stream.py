@@ -116,6 +116,10 @@ class Stream:
         repeats = self.cfg.repeats if part == 0 else 1
         return Order(seed, [bucket for bucket in buckets if bucket], repeats, self.group // parts or 1)
 
+    def examples(self, count: int) -> list[Sample]:
+        """Some images to show, without augmentation: those held out, else the first ones."""
+        return self.holdout[:count] or [self._unaugmented(index) for index in self.indices[:count]]
+
     # ---- draws
 
     def _rng(self, *names: object) -> torch.Generator:
@@ -152,10 +156,14 @@ class Stream:
 
     # ---- pixels
 
-    def pixels(self, sample: Sample) -> torch.Tensor:
-        """float32 [C, height, width] in [-1, 1]. Raises: UserError for an image that has changed or gone."""
+    def pixels(self, sample: Sample, paired: str | None = None) -> torch.Tensor:
+        """float32 [C, height, width] in [-1, 1] of a sample, or of its paired image of column ``paired``.
+
+        Raises: UserError for an image that has changed or gone.
+        """
+        images = self.images.paired[paired] if paired else self.images
         try:
-            image = decode(self.images.read(sample.index), self.mode)
+            image = decode(images.read(sample.index), self.mode)
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"{sample.name} could be read when training began, but not now: {error}") from error
         return to_tensor(image, *sample.crop, self.cfg.image_interpolation_mode)
@@ -176,9 +184,10 @@ class Stream:
             raise UserError(f"{path} could be read when training began, but not now: {error}") from error
         return (to_tensor(image, *sample.crop, "box") + 1) / 2
 
-    def pixel_key(self, sample: Sample) -> Any:
-        """A key for ``pixels(sample)``: image bytes, shape, crop in pixels, flip, mode, filter."""
-        row, width, height = self.images.rows[sample.index], sample.width, sample.height
+    def pixel_key(self, sample: Sample, paired: str | None = None) -> Any:
+        """A key for ``pixels(sample, paired)``: image bytes, shape, crop in pixels, flip, mode, filter."""
+        images = self.images.paired[paired] if paired else self.images
+        row, width, height = images.rows[sample.index], sample.width, sample.height
         x, y = corner((row.width, row.height), width, height, sample.left, sample.top)
         flip = "-flip" if sample.flip else ""
         mode = "" if self.mode == "RGB" else f"-{self.mode}"

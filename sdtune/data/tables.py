@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sdtune.config.sections import Captions, Data, Model, UserError
@@ -21,6 +22,7 @@ from sdtune.data.metadata import (
     parse_captions,
     parse_class,
 )
+from sdtune.data.paired import Paired
 
 _FORMS = (
     "a folder of images, a Hub id such as user/name, a .parquet file, a dataset saved by save_to_disk, or "
@@ -52,6 +54,7 @@ def read_dataset(
     captions: Captions | None,
     default_caption: str | None,
     class_from: str | None,
+    paired: Paired = MappingProxyType({}),
 ) -> Listing:
     """The split of a dataset, with undecoded images. The arguments are those of ``read_folder``."""
     is_file = folder.suffix == ".parquet" and folder.is_file()
@@ -79,11 +82,14 @@ def read_dataset(
         if cfg.split not in table:
             raise UserError(f"--split {cfg.split}: no such split in {cfg.dataset}; it has {', '.join(table)}")
         table = table[cfg.split]
-    listing = _list_table(cfg, table.with_format(None), captions, default_caption, class_from)
-    if from_images and table.info.builder_name == "imagefolder":
-        listing.table_folder = Path("/")  # the library itself wrote the paths, of the files that it downloaded
-    elif folder.is_dir():
-        listing.table_folder = folder.resolve()
+    table = table.with_format(None)
+    listing = _list_table(cfg, table, captions, default_caption, class_from)
+    listing.paired = {column: _list_images(cfg, table, column, option) for column, option in paired.items()}
+    for part in (listing, *listing.paired.values()):
+        if from_images and table.info.builder_name == "imagefolder":
+            part.table_folder = Path("/")  # the library itself wrote the paths, of the files that it downloaded
+        elif folder.is_dir():
+            part.table_folder = folder.resolve()
     return listing
 
 
@@ -118,49 +124,59 @@ def _list_table(
 ) -> Listing:
     import datasets
 
-    columns = ", ".join(table.column_names)
-    if cfg.image_column not in table.column_names:
-        raise UserError(f"--image-column {cfg.image_column}: no such column in {cfg.dataset}; it has {columns}")
-    feature = table.features[cfg.image_column]
-    is_struct = isinstance(feature, dict) and "bytes" in feature  # as pandas writes an image of datasets
-    is_bytes = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
-    if not isinstance(feature, datasets.Image) and not is_struct and not is_bytes:
-        raise UserError(f"--image-column {cfg.image_column} of {cfg.dataset} holds no images; it has {columns}")
-    if not len(table):
-        raise UserError(f"--dataset {cfg.dataset}: no images in split {cfg.split}")
-
-    count = len(table)
-    if captions is None:
-        found: list[tuple[str, ...]] = [()] * count
-    elif captions.caption is not None:
-        found = [(captions.caption,)] * count
-    elif default_caption is not None and captions.caption_column is None and "text" not in table.column_names:
-        found = [(default_caption,)] * count
-    else:
-        column = caption_column(captions, cfg.dataset, table.column_names, cfg.image_column)
+    listing = _list_images(cfg, table, cfg.image_column, "--image-column")
+    columns: list[str] = table.column_names
+    if captions is not None and captions.caption is not None:
+        listing.captions = [(captions.caption,)] * len(table)
+    elif captions is not None and default_caption is not None and not (captions.caption_column or "text" in columns):
+        listing.captions = [(default_caption,)] * len(table)
+    elif captions is not None:
+        column = caption_column(captions, cfg.dataset, columns, [name for name in columns if _has_images(table, name)])
         head = f"{cfg.dataset}: every image needs a caption; or give --caption for all"
-        found = _parsed(table[column], partial(parse_captions, default=default_caption), head)
-    classes: list[Any] = [None] * count
+        listing.captions = _parsed(table[column], partial(parse_captions, default=default_caption), head)
     if class_from:
-        column = class_column(class_from, table.column_names, cfg.dataset)
+        column = class_column(class_from, columns, cfg.dataset)
         cells, feature = table[column], table.features[column]
         if isinstance(feature, datasets.ClassLabel):
             # -1 stands for a missing class.
             cells = [feature.names[cell] if cell is not None and cell >= 0 else None for cell in cells]
-        classes = _parsed(cells, parse_class, f"{cfg.dataset}: every image needs a class in column {column}")
+        listing.classes = _parsed(cells, parse_class, f"{cfg.dataset}: every image needs a class in column {column}")
+    return listing
+
+
+def _list_images(cfg: Data, table: Any, column: str, option: str) -> Listing:
+    """The images of a column, which ``option`` names, without captions and classes."""
+    import datasets
+
+    columns = ", ".join(table.column_names)
+    if column not in table.column_names:
+        raise UserError(f"{option} {column}: no such column in {cfg.dataset}; it has {columns}")
+    if not _has_images(table, column):
+        raise UserError(f"{option} {column} of {cfg.dataset} holds no images; it has {columns}")
+    if not len(table):
+        raise UserError(f"--dataset {cfg.dataset}: no images in split {cfg.split}")
     # The fingerprint alone is not enough: one made by `map` over files stays the same when the files change.
     stamps = [local_stamp(Path(file["filename"])) for file in table.cache_files]
-    images = table.select_columns([cfg.image_column]).cast_column(cfg.image_column, datasets.Image(decode=False))
+    count = len(table)
     return Listing(
         dataset=cfg.dataset,
-        cache_name=f"{table._fingerprint} {cfg.image_column} {stamps}",
+        cache_name=f"{table._fingerprint} {column} {stamps}",
         keys=[str(i) for i in range(count)],
         names=[f"row {i}" for i in range(count)],
-        captions=found,
-        classes=classes,
+        captions=[()] * count,
+        classes=[None] * count,
         sources=list(range(count)),
-        table=images,
+        table=table.select_columns([column]).cast_column(column, datasets.Image(decode=False)),
     )
+
+
+def _has_images(table: Any, column: str) -> bool:
+    import datasets
+
+    feature = table.features[column]
+    is_struct = isinstance(feature, dict) and "bytes" in feature  # as pandas writes an image of datasets
+    is_bytes = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
+    return isinstance(feature, datasets.Image) or is_struct or is_bytes
 
 
 def _parsed(cells: Iterable[Any], parse: Callable[[Any], Any], head: str) -> list[Any]:

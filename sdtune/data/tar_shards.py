@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
@@ -30,17 +30,18 @@ IMAGE = "image"
 """The default of ``--image-column``: a member with any accepted ending."""
 
 
-def open_tar_shards(cfg: Data, urls: list[str], captions: Captions | None) -> "TarShards":
+def open_tar_shards(cfg: Data, urls: list[str], captions: Captions | None, paired: Sequence[str] = ()) -> "TarShards":
     """Index the tar files at ``urls``.
 
     Args:
         captions: whether every image needs a caption; else none is read.
+        paired: columns of the paired images that every image needs.
     """
     per_line = captions is not None and captions.caption_per_line
     column = (captions.caption_column or "txt") if captions and captions.caption is None else None
     strict = cfg.on_bad_image == "error"
-    how = repr((cfg.image_column, column, strict))
-    found = index_shards(urls, how, lambda url: index_tar(url, cfg.image_column, column, strict))
+    how = repr((cfg.image_column, column, strict, *paired))
+    found = index_shards(urls, how, lambda url: index_tar(url, cfg.image_column, column, strict, paired))
     left_out = sum(index.left_out for index in found)
     notes = [f"samples without an image or a caption, left out: {left_out}"] if left_out else []
     if empty := sum(index.images == 0 for index in found):
@@ -102,11 +103,12 @@ class OpenTar:
 
     def record(self, nth: int) -> Record:
         """Raises: ValueError if the caption cannot be used."""
-        at, size, text_at, text_size = self.table[nth].tolist()
+        at, size, text_at, text_size, *others = self.table[nth].tolist()
+        pairs = list(zip(others[::2], others[1::2], strict=True))  # places and sizes of the paired images
         if text_size > MAX_CAPTION_FILE:
             raise ValueError(f"its caption has {text_size:,} bytes; at most {MAX_CAPTION_FILE:,} are read")
-        first = (min(at, text_at) if text_size else at) - BLOCK
-        last = max(at + size, text_at + text_size)
+        first = min([at, *([text_at] if text_size else []), *(place for place, _ in pairs)]) - BLOCK
+        last = max(at + size, text_at + text_size, *(place + length for place, length in pairs))
         data = self._bytes(first, last)  # the members of a sample are neighbours, so one read is enough
         member = self._member(data, at - first, size)
         if not self.shards.column:
@@ -114,7 +116,10 @@ class OpenTar:
         else:
             kind = self._member(data, text_at - first, text_size).rpartition(".")[2]
             captions = _captions(data[text_at - first :][:text_size], kind, self.shards.column, self.shards.per_line)
-        return Record(f"{self.name}/{member}", captions, data[at - first :][:size])
+        for place, length in pairs:
+            self._member(data, place - first, length)
+        paired = tuple(data[place - first :][:length] for place, length in pairs)
+        return Record(f"{self.name}/{member}", captions, data[at - first :][:size], paired=paired)
 
     def _bytes(self, first: int, last: int) -> bytes:
         if is_remote(self.url):
@@ -154,13 +159,16 @@ def _captions(data: bytes, kind: str, column: str, per_line: bool) -> tuple[str,
 # ---- the index of a tar file
 
 
-def index_tar(url: str, image: str, column: str | None, strict: bool) -> tuple[IntArray, int, str]:
-    """Offset and size of each image and of its caption, int64 ``[images, 4]``; samples without one of them; a hash.
+def index_tar(
+    url: str, image: str, column: str | None, strict: bool, paired: Sequence[str] = ()
+) -> tuple[IntArray, int, str]:
+    """Offset and size of each image, its caption and its P paired images, int64 ``[images, 4 + 2P]``; how many samples
+    lack one of them; a hash.
 
     Raises:
         ValueError: the file is damaged; or, if ``strict``, a sample has no image or caption, or there is no sample.
     """
-    rows: list[tuple[int, int, int, int]] = []
+    rows: list[tuple[int, ...]] = []
     incomplete: list[str] = []
     members_seen: list[str] = []
     checksum, samples = hashlib.sha256(), 0
@@ -176,25 +184,38 @@ def index_tar(url: str, image: str, column: str | None, strict: bool) -> tuple[I
         text = members.get(column or "", members.get("json")) if column else None
         if len(images) > 1:
             raise ValueError(f"sample {key} has images {' and '.join(images)}; choose one with --image-column")
-        if not images or not members[images[0]].size or (column and (text is None or not text.size)):
+        pairs = [_paired_member(members, name) for name in paired]
+        if (
+            not images
+            or not members[images[0]].size
+            or (column and (text is None or not text.size))
+            or not all(pair and pair.size for pair in pairs)
+        ):
             incomplete.append(key)
             members_seen = members_seen or sorted(members)
             continue
         image_member = members[images[0]]
-        rows.append(
-            (image_member.offset_data, image_member.size, text.offset_data if text else 0, text.size if text else 0)
-        )
+        caption = (text.offset_data, text.size) if text else (0, 0)
+        others = (number for pair in pairs if pair for number in (pair.offset_data, pair.size))
+        rows.append((image_member.offset_data, image_member.size, *caption, *others))
     if strict and not samples:
         raise ValueError("an empty shard; remove it, or leave it out with --on-bad-image skip")
     if incomplete and (strict or not rows):
         parts = "image" + (
             f" or caption (.{column}, or {column!r} in .json; --caption-column names another)" if column else ""
         )
+        parts += "".join(f" or {name} (such as .{name}.png)" for name in paired)
         raise ValueError(
             f"{len(incomplete)} of {samples} samples have no {parts}, or these are not next to each other: "
             f"{incomplete[0]} has {', '.join(members_seen)}; or leave them out with --on-bad-image skip"
         )
-    return np.array(rows, np.int64).reshape(-1, 4), len(incomplete), checksum.hexdigest()[:16]
+    return np.array(rows, np.int64).reshape(-1, 4 + 2 * len(paired)), len(incomplete), checksum.hexdigest()[:16]
+
+
+def _paired_member(members: dict[str, tarfile.TarInfo], column: str) -> tarfile.TarInfo | None:
+    """The paired image of a column ``a``: the member ``a.png``, with any accepted ending."""
+    column = column.lower()
+    return next((m for kind, m in members.items() if kind in {column, *(f"{column}{end}" for end in EXTENSIONS)}), None)
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -15,6 +15,8 @@ from sdtune.config.sections import Latents, UserError
 from sdtune.data import Sample, ShardStream, Stream, cache, summarize
 from sdtune.data.denoising_dataset import DenoisingDataset, Position
 from sdtune.data.encoded_shards import EncodedShards, encode_shards
+from sdtune.data.further import NOTHING, Further, ImagePrompt, further_pixels, image_prompts
+from sdtune.run import rng
 
 
 class TextToImageDataset(DenoisingDataset):
@@ -26,6 +28,7 @@ class TextToImageDataset(DenoisingDataset):
         sizes: whether items hold the ``size`` of image and crop (``Stream.sizes``).
         moments, texts: cached VAE moments by pixel key, and by caption the tensors that the denoiser is told. If
             ``None``, items hold pixels ``[3, H, W]`` and the caption instead.
+        further: what else items hold.
     """
 
     def __init__(
@@ -36,16 +39,19 @@ class TextToImageDataset(DenoisingDataset):
         sizes: bool = False,
         moments: Mapping[str, Tensor] | EncodedShards | None = None,
         texts: cache.Store | cache.MetaStore | None = None,
+        further: Further = NOTHING,
     ):
         super().__init__(stream)
         self.latent, self.given_prompts, self.sizes = latent, list(prompts), sizes
-        self.moments, self.texts = moments, texts
+        self.moments, self.texts, self.further = moments, texts, further
         lengths = [texts.length(text_key(caption), "mask") for caption in stream.texts()] if texts is not None else []
         self.longest = max(lengths, default=0)
 
     @property
-    def prompts(self) -> list[str]:
-        """The prompts of the sample grids; never empty."""
+    def prompts(self) -> Sequence[str | ImagePrompt]:
+        """The prompts of the sample grids, with images where the method needs them; never empty."""
+        if self.further.images:
+            return image_prompts(self.stream, self.further, self.given_prompts)
         return self.given_prompts or [text for text in self.stream.texts() if text] or [""]
 
     def make_item(self, sample: Sample, u: Tensor, position: Position) -> dict[str, Any]:
@@ -62,6 +68,13 @@ class TextToImageDataset(DenoisingDataset):
             item["mask"] = functional.avg_pool2d(self.stream.mask(sample), downscale)
         if self.sizes:
             item["size"] = torch.tensor(self.stream.sizes(sample))
+        for name, image in self.further.images.items():
+            if image.cached and self.moments is not None:
+                item[name] = self.moments[self.stream.pixel_key(sample, image.column)]
+            else:
+                item[name] = further_pixels(self.stream, image, sample, position)
+        for name in self.further.draws:
+            item[name] = torch.rand((), generator=rng.generator(self.seed, name, position), dtype=torch.float64)
         if self.texts is None:
             item["caption"] = sample.caption
         else:
@@ -145,13 +158,19 @@ def text_key(caption: str) -> str:
 
 
 def text_to_image_dataset(
-    cfg: Config, family: Family, stream: Stream, log: Callable[[str], None], trains_text: bool = False
+    cfg: Config,
+    family: Family,
+    stream: Stream,
+    log: Callable[[str], None],
+    trains_text: bool = False,
+    further: Further = NOTHING,
 ) -> TextToImageDataset:
     """The dataset of a text-to-image method. What is the same each time an image is shown is cached.
 
     Args:
         log: called with each line that the user should read.
         trains_text: the text encoder is trained, so its output cannot be cached.
+        further: what items hold beside picture, caption and noise.
 
     Raises: UserError for a resolution that the base cannot take.
     """
@@ -163,7 +182,7 @@ def text_to_image_dataset(
         native = f"this base was made for {family.resolution} pixels"
         log(f"{native}; --resolution {cfg.resolution} is far from that")
     if isinstance(stream, ShardStream):
-        return _streamed_dataset(cfg, family, stream, log)
+        return _streamed_dataset(cfg, family, stream, log, further)
     about_text = family.count_tokens, family.caption_window, family.lost_words, family.longer_captions
     for line in summarize(stream, *about_text):
         log(line)
@@ -173,11 +192,12 @@ def text_to_image_dataset(
     if cfg.cache and (reason := stream.pixels_cacheable):
         log(f"VAE moments are not cached: {reason}")
     elif cfg.cache:
-        variants = {stream.pixel_key(s): s for s in stream.pixel_variants()}
+        columns = [None, *(image.column for image in further.images.values() if image.cached)]
+        variants = {stream.pixel_key(s, column): (s, column) for s in stream.pixel_variants() for column in columns}
 
         @torch.no_grad()
         def encode(key: str) -> Tensor:
-            return family.moments(stream.pixels(variants[key])[None])[0]
+            return family.moments(stream.pixels(*variants[key])[None])[0]
 
         vae_key = None if on_meta else family.vae_key
         moments = cache.cached_tensors("moments", vae_key, variants, encode, "Encoding images")
@@ -197,11 +217,11 @@ def text_to_image_dataset(
     if cfg.cache:
         family.unload_frozen()
     latent = family.latent_channels, family.downscale
-    return TextToImageDataset(stream, latent, cfg.validation_prompt, family.conditions_on_size, moments, texts)
+    return TextToImageDataset(stream, latent, cfg.validation_prompt, family.conditions_on_size, moments, texts, further)
 
 
 def _streamed_dataset(
-    cfg: Config, family: Family, stream: ShardStream, log: Callable[[str], None]
+    cfg: Config, family: Family, stream: ShardStream, log: Callable[[str], None], further: Further
 ) -> TextToImageDataset:
     """The dataset over shards. Captions are encoded when they are shown; ``--shard-cache`` stores the moments."""
     for line in stream.summary():
@@ -211,7 +231,9 @@ def _streamed_dataset(
     if shard_cache is None:
         if cfg.cache:
             log("nothing of a streamed dataset is cached; --shard-cache FOLDER stores its VAE moments")
-        return TextToImageDataset(stream, latent, cfg.validation_prompt, sizes)
+        return TextToImageDataset(stream, latent, cfg.validation_prompt, sizes, further=further)
+    if further.images:
+        raise UserError("--shard-cache: stores no further images, which this method needs; leave it out")
     if not cfg.center_crop:
         raise UserError("--shard-cache: random crops differ each time; use --center-crop, or leave --shard-cache out")
 
@@ -222,4 +244,4 @@ def _streamed_dataset(
     encoded = encode_shards(shard_cache, stream, family.vae_key(), encode, family.vae.dtype)
     family.unload_frozen()
     encoded_stream = ShardStream(stream.cfg, encoded, stream.group)
-    return TextToImageDataset(encoded_stream, latent, cfg.validation_prompt, sizes, encoded)
+    return TextToImageDataset(encoded_stream, latent, cfg.validation_prompt, sizes, encoded, further=further)

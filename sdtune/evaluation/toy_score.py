@@ -5,8 +5,8 @@ from typing import Any
 
 from PIL.Image import Image
 
-from sdtune.evaluation import toy_world
-from sdtune.sampling.sample import generate
+from sdtune.data import toy_world
+from sdtune.sampling.generate import generate
 
 GUIDANCE = 3.0
 STEPS = 25

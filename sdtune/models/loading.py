@@ -18,6 +18,7 @@ from sdtune.config.verbs import SampleConfig
 from sdtune.models import families, formats
 from sdtune.models.attach import Layers, attach
 from sdtune.models.clip_skip import of_layers
+from sdtune.models.controls import check_controls, read_controls
 from sdtune.models.formats import Embedding, embedding
 from sdtune.models.noisy_classifier import NoisyClassifier
 from sdtune.models.part_files import (
@@ -64,11 +65,18 @@ def load_pipeline(cfg: SampleConfig) -> DiffusionPipeline:
             check_scheduler(DDPMScheduler.load_config(source, subfolder="scheduler", **hub), f"{where}: scheduler")
         except BROKEN as error:
             raise UserError(f"{where}: scheduler: {reason(error)}") from None
+    kind = DiffusionPipeline
+    if cfg.control:
+        networks = [split_weight(text, "--control")[0] for text in cfg.control]
+        kind, controls = read_controls(networks, index.get("_class_name", ""), dtype, cfg.cache_dir)
+        parts |= controls
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=cfg.variant, **hub, **parts)
+        pipe = kind.from_pretrained(source, dtype=dtype, variant=cfg.variant, **hub, **parts)
     except BROKEN as error:
         raise UserError(f"{where}: {reason(error)}") from error
     check_pipeline(pipe, cfg)
+    if cfg.control:
+        check_controls(pipe, cfg.control, cfg.model)
     return pipe.to(device)
 
 
@@ -121,7 +129,7 @@ def check_pipeline(pipe: DiffusionPipeline, cfg: SampleConfig) -> None:
     if isinstance(text_encoder, transformers.CLIPTextModel):
         check_tokenizer(pipe.tokenizer, text_encoder.config, where)
     if unet is not None and pipe.components.get("vae") is not None:
-        check_channels(unet.config, pipe.vae.config, where)
+        check_channels(unet.config, pipe.vae.config, where, edits="InstructPix2Pix" in type(pipe).__name__)
 
 
 def load_adapters(
@@ -154,7 +162,7 @@ def load_adapters(
     return hooks
 
 
-def split_weight(text: str) -> tuple[str, float]:
+def split_weight(text: str, option: str = "--adapter") -> tuple[str, float]:
     """``runs/lora=0.8`` is (``runs/lora``, 0.8); without a number the weight is 1. Paths may hold a ``=``."""
     where, equals, number = text.rpartition("=")
     if not equals or Path(text).exists():
@@ -164,7 +172,7 @@ def split_weight(text: str) -> tuple[str, float]:
     except ValueError:
         return text, 1.0
     if not math.isfinite(weight):
-        raise UserError(f"--adapter {text}: {number} is no weight")
+        raise UserError(f"{option} {text}: {number} is no weight")
     return where, weight
 
 

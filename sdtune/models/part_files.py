@@ -133,9 +133,9 @@ def has_part(index: Mapping[str, Any], part: str) -> bool:
     return isinstance(named, list) and named[0] is not None
 
 
-def check_channels(unet: Mapping[str, Any], vae: Mapping[str, Any], where: str) -> None:
-    """Raises: UserError for a UNet that takes more than the latents of the VAE."""
-    if unet["in_channels"] != vae["latent_channels"]:
+def check_channels(unet: Mapping[str, Any], vae: Mapping[str, Any], where: str, edits: bool = False) -> None:
+    """Raises: UserError for a UNet that takes other channels than the latents of the VAE, twice if it ``edits``."""
+    if unet["in_channels"] != (2 if edits else 1) * vae["latent_channels"]:
         raise UserError(
             f"{where}: its UNet takes {unet['in_channels']} channels, its VAE gives {vae['latent_channels']}: "
             "an inpainting or editing model, not text-to-image"

@@ -52,6 +52,21 @@ def write_pipeline(out: Path, pipeline: Any, extra: Mapping[str, bytes] = {}) ->
     return write_folder(out, save)
 
 
+def write_module(out: Path, module: Any) -> list[Path]:
+    """Write a model of diffusers to folder ``out`` itself, in place of an older one; the paths of its files.
+
+    Raises:
+        RuntimeError: what was written does not read back as it is; ``out`` is as it was.
+    """
+
+    def save(new: Path) -> None:
+        module.save_pretrained(new)
+        forget_machine(new)
+        verify_module(new, module)
+
+    return write_folder(out, save)
+
+
 def write_folder(out: Path, save: Callable[[Path], None]) -> list[Path]:
     """Have ``save`` fill a folder, then move its files to ``out``, all or none; the paths of all of them."""
     new = out / NEW

@@ -17,7 +17,7 @@ from PIL import Image
 
 from sdtune.config.scores import score_of, title
 from sdtune.config.section_base import Description
-from sdtune.publish.origin import Origin
+from sdtune.publish.origin import FAMILY_TAGS, Origin
 from sdtune.publish.redact import redact
 from sdtune.run import checkpoints, usage
 from sdtune.run.artefacts import best
@@ -29,19 +29,7 @@ from sdtune.run.metrics_file import read_lines
 from sdtune.run.settings import RunSettings
 from sdtune.run.usage import ArtefactKind
 
-FAMILY_TAGS = {
-    "StableDiffusionPipeline": ["stable-diffusion", "stable-diffusion-diffusers"],
-    "StableDiffusionXLPipeline": ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"],
-    "StableDiffusionXLImg2ImgPipeline": ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"],
-    "StableDiffusion3Pipeline": ["sd3", "sd3-diffusers"],
-    "FluxPipeline": ["flux", "flux-diffusers"],
-    "FluxKontextPipeline": ["flux", "flux-diffusers"],
-    "Flux2Pipeline": ["flux2", "flux2-diffusers"],
-    "Flux2KleinPipeline": ["flux2-klein", "flux2-klein-diffusers"],
-    "QwenImagePipeline": ["qwen-image", "qwen-image-diffusers"],
-    "ZImagePipeline": ["z-image", "z-image-diffusers"],
-}
-"""Pipeline class of a base to the tags under which the Hub files its adapters."""
+CONTROL_NAMES = {"ControlNetModel": "ControlNet", "T2IAdapter": "T2I-Adapter"}
 MOST_WIDGETS = 8
 LOSS = "Loss of held-out images at fixed timesteps and noise"
 
@@ -119,6 +107,8 @@ def _task(kind: ArtefactKind) -> str:
     """The pipeline tag, under which the Hub files it."""
     if kind.classifier:
         return "image-classification"
+    if kind.control or kind.edits:
+        return "image-to-image"
     return "text-to-image" if kind.takes_text else "unconditional-image-generation"
 
 
@@ -130,6 +120,8 @@ def _tags(settings: RunSettings, kind: ArtefactKind, task: str, base_class: str)
         tags.append("textual_inversion")
     if kind.pipeline:
         tags += settings.about.tags
+    if kind.control:
+        tags.append(CONTROL_NAMES[kind.control].lower())
     if kind.classifier:
         tags.append("classifier-guidance")
     return [*tags, *FAMILY_TAGS.get(kind.pipeline or base_class, []), "sdtune"]
@@ -156,9 +148,11 @@ def _pipeline_class(settings: RunSettings, origin: Origin) -> str:
 def _article(about: Description, kind: ArtefactKind) -> str:
     if kind.pipeline or kind.classifier:
         return f"A {code_span(kind.pipeline)}" if kind.pipeline else "A classifier of noised images"
+    if kind.control:
+        return f"A {CONTROL_NAMES[kind.control]}"
     adapter = f"A {about.adapter or 'LoRA'} adapter" + (f" of rank {about.rank}" if about.rank else "")
-    embedding = "embedding of a new word (textual inversion)"
     if kind.embedding:
+        embedding = "embedding of a new word (textual inversion)"
         return f"{adapter} and the {embedding}" if kind.adapter else f"The {embedding}"
     return adapter if about.adapter else "Weights"
 

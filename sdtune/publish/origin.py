@@ -10,6 +10,20 @@ from sdtune.run import base_license
 from sdtune.run.public_name import may_be_hub_id
 from sdtune.run.settings import RunSettings
 
+FAMILY_TAGS = {
+    "StableDiffusionPipeline": ["stable-diffusion", "stable-diffusion-diffusers"],
+    "StableDiffusionXLPipeline": ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"],
+    "StableDiffusionXLImg2ImgPipeline": ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"],
+    "StableDiffusion3Pipeline": ["sd3", "sd3-diffusers"],
+    "FluxPipeline": ["flux", "flux-diffusers"],
+    "FluxKontextPipeline": ["flux", "flux-diffusers"],
+    "Flux2Pipeline": ["flux2", "flux2-diffusers"],
+    "Flux2KleinPipeline": ["flux2-klein", "flux2-klein-diffusers"],
+    "QwenImagePipeline": ["qwen-image", "qwen-image-diffusers"],
+    "ZImagePipeline": ["z-image", "z-image-diffusers"],
+}
+"""Pipeline class of a base to the tags under which the Hub files its adapters."""
+
 
 class Origin(NamedTuple):
     """Base and data count as on the Hub only when their names are no local folders."""

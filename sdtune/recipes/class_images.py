@@ -30,7 +30,7 @@ from sdtune.run import rng
 from sdtune.run.folder import CLASS_IMAGES
 from sdtune.run.processes import store_barrier
 from sdtune.run.public_name import public_name
-from sdtune.sampling.sample import generate
+from sdtune.sampling.generate import generate
 
 FOLDER = CLASS_IMAGES
 MADE = "made-"

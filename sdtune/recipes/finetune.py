@@ -16,6 +16,7 @@ from torch import nn
 
 from sdtune import __version__
 from sdtune.data import Images, Mixture, Shards, open_images, open_stream
+from sdtune.data.further import NOTHING, Further, ImagePrompt
 from sdtune.data.text_to_image import text_to_image_dataset
 from sdtune.diffusion.objective import denoising_loss
 from sdtune.models import adapters, attach, families
@@ -24,7 +25,7 @@ from sdtune.models.prompts import check_negative, check_prompts
 from sdtune.recipes.recipe import Recipe
 from sdtune.run.precision import dtype_of
 from sdtune.run.public_name import public_name
-from sdtune.sampling.sample import generate
+from sdtune.sampling.generate import generate
 
 
 class FineTune(Recipe):
@@ -71,16 +72,21 @@ class FineTune(Recipe):
         """Whether text embeddings change during the run, so that they cannot be cached."""
         return any(p.requires_grad for name, p in self.named_parameters() if name.startswith("text_encoder"))
 
+    @property
+    def further(self) -> Further:
+        """What a sample brings beside picture, caption and noise."""
+        return NOTHING
+
     def load_images(self) -> Images | Mixture | Shards:
-        return open_images(self.cfg)
+        return open_images(self.cfg, paired=self.further.paired)
 
     def dataset(self, group, log):
         cfg, window = self.cfg, self.family.window
         check_prompts("--validation-prompt", cfg.validation_prompt, window, log, cfg.prompt_weights)
         check_prompts("--negative-prompt", [cfg.negative_prompt], window, log, cfg.prompt_weights)
         check_negative(cfg.negative_prompt, cfg.validation_guidance_scale, "--negative-prompt", log)
-        stream = open_stream(self.cfg, self.images, group)
-        return text_to_image_dataset(self.cfg, self.family, stream, log, trains_text=self.trains_text)
+        stream = open_stream(self.cfg, self.images, group, paired=self.further.paired)
+        return text_to_image_dataset(self.cfg, self.family, stream, log, self.trains_text, self.further)
 
     def forward(self, batch):
         x0, text = self.family.latents(batch), self.family.conditioning(batch)
@@ -106,21 +112,32 @@ class FineTune(Recipe):
 
     def of_text(self, part: str) -> bool:
         """Whether a part is a text encoder; only methods that may train one have a rate for it."""
-        return part != self.family.denoiser_name
+        return part in self.family.encoders
+
+    image_guidance_scale: float | None = None
+    """How closely previews keep to the image that they edit; ``None`` for methods that edit none."""
+
+    def pipeline(self) -> Any:
+        """What draws the previews."""
+        return self.family.pipeline()
 
     def sample(self, prompts, seeds):
+        """With images that go with the prompts, what is drawn has their size."""
         cfg, family = self.cfg, self.family
+        given = [prompt.images for prompt in prompts if isinstance(prompt, ImagePrompt)]
         with torch.autocast(family.device.type, family.dtype, enabled=family.dtype != torch.float32):
             images = generate(
-                family.pipeline(),
-                prompts,
+                self.pipeline(),
+                list(map(str, prompts)),
                 seeds,
                 steps=cfg.validation_inference_steps,
                 guidance_scale=cfg.validation_guidance_scale,
                 negative_prompt=cfg.negative_prompt,
-                width=cfg.resolution,
-                height=cfg.resolution,
+                width=None if given else cfg.resolution,
+                height=None if given else cfg.resolution,
                 reading=Reading(cfg.long_prompts, cfg.prompt_weights),
+                images=given,
+                image_guidance_scale=self.image_guidance_scale,
             )
         family.unload_frozen()
         return images

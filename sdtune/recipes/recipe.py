@@ -1,6 +1,6 @@
 """The interface that a training method implements."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -24,8 +24,8 @@ class RecipeDataset(Protocol):
     """See ``data.Stream``."""
     holdout: list[int]
     """Keys of the held-out samples."""
-    prompts: list[str]
-    """What the sample grids show."""
+    prompts: Sequence[Any]
+    """What the sample grids show; ``str`` of each is its caption."""
 
     def __getitem__(self, position: int) -> dict[str, Any]: ...
 
@@ -72,8 +72,8 @@ class Recipe(nn.Module):
         trained = [p for p in self.parameters() if p.requires_grad]
         return [{"params": trained, "lr": self.cfg.learning_rate}]
 
-    def sample(self, prompts: list[str], seeds: Iterable[int]) -> list[Image]:
-        """An image for each prompt and seed, for the sample grids of the run."""
+    def sample(self, prompts: list[Any], seeds: Iterable[int]) -> list[Image]:
+        """An image for each prompt of the dataset and seed, for the sample grids of the run."""
         raise NotImplementedError
 
     def export(self, out: Path) -> list[Path]:

@@ -55,6 +55,16 @@ def grid(
     return sheet
 
 
+def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    """Images as one, from left to right."""
+    row = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)), "white")
+    left = 0
+    for image in images:
+        row.paste(opaque(image), (left, 0))
+        left += image.width
+    return row
+
+
 def opaque(image: Image.Image) -> Image.Image:
     """``image`` in RGB, white where it is transparent."""
     if not image.has_transparency_data:

@@ -27,12 +27,14 @@ LYCORIS_PREFIXES = {
     "lora_te2_": "text_encoder_2",
 }
 """How the keys of each part begin in the file of a LoHa or LoKr."""
+CONTROLS = {"ControlNetModel": "controlnet", "T2IAdapter": "adapter"}
+"""Class of a network that follows an image -> what pipelines call this part."""
 MANY = 30
 """At most this many classes are listed; for more, the file with their names is named."""
 
 
 class ArtefactKind(NamedTuple):
-    """An artefact is an adapter, an embedding, or both; a pipeline; or a classifier of noised images."""
+    """An adapter, an embedding, or both; a pipeline; a control network; or a classifier of noised images."""
 
     adapter: str | None = None
     """Name of the file."""
@@ -47,10 +49,19 @@ class ArtefactKind(NamedTuple):
     takes_text: bool = True
     classifier: dict[str, Any] | None = None
     """Its settings, from config.json."""
+    control: str | None = None
+    """Class of diffusers, of a network that follows an image."""
+    of_sdxl: bool = False
+    """Whether it is a T2I-Adapter of SDXL, for which the pipeline has another name."""
     classes: tuple[str, ...] = ()
     """Names in the order of their labels; empty for a model without classes."""
     open_label: int | None = None
     """The label that means no class, if the model has one."""
+
+    @property
+    def edits(self) -> bool:
+        """Whether it is a pipeline that edits an image."""
+        return "InstructPix2Pix" in (self.pipeline or "")
 
 
 def artefact_kind(files: Mapping[str, Path]) -> ArtefactKind:
@@ -69,6 +80,8 @@ def artefact_kind(files: Mapping[str, Path]) -> ArtefactKind:
             open_label=labels - 1 if labels == len(classes) + 1 else None,
         )
     if "diffusion_pytorch_model.safetensors" in files and (config := read_json("config.json")):
+        if config["_class_name"] in CONTROLS:
+            return ArtefactKind(control=config["_class_name"], of_sdxl=config.get("adapter_type") == "full_adapter_xl")
         return ArtefactKind(takes_text=False, classifier=config, classes=classes)
     adapter = next((name for name in files if name.endswith(".safetensors") and name != EMBEDDING), None)
     parts = _lycoris_parts(files[adapter]) if adapter else ()
@@ -101,6 +114,10 @@ def sample(what: ArtefactKind, folder: str, prompt: str) -> list[str]:
     """The words of the ``sdtune sample`` command that uses the artefact of a run in ``folder``."""
     if what.classifier:
         return ["sdtune", "sample", "--model", "...", "--classifier", folder, "--class", what.classes[0]]
+    if what.control:
+        return ["sdtune", "sample", "--control", folder, "--image", "FILE", "--prompt", prompt]
+    if what.edits:
+        return ["sdtune", "sample", "--model", folder, "--image", "FILE", "--prompt", prompt]
     kind = "--model" if what.pipeline else "--embedding" if what.embedding and not what.adapter else "--adapter"
     return ["sdtune", "sample", kind, folder, *(["--prompt", prompt] if what.takes_text else [])]
 
@@ -131,6 +148,8 @@ def lines(
         return _classifier(what.classifier, repo, at)
     if what.pipeline:
         return _pipeline(what, repo, at, prompt)
+    if what.control:
+        return _control(what.control, what.of_sdxl, repo, at, base, base_at, prompt)
     reader = "DiffusionPipeline.from_pretrained"
     if base.endswith(".safetensors"):
         reader = f"{base_class or 'StableDiffusionPipeline'}.from_single_file"
@@ -191,7 +210,7 @@ def single_file_class(file: Path) -> str:
 def _pipeline(what: ArtefactKind, repo: str, at: str | None, prompt: str) -> str:
     load = f"pipe = DiffusionPipeline.from_pretrained({arguments(repo, revision=at)})"
     draw = f"image = pipe({text(prompt) if what.takes_text else ''}).images[0]"
-    if what.pipeline in FROM_PICTURES:
+    if what.edits or what.pipeline in FROM_PICTURES:
         draw = f"image = pipe({text(prompt)}, image=load_image({text('...')})).images[0]"
         return f"from diffusers import DiffusionPipeline\nfrom diffusers.utils import load_image\n\n{load}\n{draw}"
     if not what.classes:
@@ -205,6 +224,19 @@ from diffusers import DiffusionPipeline
 labels = torch.tensor([0])  # {json.dumps(what.classes[0], ensure_ascii=False)}
 pipe.unet.forward = partial(pipe.unet.forward, class_labels=labels)
 {draw}"""
+
+
+def _control(kind: str, of_sdxl: bool, repo: str, at: str | None, base: str, base_at: str | None, prompt: str) -> str:
+    part = CONTROLS[kind]
+    pipeline = (
+        "AutoPipelineForText2Image" if part == "controlnet" else f"StableDiffusion{'XL' * of_sdxl}AdapterPipeline"
+    )
+    return f"""from diffusers import {pipeline}, {kind}
+from diffusers.utils import load_image
+
+{part} = {kind}.from_pretrained({arguments(repo, revision=at)})
+pipe = {pipeline}.from_pretrained({arguments(base, revision=base_at)}, {part}={part})
+image = pipe({text(prompt)}, image=load_image("condition.png")).images[0]"""
 
 
 def _classifier(config: Mapping[str, Any], repo: str, at: str | None) -> str:

@@ -20,6 +20,8 @@ def parameters(cfg: SampleConfig, facts: dict[str, Any], record: dict[str, Any],
         facts["Adapters"] = " ".join(cfg.adapter)
     if cfg.embedding:
         facts["Embeddings"] = " ".join(cfg.embedding)
+    if cfg.control:
+        facts["Control"] = " ".join(cfg.control)
     if cfg.unet:
         facts["UNet"] = str(cfg.unet)
     negative = record.get("negative_prompt", cfg.negative_prompt)

@@ -19,10 +19,11 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "d": ("seed", int, "a whole number from 0 on"),
     "l": ("guidance_scale", float, "a number from 0 on"),
     "s": ("steps", int, "a whole number from 1 on"),
+    "cn": ("image", str, "an image file"),
 }
 """Option of a line to the field that it sets, its type, and what it takes in words."""
 LEAST = {"width": 8, "height": 8, "seed": 0, "guidance_scale": 0, "steps": 1}
-ELSEWHERE = {"ss": "--scheduler is for all prompts", "cn": "ControlNet is not there", "ctr": "ControlNet is not there"}
+ELSEWHERE = {"ss": "--scheduler is for all prompts", "ctr": "--control has a scale, which is for all prompts"}
 """Options of kohya's that have no place in a line here, with the reason."""
 
 

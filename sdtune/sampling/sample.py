@@ -8,17 +8,14 @@ draws the same image:
          generator=torch.Generator("cpu").manual_seed(seed + k)).images[0]
 """
 
-import inspect
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 import yaml
-from diffusers import DiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
@@ -31,20 +28,25 @@ from sdtune.config.verbs import SampleConfig
 from sdtune.diffusion.schedulers import make_scheduler
 from sdtune.models import families
 from sdtune.models.clip_skip import skip_layers
+from sdtune.models.controls import read_image
 from sdtune.models.loading import load_adapters, load_embeddings, load_pipeline, split_weight
-from sdtune.models.prompt_embeddings import Reading, prompt_arguments
-from sdtune.models.prompts import check_negative, check_prompts, window_of, without_weights
+from sdtune.models.prompt_embeddings import Reading
+from sdtune.models.prompts import check_negative, check_prompts, window_of
 from sdtune.run.artefacts import of_best
 from sdtune.run.contact_sheet import grid, save_sheet
+from sdtune.sampling.generate import generate
+from sdtune.sampling.image_inputs import check_images, images_of
 from sdtune.sampling.image_text import parameters
 from sdtune.sampling.prompts import Prompt, read_prompts
 from sdtune.sampling.sample_pixels import PixelJob, of_pixels
 
 STEPS = 25
-AS_STOCK = Reading()
 SHOWN = 100
 """Images of a call that are held in memory for its sheet, at most."""
-OF_LATENTS = "adapter embedding unet vae negative_prompt width height clip_skip long_prompts prompt_weights"
+OF_LATENTS = (
+    "adapter embedding unet vae control image image_guidance_scale negative_prompt width height clip_skip long_prompts "
+    "prompt_weights"
+)
 OF_PIXELS = "classes classifier clip_model eta variance_type strip interpolate"
 """Options that only one kind of model uses."""
 
@@ -117,6 +119,7 @@ class PromptJob:
         kind = type(self.pipe).__name__
         family = families.family_class(kind)
         family.check_reading(cfg, kind)
+        check_images(self.pipe, cfg, self.images)
         if cfg.clip_skip:
             skip_layers(self.pipe.text_encoder, cfg.clip_skip, cfg.model)
         load_adapters(self.pipe, cfg.adapter, cfg.clip_skip)
@@ -145,6 +148,8 @@ class PromptJob:
             for k, p in enumerate(several)
         ]
         self.records = [{"text": p.text} | p.settings | {"seed": seed} for p, seed in zip(several, seeds, strict=True)]
+        self.images = images_of(cfg, prompts)
+        self.control_scales = [split_weight(text, "--control")[1] for text in cfg.control]
         self.scale = 5.0 if cfg.guidance_scale is None else cfg.guidance_scale
 
     @property
@@ -155,8 +160,10 @@ class PromptJob:
     def draw(self, rows: slice, progress: Callable[[float], None]) -> list[Image.Image]:
         """The images ``rows`` of the call; neighbours with the same settings are drawn together."""
         images: list[Image.Image] = []
+        left = iter(self.images[rows])
         for settings, group in itertools.groupby(self.records[rows], self._settings):
             records = list(group)
+            given = list(itertools.islice(left, len(records)))
             images += generate(
                 self.pipe,
                 [record["text"] for record in records],
@@ -166,6 +173,9 @@ class PromptJob:
                 batch_size=self.cfg.batch_size,
                 reading=Reading(self.cfg.long_prompts, self.cfg.prompt_weights),
                 progress=progress,
+                images=[[read_image(file, f"--image {file}") for file in files] for files in given],
+                control_scales=self.control_scales,
+                image_guidance_scale=self.cfg.image_guidance_scale,
             )
         return images
 
@@ -187,68 +197,6 @@ def refuse_options(cfg: SampleConfig, names: str, kind: str) -> None:
         raise UserError(f"{', '.join(given)}: not for {kind}, which {cfg.model} is")
 
 
-@torch.no_grad()
-def generate(
-    pipe: DiffusionPipeline,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    steps: int,
-    guidance_scale: float,
-    negative_prompt: str = "",
-    guidance_rescale: float = 0.0,
-    batch_size: int = 4,
-    width: int | None = None,
-    height: int | None = None,
-    reading: Reading = AS_STOCK,
-    progress: Callable[[float], None] | None = None,
-) -> list[Image.Image]:
-    """One image for each prompt, in order; image k has the noise of ``seeds[k]``.
-
-    Modules in training mode are put in evaluation mode, and back. ``progress`` is called with the share done,
-    0 to 1. Raises `UserError` for a size, a rescale or a number of steps that this pipeline cannot do.
-    """
-    if (width is None) != (height is None):  # diffusers would use its own for both
-        raise UserError("width and height: give both, or neither for the base's own")
-    accepted = inspect.signature(pipe.__call__).parameters
-    family = families.family_class(type(pipe).__name__)
-    options: dict[str, Any] = {"num_inference_steps": steps} | family.guidance(guidance_scale, negative_prompt)
-    options |= family.picture_size(pipe, width, height) | {"guidance_rescale": guidance_rescale or None}
-    options = {k: v for k, v in options.items() if v is not None}
-    if refused := [k for k in options if k not in accepted]:
-        raise UserError(f"{type(pipe).__name__} has no {', '.join(refused)}: leave it out")
-    negative = options.pop("negative_prompt", None)
-    parts = family.text_parts(pipe.components.get, pipe.components.get) if any(reading) else None
-    pipe.set_progress_bar_config(disable=True)
-    modules = [m for c in pipe.components.values() if isinstance(c, torch.nn.Module) for m in c.modules()]
-    training = [m for m in modules if m.training]
-    images: list[Image.Image] = []
-    try:
-        for m in training:
-            m.training = False
-        # Prompts of one length at a time: an image does not depend on those that are drawn with it
-        lengths = [parts.windows(without_weights(text)) if parts else 1 for text in prompts]
-        for rows in _batches(lengths, batch_size):
-            if progress:
-                options["callback_on_step_end"] = _reporter(progress, len(images), len(rows), len(prompts))
-            told = prompt_arguments(pipe, parts, [prompts[k] for k in rows], negative, reading)
-            noise = [torch.Generator("cpu").manual_seed(seeds[k]) for k in rows]
-            images += pipe(generator=noise, **told, **options).images
-    except ValueError as error:  # diffusers checks sizes and numbers of steps, in words that name them
-        raise UserError(f"{type(pipe).__name__}: {str(error).splitlines()[0]}") from error
-    finally:
-        for m in training:
-            m.training = True
-    return images
-
-
-def _batches(kinds: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Neighbouring places of one kind, at most ``size`` of them at a time."""
-    for start in range(0, len(kinds), size):
-        for _, run in itertools.groupby(range(start, min(start + size, len(kinds))), kinds.__getitem__):
-            yield list(run)
-
-
 def best_of_runs(cfg: SampleConfig) -> SampleConfig:
     """``cfg`` with the folders of the best steps of its runs (``--best``)."""
     if not cfg.best:
@@ -260,7 +208,8 @@ def best_of_runs(cfg: SampleConfig) -> SampleConfig:
 
     runs = {"adapter": [best("--adapter", a) for a in cfg.adapter]}
     runs |= {"embedding": [best("--embedding", e) for e in cfg.embedding]}
-    model = {} if cfg.adapter or cfg.embedding else {"model": best("--model", cfg.model)}
+    runs |= {"control": [best("--control", c) for c in cfg.control]}
+    model = {} if any(runs.values()) else {"model": best("--model", cfg.model)}
     return cfg.model_copy(update=runs | model)
 
 
@@ -271,7 +220,7 @@ def with_base(cfg: SampleConfig) -> SampleConfig:
     """
     if cfg.model != "auto":
         return cfg
-    for text in [*cfg.adapter, *cfg.embedding, *([str(cfg.unet)] if cfg.unet else [])]:
+    for text in [*cfg.control, *cfg.adapter, *cfg.embedding, *([str(cfg.unet)] if cfg.unet else [])]:
         record = Path(split_weight(text)[0]) / "config.yaml"
         if record.is_file():
             run = yaml.safe_load(record.read_text(encoding="utf-8"))
@@ -279,11 +228,3 @@ def with_base(cfg: SampleConfig) -> SampleConfig:
             base |= {k: run[k] for k in ("clip_skip", "long_prompts") if run.get(k) and not getattr(cfg, k)}
             return cfg.model_copy(update=base)
     return cfg.model_copy(update={"model": "tiny"})
-
-
-def _reporter(progress: Callable[[float], None], done: int, batch: int, total: int) -> Callable[..., dict]:
-    def report(pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict) -> dict:
-        progress((done + batch * (step + 1) / pipe.num_timesteps) / total)
-        return tensors
-
-    return report

@@ -10,9 +10,9 @@ steps (filling the cache, sample grids, checkpoints).
 """
 
 import math
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,6 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 
 from sdtune.config.sections import Adapter
@@ -30,6 +28,7 @@ from sdtune.recipes.finetune import FineTune
 from sdtune.recipes.recipe import Recipe, RecipeDataset, TrainingConfig, split_loss
 from sdtune.run.precision import dtype_of
 from sdtune.training import optim
+from sdtune.training.peak_memory import PeakMemoryMode
 from sdtune.training.prepare import prepare_modules
 
 
@@ -52,55 +51,6 @@ class MemoryEstimate(NamedTuple):
     @property
     def total(self) -> int:
         return sum(self)
-
-
-class PeakMemoryMode(TorchDispatchMode):
-    """Counts the bytes of the storages in use, by kind; ``worst`` holds the counts when there were most.
-
-    Args:
-        known: tensors that exist before and after, and are not counted.
-    """
-
-    def __init__(self, known: Iterable[Tensor]):
-        super().__init__()
-        self.kind = "activations"
-        self.now: Counter[str] = Counter()
-        self.worst: Counter[str] = Counter()
-        self.held: dict[int, tuple[str, int]] = {}
-        for tensor in known:
-            self.track(tensor, "known")
-        self.now.clear()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **kwargs or {})
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self.track(tensor, self.kind)
-        if self.now.total() > self.worst.total():
-            self.worst = self.now.copy()
-        return out
-
-    def track(self, tensor: Tensor, kind: str) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self.held:
-            self.held[key] = kind, storage.nbytes()
-            self.now[kind] += storage.nbytes()
-            weakref.finalize(storage, self.free, key)
-
-    def free(self, key: int) -> None:
-        kind, size = self.held.pop(key)
-        if kind != "known":
-            self.now[kind] -= size
-
-    def mark_gradient(self, parameter: Tensor) -> None:
-        """From now on count the gradient of ``parameter`` as a gradient; when it was made it was of another kind."""
-        assert parameter.grad is not None
-        key = parameter.grad.untyped_storage()._cdata
-        kind, size = self.held[key]
-        self.held[key] = "gradients", size
-        self.now[kind] -= size
-        self.now["gradients"] += size
 
 
 def meta_recipe(
@@ -132,9 +82,9 @@ def estimate(recipe: Recipe, dataset: RecipeDataset, device: torch.device, base:
     cfg = recipe.cfg
     batch = heaviest_batch(cfg, dataset)
     prepare_modules(recipe.train(), cfg.model_copy(update={"compile": False}), device)
-    with torch.no_grad():
-        recipe(send_to_device(batch, "meta"))  # frozen parts are made when first used
     trained = [p for p in recipe.parameters() if p.requires_grad]
+    with torch.no_grad(), as_frozen(recipe, trained):
+        recipe(send_to_device(batch, "meta"))  # frozen parts are made when first used
     codes, decoded = quantised(recipe, device)
     state = state_size(cfg, trained, device)
     if base is None:  # the libraries of fewer bits are part of the process by now
@@ -157,6 +107,18 @@ def estimate(recipe: Recipe, dataset: RecipeDataset, device: torch.device, base:
     )
     read = base + need.weights + read_in_full(recipe) if device.type == "cpu" else 0
     return need._replace(reading=max(0, read - need.total))
+
+
+@contextmanager
+def as_frozen(recipe: Recipe, trained: list[nn.Parameter]) -> Iterator[None]:
+    """Context in which weights that train have the precision of the frozen parts: there is no autocast on meta."""
+    kept = [p.data for p in trained]
+    if isinstance(recipe, FineTune):
+        for p in trained:
+            p.data = p.data.to(recipe.family.dtype)
+    yield
+    for p, data in zip(trained, kept, strict=True):
+        p.data = data
 
 
 def traced(recipe: Recipe, batch: dict[str, Any], held: list[Tensor]) -> Counter[str]:

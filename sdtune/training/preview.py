@@ -10,7 +10,9 @@ from accelerate.utils import gather_object, send_to_device
 from PIL.Image import Image
 from torch.utils.data import DataLoader, Dataset
 
+from sdtune.data.further import ImagePrompt
 from sdtune.recipes.recipe import Recipe, RecipeDataset, split_loss
+from sdtune.run.contact_sheet import side_by_side
 from sdtune.training.engine import Engine
 from sdtune.training.log_window import Figures
 
@@ -19,7 +21,7 @@ Attempt = Callable[[Callable[[], Any]], Any]
 
 
 def draw(
-    recipe: Recipe, prompts: Sequence[str], count: int, accelerator: Accelerator, attempt: Attempt
+    recipe: Recipe, prompts: Sequence[Any], count: int, accelerator: Accelerator, attempt: Attempt
 ) -> list[tuple[int, Image]]:
     """This process's share of ``count`` images with their numbers; prompts and seeds never change during a run.
 
@@ -41,7 +43,14 @@ def sample_images(
     drawn = sorted(gather_object(draw(recipe, prompts, count, accelerator, attempt)), key=lambda pair: pair[0])
     if len(drawn) < count:
         return None
-    return [image for _, image in drawn[:count]], [prompts[k % len(prompts)] for k in range(count)]
+    shown = [prompts[k % len(prompts)] for k in range(count)]
+    cells = [_cell(prompt, image) for prompt, (_, image) in zip(shown, drawn[:count], strict=True)]
+    return cells, list(map(str, shown))
+
+
+def _cell(prompt: Any, image: Image) -> Image:
+    """What the sheet shows of an image: to its left the images that went with its prompt."""
+    return side_by_side([*prompt.images, image]) if isinstance(prompt, ImagePrompt) else image
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ class Scorer:
         found |= scores.of_copies(x, self.trained_on, self.unseen, bootstrap)
         if self.unseen is not None:
             found |= bootstrap(partial(scores.figures, neighbours=NEIGHBOURS), x, self.unseen)
-        prompts = [self.prompts[k % len(self.prompts)] for k in range(len(x))]
+        prompts = [str(self.prompts[k % len(self.prompts)]) for k in range(len(x))]
         if self.clip:
             found |= scores.mean_of("clip_score", self.clip.scores(judged.pop(0), prompts), bootstrap)
         if self.judge:

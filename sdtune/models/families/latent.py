@@ -163,6 +163,37 @@ class LatentFamily(TextFamily):
         shift = self.vae_config.get("shift_factor")
         return (z - shift if shift else z) * self.vae_config["scaling_factor"]
 
+    # ---- networks that follow an image -----------------------------------------------------------------
+
+    control_pipelines: ClassVar[Mapping[str, Any]] = {}
+    """The stock pipelines that follow an image, by the part that does it: ``controlnet`` or ``adapter``."""
+    edit_pipeline: ClassVar[Any] = None
+    """The stock pipeline that edits an image, if there is one."""
+
+    def lacks(self, what: str) -> UserError:
+        """What to raise for a base for which there is no such network."""
+        kind = self.pipeline_class.__name__
+        return UserError(
+            f"--model {self.cfg.model}: a {kind} gets no {what} here; Stable Diffusion 1 and 2 and SDXL do"
+        )
+
+    def new_controlnet(self) -> Any:
+        """Raises: UserError for a base that has none."""
+        raise self.lacks("ControlNet")
+
+    def new_t2i_adapter(self, num_res_blocks: int) -> Any:
+        """Raises: UserError for a base that has none."""
+        raise self.lacks("T2I-Adapter")
+
+    def source_latents(self, image: Tensor) -> Tensor:
+        """The mean of the VAE's posterior of an image to edit, not normalised: ``[B, C, h, w]`` in fp32.
+
+        Args:
+            image: its moments ``[B, 2C, h, w]``, or its pixels ``[B, 3, H, W]`` in [-1, 1].
+        """
+        moments = image if image.shape[1] == 2 * self.latent_channels else self.moments(image)
+        return moments.float().chunk(2, dim=1)[0]
+
     # ---- what trains -----------------------------------------------------------------------------------
 
     def encoders_for_a_word(self) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """The parts of a base model: read as ``model_index.json`` names them when first used, released, made into pipelines."""
 
 import importlib
+import inspect
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, ClassVar
@@ -161,6 +162,11 @@ class ModelParts:
         self.retained.add(part)
         return self.part(part)
 
+    def replace(self, part: str, module: nn.Module) -> None:
+        """Put a module that trains in the place of a part."""
+        self.parts[part] = module
+        self.retained.add(part)
+
     def set_aside(self) -> None:
         """Drop the frozen parts, and have the others wait in the machine's memory: those before the first step."""
         for name in self.retained & self.parts.keys():
@@ -211,8 +217,14 @@ class ModelParts:
         """A scheduler of its own for each pipeline, since some keep a state."""
         return type(self.scheduler).from_config(self.scheduler.config)
 
-    def pipeline(self, **instead: Any) -> Any:
-        """A stock pipeline of the parts as they are now; ``instead`` gives parts of its own, None for none."""
+    def pipeline(self, kind: Any = None, **instead: Any) -> Any:
+        """A stock pipeline of the parts as they are now.
+
+        Args:
+            kind: its class, if not the base's own.
+            instead: parts in the place of the base's own, and further parts; None for none.
+        """
+        kind = kind or self.pipeline_class
         # The file of a tokenizer records how it was last called: it has to be the same whatever was cached
         for tokenizer in self.tokenizers.values():
             longest = min(tokenizer.model_max_length, LONGEST)
@@ -227,14 +239,17 @@ class ModelParts:
                 given[name] = self.tokenizers.get(name)
         if "safety_checker" in self.index:
             given["requires_safety_checker"] = False
-        return self.pipeline_class(**given)
+        accepted = inspect.signature(kind.__init__).parameters
+        absent = {name for name, value in given.items() if value is None and name not in accepted}
+        given |= instead
+        return kind(**{name: value for name, value in given.items() if name not in absent})
 
-    def fp32_pipeline(self) -> Any:
+    def fp32_pipeline(self, kind: Any = None) -> Any:
         """The pipeline to be saved: frozen parts are read again in fp32, since half precision is for training only."""
         self.unload_frozen()
         training, self.dtype = self.dtype, torch.float32
         try:
-            return self.pipeline()
+            return self.pipeline(kind)
         finally:
             self.unload_frozen()
             self.dtype = training

@@ -4,14 +4,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import (
+    StableDiffusionXLAdapterPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
+    StableDiffusionXLPipeline,
+    T2IAdapter,
+)
 from torch import Tensor
 
+from sdtune.config.sections import UserError
 from sdtune.models.families.stable_diffusion import StableDiffusion
 
 
 class StableDiffusionXL(StableDiffusion):
     pipeline_class: ClassVar[Any] = StableDiffusionXLPipeline
+    control_pipelines: ClassVar[dict[str, Any]] = {
+        "controlnet": StableDiffusionXLControlNetPipeline,
+        "adapter": StableDiffusionXLAdapterPipeline,
+    }
+    edit_pipeline: ClassVar[Any] = StableDiffusionXLInstructPix2PixPipeline
     encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2")
     trainable_encoders: ClassVar[tuple[str, ...]] = encoders
     word_encoders: ClassVar[tuple[str, ...]] = encoders
@@ -38,8 +50,17 @@ class StableDiffusionXL(StableDiffusion):
         """What the denoiser is told of sizes, from ``size`` ``[B, 6]``: those of the image, its crop and the target."""
         return size
 
-    def predict(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        dtype = self.dtype
-        added = {"text_embeds": cond["pooled"].to(dtype), "time_ids": self.time_ids(cond["size"]).to(dtype)}
-        text = {"encoder_hidden_states": cond["embeds"].to(dtype), "encoder_attention_mask": cond.get("mask")}
-        return self.denoiser(x_t.to(dtype), t, added_cond_kwargs=added, **text).sample
+    def inputs(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Any]:
+        added = {"text_embeds": cond["pooled"].to(self.dtype), "time_ids": self.time_ids(cond["size"]).to(self.dtype)}
+        return super().inputs(x_t, t, cond) | {"added_cond_kwargs": added}
+
+    def new_t2i_adapter(self, num_res_blocks: int) -> T2IAdapter:
+        """diffusers' adapter for SDXL, whose features are added after the first block and inside of the others.
+
+        Raises: UserError for a denoiser of other blocks, which would leave features unread.
+        """
+        kinds, widths = self.denoiser.config.down_block_types, list(self.denoiser.config.block_out_channels)
+        if tuple(kinds) != ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"):
+            raise UserError(f"--model {self.cfg.model}: a T2I-Adapter needs the blocks of SDXL, not {', '.join(kinds)}")
+        with self.device:
+            return T2IAdapter(3, [*widths, widths[-1]], num_res_blocks, 2 * self.downscale, "full_adapter_xl")

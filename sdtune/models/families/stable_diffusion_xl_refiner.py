@@ -19,6 +19,14 @@ class StableDiffusionXLRefiner(StableDiffusionXL):
     pipeline_class: ClassVar[Any] = StableDiffusionXLImg2ImgPipeline
     optional_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     reads_windows: ClassVar[bool] = False
+    control_pipelines: ClassVar[dict[str, Any]] = {}
+    edit_pipeline: ClassVar[Any] = None
+
+    def new_controlnet(self) -> Any:
+        raise self.lacks("ControlNet")
+
+    def new_t2i_adapter(self, num_res_blocks: int) -> Any:
+        raise self.lacks("T2I-Adapter")
 
     def time_ids(self, size: Tensor) -> Tensor:
         """Sizes of image and crop, and the score in the place of the target's."""

@@ -7,7 +7,7 @@ measures whether captions are followed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -215,21 +215,37 @@ def filled(mask: np.ndarray) -> np.ndarray:
     return (np.asarray(outside) != 128)[1:-1, 1:-1]
 
 
+def _figure(image: Image.Image) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Pixels, the colour of the ground (the border's median), and what differs from it; ``None`` for flat or noise."""
+    pixels = np.asarray(image.convert("RGB")).astype(np.float64)
+    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3)])
+    border = np.concatenate([border, pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
+    ground = np.median(border, 0)
+    distance = np.sqrt(np.square(pixels - ground).sum(-1))
+    contrast = np.quantile(distance, 0.985)
+    speckled = Image.fromarray((distance > contrast / 2).astype(np.uint8) * 255)
+    mask = np.asarray(speckled.filter(ImageFilter.MedianFilter(3))) > 127
+    nothing = contrast < 40 or mask.sum() < 9 or mask.mean() > 0.6
+    return pixels, ground, None if nothing else mask
+
+
+def overlap(image: Image.Image, scene: Scene) -> float:
+    """Intersection over union, in place, of the shape that an image shows and that of a scene; 0 if it shows none."""
+    shown, wanted = _figure(image)[2], _figure(render(replace(scene, outline=False), *image.size))[2]
+    if shown is None or wanted is None:
+        return 0.0
+    shown, wanted = filled(shown), filled(wanted)
+    return float((shown & wanted).sum() / (shown | wanted).sum())
+
+
 def read(image: Image.Image, least_match: float = 0.7) -> Reading:
     """What an image shows: the ground is the border's median colour, the rest is what differs from it.
 
     The silhouette with the largest intersection over union names the shape, if that reaches ``least_match``.
     """
-    pixels = np.asarray(image.convert("RGB")).astype(np.float64)
-    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3)])
-    border = np.concatenate([border, pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
-    ground_rgb = np.median(border, 0)
+    pixels, ground_rgb, mask = _figure(image)
     ground = nearest_colour(ground_rgb, GROUNDS)
-    distance = np.sqrt(np.square(pixels - ground_rgb).sum(-1))
-    contrast = np.quantile(distance, 0.985)
-    speckled = Image.fromarray((distance > contrast / 2).astype(np.uint8) * 255)
-    mask = np.asarray(speckled.filter(ImageFilter.MedianFilter(3))) > 127
-    if contrast < 40 or mask.sum() < 9 or mask.mean() > 0.6:  # flat, or no ground left: noise
+    if mask is None:
         return Reading(None, ground, ground, "small", False, 0.0)
     core = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.MinFilter(3))) > 127
     colour = nearest_colour(np.median(pixels[core if core.sum() >= 9 else mask], 0), COLOURS)

@@ -1,0 +1,35 @@
+"""Options of the image that a control network follows, and of captions beside images, which methods share."""
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from sdtune.config.sections import BaseOptions, ValidationImages
+
+
+class PlainCaptions(BaseOptions):
+    """Captions are read as stock pipelines read prompts."""
+
+    @model_validator(mode="after")
+    def _one_window(self) -> Self:
+        for name in ("long_prompts", "prompt_weights"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} is not for this method: its captions are read as stock pipelines read prompts"
+                )
+        return self
+
+
+class Conditioning(ValidationImages):
+    """The image that is followed."""
+
+    conditioning_image_column: str = "conditioning_image"
+    """Column that holds the image to follow; in a folder, conditioning_image_file_name of its metadata."""
+    condition: Literal["edges", "blur", "grey", "mask"] | None = None
+    """Make the image to follow from the picture: its edges, or blurred, in grey, in part. Default: read the column."""
+
+    @model_validator(mode="after")
+    def _one_condition(self) -> Self:
+        if self.condition and self.conditioning_image_column != "conditioning_image":
+            raise ValueError("condition makes the image that conditioning_image_column would read: give one of them")
+        return self

@@ -1,0 +1,104 @@
+"""What the items of a method hold beside picture, caption and noise: further images, and further random numbers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from sdtune.config.sections import UserError, ValidationImages
+from sdtune.data.conditions import Condition, make_condition
+from sdtune.data.images import decode, to_tensor
+from sdtune.data.stream import Sample, Stream
+from sdtune.run import rng
+
+
+@dataclass(frozen=True)
+class FurtherImage:
+    """An image beside the picture, which items hold with the same crop and flip: pixels ``[3, H, W]`` in [-1, 1]."""
+
+    column: str | None = None
+    """Column of the paired images; ``None`` for an image that is made from the picture."""
+    option: str = ""
+    """Option that names the column, for messages."""
+    condition: Condition | None = None
+    """How it is made from the picture."""
+    encoded: bool = False
+    """Whether items hold its VAE moments ``[2C, h, w]`` where those are cached."""
+
+    @property
+    def cached(self) -> bool:
+        return self.encoded and self.column is not None
+
+
+@dataclass(frozen=True)
+class Further:
+    """What items hold beside picture, caption and noise."""
+
+    images: Mapping[str, FurtherImage] = field(default_factory=dict)
+    """By the name that the image has in a batch."""
+    draws: Sequence[str] = ()
+    """Uniform numbers in [0, 1) of each sample, float64, by what they are for."""
+
+    @property
+    def paired(self) -> dict[str, str]:
+        """The columns of paired images, each with the option that names it."""
+        return {image.column: image.option for image in self.images.values() if image.column is not None}
+
+
+NOTHING = Further()
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """A prompt of a sample grid with the images that go with it."""
+
+    text: str
+    images: tuple[Image.Image, ...]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def further_pixels(stream: Stream, image: FurtherImage, sample: Sample, position: object) -> Tensor:
+    """A further image of the sample at a position: float32 ``[3, H, W]`` in [-1, 1]."""
+    return _made(stream, image, stream.pixels(sample, image.column), position)
+
+
+def _made(stream: Stream, image: FurtherImage, pixels: Tensor, position: object) -> Tensor:
+    if image.condition is None:
+        return pixels
+    return make_condition(image.condition, pixels, rng.generator(stream.seed, "condition", position))
+
+
+def image_prompts(stream: Stream, further: Further, given: Sequence[str]) -> list[ImagePrompt]:
+    """The images of ``--validation-image``, else some of the dataset, with the ``given`` prompts, else its captions.
+
+    Raises: UserError if a file cannot be read.
+    """
+    cfg = stream.cfg
+    assert isinstance(cfg, ValidationImages)
+    samples, files = stream.examples(max(1, cfg.num_validation_images)), cfg.validation_image
+    found = []
+    for k in range(max(len(files), len(samples), len(given))):
+        sample, shown = samples[k % len(samples)], []
+        for image in further.images.values():
+            read = _from_file(files[k % len(files)], sample, stream) if files else stream.pixels(sample, image.column)
+            shown.append(to_image(_made(stream, image, read, ("preview", k))))
+        found.append(ImagePrompt(given[k % len(given)] if given else sample.caption, tuple(shown)))
+    return found
+
+
+def _from_file(file: Path, sample: Sample, stream: Stream) -> Tensor:
+    """The picture in a file, in the shape of a sample."""
+    try:
+        image = decode(file)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"--validation-image {file}: cannot be read ({error})") from None
+    return to_tensor(image, sample.width, sample.height, 0.5, 0.5, False, stream.cfg.image_interpolation_mode)
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """Pixels ``[3, H, W]`` in [-1, 1] as an image."""
+    return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
