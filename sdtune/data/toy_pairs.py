@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,8 @@ def random_edit(rng: np.random.Generator, held_out: bool | None = False) -> Edit
         attribute = str(rng.choice(["colour", "ground", "shape"]))
         choices = {"colour": toy_world.COLOURS, "ground": toy_world.GROUNDS, "shape": toy_world.SHAPES}[attribute]
         value = str(rng.choice(choices))
-        after = replace(before, **{attribute: value})
+        changed: dict[str, Any] = {attribute: value}
+        after = replace(before, **changed)
         shown = after.colour, after.shape, after.ground
         if after != before and after.colour != after.ground and held_out in (None, toy_world.is_held_out(*shown)):
             break

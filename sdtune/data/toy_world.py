@@ -87,9 +87,9 @@ def random_scene(
     size = str(rng.choice(list(RADIUS)))
     radius = RADIUS[size] * rng.uniform(0.9, 1.1)
     room = 0.47 - radius
-    centre = tuple(float(c) for c in np.clip(rng.normal(0, 0.07, 2), -room, room))
+    x, y = np.clip(rng.normal(0, 0.07, 2), -room, room)
     tint = tuple(tuple(float(c) for c in row) for row in rng.normal(0, TINT, (2, 3)))
-    return Scene(shape, colour, ground, size, outline, centre, float(radius), tint)
+    return Scene(shape, colour, ground, size, outline, (float(x), float(y)), float(radius), tint)
 
 
 def caption(scene: Scene, form: int = 0) -> str:
@@ -175,7 +175,7 @@ def render(scene: Scene, width: int = 64, height: int = 64) -> Image.Image:
         tuple(int(c) for c in np.clip(np.add(RGB[name], tint), 0, 255))
         for name, tint in zip((scene.colour, scene.ground), scene.tint, strict=True)
     )
-    big = Image.new("RGB", tuple(int(s) for s in size), ground)
+    big = Image.new("RGB", (int(size[0]), int(size[1])), ground)
     corners = (polygon(scene.shape) * scene.radius + scene.centre) * side + size / 2 - 0.5
     points = [(float(x), float(y)) for x, y in corners]
     draw = ImageDraw.Draw(big)
