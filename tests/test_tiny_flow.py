@@ -8,8 +8,8 @@ from diffusers import ZImagePipeline
 
 import sdtune
 from sdtune.config.verbs import SampleConfig
+from sdtune.data.toy_world import WORDS
 from sdtune.evaluation.toy_score import score
-from sdtune.evaluation.toy_world import WORDS
 from sdtune.models.loading import load_pipeline
 
 FOLDER = Path(sdtune.__file__).parent / "assets" / "tiny-flow"

@@ -3,7 +3,7 @@
     python -m tools.build_tiny_flow --work runs/tiny-flow                                      # trains, continues
     python -m tools.build_tiny_flow --work runs/tiny-flow --export sdtune/assets/tiny-flow     # writes the pipeline
 
-A Z-Image at 64 x 64, trained on one core on the images of ``sdtune.evaluation.toy_world``. Velocity alone teaches a
+A Z-Image at 64 x 64, trained on one core on the images of ``sdtune.data.toy_world``. Velocity alone teaches a
 small transformer colours at once and shapes very late. So it begins with layers that know where a token is
 (``tell_places``). Two linear readings of its layers, which no export carries, train with it, in the manner of REPA (Yu
 et al. 2025): one tells where a token is, the other which of its pixels the shape covers. Pictures whose shape stands in
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Qwen2Tokenizer
 
+from sdtune.data import toy_world
 from sdtune.diffusion.rectified_flow import RectifiedFlow
-from sdtune.evaluation import toy_world
 from sdtune.run.rng import generator, key
 from tools.muon import Muon
 from tools.tiny_flow_parts import WIDTH, Captions, make_text_encoder, make_tokenizer, make_transformer

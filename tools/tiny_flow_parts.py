@@ -7,7 +7,7 @@ from diffusers import ZImageTransformer2DModel
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
-from sdtune.evaluation import toy_world
+from sdtune.data import toy_world
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
