@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: demo digits digits-guided control test check docs pictures site clean
+.PHONY: demo digits digits-guided few-steps control test check docs pictures site clean
 
 demo: $(READY)  ## train the shipped recipe on the built-in model, then score it
 	$(BIN)/python examples/demo.py
@@ -16,6 +16,9 @@ digits-guided: $(READY)  ## after it: digits by class, by both ways of guidance
 
 control: $(READY)  ## networks that follow edges and a model that edits, on the built-in model; fails under its bars
 	$(BIN)/python examples/control.py
+
+few-steps: $(READY)  ## after digits: both models in four, two and one steps, in each way of distillation, measured
+	$(BIN)/python examples/few_steps.py
 
 test: $(READY)  ## the tests: offline, on the CPU
 	$(BIN)/python -m pytest -n auto --dist worksteal

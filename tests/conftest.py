@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import HfApi, constants
 from hypothesis import HealthCheck, settings
 from PIL import Image
@@ -74,8 +75,19 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def places(sd, pictures) -> contract.Places:
-    return contract.Places(sd, pictures)
+def pixels(tmp_path_factory) -> Path:
+    """A model of RGB pixels, 16 a side, with random weights, that predicts velocity."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    unet = UNet2DModel(16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **blocks)
+    folder = tmp_path_factory.mktemp("models") / "pixels"
+    DDPMPipeline(unet, DDPMScheduler(prediction_type="v_prediction")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def places(sd, pictures, pixels) -> contract.Places:
+    return contract.Places(sd, pictures, pixels)
 
 
 @pytest.fixture
@@ -187,7 +199,7 @@ def lora(sd, pictures, tmp_path):
 
 def command(sd: Path, pictures: Path, out: Path, *options: str) -> list[str]:
     """``sdtune lora`` on the tiny pipeline; later options win over these."""
-    return contract.command("lora", contract.Places(sd, pictures), out, *options)
+    return contract.command("lora", contract.Places(sd, pictures, Path()), out, *options)
 
 
 def status(words: list[str]) -> int:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 
 class Places(NamedTuple):
-    """Where the tests have a small pipeline, and a folder of captioned pictures."""
+    """Where the tests have a small pipeline, a folder of captioned pictures, and a small model of pixels."""
 
     sd: Path
     pictures: Path
+    pixels: Path
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,16 @@ class Contract:
 
 
 NO_PREVIEWS = {"--num-validation-images": 0}
+WORKERS = {
+    "workers, accumulation": [
+        *("--dataloader-num-workers", "2", "--train-batch-size", "1", "--gradient-accumulation-steps", "2"),
+    ]
+}
 COMMON = {
     "plain": [],
-    "workers, accumulation, average": [
-        *("--dataloader-num-workers", "2", "--train-batch-size", "1", "--gradient-accumulation-steps", "2"),
-        *("--use-ema", "--ema-power", "0.75"),
-    ],
+    "workers, accumulation, average": [*WORKERS["workers, accumulation"], "--use-ema", "--ema-power", "0.75"],
 }
-"""Variants of every recipe."""
+"""Variants of every recipe; of one that has a target network, which is an average, the first and `WORKERS`."""
 SMALL = {
     "--resolution": 16,
     "--block-out-channels": "8 16",
@@ -65,6 +68,9 @@ SMALL = {
 """A network of pixels."""
 # The true gradient of a key's bias is zero, and Adam makes full steps of what rounding leaves of it.
 STEADY = ["--learning-rate", "1e-4", "--adam-epsilon", "1e-3"]
+
+FIRST = ["--discretization", "square_root", "--density", "uniform", "--loss-type", "l2", "--solver", "euler"]
+"""Consistency models of 2023's first paper."""
 
 RECIPES = {
     "lora": Contract(
@@ -189,6 +195,21 @@ RECIPES = {
         draws=["--learning-rate", "1e-5", "--random-flip", "--conditioning-dropout", "0.2", "--use-ema"],
         previews=["--num-validation-images", "3"],
     ),
+    "lcm": Contract(
+        settings={"--model": "{sd}", "--resolution": 32, "--learning-rate": "1e-3", **NO_PREVIEWS},
+        weights="unet/diffusion_pytorch_model.safetensors",
+        variants={"plain": [], **WORKERS, "l2, flips": ["--loss-type", "l2", "--random-flip", "--no-center-crop"]},
+        draws=[*STEADY, "--random-flip", "--caption-dropout", "0.2"],
+        previews=["--num-validation-images", "3"],
+    ),
+    "lcm, adapters": Contract(
+        method="lcm",
+        settings={"--model": "{sd}", "--resolution": 32, "--lora": "", "--rank": 4, **NO_PREVIEWS},
+        weights="pytorch_lora_weights.safetensors",
+        variants={"dropout, workers, accumulation": ["--dropout", "0.1", *WORKERS["workers, accumulation"]]},
+        draws=[*STEADY, "--random-flip", "--w-max", "8"],
+        previews=["--num-validation-images", "3"],
+    ),
     "ddpm": Contract(
         settings=SMALL | NO_PREVIEWS,
         weights="unet/diffusion_pytorch_model.safetensors",
@@ -202,6 +223,32 @@ RECIPES = {
             *(*STEADY, "--random-flip", "--no-center-crop", "--noise-offset", "0.05", "--input-perturbation", "0.1"),
             *("--class-column", "text", "--class-dropout", "0.3", "--snr-gamma", "5"),
         ],
+        previews=["--num-validation-images", "3"],
+    ),
+    "progressive": Contract(
+        settings={"--model": "{pixels}", "--resolution": 16, "--sampling-steps": "2 1", **NO_PREVIEWS},
+        weights="unet/diffusion_pytorch_model.safetensors",
+        # Phases of 12 of 24 steps and of 6 of 12: the kills are in the second one
+        variants={"plain": [], **WORKERS, "average, flips": ["--use-ema", "--random-flip", "--no-center-crop"]},
+        draws=[*STEADY, "--random-flip", "--phase-steps", "6"],
+        previews=["--num-validation-images", "3"],
+    ),
+    "consistency": Contract(
+        settings=SMALL | NO_PREVIEWS,
+        weights="unet/diffusion_pytorch_model.safetensors",
+        variants={
+            **COMMON,
+            "classes, dropout": ["--class-column", "text", "--dropout", "0.1", "--target-decay", "0.9"],
+        },
+        draws=[*STEADY, "--random-flip"],
+        previews=["--num-validation-images", "3"],
+    ),
+    "consistency, distilled": Contract(
+        method="consistency",
+        settings={"--model": "{pixels}", "--resolution": 16, "--target-decay": 0.9, **NO_PREVIEWS},
+        weights="unet/diffusion_pytorch_model.safetensors",
+        variants={"plain, the first paper's": ["--no-use-ema", "--match-steps", "9", *FIRST]},
+        draws=[*STEADY, "--random-flip"],
         previews=["--num-validation-images", "3"],
     ),
     "classifier": Contract(

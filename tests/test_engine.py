@@ -21,7 +21,7 @@ CUT = ["--train-batch-size", "2", "--gradient-accumulation-steps", "2"]
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("recipe", ["lora", "dreambooth", "ddpm"])
+@pytest.mark.parametrize("recipe", ["lora", "dreambooth", "ddpm", "lcm", "progressive"])
 def test_sharded_is_the_same_run(recipe, shared, trained, places, tmp_path):
     """Two processes that hold half of each weight, then one, then two again learn what one process learns."""
     contract, out = RECIPES[recipe], tmp_path / "sharded"

@@ -57,6 +57,18 @@ METHODS = {
         "methods.ddpm:DdpmConfig",
         "A diffusion model of pixels, from scratch or continued, with classes or without (DDPM; Ho et al. 2020).",
     ),
+    "lcm": Command(
+        "methods.lcm:LcmConfig",
+        "Pictures in one to eight steps, learnt from the base itself (LCM; Luo et al. 2023), all weights or as LoRA.",
+    ),
+    "progressive": Command(
+        "methods.progressive:ProgressiveConfig",
+        "A model of pixels in half as many steps, phase after phase (progressive distillation; Salimans & Ho 2022).",
+    ),
+    "consistency": Command(
+        "methods.consistency:ConsistencyConfig",
+        "A model of pixels in one or a few steps, distilled or from scratch (consistency models; Song et al. 2023).",
+    ),
     "classifier": Command(
         "methods.classifier:ClassifierConfig",
         "A classifier of noised images, which guides a diffusion model (Dhariwal & Nichol 2021).",

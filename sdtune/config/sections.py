@@ -185,6 +185,18 @@ class Classes(Section):
     """Column that holds the class of an image; `folder` takes the name of its folder. Default: no classes."""
 
 
+class DroppedClasses(Classes):
+    class_dropout: Annotated[Share, requires("class_column")] = 0.1
+    """Share of classes replaced by the null class, which is what classifier-free guidance learns from."""
+
+
+class SavedModel(Section):
+    revision: str | None = None
+    """Branch, tag or commit of the model on the Hub. Default: its main branch."""
+    cache_dir: Path | None = None
+    """Where models and datasets from the Hub are kept. Default: the Hub's own cache folder."""
+
+
 class Schedule(Section):
     num_train_timesteps: Annotated[Annotated[int, Ge(2)] | None, aliases("ddpm_num_steps")] = None
     """Timesteps T of the forward process. Default: the model's; from scratch, 1000."""
@@ -286,6 +298,41 @@ class BaseOptions(TextEncoding):
         if self.timestep_shift and self.resolution_shift:
             raise ValueError("timestep_shift and resolution_shift both say how timesteps are shifted: give one")
         return self
+
+
+class Plain:
+    """What families and objectives read of a method that has none of the options of Denoising and BaseOptions.
+
+    Distillation has a loss of its own, and the forward process of its teacher.
+    """
+
+    prediction_type: ClassVar[None] = None
+    snr_gamma: ClassVar[None] = None
+    noise_offset: ClassVar[float] = 0.0
+    input_perturbation: ClassVar[float] = 0.0
+    rescale_betas_zero_snr: ClassVar[bool] = False
+    timestep_bias_strategy: ClassVar[Literal["none"]] = "none"
+    timestep_bias_multiplier: ClassVar[float] = 1.0
+    timestep_bias_begin: ClassVar[int] = 0
+    timestep_bias_end: ClassVar[int] = 1000
+    timestep_bias_portion: ClassVar[float] = 0.25
+    weighting_scheme: ClassVar[Literal["base"]] = "base"
+    logit_mean: ClassVar[float] = 0.0
+    logit_std: ClassVar[float] = 1.0
+    mode_scale: ClassVar[float] = 1.29
+    timestep_shift: ClassVar[None] = None
+    resolution_shift: ClassVar[bool] = False
+    guidance_embedding: ClassVar[float] = 3.5
+    max_sequence_length: ClassVar[None] = None
+    t5: ClassVar[bool] = True
+    clip_skip: ClassVar[None] = None
+    long_prompts: ClassVar[bool] = False
+    prompt_weights: ClassVar[bool] = False
+
+
+class Phases(Section):
+    phase_steps: Count | None = None
+    """Optimizer steps of a phase, to train on later with the same phases. Default: the run in equal parts."""
 
 
 RATE_FREE = ("prodigy", "dadaptadam")
@@ -588,9 +635,10 @@ MAY_CHANGE = frozenset(
     "checkpointing_steps checkpoints_total_limit export_steps max_bad_steps log_steps report_to tracker_project_name "
     "train_batch_size gradient_accumulation_steps validation_prompt negative_prompt num_validation_images "
     "validation_steps validation_inference_steps validation_guidance_scale prompt_weights push_to_hub "
-    "hub_model_id hub_private hub_revision hub_create_pr hub_strategy license".split()
+    "hub_model_id hub_private hub_revision hub_create_pr hub_strategy license phase_steps".split()
 )
-"""What may differ when a run is continued: none of it touches an image, a draw or the mathematics of a step.
+"""What may differ when a run is continued: none of it touches an image, a draw or the mathematics of a step. A run that
+trains in phases compares how long they are, however that was said (``training.state``).
 
 The batch may be cut differently, as long as the images per optimizer step stay the same.
 """

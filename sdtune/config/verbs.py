@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, model_validator
 from sdtune.config.foreign_flags import SAMPLERS
 from sdtune.config.section_base import (
     Count,
+    Counts,
     Natural,
     NonNegative,
     PathOrId,
@@ -113,9 +114,9 @@ class SampleConfig(Pixels, TextEncoding, Model, Verb):
     num_images_per_prompt: Annotated[Count, aliases("num_images")] = 1
     """Images of each prompt and class."""
     steps: Annotated[Count | None, aliases("num_inference_steps")] = None
-    """Denoising steps. Default: 25; for a model of pixels 50, or with ddpm all of its timesteps."""
+    """Denoising steps. Default: a distilled model's own; else 25, of pixels 50, or with ddpm all of its timesteps."""
     guidance_scale: NonNegative | None = None
-    """Classifier-free guidance (Ho & Salimans 2022), 1 for no guidance. Default: 5 with prompts, 1 with classes."""
+    """Classifier-free guidance, 1 for none. Default: a distilled model's own; else 5 with prompts, 1 with classes."""
     xy: StrList = []
     """Table over two of scale, step, guidance and seed, such as --xy scale=0.4,0.7,1 step=200,400: xy.png. Off."""
     guidance_rescale: Share = 0.0
@@ -182,8 +183,8 @@ class EvaluateConfig(TextEncoding, Source, Verb):
     """Seed of the resamples, and of the images when a model is sampled."""
     num_images: Count = 500
     """Images to sample from a model: with the reference's captions, or as many of each of its classes, rounded up."""
-    steps: Annotated[Count | None, aliases("num_inference_steps")] = None
-    """Denoising steps of those images. Default: that of `sdtune sample`."""
+    steps: Annotated[Counts, aliases("num_inference_steps")] = []
+    """Denoising steps of those images. Several numbers compare the model with itself. Default: as `sdtune sample`."""
     guidance_scale: NonNegative | None = None
     """Classifier-free guidance of those images. Default: that of `sdtune sample`."""
     output_dir: Path = Path("evaluation")

@@ -141,6 +141,17 @@ class DDPM:
             case "sample":
                 return (x_t - a * pred) / s
 
+    def step(self, x_t: Tensor, pred: Tensor, t: Tensor, to: Tensor) -> Tensor:
+        """``x`` at timestep ``to`` by DDIM without noise (Song et al. 2020, equation 12); -1 is the clean image."""
+        a, s = self.scales_or_clean(to, x_t)
+        return a * self.x0(x_t, pred, t) + s * self.epsilon(x_t, pred, t)
+
+    def scales_or_clean(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """`scales`, where timestep -1 is the clean image: 1 and 0."""
+        a, s = self.scales(t.clamp(min=0), like)
+        clean = per_image(t < 0, like)
+        return torch.where(clean, 1.0, a), torch.where(clean, 0.0, s)
+
     def weight(self, t: Tensor) -> Tensor:
         """Min-SNR-gamma (Hang et al. 2023, section 3.4): ``min(snr, gamma)`` on x_0, as a weight on ``pred``: ``[B]``.
 

@@ -112,6 +112,45 @@ def draw(
     return torch.cat(drawn)
 
 
+@torch.no_grad()
+def draw_consistency(
+    unet: PixelNetwork,
+    scheduler: Any,
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    labels: Tensor | None = None,
+    batch_size: int = 64,
+    progress: Callable[[float], None] | None = None,
+) -> Tensor:
+    """An image for each seed by a consistency model (Song et al. 2023, algorithm 1), as `draw` returns them.
+
+    Args:
+        scheduler: diffusers' CMStochasticIterativeScheduler; it is not changed.
+
+    Raises:
+        UserError: for more steps than the model has noise levels.
+    """
+    scheduler = copy.deepcopy(scheduler)
+    if steps >= scheduler.config.num_train_timesteps:
+        raise UserError(f"--steps {steps}: this model has {scheduler.config.num_train_timesteps} noise levels")
+    drawn = []
+    with evaluating(unet):
+        for done in range(0, len(seeds), batch_size):
+            rows = slice(done, done + batch_size)
+            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]]
+            predict = _predictor(unet, len(generators), labels, rows, 1.0, 0.0)
+            scheduler.set_timesteps(steps)
+            x = _noise(unet, generators) * scheduler.init_noise_sigma
+            for k, t in enumerate(scheduler.timesteps):
+                pred = predict(scheduler.scale_model_input(x, t), t)
+                x = scheduler.step(pred, t, x, generator=generators).prev_sample
+                if progress:
+                    progress((done + len(x) * (k + 1) / steps) / len(seeds))
+            drawn.append(x.float().cpu().clamp(-1, 1))
+    return torch.cat(drawn)
+
+
 def to_images(x: Tensor) -> list[Image.Image]:
     """``[N, C, H, W]`` in [-1, 1] as pictures: 1 channel is L, 2 LA, 3 RGB, 4 RGBA."""
     pixels = ((x / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()

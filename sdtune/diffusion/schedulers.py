@@ -93,6 +93,13 @@ def make_scheduler(name: str, base: Scheduler, clip: bool = False) -> Scheduler:
     return scheduler
 
 
+def lcm_scheduler(base: Scheduler, **settings: Any) -> Scheduler:
+    """The sampler of latent consistency models for a base, with ``settings`` of its own."""
+    scheduler: Any = make_scheduler("lcm", base)
+    made: Scheduler = type(scheduler).from_config(scheduler.config, **settings)
+    return made
+
+
 def alpha_bars(scheduler: Scheduler) -> Tensor:
     """The paper's alpha-bar (Ho et al. 2020) at each of the scheduler's timesteps: float64 ``[steps]``.
 

@@ -34,7 +34,7 @@ from sdtune.evaluation.inputs import (
     values_of,
 )
 from sdtune.evaluation.judges import Classifier, Clip
-from sdtune.evaluation.plots import Row, draw
+from sdtune.evaluation.plots import Row, draw, draw_by_steps
 from sdtune.evaluation.scores import Bootstrap, figures, mean_of, of_copies, of_subject
 from sdtune.publish import hub
 from sdtune.run.device import less_memory_with
@@ -168,14 +168,32 @@ def write(folder: Path, result: dict[str, Any], picture: str) -> None:
 
 
 def main(cfg: EvaluateConfig) -> str:
-    """The figures as a small table."""
+    """The figures as a small table; of several numbers of steps, a line for each."""
     with less_memory_with(["a smaller network as --features"]):
+        if len(cfg.steps) > 1:
+            return compare_steps(cfg)
         result = evaluate(cfg)
     lines = [f"{'':<28} {'value':>10}   95 % interval"]
     for name, e in result["figures"].items():
         interval = "" if e["low"] is None else f"{e['low']:.4g} to {e['high']:.4g}"
         lines.append(f"{name:<28} {e['value']:>10.4g}   {interval}".rstrip())
     return "\n".join([heading(result), *lines, f"in {cfg.output_dir}: evaluation.json, evaluation.svg"])
+
+
+def compare_steps(cfg: EvaluateConfig) -> str:
+    """Evaluate a model at each of several numbers of steps, in a folder each; the table, which is written as well."""
+    results = {}
+    for steps in dict.fromkeys(cfg.steps):
+        one = {"steps": [steps], "output_dir": cfg.output_dir / f"steps-{steps}"}
+        results[steps] = evaluate(cfg.model_copy(update=one))
+    names = [*next(iter(results.values()))["figures"]]
+    table = {steps: result["figures"] for steps, result in results.items()}
+    title = f"{cfg.samples} against {cfg.reference}"
+    write(cfg.output_dir, {"samples": cfg.samples, "by_steps": table}, draw_by_steps(table, title))
+    lines = ["steps  " + "  ".join(f"{name:>20}" for name in names)]
+    for steps, figures_of in table.items():
+        lines.append(f"{steps:>5}  " + "  ".join(f"{figures_of[name]['value']:>20.4g}" for name in names))
+    return "\n".join([title, *lines, f"in {cfg.output_dir}: evaluation.json, evaluation.svg, and a folder for each"])
 
 
 def heading(result: dict[str, Any]) -> str:

@@ -101,6 +101,8 @@ def plan_of(cfg: EvaluateConfig) -> Plan | None:
     pipeline = (folder / "model_index.json").is_file()
     adapter = (folder / FILE).is_file() or is_adapter(folder)
     if folder.is_dir() and not pipeline and not adapter:
+        if cfg.steps:
+            raise UserError(f"--steps: {cfg.samples} is a folder of images, which are there already; leave it out")
         check_output_outside(cfg, "SAMPLES", folder)
         if drawn := [name for name in ("steps", "guidance_scale", *TextEncoding.model_fields) if getattr(cfg, name)]:
             raise UserError(
@@ -113,7 +115,12 @@ def plan_of(cfg: EvaluateConfig) -> Plan | None:
     classes = classes_of_pixels(model) if model else None
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out}: has samples already; evaluate that folder, or give another --output-dir")
-    chosen = {"steps": cfg.steps, "guidance_scale": cfg.guidance_scale, "seed": cfg.seed, "output_dir": out}
+    chosen = {
+        "steps": next(iter(cfg.steps), None),
+        "guidance_scale": cfg.guidance_scale,
+        "seed": cfg.seed,
+        "output_dir": out,
+    }
     options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     options |= {"model": model} if model else {"adapter": [str(folder)]}
     options |= {name: value for name in TextEncoding.model_fields if (value := getattr(cfg, name))}

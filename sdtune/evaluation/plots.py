@@ -1,8 +1,10 @@
 """The picture of an evaluation as SVG: both sets in a scatter plot, and each figure with its interval."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ STYLE = """
 svg { font: 13px system-ui, "Segoe UI", sans-serif; background: #fff }
 text { fill: #181c22 } .soft { fill: #5b6472; font-size: 12px } .title { font-size: 16px; font-weight: 600 }
 .frame { fill: none; stroke: #dfe3e9 } .axis { stroke: #c3c9d2 } .interval { stroke: #1f6feb; stroke-opacity: .45 }
+.line { fill: none; stroke: #1f6feb; stroke-opacity: .5 }
 .reference { fill: #9aa0a6; fill-opacity: .6 } .samples { fill: #1f6feb; fill-opacity: .6 } .value { fill: #1f6feb }
 """
 
@@ -41,6 +44,43 @@ def draw(x: Tensor, y: Tensor, rows: list[Row], title: str) -> str:
     body = [f'<text class="title" x="{LEFT}" y="32">{escape(title)}</text>', *_scatter(x, y), *_figures(rows)]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        f'role="img" aria-label="{escape(title)}"><style>{STYLE}</style>\n' + "\n".join(body) + "\n</svg>\n"
+    )
+
+
+def draw_by_steps(table: Mapping[int, Mapping[str, Mapping[str, Any]]], title: str) -> str:
+    """SVG of each figure by number of steps, with its intervals.
+
+    Args:
+        table: number of steps to the figures by name, each a dict with ``value``, ``low`` and ``high``.
+    """
+    names, steps = [*next(iter(table.values()))], sorted(table)
+    body = [f'<text class="title" x="{LEFT}" y="32">{escape(title)}</text>']
+    width, height = (WIDTH - 2 * LEFT) / 3, 190
+    for k, name in enumerate(names):
+        left, top = LEFT + width * (k % 3), TOP + 24 + height * (k // 3)
+        found = [table[count][name] for count in steps]
+        ends = [e[end] for e in found for end in ("value", "low", "high") if e[end] is not None]
+        low, span = min(ends), (max(ends) - min(ends)) or 1.0
+        across = [left + 60 + (width - 100) * n / max(1, len(steps) - 1) for n in range(len(steps))]
+
+        def up(value: float, low: float = low, span: float = span, top: float = top) -> float:
+            return top + 20 + (height - 80) * (1 - (value - low) / span)
+
+        body.append(f'<text x="{left}" y="{top}">{escape(name)} by steps</text>')
+        line = " ".join(f"{x:.1f},{up(e['value']):.1f}" for x, e in zip(across, found, strict=True))
+        body.append(f'<polyline class="line" points="{line}"/>')
+        for x, count, e in zip(across, steps, found, strict=True):
+            if e["low"] is not None:
+                interval = f"M{x:.1f} {up(e['low']):.1f}V{up(e['high']):.1f}"
+                body.append(f'<path class="interval" stroke-width="4" d="{interval}"/>')
+            body.append(f'<circle class="value" cx="{x:.1f}" cy="{up(e["value"]):.1f}" r="4"/>')
+            body.append(f'<text x="{x + 7:.1f}" y="{up(e["value"]) - 6:.1f}">{number(e["value"])}</text>')
+            place = f'x="{x:.1f}" y="{top + height - 42:.1f}"'
+            body.append(f'<text class="soft" {place} text-anchor="middle">{count}</text>')
+    total = TOP + 24 + height * math.ceil(len(names) / 3)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {total}" width="{WIDTH}" height="{total}" '
         f'role="img" aria-label="{escape(title)}"><style>{STYLE}</style>\n' + "\n".join(body) + "\n</svg>\n"
     )
 

@@ -10,6 +10,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DModel
+from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -35,6 +36,7 @@ from sdtune.models.part_files import (
 from sdtune.models.pixel_models import read_classes, sides_of
 from sdtune.run.device import best_device
 from sdtune.run.precision import DTYPES
+from sdtune.run.sampling_file import SAMPLING, Sampling
 from sdtune.run.usage import CLASSES, EMBEDDING
 
 
@@ -160,6 +162,26 @@ def load_adapters(
     if names:
         pipe.set_adapters(names, weights)
     return hooks
+
+
+def read_sampling(cfg: SampleConfig, model: str) -> Sampling | None:
+    """How a distilled model or adapter wants to be sampled; ``None`` for every other.
+
+    Args:
+        model: an adapter with or without its weight, or a model: file, folder, Hub id, or `tiny`.
+
+    Raises:
+        UserError: its ``sampling.json`` is damaged.
+    """
+    where, _ = split_weight(model)
+    place = Path(where).expanduser()
+    if place.exists() or where.count("/") != 1 or where[0] in "./~":
+        return Sampling.read((place if place.is_dir() else place.parent) / SAMPLING)
+    revision = cfg.revision if where == cfg.model else None
+    try:
+        return Sampling.read(Path(hf_hub_download(where, SAMPLING, revision=revision, cache_dir=cfg.cache_dir)))
+    except (OSError, ValueError):  # no such file, or no Hub: what reads the weights says so
+        return None
 
 
 def split_weight(text: str, option: str = "--adapter") -> tuple[str, float]:

@@ -18,6 +18,7 @@ from sdtune.models import families
 from sdtune.models.noisy_classifier import NoisyClassifier
 from sdtune.models.part_files import BROKEN, check_scheduler, has_part, read_part, reason
 from sdtune.models.pipeline_folder import verify_module, write_folder, write_pipeline
+from sdtune.run.sampling_file import SAMPLING, Sampling
 from sdtune.run.usage import CLASSES
 
 
@@ -125,6 +126,16 @@ def check_halvings(cfg: Any, count: int) -> None:
             )
 
 
+def require_resolution(cfg: Any, model: PixelModel) -> None:
+    """Raises: UserError where a model that is distilled makes images of another size than those it is distilled on."""
+    own, given = sides_of(model.network["sample_size"]), sides_of(sample_size(cfg))
+    if own != given:
+        raise UserError(
+            f"--resolution {cfg.resolution}: --model {cfg.model} makes images of {own[1]} x {own[0]} pixels, "
+            f"not {given[1]} x {given[0]}"
+        )
+
+
 def describe(unet: UNet2DModel) -> str:
     """The network in one line, for the log."""
     height, width = sides_of(unet.config.sample_size)
@@ -140,6 +151,12 @@ def describe(unet: UNet2DModel) -> str:
 def save(out: Path, unet: UNet2DModel, scheduler: DDPMScheduler, classes: list[str]) -> list[Path]:
     """Write the folder that `DDPMPipeline.from_pretrained` reads, whole or not at all; the files it consists of."""
     return write_pipeline(out, DDPMPipeline(unet, scheduler), {CLASSES: classes_json(classes)} if classes else {})
+
+
+def save_pipeline(out: Path, pipeline: Any, classes: list[str], sampling: Sampling) -> list[Path]:
+    """Write a distilled model as a pipeline of another class; whole or not at all; the files it consists of."""
+    named = {CLASSES: classes_json(classes)} if classes else {}
+    return write_pipeline(out, pipeline, named | {SAMPLING: sampling.to_bytes()})
 
 
 def save_classifier(out: Path, classifier: NoisyClassifier, scheduler: DDPMScheduler, classes: list[str]) -> list[Path]:

@@ -121,6 +121,11 @@ class FineTune(Recipe):
         """What draws the previews."""
         return self.family.pipeline()
 
+    @property
+    def shown_guidance(self) -> float:
+        """The guidance scale of the sample grids."""
+        return float(self.cfg.validation_guidance_scale)
+
     def sample(self, prompts, seeds):
         """With images that go with the prompts, what is drawn has their size."""
         cfg, family = self.cfg, self.family
@@ -131,7 +136,7 @@ class FineTune(Recipe):
                 list(map(str, prompts)),
                 seeds,
                 steps=cfg.validation_inference_steps,
-                guidance_scale=cfg.validation_guidance_scale,
+                guidance_scale=self.shown_guidance,
                 negative_prompt=cfg.negative_prompt,
                 width=None if given else cfg.resolution,
                 height=None if given else cfg.resolution,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 from PIL.Image import Image
 from torch import Tensor, device, nn
@@ -34,16 +34,43 @@ class Recipe(nn.Module):
     """A training method: its forward pass is its loss.
 
     The engine wraps the whole recipe where processes share the work (`training.engine`), so no part inside a recipe is
-    wrapped. A submodule of the recipe whose parameters require a gradient is trained, averaged and checkpointed; the
-    frozen parts belong to the family, which is a plain object. Random numbers come with the batch, because they are
-    functions of a sample's position in the run.
+    wrapped. A submodule of the recipe whose parameters require a gradient is trained, averaged and checkpointed; one
+    that ``moved`` names is checkpointed. The frozen parts belong to the family, which is a plain object, except a
+    teacher, so that processes can share its weights. Random numbers come with the batch, because they are functions of
+    a sample's position in the run.
     """
 
     Config: ClassVar[type[Run]]
+    moved: tuple[str, ...] = ()
+    """Submodules that `after_step` moves and no gradient does, such as a target network: they are saved with the rest.
+
+    They require no gradient, and are fp32.
+    """
+    step = 0
+    """Optimizer steps taken so far; the loop sets it."""
+    total_steps = 0
+    """Optimizer steps of the whole run; the loop sets it before the first one."""
 
     def __init__(self, cfg: Any, device: device):
         super().__init__()
         self.cfg = cfg
+
+    @property
+    def phase_steps(self) -> int | None:
+        """Optimizer steps of a phase, for a recipe that trains in phases: a run that is continued has to keep them."""
+        return None
+
+    def moved_weights(self) -> dict[str, Tensor]:
+        """The parameters of what ``moved`` names, by their full names."""
+        return {name: p for name, p in self.named_parameters() if name.partition(".")[0] in self.moved}
+
+    def train(self, mode: bool = True) -> Self:
+        """As every module, but a submodule of which nothing trains, such as a teacher, stays in evaluation mode."""
+        super().train(mode)
+        for part in self.children():
+            if not any(p.requires_grad for p in part.parameters()):
+                part.eval()
+        return self
 
     def dataset(self, group: int, log: Callable[[str], None]) -> RecipeDataset:
         """A dataset that gives for each position in the run a dict of tensors and a ``name``.
@@ -86,7 +113,7 @@ class Recipe(nn.Module):
         raise NotImplementedError
 
     def after_step(self) -> None:
-        """Called after each optimizer step, for example to move a target network."""
+        """Called after each optimizer step, for example to move a target network; ``step`` counts it already."""
 
 
 def split_loss(out: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from sdtune.run.markdown import code_span
+from sdtune.run.sampling_file import SAMPLING, Sampling
 
 PEFT = "adapter"
 """The folder into which the lines of a LoHa or LoKr have it converted."""
@@ -29,6 +30,7 @@ LYCORIS_PREFIXES = {
 """How the keys of each part begin in the file of a LoHa or LoKr."""
 CONTROLS = {"ControlNetModel": "controlnet", "T2IAdapter": "adapter"}
 """Class of a network that follows an image -> what pipelines call this part."""
+CONSISTENCY = "ConsistencyModelPipeline"
 MANY = 30
 """At most this many classes are listed; for more, the file with their names is named."""
 
@@ -57,6 +59,8 @@ class ArtefactKind(NamedTuple):
     """Names in the order of their labels; empty for a model without classes."""
     open_label: int | None = None
     """The label that means no class, if the model has one."""
+    sampling: Sampling | None = None
+    """How a distilled model is sampled; ``None`` where the caller chooses."""
 
     @property
     def edits(self) -> bool:
@@ -71,6 +75,7 @@ def artefact_kind(files: Mapping[str, Path]) -> ArtefactKind:
         return json.loads(files[name].read_text(encoding="utf-8")) if name in files else None
 
     classes = tuple(map(str, read_json(CLASSES) or ()))
+    sampling = Sampling.read(files[SAMPLING]) if SAMPLING in files else None
     if index := read_json("model_index.json"):
         labels = (read_json("unet/config.json") or {}).get("num_class_embeds") or 0
         return ArtefactKind(
@@ -78,6 +83,7 @@ def artefact_kind(files: Mapping[str, Path]) -> ArtefactKind:
             takes_text=any(part.startswith("text_encoder") for part in index),
             classes=classes if labels else (),
             open_label=labels - 1 if labels == len(classes) + 1 else None,
+            sampling=sampling,
         )
     if "diffusion_pytorch_model.safetensors" in files and (config := read_json("config.json")):
         if config["_class_name"] in CONTROLS:
@@ -86,7 +92,7 @@ def artefact_kind(files: Mapping[str, Path]) -> ArtefactKind:
     adapter = next((name for name in files if name.endswith(".safetensors") and name != EMBEDDING), None)
     parts = _lycoris_parts(files[adapter]) if adapter else ()
     if EMBEDDING not in files:
-        return ArtefactKind(adapter=adapter, peft_parts=parts)
+        return ArtefactKind(adapter=adapter, peft_parts=parts, sampling=sampling)
     tables = _tables(files[EMBEDDING])
     return ArtefactKind(adapter=adapter, embedding=EMBEDDING, tables=tables, peft_parts=parts)
 
@@ -119,7 +125,10 @@ def sample(what: ArtefactKind, folder: str, prompt: str) -> list[str]:
     if what.edits:
         return ["sdtune", "sample", "--model", folder, "--image", "FILE", "--prompt", prompt]
     kind = "--model" if what.pipeline else "--embedding" if what.embedding and not what.adapter else "--adapter"
-    return ["sdtune", "sample", kind, folder, *(["--prompt", prompt] if what.takes_text else [])]
+    told = ["--steps", str(what.sampling.steps)] if what.sampling else []
+    if what.sampling and what.sampling.guidance_scale is not None:
+        told += ["--guidance-scale", f"{what.sampling.guidance_scale:g}"]
+    return ["sdtune", "sample", kind, folder, *(["--prompt", prompt] if what.takes_text else []), *told]
 
 
 def lines(
@@ -172,11 +181,16 @@ def lines(
         loads.append(f"pipe.load_lora_weights({arguments(repo, weight_name=what.adapter, revision=at)})")
     if long_prompts:
         loads.append("# prompts over 77 tokens: sdtune sample --long-prompts")
+    if what.sampling and what.sampling.lcm is not None:
+        imports[0] += ", LCMScheduler"
+        options = "".join(f", {name}={value}" for name, value in what.sampling.lcm.items())
+        loads.append(f"pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config{options})")
+    call = [text(prompt), *_call(what.sampling)]
     if base_class in FROM_PICTURES:
         imports.append("from diffusers.utils import load_image")
         loads.append('picture = load_image("...")')
-    call = f"{text(prompt)}, image=picture" if base_class in FROM_PICTURES else text(prompt)
-    loads.append(f"image = pipe({call}).images[0]")
+        call.append("image=picture")
+    loads.append(f"image = pipe({', '.join(call)}).images[0]")
     return "\n".join([*imports, "", *loads])
 
 
@@ -207,13 +221,24 @@ def single_file_class(file: Path) -> str:
     return f"StableDiffusion{'XL' if any(name.startswith('conditioner.') for name in names) else ''}Pipeline"
 
 
+def _call(sampling: Sampling | None) -> list[str]:
+    """Arguments of a stock pipeline's call that sample a distilled model as it was made to be."""
+    if sampling is None:
+        return []
+    guidance = sampling.guidance_scale
+    return [f"num_inference_steps={sampling.steps}", *([] if guidance is None else [f"guidance_scale={guidance}"])]
+
+
 def _pipeline(what: ArtefactKind, repo: str, at: str | None, prompt: str) -> str:
     load = f"pipe = DiffusionPipeline.from_pretrained({arguments(repo, revision=at)})"
-    draw = f"image = pipe({text(prompt) if what.takes_text else ''}).images[0]"
+    said = [text(prompt)] if what.takes_text else []
+    if what.classes and what.pipeline == CONSISTENCY:  # its call takes the class, which the others do not
+        said.append("class_labels=[0]")
+    draw = f"image = pipe({', '.join([*said, *_call(what.sampling)])}).images[0]"
     if what.edits or what.pipeline in FROM_PICTURES:
         draw = f"image = pipe({text(prompt)}, image=load_image({text('...')})).images[0]"
         return f"from diffusers import DiffusionPipeline\nfrom diffusers.utils import load_image\n\n{load}\n{draw}"
-    if not what.classes:
+    if not what.classes or what.pipeline == CONSISTENCY:
         return f"from diffusers import DiffusionPipeline\n\n{load}\n{draw}"
     return f"""from functools import partial
 

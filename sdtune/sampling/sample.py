@@ -25,22 +25,24 @@ from sdtune.config.fields import flag
 from sdtune.config.sections import UserError
 from sdtune.config.untrusted import echo
 from sdtune.config.verbs import SampleConfig
-from sdtune.diffusion.schedulers import make_scheduler
+from sdtune.diffusion.schedulers import lcm_scheduler, make_scheduler
 from sdtune.models import families
 from sdtune.models.clip_skip import skip_layers
 from sdtune.models.controls import read_image
-from sdtune.models.loading import load_adapters, load_embeddings, load_pipeline, split_weight
+from sdtune.models.loading import load_adapters, load_embeddings, load_pipeline, read_sampling, split_weight
 from sdtune.models.prompt_embeddings import Reading
-from sdtune.models.prompts import check_negative, check_prompts, window_of
+from sdtune.models.prompts import check_negative, check_prompts, told_guidance, window_of
 from sdtune.run.artefacts import of_best
 from sdtune.run.contact_sheet import grid, save_sheet
+from sdtune.run.sampling_file import Sampling
 from sdtune.sampling.generate import generate
 from sdtune.sampling.image_inputs import check_images, images_of
 from sdtune.sampling.image_text import parameters
 from sdtune.sampling.prompts import Prompt, read_prompts
 from sdtune.sampling.sample_pixels import PixelJob, of_pixels
 
-STEPS = 25
+STEPS, GUIDANCE = 25, 5.0
+"""Where neither the options nor the ``sampling.json`` of a distilled model say otherwise."""
 SHOWN = 100
 """Images of a call that are held in memory for its sheet, at most."""
 OF_LATENTS = (
@@ -114,6 +116,8 @@ class PromptJob:
     def __init__(self, cfg: SampleConfig, prompts: Sequence[Prompt]):
         if not prompts:
             raise UserError("there is nothing to draw: give --prompt or --prompt-file")
+        published = (read_sampling(cfg, text) for text in (*cfg.adapter, cfg.model))
+        self.own = next(filter(None, published), Sampling(STEPS))
         self.set_up(cfg, prompts)
         self.pipe = load_pipeline(cfg)
         kind = type(self.pipe).__name__
@@ -132,12 +136,16 @@ class PromptJob:
         option = "--prompt" if cfg.prompt else "--prompt-file"
         check_prompts(option, [prompt.text for prompt in prompts], window, echo, cfg.prompt_weights)
         check_prompts("--negative-prompt", [cfg.negative_prompt], window, echo, cfg.prompt_weights)
+        if cfg.negative_prompt and told_guidance(self.pipe):
+            raise UserError(f"--negative-prompt: {cfg.model} is told its guidance and takes none; leave it out")
         check_negative(cfg.negative_prompt, self.scale, "--negative-prompt", echo)
         for own in (prompt.settings for prompt in prompts if "negative_prompt" in prompt.settings):
             check_prompts("--prompt-file: --n", [own["negative_prompt"]], window, echo, cfg.prompt_weights)
             check_negative(own["negative_prompt"], own.get("guidance_scale", self.scale), "--prompt-file: --n", echo)
         if cfg.scheduler:
             self.pipe.scheduler = make_scheduler(cfg.scheduler, self.pipe.scheduler)
+        if self.own.lcm is not None and cfg.scheduler in (None, "lcm"):
+            self.pipe.scheduler = lcm_scheduler(self.pipe.scheduler, **self.own.lcm)
 
     def set_up(self, cfg: SampleConfig, prompts: Sequence[Prompt]) -> None:
         """From here on draw by ``cfg``, whose model and adapters are the same."""
@@ -150,12 +158,14 @@ class PromptJob:
         self.records = [{"text": p.text} | p.settings | {"seed": seed} for p, seed in zip(several, seeds, strict=True)]
         self.images = images_of(cfg, prompts)
         self.control_scales = [split_weight(text, "--control")[1] for text in cfg.control]
-        self.scale = 5.0 if cfg.guidance_scale is None else cfg.guidance_scale
+        self.steps = cfg.steps or self.own.steps
+        own_scale = GUIDANCE if self.own.guidance_scale is None else self.own.guidance_scale
+        self.scale = own_scale if cfg.guidance_scale is None else cfg.guidance_scale
 
     @property
     def facts(self) -> dict[str, Any]:
         sampler = type(self.pipe.scheduler).__name__
-        return {"Steps": self.cfg.steps or STEPS, "Sampler": sampler, "CFG scale": self.scale}
+        return {"Steps": self.steps, "Sampler": sampler, "CFG scale": self.scale}
 
     def draw(self, rows: slice, progress: Callable[[float], None]) -> list[Image.Image]:
         """The images ``rows`` of the call; neighbours with the same settings are drawn together."""
@@ -182,7 +192,7 @@ class PromptJob:
     def _settings(self, record: dict[str, Any]) -> dict[str, Any]:
         """Arguments of `generate` for an image: its own, else those of the call."""
         cfg = self.cfg
-        call = {"steps": cfg.steps or STEPS, "guidance_scale": self.scale, "negative_prompt": cfg.negative_prompt}
+        call = {"steps": self.steps, "guidance_scale": self.scale, "negative_prompt": cfg.negative_prompt}
         call |= {"width": cfg.width, "height": cfg.height}
         return {name: record.get(name, value) for name, value in call.items()}
 

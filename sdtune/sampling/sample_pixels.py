@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin, UNet2DModel
+from diffusers import CMStochasticIterativeScheduler, DDPMScheduler, SchedulerMixin, UNet2DModel
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from sdtune.config.fields import flag
 from sdtune.config.sections import UserError
 from sdtune.config.verbs import SampleConfig
 from sdtune.diffusion.guides import ByClassifier, ByClip, Guide, embedded
-from sdtune.diffusion.pixel_sampler import draw, to_images
+from sdtune.diffusion.pixel_sampler import draw, draw_consistency, to_images
 from sdtune.diffusion.schedulers import make_scheduler
 from sdtune.models.families import resolve_model
-from sdtune.models.loading import class_labels, load_classifier, load_pipeline
+from sdtune.models.loading import class_labels, load_classifier, load_pipeline, read_sampling
 from sdtune.models.pixel_models import named_classes
 from sdtune.models.vision import load_clip
 from sdtune.run.contact_sheet import grid
@@ -94,6 +95,32 @@ def choose_scheduler(cfg: SampleConfig, own: SchedulerMixin) -> SchedulerMixin:
     return with_variance(scheduler, cfg.variance_type) if cfg.variance_type else scheduler
 
 
+def default_steps(cfg: SampleConfig, scheduler: SchedulerMixin) -> int:
+    """Steps of a call that names none: a distilled model's own, all timesteps of DDPM, or 50."""
+    if own := read_sampling(cfg, cfg.model):
+        return own.steps
+    if isinstance(scheduler, CMStochasticIterativeScheduler):
+        return 1
+    timesteps = int(scheduler.config.num_train_timesteps)
+    return timesteps if isinstance(scheduler, DDPMScheduler) else min(STEPS, timesteps)
+
+
+STEERING = "classifier clip_model eta strip interpolate guidance_rescale"
+"""Options of sampling through many steps."""
+
+
+def refuse_steering(cfg: SampleConfig) -> None:
+    """Raises: UserError for an option that a consistency model, which goes straight to the image, has no steps for."""
+    defaults = {name: SampleConfig.model_fields[name].get_default() for name in STEERING.split()}
+    given = [flag(name) for name, default in defaults.items() if getattr(cfg, name) != default]
+    if cfg.guidance_scale not in (None, 1):
+        given.append("--guidance-scale")
+    if given:
+        raise UserError(
+            f"{', '.join(given)}: {cfg.model} is a consistency model, which has no steps to steer; leave out"
+        )
+
+
 class PixelJob:
     """The images of one call, for `sample.sample`: what each shows, how they are drawn, and their sheets.
 
@@ -106,8 +133,10 @@ class PixelJob:
         pipe = load_pipeline(cfg)
         self.cfg, self.unet, self.seeds, self.records = cfg, pipe.unet, request.seeds, request.records
         self.scheduler = choose_scheduler(cfg, pipe.scheduler)
-        timesteps = self.scheduler.config.num_train_timesteps
-        self.steps = cfg.steps or (timesteps if isinstance(self.scheduler, DDPMScheduler) else min(STEPS, timesteps))
+        self.consistency = isinstance(self.scheduler, CMStochasticIterativeScheduler)
+        if self.consistency:
+            refuse_steering(cfg)
+        self.steps = cfg.steps or default_steps(cfg, self.scheduler)
         self.scale = 1.0 if cfg.guidance_scale is None else cfg.guidance_scale
         self.ends = [read_image(path, self.unet) for path in cfg.interpolate]
         if self.ends:
@@ -159,6 +188,13 @@ class PixelJob:
     def draw(self, rows: slice, progress: Callable[[float], None]) -> list[Image.Image]:
         """The images ``rows`` of the call."""
         cfg = self.cfg
+        if self.consistency:
+            labels = None if self.labels is None else self.labels[rows]
+            options: dict[str, Any] = {"batch_size": cfg.batch_size, "progress": progress}
+            seeds = self.seeds[rows]
+            return to_images(
+                draw_consistency(self.unet, self.scheduler, seeds, steps=self.steps, labels=labels, **options)
+            )
         drawn = draw(
             self.unet,
             self.scheduler,

@@ -54,7 +54,8 @@ def check(
     try:
         need = problems.collect(estimates.of)
         problems.report()
-        echo(disk_line(cfg, need, size_of(trained), problems))
+        saved = [*trained, *recipe.moved_weights().values()]
+        echo(disk_line(cfg, need, size_of(saved), problems))
         for line in memory_lines(need, device):
             echo(line)
         if find_batch_size:

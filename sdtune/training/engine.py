@@ -160,10 +160,12 @@ class Sharded(Engine):
             options["mp_policy"] = half
         self.roots = []
         for part in recipe.children():
+            # What never has a backward pass would otherwise stay whole on each process after its first forward pass
+            reshard = plugin.reshard_after_forward or not any(p.requires_grad for p in part.parameters())
             blocks = plugin.transformer_cls_names_to_wrap or getattr(part, "_no_split_modules", None) or []
             for module in reversed([m for m in part.modules() if type(m).__name__ in blocks and m is not part]):
-                fully_shard(module, reshard_after_forward=plugin.reshard_after_forward, **options)
-            self.roots.append(fully_shard(part, reshard_after_forward=plugin.reshard_after_forward, **options))
+                fully_shard(module, reshard_after_forward=reshard, **options)
+            self.roots.append(fully_shard(part, reshard_after_forward=reshard, **options))
 
     @contextmanager
     def local(self) -> Iterator[None]:
@@ -176,11 +178,14 @@ class Sharded(Engine):
                 root.set_requires_gradient_sync(True)
 
     def gather_recipe(self) -> Recipe:
-        live = {name: full_tensor(p.detach()) for name, p in self.recipe.named_parameters() if p.requires_grad}
+        changing = {name: p for name, p in self.recipe.named_parameters() if p.requires_grad}
+        changing |= self.recipe.moved_weights()
+        live = {name: full_tensor(p.detach()) for name, p in changing.items()}
         if self.export_copy is not None:
-            for name, p in self.export_copy.named_parameters():
-                if p.requires_grad:
-                    p.data.copy_(live[name])
+            self.export_copy.step = self.recipe.step
+            copied = dict(self.export_copy.named_parameters())
+            for name, weight in live.items():
+                copied[name].data.copy_(weight)
         return self.export_copy or self.recipe
 
 

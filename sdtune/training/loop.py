@@ -93,12 +93,15 @@ def fit(
     total = steps_of(cfg, stream)
     prepare_modules(recipe, cfg, accelerator.device)
     engine = make_engine(recipe, cfg, accelerator)
-    state = State(cfg, recipe, engine, accelerator, {"group": group, "data": stream.images.fingerprint}, total)
+    recipe.total_steps = total
+    identity = {"group": group, "data": stream.images.fingerprint, "phase_steps": recipe.phase_steps}
+    state = State(cfg, recipe, engine, accelerator, identity, total)
     optimizer = state.optimizer
     peaks, lr_factor = [float(g["lr"]) for g in optimizer.param_groups], optim.lr_schedule(cfg, total)
     group_end_steps = [g.get("stop_fraction", 1.0) * total for g in optimizer.param_groups]
     scale = group if cfg.scale_lr else 1
     state.restore(allow_change, log)
+    recipe.step = state.step
     best = Best(cfg, state.step)
     over = state.step >= total or best.exhausted
     if over and artefacts.artefact(out, state.step) and (out / "report.html").exists():
@@ -192,7 +195,7 @@ def fit(
                 optim.drop_gradients(parameters)
         norm = engine.step(optimizer, cfg.max_grad_norm)
         window.end_step(norm)
-        state.step += 1
+        recipe.step = state.step = state.step + 1
         recipe.after_step()
         if state.average:
             state.average.update(state.step)

@@ -1,4 +1,4 @@
-"""What changes during a run, saved and restored as one: weights, optimizer, average, scaler, step.
+"""What changes during a run, saved and restored as one: weights, moved modules, optimizer, average, scaler, step.
 
 Everything else (learning rate, data order, noise, dropout) is a function of the step, so it needs no saving.
 """
@@ -28,11 +28,11 @@ class State:
     """The weights that a recipe trains, with their optimizer, their average and the step.
 
     Args:
-        identity: facts that a continued run must share: images per step, fingerprint of the data.
+        identity: facts that a continued run must share: images per step, fingerprint of the data, steps of a phase.
         total: steps that the run is to have.
 
     Raises:
-        TypeError: a trained parameter is not fp32; its updates would round to nothing.
+        TypeError: a trained or moved parameter is not fp32; its updates would round to nothing.
     """
 
     def __init__(
@@ -47,8 +47,9 @@ class State:
         self.cfg, self.engine, self.accelerator, self.identity = cfg, engine, accelerator, identity
         self.root = cfg.output_dir / "checkpoints"
         self.weights: dict[str, Tensor] = {n: p for n, p in recipe.named_parameters() if p.requires_grad}
-        if wrong := [name for name, p in self.weights.items() if p.dtype != torch.float32]:
-            raise TypeError(f"trained parameters must be float32: {', '.join(wrong[:3])} are not")
+        self.moved = recipe.moved_weights()
+        if wrong := [name for name, p in (self.weights | self.moved).items() if p.dtype != torch.float32]:
+            raise TypeError(f"trained and moved parameters must be float32: {', '.join(wrong[:3])} are not")
         self.optimizer = optim.make_optimizer(cfg, recipe.parameter_groups())
         self.names = {p: name for name, p in self.weights.items()}
         self.average = optim.Average(cfg, self.weights) if cfg.use_ema else None
@@ -56,7 +57,7 @@ class State:
         self.total = self.planned = total
         if accelerator.is_main_process:
             copies = 4 if self.average else 3  # the weights, their two moments, their average
-            size = copies * sum(w.numel() * w.element_size() for w in self.weights.values())
+            size = copies * size_of(self.weights) + size_of(self.moved)
             checkpoints.require_room(self.root, size, cfg.checkpoints_total_limit)
 
     def evaluating(self) -> Any:
@@ -82,6 +83,8 @@ class State:
         tensors = {"weights": self.gather_tensors(self.weights), "optimizer": moments}
         if self.average:
             tensors["average"] = self.gather_tensors(self.average.mean)
+        if self.moved:
+            tensors["moved"] = self.gather_tensors(self.moved)
         if self.accelerator.is_main_process:
             facts = self.identity | {
                 "step": self.step,
@@ -124,7 +127,7 @@ class State:
         """Continue from the newest whole checkpoint, if there is one.
 
         Raises:
-            UserError: the checkpoint belongs to another batch, other data or other weights.
+            UserError: the checkpoint belongs to another batch, other data, other phases or other weights.
         """
         folder: Path | None = checkpoints.latest(self.root, log)
         if folder is None:
@@ -137,10 +140,17 @@ class State:
             )
         if self.identity["data"] != saved["data"] and not allow_change:
             raise UserError("the images or captions changed since this run began; --allow-change goes on all the same")
-        if tensors["weights"].keys() != self.weights.keys():
+        if (phase := saved.get("phase_steps")) != self.identity["phase_steps"]:
+            raise UserError(
+                f"a phase of this run is {phase} steps, and would now be {self.identity['phase_steps']}, which changes "
+                f"what was learnt when; --phase-steps {phase} keeps the phases whatever the length of the run"
+            )
+        if tensors["weights"].keys() != self.weights.keys() or tensors.get("moved", {}).keys() != self.moved.keys():
             raise UserError(f"{folder} holds other weights than this run trains; --overwrite starts anew")
         for name, w in self.weights.items():
             self.engine.set_weight(w, tensors["weights"][name])
+        for name, w in self.moved.items():
+            self.engine.set_weight(w, tensors["moved"][name])
         self.engine.load_optimizer(self.optimizer, self.names, tensors.get("optimizer", {}), saved["optimizer"])
         if self.average:
             for name, w in self.average.mean.items():
@@ -150,3 +160,8 @@ class State:
         self.step, self.skipped = saved["step"], saved["skipped"]
         self.planned = saved.get("total", self.total)
         log(f"continuing at step {self.step}, from {folder}")
+
+
+def size_of(weights: Mapping[str, Tensor]) -> int:
+    """Bytes of full tensors, of which each process may hold a slice."""
+    return sum(w.numel() * w.element_size() for w in weights.values())

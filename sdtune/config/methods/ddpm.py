@@ -1,7 +1,7 @@
 """Options of `sdtune ddpm`."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Ge
 from pydantic import model_validator
@@ -15,11 +15,10 @@ from sdtune.config.section_base import (
     Positive,
     Share,
     aliases,
-    requires,
 )
 from sdtune.config.sections import (
-    Classes,
     Denoising,
+    DroppedClasses,
     Hub,
     ImageSize,
     LrSchedule,
@@ -27,12 +26,15 @@ from sdtune.config.sections import (
     Optim,
     Preview,
     Run,
+    SavedModel,
     Schedule,
     Streaming,
 )
 
 
-class DdpmConfig(Network, Schedule, Denoising, Classes, Streaming, ImageSize, Optim, Preview, Hub, Run):
+class DdpmConfig(
+    Network, Schedule, Denoising, DroppedClasses, SavedModel, Streaming, ImageSize, Optim, Preview, Hub, Run
+):
     """A diffusion model of pixels, from scratch or continued, with classes or without (DDPM; Ho et al. 2020)."""
 
     method: ClassVar[str] = "ddpm"
@@ -47,18 +49,12 @@ class DdpmConfig(Network, Schedule, Denoising, Classes, Streaming, ImageSize, Op
     output_dir: Path = Path("runs/ddpm")
     model: Annotated[PathOrId | None, aliases("pretrained_model_name_or_path")] = None
     """Continue this model: a run's folder, or the folder or Hub id of a DDPMPipeline. Default: start from scratch."""
-    revision: str | None = None
-    """Branch, tag or commit of the model on the Hub. Default: its main branch."""
-    cache_dir: Path | None = None
-    """Where models and datasets from the Hub are kept. Default: the Hub's own cache folder."""
     unet_config: Annotated[Path | None, aliases("model_config_name_or_path")] = None
     """JSON file that describes the network, as diffusers' unet/config.json. Default: use the network options."""
     variance_type: Literal["fixed_small", "fixed_large"] | None = None
     """Variance of a sampling step: beta-tilde, or beta. Default: the model's; from scratch, fixed_small."""
     out_of_range: Literal["clip", "keep"] | None = None
     """What sampling does with image estimates outside [-1, 1]. Default: as the model says; from scratch, clip."""
-    class_dropout: Annotated[Share, requires("class_column")] = 0.1
-    """Share of classes replaced by the null class, which is what classifier-free guidance learns from."""
 
     resolution: Annotated[int, Ge(8)] = 64
     train_batch_size: Count = 16
@@ -77,12 +73,17 @@ class DdpmConfig(Network, Schedule, Denoising, Classes, Streaming, ImageSize, Op
 
     @model_validator(mode="after")
     def _one_network(self) -> Self:
-        given = [name for name in ("model", "unet_config") if getattr(self, name)]
-        fields = [name for name in Network.model_fields if name != "channels"]
-        given += [name for name in fields if getattr(self, name) != Network.model_fields[name].default]
-        if len(given) > 1 and given[0] in ("model", "unet_config"):
-            raise ValueError(f"{given[0]} describes the whole network: leave out {' and '.join(given[1:])}")
+        refuse_two_networks(self)
         return self
 
     def describe(self) -> Description:
         return super().describe()._replace(base=self.model, revision=self.revision)
+
+
+def refuse_two_networks(cfg: Any) -> None:
+    """Raises: ValueError where a model or a file describes the network, and options do too."""
+    given = [name for name in ("model", "unet_config") if getattr(cfg, name)]
+    fields = [name for name in Network.model_fields if name != "channels"]
+    given += [name for name in fields if getattr(cfg, name) != Network.model_fields[name].default]
+    if len(given) > 1 and given[0] in ("model", "unet_config"):
+        raise ValueError(f"{given[0]} describes the whole network: leave out {' and '.join(given[1:])}")

@@ -72,8 +72,12 @@ class LatentFamily(TextFamily):
     def make_objective(self) -> Objective:
         raise NotImplementedError
 
-    def predict(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """What the denoiser says at ``x_t`` ``[B, C, h, w]``, ``t`` ``[B]``."""
+    def predict(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], **more: Any) -> Tensor:
+        """What the denoiser says at ``x_t`` ``[B, C, h, w]``, ``t`` ``[B]``.
+
+        Args:
+            more: further arguments of the denoiser; families of a UNet take them.
+        """
         raise NotImplementedError
 
     @classmethod

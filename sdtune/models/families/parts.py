@@ -2,7 +2,8 @@
 
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -173,6 +174,15 @@ class ModelParts:
             move(self.parts[name], HOST)
         self.unload_frozen()
 
+    @contextmanager
+    def denoising_with(self, module: nn.Module) -> Iterator[None]:
+        """Context in which ``predict`` asks another network, such as a teacher or a target."""
+        before, self.parts[self.denoiser_name] = self.denoiser, module
+        try:
+            yield
+        finally:
+            self.parts[self.denoiser_name] = before
+
     def unload_frozen(self) -> None:
         """Drop the frozen parts that nothing trains; they are read again when next used."""
         self.parts = {name: module for name, module in self.parts.items() if name in self.retained}
@@ -244,12 +254,12 @@ class ModelParts:
         given |= instead
         return kind(**{name: value for name, value in given.items() if name not in absent})
 
-    def fp32_pipeline(self, kind: Any = None) -> Any:
+    def fp32_pipeline(self, kind: Any = None, **instead: Any) -> Any:
         """The pipeline to be saved: frozen parts are read again in fp32, since half precision is for training only."""
         self.unload_frozen()
         training, self.dtype = self.dtype, torch.float32
         try:
-            return self.pipeline(kind)
+            return self.pipeline(kind, **instead)
         finally:
             self.unload_frozen()
             self.dtype = training

@@ -64,3 +64,10 @@ class StableDiffusionXL(StableDiffusion):
             raise UserError(f"--model {self.cfg.model}: a T2I-Adapter needs the blocks of SDXL, not {', '.join(kinds)}")
         with self.device:
             return T2IAdapter(3, [*widths, widths[-1]], num_res_blocks, 2 * self.downscale, "full_adapter_xl")
+
+    def no_text(self) -> dict[str, Tensor]:
+        """Zeros, where the base says so, as the stock pipeline takes them for an absent negative prompt."""
+        empty = super().no_text()
+        if not self.index.get("force_zeros_for_empty_prompt", True):
+            return empty
+        return {name: torch.zeros_like(x) for name, x in empty.items()}

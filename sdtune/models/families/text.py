@@ -102,6 +102,10 @@ class TextFamily(ModelParts):
             cls.window_tensors,
         )
 
+    def no_text(self) -> dict[str, Tensor]:
+        """What the denoiser is told where guidance has no prompt, each ``[1, ...]``."""
+        return self.encode([""])
+
     def conditioning(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """What the denoiser is told: cached text, or that of the captions, and the size where it is asked for."""
         cached = {name.removeprefix("text."): x for name, x in batch.items() if name.startswith("text.")}

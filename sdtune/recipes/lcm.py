@@ -1,0 +1,110 @@
+"""Latent Consistency Models (Luo et al. 2023, algorithm 1): sampling in few steps, distilled from the base itself.
+
+    L = E d( f_theta(z_{n+k}, w, c, t_{n+k}), f_theta-(z^_n, w, c, t_n) )
+    z^_n = z_{n+k} + (1 + w) Psi(z_{n+k}, t_{n+k}, t_n, c) - w Psi(z_{n+k}, t_{n+k}, t_n, 0)
+
+Psi is a step of DDIM over k timesteps, and w a guidance that is drawn anew for each image and told to the student.
+theta- follows theta as a moving average. As LoRA (LCM-LoRA; Luo et al. 2023b), w is not told, and theta- is theta.
+"""
+
+import copy
+from contextlib import contextmanager
+
+from sdtune.config.methods.lcm import LcmConfig
+from sdtune.config.sections import UserError
+from sdtune.diffusion.few_steps import Consistency, dividing, follow, guidance_embedding
+from sdtune.diffusion.guidance import classifier_free
+from sdtune.diffusion.schedulers import lcm_scheduler
+from sdtune.models.networks import reshaped
+from sdtune.models.pipeline_folder import write_pipeline
+from sdtune.recipes.finetune import FineTune, unfreeze
+from sdtune.run.sampling_file import SAMPLING, Sampling
+
+
+class Lcm(FineTune):
+    Config = LcmConfig
+
+    def __init__(self, cfg, device):
+        super().__init__(cfg, device)
+        family = self.family
+        if family.denoiser_name != "unet":
+            raise UserError(f"--model {cfg.model}: a {family.pipeline_class.__name__}; lcm distils UNets alone")
+        if (T := len(family.objective.alphas_cumprod)) % cfg.num_ddim_timesteps:
+            fitting = ", ".join(map(str, dividing(T, cfg.num_ddim_timesteps)))
+            raise UserError(f"--num-ddim-timesteps {cfg.num_ddim_timesteps}: does not divide {T}, as do {fitting}")
+        family.objective.huber_c = cfg.huber_c if cfg.loss_type == "huber" else None
+        self.consistency = Consistency(family.objective, cfg.timestep_scaling)
+        if cfg.lora:
+            self.train_adapters()
+            return
+        self.teacher = family.denoiser
+        student = unfreeze(reshaped(self.teacher, time_cond_proj_dim=cfg.time_cond_proj_dim))
+        family.replace("unet", student)
+        self.add_part("unet")
+        self.target, self.moved = copy.deepcopy(student).requires_grad_(False), ("target",)
+
+    def dataset(self, group, log):
+        for name, tensor in self.family.no_text().items():
+            self.register_buffer(f"no_{name}", tensor, persistent=False)
+        return super().dataset(group, log)
+
+    def forward(self, batch):
+        cfg, family, text = self.cfg, self.family, self.family.conditioning(batch)
+        # What of `u` does not choose the teacher's step is uniform as well, and independent of it
+        w = (cfg.w_min + (cfg.w_max - cfg.w_min) * (batch["u"] * cfg.num_ddim_timesteps).frac()).float()
+        told = {} if cfg.lora else {"timestep_cond": guidance_embedding(w, cfg.time_cond_proj_dim)}
+
+        def student(x_t, t):
+            return family.predict(x_t, t, text, **told)
+
+        def target(x_t, t):
+            with family.denoising_with(self.unet if cfg.lora else self.target):
+                return student(x_t, t)
+
+        def teacher(x_t, t):
+            with self.base():
+                nothing = {name.removeprefix("no_"): x for name, x in self.named_buffers(recurse=False)}
+                nothing = {name: x.expand_as(text[name]) for name, x in nothing.items()}
+                without, said = (family.predict(x_t, t, text | more) for more in (nothing, {}))
+            return classifier_free(without, said, 1 + w[:, None, None, None])
+
+        return self.consistency.loss(student, target, teacher, family.latents(batch), batch, cfg.num_ddim_timesteps)
+
+    @contextmanager
+    def base(self):
+        """Context in which the family predicts as the base does: with the teacher, or without adapters."""
+        if not self.cfg.lora:
+            with self.family.denoising_with(self.teacher):
+                yield
+            return
+        self.unet.disable_adapters()
+        try:
+            yield
+        finally:
+            self.unet.enable_adapters()
+
+    def after_step(self):
+        if self.moved:
+            follow(self.target, self.unet, self.cfg.target_decay)
+
+    @property
+    def lcm(self):
+        """Settings of the sampler, whose timesteps have to be those that were learnt."""
+        return {"original_inference_steps": self.cfg.num_ddim_timesteps, "timestep_scaling": self.cfg.timestep_scaling}
+
+    def sampler(self):
+        return lcm_scheduler(self.family.scheduler, **self.lcm)
+
+    @property
+    def shown_guidance(self):
+        return self.cfg.shown_guidance
+
+    def pipeline(self):
+        return self.family.pipeline(scheduler=self.sampler())
+
+    def export(self, out):
+        told = Sampling(self.cfg.validation_inference_steps, self.shown_guidance)
+        if not self.cfg.lora:
+            pipeline = self.family.fp32_pipeline(scheduler=self.sampler())
+            return write_pipeline(out, pipeline, {SAMPLING: told.to_bytes()})
+        return [self.save_adapters(out), told._replace(lcm=self.lcm).write(out)]

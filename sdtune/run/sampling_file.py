@@ -1,0 +1,73 @@
+"""``sampling.json`` beside an artefact: in how many steps, and how guided, a distilled model is sampled.
+
+``sdtune sample`` takes these where its options say nothing, and the card and the report show them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sdtune.config.errors import UserError
+from sdtune.config.untrusted import printable
+
+SAMPLING = "sampling.json"
+
+
+class Sampling(NamedTuple):
+    """How a model wants to be sampled."""
+
+    steps: int
+    guidance_scale: float | None = None
+    """Of a text-to-image pipeline's call; 1 is none."""
+    lcm: dict[str, float] | None = None
+    """For an adapter that wants diffusers' LCMScheduler: what its configuration says otherwise than the base's."""
+
+    def to_bytes(self) -> bytes:
+        told = {name: value for name, value in self._asdict().items() if value is not None}
+        return (json.dumps(told, indent=1) + "\n").encode()
+
+    def write(self, folder: Path) -> Path:
+        """Write the file, whole or not at all."""
+        new, path = folder / f".{SAMPLING}", folder / SAMPLING
+        new.write_bytes(self.to_bytes())
+        new.replace(path)
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> "Sampling | None":
+        """What a file says, which may be anybody's; ``None`` where there is none.
+
+        Raises:
+            UserError: it says something else.
+        """
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+        if not _valid(told):
+            raise UserError(
+                f"{path}: says nothing that this version knows: {printable(json.dumps(told)[:100], lines=False)}"
+            )
+        return cls(**told)
+
+
+LCM = {"original_inference_steps": int, "timestep_scaling": float}
+"""Settings of an LCMScheduler that an adapter may ask for."""
+
+
+def _valid(told: Any) -> bool:
+    def number(value: Any, least: float) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= 1e5
+
+    if not isinstance(told, dict) or not told.keys() <= set(Sampling._fields):
+        return False
+    lcm = told.get("lcm", {})
+    return (
+        isinstance(told.get("steps"), int)
+        and number(told["steps"], 1)
+        and number(told.get("guidance_scale", 1), 0)
+        and isinstance(lcm, dict)
+        and all(name in LCM and isinstance(value, LCM[name] | int) and number(value, 0) for name, value in lcm.items())
+    )
