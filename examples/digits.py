@@ -80,7 +80,7 @@ class Judge:
         cfg = parsing.resolve(DdpmConfig, "ddpm/digits", {}, [])
         photos = load_images(cfg, captions=False, class_column="folder")
         stream = Stream(cfg, photos, 1, "L")
-        self.real, digits = self.read(stream, [stream._plain(index) for index in stream.indices])
+        self.real, digits = self.read(stream, [stream._unaugmented(index) for index in stream.indices])
         self.machine = CalibratedClassifierCV(SVC(C=10), ensemble=False).fit(self.real.flatten(1).numpy(), digits)
         held, truth = self.read(stream, stream.holdout)
         self.accuracy = float((self.probabilities(held).argmax(1) == truth).mean())
