@@ -1,8 +1,9 @@
 """What every recipe is held to in ``test_resume`` and ``test_cuts``: a new one adds a row here, and nothing there.
 
-A row costs the suite at most 20 s: its runs are small, what several tests compare with is made once a session
-(``conftest.shared``), processes are forked, and a variant is one killed run of 24 steps. Put options that do not meet
-into one variant; a variant of its own is for what has a state of its own to save.
+A row costs the suite at most 20 s of a core: its runs are small and draw no images that nobody looks at, what several
+tests compare with is made once a session (``conftest.shared``), processes are forked, and a variant is one killed run
+of ten steps. Put all options that go together into one variant, after ``TOGETHER``: a state that is not saved shows
+there as well. A second variant is for what cannot go with it.
 """
 
 import shlex
@@ -46,17 +47,15 @@ class Contract:
         return load_file(out / self.weights)
 
 
-NO_PREVIEWS = {"--num-validation-images": 0}
-WORKERS = {
-    "workers, accumulation": [
-        *("--dataloader-num-workers", "2", "--train-batch-size", "1", "--gradient-accumulation-steps", "2"),
-    ]
-}
-COMMON = {
-    "plain": [],
-    "workers, accumulation, average": [*WORKERS["workers, accumulation"], "--use-ema", "--ema-power", "0.75"],
-}
-"""Variants of every recipe; of one that has a target network, which is an average, the first and `WORKERS`."""
+NO_PREVIEWS = {"--num-validation-images": 0, "--validation-inference-steps": 1}
+PREVIEWS = ["--num-validation-images", "3"]
+WORKERS = ["--dataloader-num-workers", "2", "--train-batch-size", "1", "--gradient-accumulation-steps", "2"]
+TOGETHER = [*WORKERS, "--use-ema", "--ema-power", "0.75"]
+"""What every recipe can be killed with: loader workers, accumulation, an average of the weights.
+
+A recipe that has a target network, which is an average, has only the first two.
+"""
+COMMON = {"workers, accumulation, average": TOGETHER}
 SMALL = {
     "--resolution": 16,
     "--block-out-channels": "8 16",
@@ -77,16 +76,18 @@ RECIPES = {
         settings={"--model": "{sd}", "--resolution": 32, **NO_PREVIEWS},
         weights="pytorch_lora_weights.safetensors",
         variants={
-            **COMMON,
-            "text encoder, dropout": ["--train-text-encoder", "--dropout", "0.1", "--lr-scheduler", "cosine"],
+            "plain": [],
+            "text encoder, dropout, buckets": [
+                *(*TOGETHER, "--train-text-encoder", "--dropout", "0.1", "--lr-scheduler", "cosine"),
+                *("--no-center-crop", "--random-flip", "--buckets", "--bucket-step", "8"),
+            ],
             "8 bits": ["--quantize-base", "int8", "--optimizer", "torchao_adamw8bit", "--rank", "128"],
-            "random crops, flips, buckets": ["--no-center-crop", "--random-flip", "--buckets", "--bucket-step", "8"],
         },
         draws=[
             *("--learning-rate", "1e-4", "--random-flip", "--caption-dropout", "0.2", "--noise-offset", "0.05"),
             *("--use-ema", "--snr-gamma", "5"),
         ],
-        previews=["--num-validation-images", "3"],
+        previews=PREVIEWS,
     ),
     "lora, LoHa": Contract(
         method="lora",
@@ -99,7 +100,7 @@ RECIPES = {
             ],
         },
         draws=["--random-flip", "--target-modules", "to_q", "to_v", "conv1", *STEADY],
-        previews=["--num-validation-images", "3"],
+        previews=PREVIEWS,
     ),
     "lora, LoKr": Contract(
         method="lora",
@@ -113,7 +114,7 @@ RECIPES = {
             "8 bits": ["--quantize-base", "int8"],
         },
         draws=["--random-flip", "--train-text-encoder", *STEADY],
-        previews=["--num-validation-images", "3"],
+        previews=PREVIEWS,
     ),
     "lora, PiSSA": Contract(
         method="lora",
@@ -121,7 +122,7 @@ RECIPES = {
         weights="pytorch_lora_weights.safetensors",
         variants={"by a draw": ["--init-lora-weights", "pissa_niter_4", "--train-text-encoder"]},
         draws=["--random-flip", "--init-lora-weights", "pissa", *STEADY],
-        previews=["--num-validation-images", "3"],
+        previews=PREVIEWS,
     ),
     "dreambooth": Contract(
         settings={
@@ -131,14 +132,16 @@ RECIPES = {
             "--class-data": "{pictures}",
             "--num-class-images": 11,
             "--learning-rate": "1e-3",
+            **NO_PREVIEWS,
         },
         weights="unet/diffusion_pytorch_model.safetensors",
         variants={
-            **COMMON,
-            "text encoder, flips": ["--train-text-encoder", "--random-flip", "--no-center-crop", "--snr-gamma", "5"],
+            "text encoder, flips": [
+                *(*TOGETHER, "--train-text-encoder", "--random-flip", "--no-center-crop", "--snr-gamma", "5"),
+            ],
         },
         draws=["--learning-rate", "1e-5", "--random-flip", "--prior-loss-weight", "0.5", "--use-ema"],
-        previews=["--num-validation-images", "3"],
+        previews=PREVIEWS,
     ),
     "dreambooth, adapters and a word": Contract(
         method="dreambooth",
@@ -148,100 +151,108 @@ RECIPES = {
             "--lora": "",
             "--placeholder-token": "<thing>",
             "--caption": "'a <thing> circle'",
+            **NO_PREVIEWS,
         },
         weights="pytorch_lora_weights.safetensors",
         variants={
-            **COMMON,
-            "text encoder, dropout": ["--train-text-encoder", "--dropout", "0.1", "--placeholder-frac", "0.5"],
+            "text encoder, dropout": [
+                *(*TOGETHER, "--train-text-encoder", "--dropout", "0.1", "--placeholder-frac", "0.5"),
+            ],
         },
         draws=["--learning-rate", "1e-4", "--random-flip", "--train-text-encoder"],
-        previews=["--num-validation-images", "3"],
+        previews=PREVIEWS,
     ),
     "textual-inversion": Contract(
-        settings={"--model": "{sd}", "--resolution": 32, "--placeholder-token": "<thing>", "--num-vectors": 2},
-        weights="learned_embeds.safetensors",
-        variants={
-            **COMMON,
-            "flips, norm": ["--random-flip", "--norm-weight", "0.1", "--snr-gamma", "5"],
+        settings={
+            "--model": "{sd}",
+            "--resolution": 32,
+            "--placeholder-token": "<thing>",
+            "--num-vectors": 2,
+            **NO_PREVIEWS,
         },
+        weights="learned_embeds.safetensors",
+        variants={"flips, norm": [*TOGETHER, "--random-flip", "--norm-weight", "0.1", "--snr-gamma", "5"]},
         draws=["--learning-rate", "1e-3", "--random-flip", "--learnable-property", "style", "--use-ema"],
-        previews=["--num-validation-images", "3"],
+        previews=PREVIEWS,
     ),
     "text-to-image": Contract(
-        settings={"--model": "{sd}", "--resolution": 32, "--learning-rate": "1e-3"},
+        settings={"--model": "{sd}", "--resolution": 32, "--learning-rate": "1e-3", **NO_PREVIEWS},
         weights="unet/diffusion_pytorch_model.safetensors",
-        variants={**COMMON, "dream": ["--dream"]},
+        variants={"dream": [*TOGETHER, "--dream"]},
         draws=["--learning-rate", "1e-5", "--random-flip", "--caption-dropout", "0.2", "--use-ema", "--dream"],
-        previews=["--num-validation-images", "3"],
+        previews=PREVIEWS,
     ),
     "controlnet": Contract(
         settings={"--model": "{sd}", "--resolution": 32, "--condition": "edges", **NO_PREVIEWS},
         weights="diffusion_pytorch_model.safetensors",
-        variants={**COMMON, "a mask, crops, flips": ["--condition", "mask", "--random-flip", "--no-center-crop"]},
+        variants={"a mask, crops, flips": [*TOGETHER, "--condition", "mask", "--random-flip", "--no-center-crop"]},
         draws=[*STEADY, "--random-flip", "--caption-dropout", "0.2", "--condition", "mask", "--snr-gamma", "5"],
-        previews=["--num-validation-images", "3"],
+        previews=PREVIEWS,
     ),
     "t2i-adapter": Contract(
         settings={"--model": "{sd}", "--resolution": 32, "--condition": "edges", **NO_PREVIEWS},
         weights="diffusion_pytorch_model.safetensors",
         variants=COMMON,
         draws=[*STEADY, "--random-flip", "--caption-dropout", "0.2", "--condition", "mask", "--use-ema"],
-        previews=["--num-validation-images", "3"],
+        previews=PREVIEWS,
     ),
     "instruct-pix2pix": Contract(
         settings={"--model": "{sd}", "--resolution": 32, "--learning-rate": "1e-3", **NO_PREVIEWS},
         weights="unet/diffusion_pytorch_model.safetensors",
-        variants={**COMMON, "dropout, flips": ["--conditioning-dropout", "0.2", "--random-flip", "--no-cache"]},
+        variants={"dropout, flips": [*TOGETHER, "--conditioning-dropout", "0.2", "--random-flip", "--no-cache"]},
         draws=["--learning-rate", "1e-5", "--random-flip", "--conditioning-dropout", "0.2", "--use-ema"],
-        previews=["--num-validation-images", "3"],
+        previews=PREVIEWS,
     ),
     "lcm": Contract(
         settings={"--model": "{sd}", "--resolution": 32, "--learning-rate": "1e-3", **NO_PREVIEWS},
         weights="unet/diffusion_pytorch_model.safetensors",
-        variants={"plain": [], **WORKERS, "l2, flips": ["--loss-type", "l2", "--random-flip", "--no-center-crop"]},
+        variants={"l2, flips": [*WORKERS, "--loss-type", "l2", "--random-flip", "--no-center-crop"]},
         draws=[*STEADY, "--random-flip", "--caption-dropout", "0.2"],
-        previews=["--num-validation-images", "3"],
+        previews=PREVIEWS,
     ),
     "lcm, adapters": Contract(
         method="lcm",
         settings={"--model": "{sd}", "--resolution": 32, "--lora": "", "--rank": 4, **NO_PREVIEWS},
         weights="pytorch_lora_weights.safetensors",
-        variants={"dropout, workers, accumulation": ["--dropout", "0.1", *WORKERS["workers, accumulation"]]},
+        variants={"dropout, workers, accumulation": ["--dropout", "0.1", *WORKERS]},
         draws=[*STEADY, "--random-flip", "--w-max", "8"],
-        previews=["--num-validation-images", "3"],
+        previews=PREVIEWS,
     ),
     "ddpm": Contract(
         settings=SMALL | NO_PREVIEWS,
         weights="unet/diffusion_pytorch_model.safetensors",
         variants={
-            **COMMON,
-            "plain": ["--no-use-ema"],
-            "classes, dropout": ["--class-column", "text", "--class-dropout", "0.3", "--dropout", "0.1"],
-            "random crops, flips, velocity": ["--no-center-crop", "--random-flip", "--prediction-type", "v_prediction"],
+            "classes, dropout": [
+                *(*TOGETHER, "--class-column", "text", "--class-dropout", "0.3", "--dropout", "0.1"),
+            ],
+            "random crops, flips, velocity, no average": [
+                *("--no-use-ema", "--no-center-crop", "--random-flip", "--prediction-type", "v_prediction"),
+            ],
         },
         draws=[
             *(*STEADY, "--random-flip", "--no-center-crop", "--noise-offset", "0.05", "--input-perturbation", "0.1"),
             *("--class-column", "text", "--class-dropout", "0.3", "--snr-gamma", "5"),
         ],
-        previews=["--num-validation-images", "3"],
+        previews=PREVIEWS,
     ),
     "progressive": Contract(
         settings={"--model": "{pixels}", "--resolution": 16, "--sampling-steps": "2 1", **NO_PREVIEWS},
         weights="unet/diffusion_pytorch_model.safetensors",
-        # Phases of 12 of 24 steps and of 6 of 12: the kills are in the second one
-        variants={"plain": [], **WORKERS, "average, flips": ["--use-ema", "--random-flip", "--no-center-crop"]},
-        draws=[*STEADY, "--random-flip", "--phase-steps", "6"],
-        previews=["--num-validation-images", "3"],
+        # Phases of 5 of 10 steps and of 2 of 4: the kills are in the second one
+        variants={"average, flips": [*TOGETHER, "--random-flip", "--no-center-crop"]},
+        draws=[*STEADY, "--random-flip", "--phase-steps", "2"],
+        previews=PREVIEWS,
     ),
     "consistency": Contract(
         settings=SMALL | NO_PREVIEWS,
         weights="unet/diffusion_pytorch_model.safetensors",
         variants={
-            **COMMON,
-            "classes, dropout": ["--class-column", "text", "--dropout", "0.1", "--target-decay", "0.9"],
+            "classes, dropout": [
+                *(*TOGETHER, "--class-column", "text", "--dropout", "0.1", "--target-decay", "0.9"),
+            ],
         },
         draws=[*STEADY, "--random-flip"],
-        previews=["--num-validation-images", "3"],
+        previews=PREVIEWS,
     ),
     "consistency, distilled": Contract(
         method="consistency",
@@ -249,12 +260,12 @@ RECIPES = {
         weights="unet/diffusion_pytorch_model.safetensors",
         variants={"plain, the first paper's": ["--no-use-ema", "--match-steps", "9", *FIRST]},
         draws=[*STEADY, "--random-flip"],
-        previews=["--num-validation-images", "3"],
+        previews=PREVIEWS,
     ),
     "classifier": Contract(
         settings=SMALL | {"--class-column": "text", "--attention-head-dim": 8},
         weights="diffusion_pytorch_model.safetensors",
-        variants={**COMMON, "dropout, flips": ["--dropout", "0.1", "--random-flip"]},
+        variants={"dropout, flips": [*TOGETHER, "--dropout", "0.1", "--random-flip"]},
         draws=[*STEADY, "--random-flip", "--no-center-crop", "--use-ema"],
     ),
 }

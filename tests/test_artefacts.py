@@ -68,8 +68,7 @@ def test_stock_diffusers_loads_the_run_and_draws_what_it_showed(run):
     files = artefacts.artefact(run, 4)
     assert set(artefacts.entries(run, files)) == PARTS
     assert {path for part in PARTS for path in (run / part, *(run / part).rglob("*")) if path.is_file()} == set(files)
-    with Image.open(run / "samples" / "step-000004.png") as sheet:
-        assert cells(sheet)[0][0].tobytes() == drawn(run)
+    assert shown(run) == drawn(run)
 
 
 def test_nothing_of_this_machine_and_names_as_published(run, sd):
@@ -168,14 +167,26 @@ def test_overwrite_removes_the_artefact_and_nothing_else(run, tmp_path):
 LOAD = """
 import sys, torch
 from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
-image = pipe("a red circle", num_inference_steps=2, guidance_scale=5.0, generator=torch.Generator("cpu").manual_seed(0))
-image.images[0].save(sys.argv[2])
+whole, base, adapter, out = sys.argv[1:]
+adapted = DiffusionPipeline.from_pretrained(base)
+adapted.load_lora_weights(adapter)
+for pipe, name in (DiffusionPipeline.from_pretrained(whole), "whole"), (adapted, "adapted"):
+    noise = torch.Generator("cpu").manual_seed(0)
+    image = pipe("a red circle", num_inference_steps=2, guidance_scale=5.0, width=32, height=32, generator=noise)
+    image.images[0].save(f"{out}/{name}.png")
 """
 
 
+def shown(run):
+    """The first image of the last sheet of samples."""
+    with Image.open(sorted((run / "samples").glob("step-*.png"))[-1]) as sheet:
+        return cells(sheet)[0][0].tobytes()
+
+
 @pytest.mark.processes
-def test_pushed_pipeline_loads_by_its_name_and_draws_the_same(here, elsewhere, run, tmp_path):
+def test_stock_diffusers_loads_what_was_pushed_by_name_and_draws_the_same(here, elsewhere, run, lora, sd, tmp_path):
+    """A pipeline, and an adapter that is pushed when its training ends."""
+    adapted = lora("hearts", *PICTURE, "--steps", "4", "--push-to-hub")
     assert status(["push", str(run)]) == 0
     files = here.files("tester/whole")
     artefact = content(run, artefacts.artefact(run))
@@ -186,10 +197,11 @@ def test_pushed_pipeline_loads_by_its_name_and_draws_the_same(here, elsewhere, r
     assert here.titles("tester/whole") == ["sdtune own", "initial commit"]
     private = str(run.parent).encode(), str(FILE.parent).encode()
     assert [name for name, data in files.items() if any(p in data for p in private)] == []
-    code, said = elsewhere("-c", LOAD, "tester/whole", str(tmp_path / "drawn.png"))
-    assert code == 0, said
-    with Image.open(tmp_path / "drawn.png") as image:
-        assert image.tobytes() == drawn(run)
+    code, printed = elsewhere("-c", LOAD, "tester/whole", str(sd), "tester/hearts", str(tmp_path))
+    assert code == 0, printed
+    for name, trained in {"whole": run, "adapted": adapted}.items():
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.tobytes() == shown(trained), name
 
 
 def test_stages_on_the_way_to_the_hub_never_touch_the_run(here, sd, pictures, tmp_path, monkeypatch):

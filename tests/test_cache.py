@@ -92,17 +92,17 @@ def test_key_of_a_model_is_its_content():
 
 def test_second_run_computes_nothing_and_gives_the_same_bytes(lora, monkeypatch, tmp_path):
     monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / "cache"))
-    one = lora("one", "--random-flip")
+    one = lora("one", "--random-flip", "--steps", "2")
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")}
     assert len(files) == 2  # moments, with and without flip, and texts
-    other = lora("other", "--random-flip")
+    other = lora("other", "--random-flip", "--steps", "2")
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.safetensors")} == files
     name = "pytorch_lora_weights.safetensors"
     assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
 def test_what_cannot_be_cached_is_said(lora, capsys):
-    lora("run", "--no-center-crop", "--shuffle-tags", "--caption", "red, circle, small")
+    lora("run", "--no-center-crop", "--shuffle-tags", "--caption", "red, circle, small", "--steps", "1")
     said = capsys.readouterr().out
     assert "VAE moments are not cached: random crops" in said
     assert "text embeddings are not cached: " in said
@@ -119,7 +119,7 @@ def test_another_vae_is_used_and_has_a_cache_of_its_own(lora, sd, tmp_path, caps
     other.save_pretrained(tmp_path / "other")
     name = "pytorch_lora_weights.safetensors"
     plain, own, changed = (
-        (lora(run, *options) / name).read_bytes()
+        (lora(run, *options, "--steps", "2") / name).read_bytes()
         for run, options in {
             "plain": [],
             "own": ["--vae", str(sd / "vae")],

@@ -14,11 +14,23 @@ from sdtune.training import batch_size, memory_estimate
 from tests import contract
 from tests.conftest import command, status
 
+KNOWN: dict[str, memory_estimate.MemoryEstimate] = {}
+"""Estimates by the options that they are made of; each takes seconds."""
+
 
 @pytest.fixture
 def steady(monkeypatch):
-    """The process itself is a gigabyte, whatever the tests before have imported."""
+    """The process itself is a gigabyte, whatever the tests before have imported; an estimate is made once."""
     monkeypatch.setattr(memory_estimate, "resident", lambda: 10**9)
+    real = batch_size.estimate
+
+    def once(recipe, dataset, device, base=None):
+        key = repr((device, recipe.cfg.model_dump(mode="json", exclude={"output_dir", "steps"})))
+        if key not in KNOWN:
+            KNOWN[key] = real(recipe, dataset, device, base)
+        return KNOWN[key]
+
+    monkeypatch.setattr(batch_size, "estimate", once)
 
 
 @pytest.mark.parametrize("recipe", contract.RECIPES)
@@ -47,8 +59,8 @@ def test_everything_that_is_wrong_is_told_at_once(sd, pictures, tmp_path, capsys
         assert problem in told
 
 
-def test_a_run_of_other_options_is_in_the_way(lora, sd, pictures, tmp_path, capsys):
-    lora("run", "--steps", "1")
+def test_a_run_of_other_options_is_in_the_way(copied, sd, pictures, tmp_path, capsys):
+    copied("lora", "run")
     assert status(["check", *command(sd, pictures, tmp_path / "run", "--rank", "7")]) == 2
     assert "holds a run with another config (--rank was 4, is 7)" in capsys.readouterr().err
 
@@ -70,17 +82,17 @@ def test_what_makes_a_run_fit_is_estimated(steady, sd, pictures, tmp_path, capsy
 
 
 def test_the_largest_batch_that_fits_is_found_and_the_step_stays_what_it_is(steady, sd, pictures, tmp_path, capsys):
-    words = command(sd, pictures, tmp_path / "run", "--train-batch-size", "4", "--gradient-accumulation-steps", "2")
+    words = command(sd, pictures, tmp_path / "run", "--train-batch-size", "2", "--gradient-accumulation-steps", "2")
     estimates = batch_size.Estimates(Lora, config_of(words), torch.device("cpu"), 1)
-    limit = estimates.of(train_batch_size=2, gradient_accumulation_steps=4).total
-    assert status([*words, "--steps", "2", "--find-batch-size", "--memory", f"{limit}"]) == 0
-    assert "--find-batch-size: --train-batch-size 2 --gradient-accumulation-steps 4, " in capsys.readouterr().out
+    limit = estimates.of(train_batch_size=2, gradient_accumulation_steps=2).total
+    assert status([*words, "--steps", "1", "--find-batch-size", "--memory", f"{limit}"]) == 0
+    assert "--find-batch-size: --train-batch-size 2 --gradient-accumulation-steps 2, " in capsys.readouterr().out
     cut = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert (cut["train_batch_size"], cut["gradient_accumulation_steps"]) == (2, 4)
-    assert status([*words, "--steps", "3", "--find-batch-size", "--memory", "100GB"]) == 0  # as many images a step
+    assert (cut["train_batch_size"], cut["gradient_accumulation_steps"]) == (2, 2)
+    assert status([*words, "--steps", "2", "--find-batch-size", "--memory", "100GB"]) == 0  # as many images a step
     out = capsys.readouterr().out
-    assert "--train-batch-size 8 --gradient-accumulation-steps 1" in out
-    assert "continuing at step 2" in out
+    assert "--train-batch-size 4 --gradient-accumulation-steps 1" in out
+    assert "continuing at step 1" in out
     assert status([*words, "--memory", "1GB"]) == 2
     assert "--memory: goes with --find-batch-size" in capsys.readouterr().err
 

@@ -42,8 +42,8 @@ def lines_of(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_artefact_loads_alone(classifier):
-    run, other = classifier("run"), classifier("other")
+def test_the_artefact_loads_alone(shared, classifier):
+    run, other = shared("classifier"), classifier("other")
     assert [f for f in FILES if (run / f).read_bytes() != (other / f).read_bytes()] == []
     network = NoisyClassifier.from_pretrained(run)
     names = json.loads((run / "classes.json").read_text())
@@ -55,8 +55,8 @@ def test_the_artefact_loads_alone(classifier):
     assert {w.dtype for w in network.parameters()} == {torch.float32}
 
 
-def test_logits_depend_on_the_timestep_and_have_a_gradient_at_the_image(classifier):
-    network = NoisyClassifier.from_pretrained(classifier("run")).double()
+def test_logits_depend_on_the_timestep_and_have_a_gradient_at_the_image(shared):
+    network = NoisyClassifier.from_pretrained(shared("classifier")).double()
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64, requires_grad=True)
     t = torch.tensor([10, 700])
     logits = network(x, t)
@@ -75,8 +75,8 @@ def test_attention_pool_sees_where_things_are():
     assert not torch.allclose(network(image, torch.tensor([0])), network(image.flip(-1), torch.tensor([0])), atol=1e-4)
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(classifier):
-    runs = classifier("one"), classifier("other", "--gradient-checkpointing")
+def test_gradient_checkpointing_changes_nothing_but_memory(shared, classifier):
+    runs = shared("classifier"), classifier("other", "--gradient-checkpointing")
     one, other = (contract.RECIPES["classifier"].artefact(run) for run in runs)
     assert max((one[k] - other[k]).abs().max().item() for k in one) < 1e-6
 

@@ -9,7 +9,7 @@ from tests import ranks
 from tests.compare import difference
 from tests.contract import RECIPES, command
 
-WHOLE = ["--train-batch-size", "8"]
+WHOLE = ["--train-batch-size", "8", "--steps", "4"]
 
 
 @pytest.fixture(params=RECIPES)
@@ -26,8 +26,8 @@ def whole(recipe, shared):
 def test_continued_with_accumulation(recipe, whole, trained):
     """A run may go on with another batch size, as long as a step stays the same images."""
     draws = RECIPES[recipe].draws
-    trained(recipe, "cut", *draws, *WHOLE, "--steps", "4")
-    cut = trained(recipe, "cut", *draws, "--train-batch-size", "2", "--gradient-accumulation-steps", "4")
+    trained(recipe, "cut", *draws, "--train-batch-size", "8", "--steps", "2")
+    cut = trained(recipe, "cut", *draws, "--train-batch-size", "2", "--gradient-accumulation-steps", "4", *WHOLE[2:])
     assert difference(whole, RECIPES[recipe].artefact(cut)) < 1e-6
 
 
@@ -35,7 +35,7 @@ def test_continued_with_accumulation(recipe, whole, trained):
 def test_two_processes(recipe, whole, places, tmp_path):
     """By the real launcher for one recipe, without one for the others."""
     cut, contract = ["--train-batch-size", "2", "--gradient-accumulation-steps", "2"], RECIPES[recipe]
-    words = command(recipe, places, tmp_path / "cut", *contract.draws, *cut, *contract.previews)
+    words = command(recipe, places, tmp_path / "cut", *contract.draws, *cut, *WHOLE[2:], *contract.previews)
     if recipe == "lora":
         done = ranks.launch([*words, "--num-processes", "2"])
         assert done.returncode == 0, done.stderr
@@ -48,18 +48,17 @@ def test_two_processes(recipe, whole, places, tmp_path):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("recipe", ["lora", "dreambooth", "textual-inversion", "ddpm"], indirect=True)
-def test_four_processes_and_a_checkpoint_of_two_that_one_and_four_continue(recipe, shared, places, tmp_path):
+@pytest.mark.parametrize("recipe", ["dreambooth", "ddpm"], indirect=True)
+def test_a_checkpoint_of_two_processes_that_one_and_four_continue(recipe, shared, places, tmp_path):
     contract = RECIPES[recipe]
-    options = [*contract.draws, *contract.previews, "--use-ema", "--validation-inference-steps", "1"]
+    options = [*contract.draws, *contract.previews, "--use-ema"]
 
     def learnt(world, name, steps=4):
         out, cut = tmp_path / name, ["--train-batch-size", str(8 // world), "--steps", str(steps)]
         ranks.train(world, command(recipe, places, out, *options, *cut), tmp_path / f"{name}-output")
         return contract.artefact(out)
 
-    whole = contract.artefact(shared(recipe, *options, *WHOLE, "--steps", "4"))
-    assert difference(whole, learnt(4, "four")) < 1e-6
+    whole = contract.artefact(shared(recipe, *options, *WHOLE))
     learnt(2, "moved", steps=2)
     shutil.copytree(tmp_path / "moved", tmp_path / "copied")
     assert difference(whole, learnt(1, "moved")) < 1e-6

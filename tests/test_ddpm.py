@@ -70,8 +70,8 @@ def images_of(pipeline, steps, seed=3):
 # ---- the artefact --------------------------------------------------------------------------------------
 
 
-def test_stock_diffusers_samples_it_with_ddpm_and_with_ddim(ddpm):
-    run = ddpm("run")
+def test_stock_diffusers_samples_it_with_ddpm_and_with_ddim(shared):
+    run = shared("ddpm")
     pipeline = DDPMPipeline.from_pretrained(run)
     ancestral = images_of(pipeline, 5)
     assert ancestral.shape == (16, 16, 3)
@@ -82,23 +82,23 @@ def test_stock_diffusers_samples_it_with_ddpm_and_with_ddim(ddpm):
     assert np.array_equal(np.asarray(to_images(ours)[0]), ancestral)
 
 
-def test_the_artefact_is_these_files_with_equal_bytes_in_equal_runs(ddpm):
-    one, other = ddpm("one"), ddpm("other")
+def test_the_artefact_is_these_files_with_equal_bytes_in_equal_runs(shared, ddpm):
+    one, other = shared("ddpm"), ddpm("other")
     listed = [f for f in FILES if (one / f).is_file()]
     assert listed == FILES
     assert not (one / "classes.json").exists()
     assert [f for f in FILES if (one / f).read_bytes() != (other / f).read_bytes()] == []
 
 
-def test_it_holds_the_average(ddpm):
+def test_it_holds_the_average(shared):
     averaged, last = (
-        UNet2DModel.from_pretrained(ddpm(*run), subfolder="unet") for run in (["a"], ["b", "--no-use-ema"])
+        UNet2DModel.from_pretrained(shared("ddpm", *more), subfolder="unet") for more in ([], ["--no-use-ema"])
     )
     assert not torch.equal(averaged.conv_in.weight, last.conv_in.weight)
     assert {w.dtype for w in averaged.parameters()} == {torch.float32}
 
 
-def test_schedule_and_variance_are_saved(ddpm):
+def test_schedule_and_variance_are_saved(shared, ddpm):
     given = {
         "num_train_timesteps": 200,
         "beta_schedule": "scaled_linear",
@@ -108,11 +108,14 @@ def test_schedule_and_variance_are_saved(ddpm):
         "variance_type": "fixed_large",
     }
     words = [word for name, value in given.items() for word in (fields.flag(name), str(value))]
+    words += ["--steps", "1"]
     saved = json.loads((ddpm("run", *words) / "scheduler" / "scheduler_config.json").read_text())
     assert given.items() <= saved.items()
     assert saved["clip_sample"]
-    assert not DDPMPipeline.from_pretrained(ddpm("free", "--out-of-range", "keep")).scheduler.config.clip_sample
-    plain = json.loads((ddpm("plain") / "scheduler" / "scheduler_config.json").read_text())
+    assert not DDPMPipeline.from_pretrained(
+        ddpm("free", "--out-of-range", "keep", "--steps", "1")
+    ).scheduler.config.clip_sample
+    plain = json.loads((shared("ddpm") / "scheduler" / "scheduler_config.json").read_text())
     paper = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
     assert (
         paper | {"prediction_type": "epsilon", "variance_type": "fixed_small", "clip_sample": True}
@@ -120,7 +123,7 @@ def test_schedule_and_variance_are_saved(ddpm):
 
 
 def test_zero_terminal_snr_samples_from_the_last_timestep(ddpm, refused):
-    run = ddpm("run", "--rescale-betas-zero-snr", "--prediction-type", "v_prediction")
+    run = ddpm("run", "--rescale-betas-zero-snr", "--prediction-type", "v_prediction", "--steps", "1")
     scheduler = DDPMPipeline.from_pretrained(run).scheduler
     scheduler.set_timesteps(10)
     assert scheduler.timesteps[0] == 999
@@ -128,8 +131,8 @@ def test_zero_terminal_snr_samples_from_the_last_timestep(ddpm, refused):
     assert "add --prediction-type v_prediction" in refused("--rescale-betas-zero-snr")
 
 
-def test_a_failed_write_leaves_the_older_artefact(ddpm, monkeypatch):
-    run = ddpm("run")
+def test_a_failed_write_leaves_the_older_artefact(copied, monkeypatch):
+    run = copied("ddpm", "run")
     before = {f: (run / f).read_bytes() for f in FILES}
     pipeline = DDPMPipeline.from_pretrained(run)
     monkeypatch.setattr(DDPMPipeline, "save_pretrained", full_disk)
@@ -152,13 +155,14 @@ def test_training_lowers_the_loss_of_held_out_images(ddpm):
     assert held_out[-1] < 0.8 * held_out[0]
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(ddpm):
-    one, other = (contract.RECIPES["ddpm"].artefact(ddpm(*run)) for run in (["a"], ["b", "--gradient-checkpointing"]))
+def test_gradient_checkpointing_changes_nothing_but_memory(shared, ddpm):
+    runs = shared("ddpm"), ddpm("other", "--gradient-checkpointing")
+    one, other = (contract.RECIPES["ddpm"].artefact(run) for run in runs)
     assert max((one[k] - other[k]).abs().max().item() for k in one) < 1e-6
 
 
 def test_bf16_trains_and_saves_in_fp32(ddpm):
-    weights = contract.RECIPES["ddpm"].artefact(ddpm("run", "--mixed-precision", "bf16"))
+    weights = contract.RECIPES["ddpm"].artefact(ddpm("run", "--mixed-precision", "bf16", "--steps", "2"))
     assert {w.dtype for w in weights.values()} == {torch.float32}
 
 
@@ -180,7 +184,7 @@ def bare(places, tmp_path):
     """The words of a short run whose network is not described by options."""
 
     def words(name: str, *options: str) -> list[str]:
-        least = {"--dataset": places.pictures, "--output-dir": tmp_path / name, "--resolution": 16, "--steps": 3}
+        least = {"--dataset": places.pictures, "--output-dir": tmp_path / name, "--resolution": 16, "--steps": 1}
         least |= {"--train-batch-size": 2, "--dataloader-num-workers": 0, "--num-validation-images": 0}
         given = {option.partition("=")[0] for option in options}
         return ["ddpm", *(str(w) for pair in least.items() if pair[0] not in given for w in pair), *options]
@@ -188,9 +192,9 @@ def bare(places, tmp_path):
     return words
 
 
-def test_a_file_describes_the_network(ddpm, bare, tmp_path, capsys, refused):
+def test_a_file_describes_the_network(shared, bare, tmp_path, capsys, refused):
     file = tmp_path / "network.json"
-    file.write_bytes((ddpm("first") / "unet" / "config.json").read_bytes())
+    file.write_bytes((shared("ddpm") / "unet" / "config.json").read_bytes())
     assert status(bare("second", "--unet-config", str(file))) == 0
     assert (tmp_path / "second" / "unet" / "config.json").read_bytes() == file.read_bytes()
     assert "leave out block_out_channels" in refused("--unet-config", str(file))
@@ -222,7 +226,7 @@ def test_options_of_the_network_that_cannot_be(refused):
 
 
 def test_a_schedule_that_does_not_reach_noise_is_told(ddpm, capsys):
-    ddpm("run", "--num-train-timesteps", "50")
+    ddpm("run", "--num-train-timesteps", "50", "--steps", "1")
     assert "the last of 50 timesteps still holds 60% of an image's variance" in capsys.readouterr().out
 
 
@@ -253,9 +257,15 @@ def test_pixels_are_those_of_the_file(mode, tmp_path):
 def test_mixed_images_take_the_least_that_holds_all(ddpm, tmp_path):
     picture("L", 0).save(tmp_path / "a.png")
     picture("RGB", 1).save(tmp_path / "b.png")
-    assert UNet2DModel.from_pretrained(ddpm("one", "--dataset", str(tmp_path)) / "unet").config.in_channels == 3
+    assert (
+        UNet2DModel.from_pretrained(ddpm("one", "--dataset", str(tmp_path), "--steps", "1") / "unet").config.in_channels
+        == 3
+    )
     picture("LA", 2).save(tmp_path / "c.png")
-    assert UNet2DModel.from_pretrained(ddpm("two", "--dataset", str(tmp_path)) / "unet").config.in_channels == 4
+    assert (
+        UNet2DModel.from_pretrained(ddpm("two", "--dataset", str(tmp_path), "--steps", "1") / "unet").config.in_channels
+        == 4
+    )
 
 
 def test_colour_and_transparency_go_only_when_asked(ddpm, bare, tmp_path, capsys):
@@ -264,7 +274,7 @@ def test_colour_and_transparency_go_only_when_asked(ddpm, bare, tmp_path, capsys
         folder.mkdir()
         for k in range(2):
             picture(mode, k).save(folder / f"{k}.png")
-    model = ddpm("model", "--dataset", str(grey))
+    model = ddpm("model", "--dataset", str(grey), "--steps", "1")
     continued = ["--model", str(model), "--dataset"]
     told = answer(capsys, bare("x", *continued, str(coloured)))
     assert "2 of 2 images have colour (0.png, 1.png), which a model of 1 channel cannot hold" in told
@@ -280,7 +290,7 @@ def test_colour_and_transparency_go_only_when_asked(ddpm, bare, tmp_path, capsys
 
 
 def test_folders_are_classes(ddpm, tmp_path):
-    options = ["--class-column", "folder", "--num-validation-images", "4"]
+    options = ["--class-column", "folder", "--num-validation-images", "4", "--steps", "1"]
     run = ddpm("run", "--dataset", str(classified(tmp_path / "data")), *options)
     assert json.loads((run / "classes.json").read_text()) == ["nine", "ten", "two"]
     assert UNet2DModel.from_pretrained(run / "unet").config.num_class_embeds == 4
@@ -356,7 +366,7 @@ def test_what_is_wrong_with_classes(refused, ddpm, tmp_path, capsys, places):
 
 
 def test_a_saved_model_is_continued(ddpm, bare, tmp_path):
-    first = ddpm("first", "--num-train-timesteps", "400", "--variance-type", "fixed_large")
+    first = ddpm("first", "--num-train-timesteps", "400", "--variance-type", "fixed_large", "--steps", "1")
     still = ["--learning-rate", "1e-12", "--adam-weight-decay", "0", "--model", str(first)]
     assert status(bare("second", *still, "--prediction-type", "epsilon")) == 0
     second = tmp_path / "second"
@@ -366,9 +376,9 @@ def test_a_saved_model_is_continued(ddpm, bare, tmp_path):
         assert (first / file).read_bytes() == (second / file).read_bytes()  # and no path of the first in it
 
 
-def test_a_continued_model_keeps_its_classes_in_their_order(ddpm, bare, tmp_path, capsys):
+def test_a_continued_model_keeps_its_classes_in_their_order(shared, ddpm, bare, tmp_path, capsys):
     data = ["--dataset", str(classified(tmp_path / "data")), "--class-column", "folder"]
-    first = ddpm("first", *data)
+    first = ddpm("first", *data, "--steps", "1")
     names = ["two", "nine", "ten"]
     (first / "classes.json").write_text(json.dumps(names))
     few = ["--dataset", str(classified(tmp_path / "few", ("nine", "two"))), "--class-column", "folder"]
@@ -383,7 +393,7 @@ def test_a_continued_model_keeps_its_classes_in_their_order(ddpm, bare, tmp_path
     assert "names 2 classes, but the network has 3" in answer(capsys, bare("x", "--model", str(first), *few))
     (first / "classes.json").unlink()
     assert "no classes.json that names them" in answer(capsys, bare("x", "--model", str(first), *few))
-    plain = ddpm("plain")
+    plain = shared("ddpm")
     assert "has no classes; leave one of the two options out" in answer(capsys, bare("x", "--model", str(plain), *few))
 
 

@@ -15,26 +15,27 @@ from tests import ranks
 from tests.compare import difference
 from tests.conftest import status
 from tests.contract import RECIPES, command
+from tests.test_cuts import WHOLE
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 CUT = ["--train-batch-size", "2", "--gradient-accumulation-steps", "2"]
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("recipe", ["lora", "dreambooth", "ddpm", "lcm", "progressive"])
+@pytest.mark.parametrize("recipe", ["dreambooth", "ddpm", "lcm", "progressive"])
 def test_sharded_is_the_same_run(recipe, shared, trained, places, tmp_path):
     """Two processes that hold half of each weight, then one, then two again learn what one process learns."""
     contract, out = RECIPES[recipe], tmp_path / "sharded"
-    whole = contract.artefact(shared(recipe, *contract.draws, "--train-batch-size", "8"))
+    whole = contract.artefact(shared(recipe, *contract.draws, *WHOLE))
     words = command(recipe, places, out, *contract.draws, *CUT, *contract.previews, "--export-steps", "2")
-    printed = ranks.train(2, [*words, "--steps", "4"], tmp_path / "first", **FSDP)
+    printed = ranks.train(2, [*words, "--steps", "2"], tmp_path / "first", **FSDP)
     assert "each in 2 slices" in printed
     saved = found(out / "checkpoints")[-1]
     weights, moments = load_file(saved / "weights.safetensors"), load_file(saved / "optimizer.safetensors")
     assert all(moments[f"{name}|exp_avg"].shape == weight.shape for name, weight in weights.items())
     assert (out / "exports" / "step-000002").is_dir()
-    trained(recipe, "sharded", *contract.draws, "--train-batch-size", "8", *contract.previews, "--steps", "8")
-    assert "continuing at step 8" in ranks.train(2, words, tmp_path / "last", **FSDP)
+    trained(recipe, "sharded", *contract.draws, "--train-batch-size", "8", *contract.previews, "--steps", "3")
+    assert "continuing at step 3" in ranks.train(2, [*words, "--steps", "4"], tmp_path / "last", **FSDP)
     assert difference(whole, contract.artefact(out)) < 1e-6
     kinds = [json.loads(file.read_text())["_class_name"] for file in out.glob("unet/config.json")]
     assert all(kind.startswith("UNet2D") for kind in kinds)  # not the class that FSDP makes of it
@@ -118,12 +119,10 @@ def test_overflow_of_many_processes_is_that_of_all(way, places, tmp_path, monkey
     assert difference(whole, parts) == 0
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-@pytest.mark.parametrize("recipe", ["dreambooth", "ddpm"])
-def test_half_precision_trains_float32_weights(recipe, precision, trained):
+@pytest.mark.parametrize(("recipe", "precision"), [("dreambooth", "fp16"), ("ddpm", "bf16")])
+def test_half_precision_trains_float32_weights(recipe, precision, shared, trained):
     contract = RECIPES[recipe]
-    half = trained(recipe, "half", *contract.draws, "--mixed-precision", precision)
-    whole = trained(recipe, "whole", *contract.draws)
-    ours, theirs = contract.artefact(half), contract.artefact(whole)
+    half = trained(recipe, "half", *contract.draws, *WHOLE, "--mixed-precision", precision)
+    ours, theirs = contract.artefact(half), contract.artefact(shared(recipe, *contract.draws, *WHOLE))
     assert {t.dtype.itemsize for t in ours.values()} == {4}
     assert 0 < difference(ours, theirs) < 1e-2

@@ -242,6 +242,7 @@ def test_a_distance_is_an_fid_only_with_the_published_weights(weights, reference
     assert "covariance has not full rank" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # 2026-11-29: a file as it was written once
 def test_files_that_are_not_the_weights(tmp_path, weights):
     tensors = torch.load(weights, weights_only=True)
     wrong = {

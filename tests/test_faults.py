@@ -131,7 +131,7 @@ def test_truncated_image_is_named_and_can_be_skipped(refused, lora, pictures, tm
     whole = (copy / "03.png").read_bytes()
     (copy / "03.png").write_bytes(whole[: len(whole) // 2])
     assert "03.png" in refused("--dataset", str(copy))
-    lora("skipping", "--dataset", str(copy), "--on-bad-image", "skip")
+    lora("skipping", "--dataset", str(copy), "--on-bad-image", "skip", "--steps", "1")
     assert "03.png" in capfd.readouterr().out
 
 
@@ -169,7 +169,7 @@ def test_long_captions_are_counted(lora, pictures, tmp_path, capfd):
     with (copy / "metadata.jsonl").open("a") as lines:
         Image.new("RGB", (40, 40)).save(copy / "long.png")
         lines.write(json.dumps({"file_name": "long.png", "text": "red circle " * 60}) + "\n")
-    lora("run", "--dataset", str(copy))
+    lora("run", "--dataset", str(copy), "--steps", "1")
     said = capfd.readouterr().out
     assert "captions over the text encoder's 77 tokens: 1, 45 tokens lost (longest long.png: 122)" in said
     assert "long.png loses: circle red circle red" in said
@@ -179,7 +179,7 @@ def test_fewer_images_than_a_batch(lora, pictures, tmp_path):
     one = tmp_path / "one"
     one.mkdir()
     shutil.copy(pictures / "00.png", one)
-    lora("run", "--dataset", str(one), "--caption", "a red circle", "--train-batch-size", "4")
+    lora("run", "--dataset", str(one), "--caption", "a red circle", "--train-batch-size", "4", "--steps", "1")
 
 
 # ---- the run's folder ----------------------------------------------------------------------------------
@@ -200,8 +200,8 @@ def test_output_that_cannot_be_written(refused):
 @pytest.mark.fault(
     "The folder holds a run with other options", "Refused with each option that differs; the run stays as it is."
 )
-def test_run_of_another_config_names_the_options_and_stays(lora, capfd):
-    artefact = lora("run") / "pytorch_lora_weights.safetensors"
+def test_run_of_another_config_names_the_options_and_stays(copied, lora, capfd):
+    artefact = copied("lora", "run") / "pytorch_lora_weights.safetensors"
     before = artefact.read_bytes()
     with pytest.raises(AssertionError, match="assert 2 == 0"):
         lora("run", "--rank", "8", "--seed", "3")
@@ -211,10 +211,10 @@ def test_run_of_another_config_names_the_options_and_stays(lora, capfd):
     assert artefact.read_bytes() == before
 
 
-def test_overwrite_discards_the_run_and_nothing_else(lora, tmp_path):
-    lora("run")
+def test_overwrite_discards_the_run_and_nothing_else(copied, lora, tmp_path):
+    copied("lora", "run")
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    lora("run", "--overwrite", "--rank", "8")
+    lora("run", "--overwrite", "--rank", "8", "--steps", "1")
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
     assert "rank: 8" in (tmp_path / "run" / "config.yaml").read_text()
 
@@ -222,23 +222,23 @@ def test_overwrite_discards_the_run_and_nothing_else(lora, tmp_path):
 @pytest.mark.fault("Images or captions changed since the run began", "Refused; `--allow-change` continues.")
 def test_changed_data_is_noticed(lora, pictures, tmp_path, capfd):
     copy = shutil.copytree(pictures, tmp_path / "pictures")
-    lora("run", "--dataset", str(copy), "--steps", "4")
+    lora("run", "--dataset", str(copy), "--steps", "1")
     Image.new("RGB", (40, 40), "blue").save(copy / "04.png")
     with pytest.raises(AssertionError, match="assert 2 == 0"):
-        lora("run", "--dataset", str(copy), "--steps", "8")
+        lora("run", "--dataset", str(copy), "--steps", "2")
     assert "--allow-change" in capfd.readouterr().err
-    lora("run", "--dataset", str(copy), "--steps", "8", "--allow-change")
+    lora("run", "--dataset", str(copy), "--steps", "2", "--allow-change")
 
 
-def test_another_number_of_images_per_step(lora, capfd):
-    lora("run", "--steps", "4")
+def test_another_number_of_images_per_step(copied, lora, capfd):
+    copied("lora", "run", "--steps", "4")
     with pytest.raises(AssertionError, match="assert 2 == 0"):
         lora("run", "--steps", "8", "--train-batch-size", "3")
     assert "2 images" in capfd.readouterr().err
 
 
-def test_finished_run_is_left_alone(lora, capfd):
-    run = lora("run")
+def test_finished_run_is_left_alone(copied, lora, capfd):
+    run = copied("lora", "run")
     before = (run / "metrics.jsonl").read_bytes()
     lora("run")
     assert "already" in capfd.readouterr().out
@@ -267,21 +267,23 @@ def damage(folder, how):
     "A bit, the end or a file of a checkpoint is lost",
     "It is passed over with its reason; the one before it continues to the same bits.",
 )
-@pytest.mark.parametrize("how", ["cut short", "one bit", "file missing", "manifest missing"])
-def test_damaged_checkpoint_is_passed_over(how, lora, tmp_path, capfd):
-    whole = lora("whole")
-    lora("cut", "--steps", "8")
-    damage(tmp_path / "cut" / "checkpoints" / "step-000008", how)
-    cut = lora("cut")
+def test_damaged_checkpoint_is_passed_over(shared, lora, tmp_path, capfd):
+    ways = ["cut short", "one bit", "file missing", "manifest missing"]
+    often = ["--checkpointing-steps", "1", "--checkpoints-total-limit", "9"]
+    lora("cut", *often, "--steps", "6")
+    for step, how in enumerate(ways, start=3):
+        damage(tmp_path / "cut" / "checkpoints" / f"step-{step:06d}", how)
+    capfd.readouterr()
+    cut = lora("cut", *often)
     said = capfd.readouterr().out
-    assert "skipped a damaged checkpoint" in said
-    assert "step-000004" in said
-    assert_same_bits(whole, cut)
+    assert said.count("skipped a damaged checkpoint") == len(ways)
+    assert "continuing at step 2" in said
+    assert_same_bits(shared("lora"), cut)
 
 
 @pytest.mark.fault("No checkpoint is whole", "Refused, each with its reason; only `--overwrite` starts anew.")
-def test_never_starts_anew_when_no_checkpoint_is_whole(lora, tmp_path, capfd):
-    lora("run", "--steps", "8")
+def test_never_starts_anew_when_no_checkpoint_is_whole(copied, lora, tmp_path, capfd):
+    copied("lora", "run")
     for folder in checkpoints.found(tmp_path / "run" / "checkpoints"):
         damage(folder, "one bit")
     with pytest.raises(AssertionError, match="assert 2 == 0"):
@@ -296,9 +298,8 @@ def test_never_starts_anew_when_no_checkpoint_is_whole(lora, tmp_path, capfd):
 )
 @pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_first(number, lora, sd, pictures, tmp_path):
-    options = ["--steps", "24", "--checkpointing-steps", "0", "--log-steps", "5"]
-    whole = lora("whole", *options)
+def test_signal_saves_first(number, shared, sd, pictures, tmp_path):
+    options = ["--checkpointing-steps", "0", "--log-steps", "2"]
     out = tmp_path / "cut"
     words = command(sd, pictures, out, *options)
     metrics = out / "metrics.jsonl"
@@ -308,16 +309,15 @@ def test_signal_saves_first(number, lora, sd, pictures, tmp_path):
     assert "continue with: sdtune lora" in said
     assert len(checkpoints.found(out / "checkpoints")) == 1
     assert status(words) == 0
-    assert_same_bits(whole, out)
+    assert_same_bits(shared("lora"), out)
 
 
 @pytest.mark.fault(
     "The disk is full while a checkpoint is saved",
     "Exit code 1 with the bytes needed and free; older checkpoints stay, and the same command continues.",
 )
-def test_full_disk_costs_the_run_nothing(lora, tmp_path, monkeypatch, capfd):
+def test_full_disk_costs_the_run_nothing(shared, lora, tmp_path, monkeypatch, capfd):
     """The second checkpoint meets a full disk; what was saved stays, and the same command goes on."""
-    whole = lora("whole")
     real = checkpoints.save_file
 
     def full(tensors, path):
@@ -332,7 +332,7 @@ def test_full_disk_costs_the_run_nothing(lora, tmp_path, monkeypatch, capfd):
     assert "MB are free" in capfd.readouterr().err
     assert [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-000004"]
     monkeypatch.setattr(checkpoints, "save_file", real)
-    assert_same_bits(whole, lora("cut"))
+    assert_same_bits(shared("lora"), lora("cut"))
 
 
 @pytest.mark.fault("The disk is too small for the checkpoints", "Refused before the first step.")
@@ -466,7 +466,7 @@ def test_a_longer_run_whose_rate_jumps_is_told(lora, capfd):
 def test_no_token_is_written(lora, monkeypatch, tmp_path):
     token = "hf_" + "planted" * 5
     monkeypatch.setenv("HF_TOKEN", token)
-    run = lora("run", "--report-to", "tensorboard")
+    run = lora("run", "--report-to", "tensorboard", "--steps", "2")
     files = [p for p in run.rglob("*") if p.is_file()]
     assert any(p.name.startswith("events.out") for p in files)
     assert [p for p in files if token.encode() in p.read_bytes()] == []

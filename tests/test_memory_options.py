@@ -8,19 +8,18 @@ from torch import nn
 from sdtune.cli import main
 from sdtune.config.sections import UserError
 from sdtune.models.memory_options import checkpoint_gradients, compile_blocks
-from sdtune.training import engine
+from sdtune.run.device import is_out_of_memory
+from sdtune.training import batch_size, engine
 from tests import contract
 from tests.conftest import status
 from tests.contract import RECIPES
 
 
 @pytest.mark.parametrize("recipe", ["textual-inversion", "dreambooth, adapters and a word"])
-def test_gradient_checkpointing_with_a_new_token_changes_nothing_but_memory(recipe, trained):
+def test_gradient_checkpointing_with_a_new_token_changes_nothing_but_memory(recipe, shared, trained):
     """The vectors of a new token are a part of these recipes, and have no blocks."""
-    one, other = (
-        trained(recipe, "one", "--steps", "2"),
-        trained(recipe, "other", "--steps", "2", "--gradient-checkpointing"),
-    )
+    one = shared(recipe, "--steps", "2")
+    other = trained(recipe, "other", "--steps", "2", "--gradient-checkpointing")
     kept, recomputed = (RECIPES[recipe].artefact(run) for run in (one, other))
     for name, tensor in kept.items():
         assert torch.allclose(recomputed[name], tensor, atol=1e-5), name
@@ -46,18 +45,16 @@ def test_a_model_that_names_no_repeated_blocks_is_compiled_as_a_whole():
     assert token._compiled_call_impl is None
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried"),
-    ],
-)
-def test_a_run_out_of_memory_names_the_options_that_save_enough(error, places, tmp_path, monkeypatch, capsys):
-    def full(self, loss):
-        raise error
+def test_a_run_out_of_memory_names_the_options_that_save_enough(places, tmp_path, monkeypatch, capsys):
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert is_out_of_memory(full)
+    full = RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried")
 
-    monkeypatch.setattr(engine.Engine, "backward", full)
+    def backward(self, loss):
+        raise full
+
+    monkeypatch.setattr(engine.Engine, "backward", backward)
+    monkeypatch.setattr(batch_size, "savings", lambda cfg: iter([{"gradient_checkpointing": True}]))
     assert status(contract.command("lora", places, tmp_path / "run", "--train-batch-size", "4")) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
     assert len(lines) == 1

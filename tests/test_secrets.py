@@ -12,26 +12,29 @@ from tests.test_hub import SAMPLES
     "A token is in the environment of training, sampling and pushing",
     "It is in no file, no line printed, no request body.",
 )
-def test_planted_token_is_nowhere(server, elsewhere, sd, pictures, tmp_path):
-    """Train, sample and push with a token in the environment; then look through all that was written and sent."""
+def test_planted_token_is_nowhere(server, here, elsewhere, sd, pictures, tmp_path, capfd):
+    """Train, sample and push with a token in the environment; then look through all that was written and sent.
+
+    Training is a process of its own, whose client finds the token and the Hub as a user's does.
+    """
     out = tmp_path / "run"
-    said = ""
+    options = [*SAMPLES, "--steps", "4", "--checkpointing-steps", "2"]
+    options += ["--push-to-hub", "--hub-strategy", "checkpoint", "--report-to", "tensorboard"]
+    words = command(sd, pictures, out, *options)
+    code, printed = elsewhere("-m", "sdtune", *words, SDTUNE_CACHE=str(tmp_path / "cache"))
+    assert code == 0, printed
     for words in (
-        command(
-            sd, pictures, out, *SAMPLES, "--push-to-hub", "--hub-strategy", "checkpoint", "--report-to", "tensorboard"
-        ),
         ["sample", "--adapter", str(out), "--prompt", "a red circle", "--output-dir", str(tmp_path / "images")],
         ["push", str(out), "--license", "mit"],
     ):
-        code, told = elsewhere("-m", "sdtune", *words, SDTUNE_CACHE=str(tmp_path / "cache"))
-        assert code == 0, told
-        said += told
+        assert status([*words, *(["--steps", "2"] if words[0] == "sample" else [])]) == 0
+    printed += "".join(capfd.readouterr())
     token = server.token.encode()
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any("events.out" in path.name for path in written)
     assert any(path.name == "state.json" for path in written)
     assert [path for path in written if token in path.read_bytes()] == []
-    assert token.decode() not in said
+    assert token.decode() not in printed
     assert server.sent
     assert [body for body in server.sent if token in body] == []
     repo = server.repos["models", "tester/run"]
@@ -45,7 +48,8 @@ def test_planted_token_is_nowhere(server, elsewhere, sd, pictures, tmp_path):
 def test_token_in_a_file_stops_the_push(name, here, lora, sd, pictures, capfd):
     secret = "hf_" + "Abcd1234" * 4
     prompt = secret if name == "README.md" else "a red circle"
-    run = lora("run", *SAMPLES[:2], "--validation-inference-steps", "2", "--validation-prompt", prompt)
+    options = ["--steps", "1", "--num-validation-images", "1", "--validation-inference-steps", "1"]
+    run = lora("run", *options, "--validation-prompt", prompt)
     if name == "metrics.jsonl":
         (run / name).rename(run.parent / "kept")
         (run / name).symlink_to(run.parent / "kept")

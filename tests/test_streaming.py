@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,9 +36,14 @@ def copy(tars, tmp_path):
     return shutil.copytree(tars, tmp_path / "shards")
 
 
-def lora(dataset, out, *options):
-    """``sdtune lora`` on the built-in base; a step is 4 images."""
-    words = f"lora --model tiny --dataset {dataset} --output-dir {out} --resolution 64 --rank 2 --steps 8"
+@pytest.fixture
+def lora(sd):
+    return partial(command, sd)
+
+
+def command(sd, dataset, out, *options):
+    """``sdtune lora`` with small settings; a step is 4 images."""
+    words = f"lora --model {sd} --dataset {dataset} --output-dir {out} --resolution 32 --rank 2 --steps 4"
     words += " --num-validation-images 0 --checkpointing-steps 2 --log-steps 50 --learning-rate 1e-4"
     given = {option.partition("=")[0] for option in options}
     words += "" if "--train-batch-size" in given else " --train-batch-size 4"
@@ -102,19 +108,19 @@ def test_what_is_kept_of_an_image_is_32_bytes(tars):
 
 @pytest.mark.fault("A run on shards is killed, and continued with more workers", "It ends with the same bits.")
 @pytest.mark.processes
-def test_killed_run_continues_to_the_same_bits_with_other_workers(tars, tmp_path):
+def test_killed_run_continues_to_the_same_bits_with_other_workers(lora, tars, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert status(lora(tars, whole, "--dataloader-num-workers", "0", "--steps", "16")) == 0
-    words = lora(tars, cut, "--dataloader-num-workers", "2", "--steps", "16")
-    third = cut / "checkpoints" / "step-000006"
-    code, _ = ranks.interrupt(words, tmp_path / "output", signal.SIGKILL, third.exists)
+    assert status(lora(tars, whole, "--dataloader-num-workers", "0", "--steps", "10")) == 0
+    words = lora(tars, cut, "--dataloader-num-workers", "2", "--steps", "10")
+    second = cut / "checkpoints" / "step-000004"
+    code, _ = ranks.interrupt(words, tmp_path / "output", signal.SIGKILL, second.exists)
     assert code == -signal.SIGKILL
     assert status(words) == 0
     assert_same_bits(whole, cut)
 
 
 @pytest.mark.processes
-def test_cut_into_processes_and_accumulation(tars, tmp_path):
+def test_cut_into_processes_and_accumulation(lora, tars, tmp_path):
     pattern = tars / "{000000..000004}.tar"
     assert status(lora(pattern, tmp_path / "whole", "--num-holdout-images", "8")) == 0
     cut = ["--train-batch-size", "1", "--gradient-accumulation-steps", "2"]
@@ -131,7 +137,7 @@ def test_cut_into_processes_and_accumulation(tars, tmp_path):
 def test_pixels_from_shards(tars, tmp_path):
     """ddpm: cut otherwise, from shards that lie elsewhere, and ended by a step more than an epoch."""
     words = "ddpm --resolution 16 --block-out-channels 8 16 --attention-resolutions 8 --layers-per-block 1"
-    words += " --norm-num-groups 4 --steps 8 --num-validation-images 0 --adam-epsilon 1e-3 --random-flip"
+    words += " --norm-num-groups 4 --steps 6 --num-validation-images 0 --adam-epsilon 1e-3 --random-flip"
     moved = shutil.copytree(tars, tmp_path / "moved")
     for name, data, cut in (("whole", tars, "4 1 0"), ("cut", moved, "2 2 2")):
         batch, accumulation, workers = cut.split()
@@ -143,7 +149,7 @@ def test_pixels_from_shards(tars, tmp_path):
     assert one["conv_in.weight"].shape[1] == 3
 
 
-def test_continued_with_other_shards_is_an_error(copy, tmp_path, capsys):
+def test_continued_with_other_shards_is_an_error(lora, copy, tmp_path, capsys):
     words = lora(copy, tmp_path / "run", "--dataloader-num-workers", "0")
     assert status([*words, "--steps", "2"]) == 0
     (copy / "000004.tar").unlink()
@@ -154,7 +160,7 @@ def test_continued_with_other_shards_is_an_error(copy, tmp_path, capsys):
 # ---- what is kept
 
 
-def test_moments_kept_by_shard(tars, tmp_path, monkeypatch):
+def test_moments_kept_by_shard(lora, tars, tmp_path, monkeypatch):
     """A build that dies goes on with the next shard; what trains on it learns what it learns without."""
     options = ["--center-crop", "--dataloader-num-workers", "0"]
     assert status(lora(tars, tmp_path / "fresh", *options)) == 0
@@ -188,7 +194,7 @@ def test_moments_kept_by_shard(tars, tmp_path, monkeypatch):
 
 
 @pytest.mark.fault("The disk is too small for a shard cache", "Refused with the bytes needed and free.")
-def test_a_shard_cache_that_does_not_fit(tars, tmp_path, monkeypatch, capsys):
+def test_a_shard_cache_that_does_not_fit(lora, tars, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(encoded_shards.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 10))
     words = lora(tars, tmp_path / "run", "--center-crop", "--shard-cache", str(tmp_path / "kept"))
     assert status(words) == 2
@@ -217,7 +223,7 @@ def hub(tmp_path_factory, monkeypatch):
 
 
 @pytest.mark.processes
-def test_a_hub_dataset_is_trained_on_without_a_download(hub, tmp_path):
+def test_a_hub_dataset_is_trained_on_without_a_download(lora, hub, tmp_path):
     """The same bits as from the same files on disk; they are asked for in parts, and nothing is kept of them."""
     assert status(lora(hub.folder / "pictures", tmp_path / "near", "--streaming", "--steps", "4")) == 0
     known = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": hub.token}

@@ -28,15 +28,15 @@ def ours(tmp_path, *options):
     return np.asarray(Image.open(sorted(out.glob("0*.png"))[-1]))
 
 
-def test_stock_diffusers_gives_the_picture_of_sdtune_sample(trained, sd, tmp_path):
-    run = trained("text-to-image", "run")
+def test_stock_diffusers_gives_the_picture_of_sdtune_sample(shared, sd, tmp_path):
+    run = shared("text-to-image", "--steps", "4")
     assert np.array_equal(ours(tmp_path, "--model", str(run)), stock(run))
     assert np.array_equal(ours(tmp_path, "--model", str(sd), "--unet", str(run)), stock(run))
     assert not np.array_equal(stock(run), stock(sd)), "training changed nothing"
 
 
-def test_every_weight_of_the_denoiser_moves_and_no_other(trained, sd):
-    run = trained("text-to-image", "run")
+def test_every_weight_of_the_denoiser_moves_and_no_other(shared, sd):
+    run = shared("text-to-image", "--steps", "4")
     file = "unet/diffusion_pytorch_model.safetensors"
     before, after = load_file(sd / file), load_file(run / file)
     assert before.keys() == after.keys()
@@ -47,7 +47,7 @@ def test_every_weight_of_the_denoiser_moves_and_no_other(trained, sd):
 
 
 def test_half_precision_saves_a_pipeline_of_fp32(trained, sd):
-    run = trained("text-to-image", "run", "--mixed-precision", "bf16", "--num-validation-images", "1")
+    run = trained("text-to-image", "run", "--mixed-precision", "bf16", "--num-validation-images", "1", "--steps", "2")
     for file in sorted(run.glob("*/*.safetensors")):
         assert {t.dtype for t in load_file(file).values() if t.is_floating_point()} == {torch.float32}, file
     vae = "vae/diffusion_pytorch_model.safetensors"

@@ -45,7 +45,8 @@ def digest(folder):
 @pytest.mark.parametrize("vectors", [1, 3])
 def test_stock_diffusers_gives_the_picture_of_sdtune_sample(vectors, trained, sd, tmp_path):
     before = digest(sd)
-    run = trained("textual-inversion", "run", "--num-vectors", str(vectors), "--learning-rate", "1e-1")
+    options = ["--num-vectors", str(vectors), "--learning-rate", "1e-1", "--steps", "3"]
+    run = trained("textual-inversion", "run", *options)
     assert digest(sd) == before
     assert {k: tuple(t.shape) for k, t in load_file(run / FILE).items()} == {"<thing>": (vectors, 32)}
     sample = ["sample", "--embedding", str(run), "--prompt", PROMPT, "--steps", "4", "--seed", "5"]
@@ -56,7 +57,7 @@ def test_stock_diffusers_gives_the_picture_of_sdtune_sample(vectors, trained, sd
 
 
 def test_only_the_new_rows_are_trained_and_they_move(trained, sd):
-    run = trained("textual-inversion", "run", "--initializer-token", "red", "--steps", "12")
+    run = trained("textual-inversion", "run", "--initializer-token", "red", "--steps", "2")
     groups, _ = checkpoints.load(checkpoints.found(run / "checkpoints")[-1])
     (rows,) = groups["weights"].values()
     assert rows.shape == (2, 32)
@@ -67,8 +68,8 @@ def test_only_the_new_rows_are_trained_and_they_move(trained, sd):
 
 
 def test_copies_on_the_way_and_the_norm_are_there(trained):
-    run = trained("textual-inversion", "run", "--export-steps", "4", "--steps", "12")
-    copies = [load_file(run / "exports" / f"step-{k:06d}" / FILE)["<thing>"] for k in (4, 8, 12)]
+    run = trained("textual-inversion", "run", "--export-steps", "2", "--log-steps", "2", "--steps", "6")
+    copies = [load_file(run / "exports" / f"step-{k:06d}" / FILE)["<thing>"] for k in (2, 4, 6)]
     assert not torch.equal(copies[0], copies[1])
     assert torch.equal(copies[2], load_file(run / FILE)["<thing>"])
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -77,7 +78,7 @@ def test_copies_on_the_way_and_the_norm_are_there(trained):
 
 
 def test_norm_weight_holds_the_norm(trained):
-    options = ["--learning-rate", "1e-1", "--steps", "40", "--initializer-token", "red"]
+    options = ["--learning-rate", "1e-1", "--steps", "16", "--initializer-token", "red"]
     free = load_file(trained("textual-inversion", "free", *options) / FILE)["<thing>"].norm(dim=1)
     held = load_file(trained("textual-inversion", "held", *options, "--norm-weight", "10") / FILE)["<thing>"].norm(
         dim=1
@@ -135,10 +136,12 @@ def test_start_at_the_mean():
 def test_templates_of_ones_own_and_captions(trained, tmp_path, places, capsys):
     file = tmp_path / "templates.txt"
     file.write_text("a drawing of {}\n\n{} in red\n")
-    run = trained("textual-inversion", "own", "--template-file", str(file), "--num-validation-images", "2")
+    run = trained(
+        "textual-inversion", "own", "--template-file", str(file), "--num-validation-images", "2", "--steps", "1"
+    )
     assert "a drawing of &lt;thing&gt;" in (run / "report.html").read_text()
     assert (run / FILE).exists()
-    trained("textual-inversion", "captions", "--caption", "a <thing> of mine")
+    trained("textual-inversion", "captions", "--caption", "a <thing> of mine", "--steps", "1")
     file.write_text("a drawing\n")
     assert refusal(places, tmp_path, capsys, "--template-file", str(file)).count("no {} in the line 'a drawing'") == 1
 
@@ -168,8 +171,8 @@ def test_mistakes_are_told(options, told, places, tmp_path, capsys):
     assert told in refusal(places, tmp_path, capsys, *options)
 
 
-def test_embedding_that_does_not_fit(trained, sd, tmp_path, capsys):
-    run = trained("textual-inversion", "run")
+def test_embedding_that_does_not_fit(shared, sd, tmp_path, capsys):
+    run = shared("textual-inversion", "--steps", "2")
     sample = ["sample", "--model", str(sd), "--prompt", "x", "--output-dir", str(tmp_path / "images")]
     assert status([*sample, "--embedding", str(run), str(run / FILE)]) == 2
     assert "<thing>" in capsys.readouterr().err

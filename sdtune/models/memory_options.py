@@ -28,7 +28,7 @@ def checkpoint_gradients(modules: Iterable[nn.Module]) -> None:
         if isinstance(module, ModelMixin):
             part.enable_gradient_checkpointing()
         elif isinstance(module, PreTrainedModel):
-            part.gradient_checkpointing_enable()
+            part.activation_checkpointing_enable()
 
 
 def _can_checkpoint(module: nn.Module) -> bool:
