@@ -54,9 +54,11 @@ def place(key: str) -> Place | None:
 
 def read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> AdapterFile:
     parts = assemble(path, tensors, place)
-    if flux := parts.get("transformer"):
+    if own := parts.get("transformer"):
+        flux = {name: module for name, module in own.items() if kohya_flux.is_kohya(name)}
         try:
-            parts["transformer"] = kohya_flux.apart(flux)
+            # What LyCORIS names by diffusers' modules is there already
+            parts["transformer"] = {n: m for n, m in own.items() if n not in flux} | kohya_flux.apart(flux)
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None
     if metadata.get(BASE_NORM) == "base":

@@ -48,6 +48,11 @@ def dotted(name: str) -> str | None:
     return ".".join(found.groups()) if found and found[3] in BLOCKS[found[1]][1] else None
 
 
+def is_kohya(name: str) -> bool:
+    """Whether a module has kohya's name, as ``dotted`` gives it."""
+    return name.partition(".")[0] in BLOCKS
+
+
 def joined(modules: Mapping[str, Module]) -> dict[str, Module] | None:
     """The modules of a transformer under kohya's names; ``None`` where they are not FLUX.1's.
 
