@@ -321,4 +321,4 @@ def test_kohya_has_a_layout_for_some(name, bases, pictures, tmp_path):
 def test_kohya_has_no_layout_for_other_transformers(name, bases, pictures, tmp_path, capsys):
     recipe_of(bases(name), pictures, tmp_path / "run").export(tmp_path)
     assert status(["convert", str(tmp_path / FILE), str(tmp_path / "out.safetensors"), "--to", "kohya"]) == 2
-    assert "--to kohya: of transformers it has a layout for FLUX.1" in capsys.readouterr().err
+    assert "--to kohya: of transformers it has a layout for the LoRA of FLUX.1" in capsys.readouterr().err
