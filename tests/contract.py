@@ -236,7 +236,12 @@ RECIPES = {
         previews=PREVIEWS,
     ),
     "progressive": Contract(
-        settings={"--model": "{pixels}", "--resolution": 16, "--sampling-steps": "2 1", **NO_PREVIEWS},
+        settings={
+            "--model": "{pixels}",
+            "--resolution": 16,
+            "--sampling-steps": "2 1",
+            "--num-validation-images": 0,
+        },
         weights="unet/diffusion_pytorch_model.safetensors",
         # Phases of 5 of 10 steps and of 2 of 4: the kills are in the second one
         variants={"average, flips": [*TOGETHER, "--random-flip", "--no-center-crop"]},

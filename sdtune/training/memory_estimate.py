@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
+from peft.tuners.lycoris_utils import LycorisLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import default_collate
@@ -127,6 +128,9 @@ def traced(recipe: Recipe, batch: dict[str, Any], held: list[Tensor]) -> Counter
     for p in recipe.parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(alive.mark_gradient)
+    for module in recipe.modules():
+        if isinstance(module, LycorisLayer):
+            module.training = False  # else it draws a number and looks at it, and there are no values here
     with alive:
         for alive.kind in passes(recipe, batch):
             pass
