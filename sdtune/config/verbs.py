@@ -238,7 +238,7 @@ class CompareConfig(Verb):
     entry: ClassVar[str] = "sdtune.run.compare:main"
     examples: ClassVar[str] = r"""
     sdtune compare runs/rank-4 runs/rank-16
-    sdtune compare runs/* --json
+    sdtune compare runs/rank-4 runs/rank-16 --json
     """
 
     runs: Annotated[list[Path], positional("RUNS")]
