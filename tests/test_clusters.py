@@ -87,7 +87,7 @@ def slurm(tmp_path, python) -> Slurm:
 def node(slurm, places, uninterrupted):
     """Two minutes before its time is over; then the job is put back into the queue, and starts again."""
     out = slurm.place / "run"
-    words = command(*places, out, *LONG)
+    words = command(*places[:2], out, *LONG)
     job = slurm.sbatch(SCRIPTS["node"], words)
     wait_until(lambda: reached(out, 3) and job.poll() is None)
     job.send_signal(signal.SIGUSR1)  # to the shell alone, as B: says
@@ -102,7 +102,7 @@ def node(slurm, places, uninterrupted):
 def nodes(slurm, places, uninterrupted):
     """A task on each GPU, and no launcher; preempted, which is for Slurm to requeue."""
     out = slurm.place / "run"
-    words = command(*places, out, *LONG)
+    words = command(*places[:2], out, *LONG)
     job = slurm.sbatch(SCRIPTS["nodes"], words)
     wait_until(lambda: reached(out, 3) and job.poll() is None)
     job.send_signal(signal.SIGTERM)
@@ -115,7 +115,7 @@ def nodes(slurm, places, uninterrupted):
 def array(slurm, places, uninterrupted):
     """A run for each seed, each on the one GPU that the script asks for."""
     learnt = []
-    words = command(*places, Path("unused"), "--steps", "2")
+    words = command(*places[:2], Path("unused"), "--steps", "2")
     for k in range(2):
         told = {"SLURM_ARRAY_TASK_ID": str(k), "SLURM_ARRAY_JOB_ID": "4711", "SLURM_GPUS_ON_NODE": "1"}
         assert slurm.sbatch(SCRIPTS["array"], words, **told).wait(120) == 0, slurm.printed()

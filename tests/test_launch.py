@@ -94,7 +94,7 @@ def test_shipped_config_trains_on_the_cpu_to_the_weights_of_one_process(name, pl
     small = ["--learning-rate", "1e-4", "--steps", "3"]
     file = edited(name, num_processes=2)
     cut = ["--train-batch-size", "1", "--accelerate-config", str(file)]
-    ranks.train(2, command(*places, tmp_path / "two", *small, *cut), tmp_path / "output")
+    ranks.train(2, command(*places[:2], tmp_path / "two", *small, *cut), tmp_path / "output")
     said = (tmp_path / "output" / "0.out").read_text()
     assert ("(FSDP2)" in said) is (name == "fsdp2")
     half = ["--mixed-precision", name] if name in launch.PRECISIONS else []
@@ -117,7 +117,7 @@ def test_a_precision_is_the_same_however_it_is_asked_for(way, shared, places, tm
     precision, own, launcher = WAYS[way]
     (tmp_path / "run.yaml").write_text(f"mixed_precision: {precision}\n")
     told = {"run": tmp_path / "run.yaml", "file": edited(precision, num_processes=1, distributed_type="NO")}
-    words = command(*places, tmp_path / "asked", "--steps", "2", *(word.format(precision, **told) for word in own))
+    words = command(*places[:2], tmp_path / "asked", "--steps", "2", *(word.format(precision, **told) for word in own))
     if launcher is None:
         started = ranks.Forked(partial(main, words), tmp_path / "output")
     else:
@@ -209,7 +209,9 @@ def test_too_few_gpus_are_no_reason_to_train_on_the_cpu(monkeypatch):
 @pytest.mark.processes
 def test_launcher_that_started_another_number_of_processes(places, tmp_path, edited):
     file = edited("multi-gpu", num_processes=3)
-    started = ranks.Ranks(2, command(*places, tmp_path / "run", "--accelerate-config", str(file)), tmp_path / "output")
+    started = ranks.Ranks(
+        2, command(*places[:2], tmp_path / "run", "--accelerate-config", str(file)), tmp_path / "output"
+    )
     assert started.exit_codes() == [2, 2]
     assert f"{file} says num_processes: 3; the launcher started 2" in started.output("err")
 
@@ -247,7 +249,7 @@ def worker(launcher: ranks.Forked, rank: int) -> psutil.Process:
 def test_error_of_one_process_is_told_once_and_ends_the_others(places, tmp_path):
     file = tmp_path / "fails.py"
     file.write_text(FAILS)
-    words = ["run", str(file), *command(*places, tmp_path / "run", *LONG)[1:]]
+    words = ["run", str(file), *command(*places[:2], tmp_path / "run", *LONG)[1:]]
     started = ranks.Ranks(3, words, tmp_path / "output")
     codes = started.exit_codes()
     assert codes == [processes.EXIT_PEER_DIED, 1, processes.EXIT_PEER_DIED]
@@ -270,7 +272,7 @@ def test_killed_process_is_named_and_the_same_command_continues_to_the_same_bits
 ):
     """On one machine, under `sdtune` itself, at a step that is another each time."""
     cut = tmp_path / "cut"
-    words = command(*places, cut, *LONG, "--num-processes", "2")
+    words = command(*places[:2], cut, *LONG, "--num-processes", "2")
     launcher = ranks.Forked(partial(main, words), tmp_path / "launcher", python)
     rank, step = random.randrange(2), random.randrange(6, 20)
     wait_until(lambda: reached(cut, step), launcher)
@@ -293,7 +295,7 @@ def test_killed_process_is_named_and_the_same_command_continues_to_the_same_bits
 @pytest.mark.processes
 def test_process_that_hangs_is_named_after_the_time_out(places, tmp_path):
     out = tmp_path / "run"
-    started = ranks.Ranks(2, command(*places, out, *LONG, "--ddp-timeout", "3"), tmp_path / "output")
+    started = ranks.Ranks(2, command(*places[:2], out, *LONG, "--ddp-timeout", "3"), tmp_path / "output")
     wait_until(lambda: reached(out, 6))
     os.kill(started.all[1].process.pid, signal.SIGSTOP)
     assert started.all[0].exit_code() == 1
@@ -325,7 +327,7 @@ def test_one_process_may_work_alone_for_longer_than_a_collective_waits(places, t
     slow(cache, "write_tensors", "1")
     monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / "cache"))
     options = ["--steps", "2", "--export-steps", "2", "--num-validation-images", "1", "--train-batch-size", "1"]
-    words = command(*places, tmp_path / "run", *options, "--validation-inference-steps", "1")
+    words = command(*places[:2], tmp_path / "run", *options, "--validation-inference-steps", "1")
     started = ranks.Ranks(2, [*words, "--ddp-timeout", str(patience)], tmp_path / "output")
     assert started.exit_codes() == [0, 0], started.output("err")
     assert all(f"{name} took its time" in started.output("out") for name in alone)
@@ -336,7 +338,7 @@ def test_one_process_may_work_alone_for_longer_than_a_collective_waits(places, t
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_signal_to_one_process_saves_and_ends_all(number, places, tmp_path):
     out = tmp_path / "run"
-    words = command(*places, out, *LONG, "--checkpointing-steps", "0")
+    words = command(*places[:2], out, *LONG, "--checkpointing-steps", "0")
     started = ranks.Ranks(2, words, tmp_path / "output")
     wait_until(lambda: reached(out, 3))
     os.kill(started.all[1].process.pid, number)
@@ -361,7 +363,7 @@ def free_port() -> str:
 def test_two_machines_under_accelerate_lose_a_process_and_go_on_under_torchrun(uninterrupted, places, tmp_path, python):
     """Each a launcher with one process, on this host."""
     cut = tmp_path / "cut"
-    words, cpu = ["sdtune", *command(*places, cut, *LONG)], {"ACCELERATE_USE_CPU": "true"}
+    words, cpu = ["sdtune", *command(*places[:2], cut, *LONG)], {"ACCELERATE_USE_CPU": "true"}
 
     line = ["--num_machines", "2", "--num_processes", "2", "--multi_gpu", "--dynamo_backend", "no"]
     line += ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port(), "--mixed_precision", "no"]

@@ -15,6 +15,7 @@ from sdtune.config.foreign_flags import ANSWERS, COMMON_NAMES
 from sdtune.config.methods.classifier import ClassifierConfig
 from sdtune.config.methods.dreambooth import DreamBoothConfig
 from sdtune.config.methods.lora import LoraConfig
+from sdtune.config.methods.progressive import ProgressiveConfig
 from sdtune.config.methods.textual_inversion import TextualInversionConfig
 from sdtune.config.sections import Run, UserError
 from sdtune.config.verbs import SampleConfig
@@ -25,10 +26,11 @@ from tests.diffusers_flags import FLAGS, IN_EACH
 CONFIGS = (*methods(), SampleConfig)
 LEAST = {config: {"dataset": "d"} if issubclass(config, Run) else {"prompt": ["x"]} for config in CONFIGS}
 LEAST[ClassifierConfig] |= {"class_column": "c"}
+LEAST[ProgressiveConfig] |= {"model": "m"}
 LEAST[TextualInversionConfig] |= {"placeholder_token": "<x>"}
 LEAST_WITH = {
-    (SampleConfig, "width"): {"height": 64},
-    (SampleConfig, "height"): {"width": 64},
+    **{(config, "width"): {"height": 64} for config in CONFIGS},
+    **{(config, "height"): {"width": 64} for config in CONFIGS},
     (SampleConfig, "classifier"): {"classes": ["x"]},
     (SampleConfig, "clip_model"): {"clip_guidance_scale": 2.0},
     (SampleConfig, "clip_guidance_scale"): {"clip_model": "c"},
@@ -63,6 +65,8 @@ TEXTS += ["- a", "#x: y", "'", '"', "{a: b}", "%x", "", "a=b", "-5 degrees", "--
 ONLY = {
     "bucket_max_aspect": [1.5],
     "channels": [2],
+    "time_cond_proj_dim": [128],
+    "sampling_steps": [[4, 2, 1]],
     "norm_num_groups": [16],
     "init_lora_weights": ["olora", "pissa", "pissa_niter_16"],
     "decompose_factor": [1, 4],

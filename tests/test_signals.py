@@ -186,7 +186,7 @@ def test_a_process_that_is_stopped_around_a_save_is_named(places, tmp_path, monk
 
     monkeypatch.setattr(checkpoints, "save", slow)
     out = tmp_path / "run"
-    words = command(*places, out, "--steps", "400", "--checkpointing-steps", "3", "--train-batch-size", "1")
+    words = command(*places[:2], out, "--steps", "400", "--checkpointing-steps", "3", "--train-batch-size", "1")
     started = ranks.Ranks(2, [*words, "--ddp-timeout", "4", "--num-validation-images", "0"], tmp_path / "output")
     ranks.wait_until(lambda: ranks.reached(out, 1))
     os.kill(started.all[1].process.pid, signal.SIGSTOP)
@@ -203,7 +203,7 @@ def test_a_process_that_is_stopped_around_a_save_is_named(places, tmp_path, monk
 @pytest.mark.processes
 def test_a_signal_ends_a_process_that_waits_for_one_that_hangs(places, tmp_path):
     out = tmp_path / "run"
-    words = command(*places, out, "--steps", "400", "--checkpointing-steps", "3", "--train-batch-size", "1")
+    words = command(*places[:2], out, "--steps", "400", "--checkpointing-steps", "3", "--train-batch-size", "1")
     started = ranks.Ranks(2, [*words, "--num-validation-images", "0"], tmp_path / "output")  # --ddp-timeout 1800
     ranks.wait_until(lambda: ranks.reached(out, 1))
     os.kill(started.all[1].process.pid, signal.SIGSTOP)

@@ -225,6 +225,7 @@ COMMON_NAMES: dict[str, tuple[str, ...]] = {
     "nproc": ("num_processes",),
     "num_gpus": ("num_processes",),
     "num_images": ("num_images_per_prompt", "num_validation_images"),
+    "validation_image": ("validation_prompt",),
     "num_steps": ("steps",),
     "num_workers": ("dataloader_num_workers",),
     "out": ("output_dir", "output"),

@@ -135,7 +135,10 @@ class Section(BaseModel):
 
     @classmethod
     def requirements(cls, name: str) -> list[tuple[str, list[str]]]:
-        """The options without which field ``name`` has no effect, each with the values it may then have, if not all."""
+        """The options without which field ``name`` has no effect, each with the values it may then have, if not all.
+
+        An option that this class has settled for good is not among them.
+        """
         extra: Any = cls.model_fields[name].json_schema_extra or {}
         own = extra.get("requires")
         found: list[tuple[str, list[str]]] = [(own[0], own[1:])] if own else []
@@ -144,7 +147,7 @@ class Section(BaseModel):
             own_names = base.__dict__.get("__annotations__", {})
             if option and name in own_names and name not in cls.__annotations__ and name != option:
                 found.append((option, []))
-        return found
+        return [(option, values) for option, values in found if option in cls.model_fields]
 
     @field_validator("*", mode="before")
     @classmethod
