@@ -67,7 +67,7 @@ def test_a_checkpoint_of_two_processes_that_one_and_four_continue(recipe, shared
 
 def test_another_seed_is_another_run(recipe, whole, trained):
     other = trained(recipe, "other", *RECIPES[recipe].draws, *WHOLE, "--seed", "1")
-    assert difference(whole, RECIPES[recipe].artefact(other)) > 1e-4
+    assert difference(whole, RECIPES[recipe].artefact(other)) > 1e-5
 
 
 def test_every_trained_tensor_moved(whole):
