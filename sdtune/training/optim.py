@@ -74,6 +74,8 @@ def make_optimizer(cfg: Optim, groups: list[dict[str, Any]]) -> Optimizer:
         raise UserError(
             f"--optimizer {chosen}: finds one learning rate for all that trains; give no part one of its own"
         )
+    # Prodigy takes the rate of all parts from the first, which must not be one that ends before the others
+    groups = sorted(groups, key=lambda group: -group.get("stop_fraction", 1.0))
     try:
         optimizer: Optimizer = kind(groups, **options | cfg.optimizer_args)
     except (TypeError, ValueError) as error:
