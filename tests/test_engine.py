@@ -65,6 +65,7 @@ def test_overflow_is_skipped_counted_and_moves_no_schedule(trained, monkeypatch)
     assert difference(RECIPES["lora"].artefact(out), RECIPES["lora"].artefact(parts)) == 0
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 @pytest.mark.parametrize("upcast", [True, False])
 def test_a_vae_that_fp16_cannot_hold_is_computed_in_fp32(upcast, places, tmp_path, capfd):
     """As that of SDXL, whose configuration says so; images that are read, and images that are shown."""

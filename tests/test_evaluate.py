@@ -276,7 +276,8 @@ def test_without_a_network_the_way_out_is_told(tmp_path, monkeypatch):
 def test_a_folder_against_itself(reference, tmp_path, capsys):
     result = run(reference, "--reference", reference, "--resamples", "20", out=tmp_path / "out")
     found = result["figures"]
-    assert list(found) == ["frechet_random_conv", "kernel_random_conv", "precision", "recall"]
+    of_subject = ["likeness_random_conv", "diversity_random_conv"]
+    assert list(found) == ["frechet_random_conv", "kernel_random_conv", "precision", "recall", *of_subject]
     assert found["frechet_random_conv"]["value"] == pytest.approx(0, abs=1e-9)
     assert found["precision"]["value"] == found["recall"]["value"] == found["recall"]["high"] == 1
     assert result["samples"]["digest"] == result["reference"]["digest"]

@@ -13,7 +13,7 @@ from sdtune.config.sections import UserError
 from sdtune.data import open_images
 from tests.conftest import status
 from tests.tars import drawn, pack, png, unequal
-from tests.test_streaming import config, lora, stream
+from tests.test_streaming import config, lora, stream  # noqa: F401 - a fixture
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def copy(tars, tmp_path):
 # ---- bad images
 
 
-def test_a_bad_image_is_told_when_it_is_met(copy, tmp_path, capsys):
+def test_a_bad_image_is_told_when_it_is_met(lora, copy, tmp_path, capsys):
     samples = list(drawn(8, 5))
     samples[2][1]["png"] = samples[2][1]["png"][:300]
     pack(copy / "000002.tar", *samples)
@@ -180,7 +180,7 @@ def test_nowhere_to_keep_what_is_in_shards(tars, tmp_path, monkeypatch):
     assert "make room, or set SDTUNE_CACHE to a folder on another disk" in refusal(tars)
 
 
-def test_addresses_that_cannot_be_read(tmp_path, capsys):
+def test_addresses_that_cannot_be_read(lora, tmp_path, capsys):
     assert status(lora("https://me:secret@localhost/0.tar", tmp_path / "run")) == 2
     told = capsys.readouterr().err
     assert "dataset holds a password" in told and "secret" not in told
@@ -200,7 +200,7 @@ def test_options_that_want_to_know_every_image(fields, told, tars):
     assert told in refusal(tars, **fields)
 
 
-def test_methods_and_folders_that_do_not_stream(tars, pictures, tmp_path, capsys):
+def test_methods_and_folders_that_do_not_stream(lora, tars, pictures, tmp_path, capsys):
     word = f"textual-inversion --placeholder-token <x> --dataset {tars} --output-dir {tmp_path}/word"
     assert status(word.split()) == 2
     assert "this method reads no tar shards; unpack them" in capsys.readouterr().err
