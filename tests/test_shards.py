@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import tarfile
+from functools import partial
 
 import pytest
 from PIL import Image
@@ -13,7 +14,12 @@ from sdtune.config.sections import UserError
 from sdtune.data import open_images
 from tests.conftest import status
 from tests.tars import drawn, pack, png, unequal
-from tests.test_streaming import config, lora, stream  # noqa: F401 - a fixture
+from tests.test_streaming import command, config, stream
+
+
+@pytest.fixture
+def lora(sd):
+    return partial(command, sd)
 
 
 @pytest.fixture(scope="module")
