@@ -46,6 +46,7 @@ ON = {
     "initializer_token": ["x"],
     "interpolate": ["a", "b"],
     "keep_best": "likeness",
+    "model": "m",
     "placeholder_token": "<x>",
     "report_to": ["tensorboard"],
 }
@@ -68,6 +69,7 @@ ONLY = {
     "time_cond_proj_dim": [128],
     "sampling_steps": [[4, 2, 1]],
     "sigma_max": [40.0],
+    "w_max": [20.0],
     "norm_num_groups": [16],
     "init_lora_weights": ["olora", "pissa", "pissa_niter_16"],
     "decompose_factor": [1, 4],

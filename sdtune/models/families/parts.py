@@ -17,7 +17,7 @@ from sdtune.models.clip_skip import skip_layers
 from sdtune.models.families import part_location
 from sdtune.models.families.part_digest import identity_of, part_folder, remembered
 from sdtune.models.families.vaes import fp32_vae
-from sdtune.models.part_files import check_tokenizer, read_part, read_scheduler
+from sdtune.models.part_files import BROKEN, check_tokenizer, read_part, read_scheduler, reason
 
 LIBRARIES = ("diffusers", "transformers")
 """Where classes of parts may come from; a ``model_index.json`` is somebody's file."""
@@ -252,7 +252,10 @@ class ModelParts:
         accepted = inspect.signature(kind.__init__).parameters
         absent = {name for name, value in given.items() if value is None and name not in accepted}
         given |= instead
-        return kind(**{name: value for name, value in given.items() if name not in absent})
+        try:
+            return kind(**{name: value for name, value in given.items() if name not in absent})
+        except BROKEN as error:  # settings of a damaged folder, of as many kinds as there are pipelines
+            raise UserError(f"--model {self.cfg.model}: its parts make no {kind.__name__} ({reason(error)})") from error
 
     def fp32_pipeline(self, kind: Any = None, **instead: Any) -> Any:
         """The pipeline to be saved: frozen parts are read again in fp32, since half precision is for training only."""
