@@ -38,7 +38,7 @@ def test_words_of_the_world_are_single_tokens(tiny_flow):
 def test_it_follows_captions_it_never_saw_at_its_own_size(tiny_flow):
     """The figure is taken of 200 captions by ``bench/score_tiny.py``; here of 24 in few steps, to be quick."""
     shares, images, _ = score(tiny_flow, n=24, steps=8)
-    assert shares["shape"] >= 0.5
+    assert shares["shape"] >= 0.7
     assert shares["colour"] >= 0.9
     assert images[0].size == (64, 64)
 
