@@ -20,7 +20,7 @@ from sdtune.run.artefacts import artefact, best
 from sdtune.run.curves import Points, chart, clock, number, smooth
 from sdtune.run.folder import is_run, sample_sheets, step_of_sheet
 from sdtune.run.metrics_file import read_lines
-from sdtune.run.page import Encoded, label, sheet_cells, text
+from sdtune.run.page import Encoded, evenly_spaced, label, sheet_cells, text
 
 UNLIKE = frozenset(("output_dir",))
 """Settings that always differ and say nothing."""
@@ -252,9 +252,7 @@ def _figure(run: Compared, step: int, image: Encoded, shown: int) -> str:
 
 
 def _sheets(run: Compared) -> dict[int, tuple[Encoded, ...]]:
-    files = sample_sheets(run.folder)
-    if len(files) > MOST_STEPS:
-        files = [files[round(k * (len(files) - 1) / (MOST_STEPS - 1))] for k in range(MOST_STEPS)]
+    files = evenly_spaced(sample_sheets(run.folder), MOST_STEPS)
     return {step_of_sheet(file): sheet_cells(file) for file in files}
 
 

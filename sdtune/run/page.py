@@ -43,6 +43,13 @@ def encode(image: Image.Image, caption: str = "") -> Encoded:
     return Encoded(f"data:image/{kind};base64,{text}", *image.size, caption)
 
 
+def evenly_spaced(files: list[Path], most: int) -> list[Path]:
+    """At most ``most`` of the files, two or more, with the first and the last."""
+    if len(files) <= most:
+        return files
+    return [files[round(k * (len(files) - 1) / (most - 1))] for k in range(most)]
+
+
 def sheet_cells(sheet: Path) -> tuple[Encoded, ...]:
     """The images of a sample sheet; a sheet that has not changed is read once."""
     return _sheet_cells(sheet, sheet.stat().st_mtime_ns)

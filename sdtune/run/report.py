@@ -20,7 +20,7 @@ from sdtune.run.artefacts import BEST, artefact, best, by_path, entries
 from sdtune.run.curves import Points, chart, clock, smooth
 from sdtune.run.folder import FIRST_LINE, sample_sheets, step_of_sheet
 from sdtune.run.metrics_file import read_lines
-from sdtune.run.page import Encoded, sheet_cells, table, text
+from sdtune.run.page import Encoded, evenly_spaced, sheet_cells, table, text
 
 MAX_CELLS = 120  # images on the page, about 15 kB each
 STATES = {
@@ -85,11 +85,7 @@ def _sheets(folder: Path) -> tuple[list[Sheet], int]:
     if not files:
         return [], 0
     most = max(2, MAX_CELLS // len(sheet_cells(files[-1])))
-    if len(files) > most:
-        chosen = [files[round(k * (len(files) - 1) / (most - 1))] for k in range(most)]
-    else:
-        chosen = files
-    sheets = [Sheet(step_of_sheet(file), sheet_cells(file)) for file in chosen]
+    sheets = [Sheet(step_of_sheet(file), sheet_cells(file)) for file in evenly_spaced(files, most)]
     return [s for s in sheets if len(s.cells) == len(sheets[-1].cells)], len(files)
 
 
