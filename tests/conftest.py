@@ -55,34 +55,62 @@ def fresh_accelerator():
 
 
 @pytest.fixture(scope="session")
-def sd(tmp_path_factory) -> Path:
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Make a file or folder of a name by a function, once a session, whichever worker asks first; where it lies.
+
+    Workers then name the same paths, and may go on with each other's runs.
+    """
+    base = tmp_path_factory.getbasetemp()
+    common = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    common.mkdir(exist_ok=True)
+
+    def make(name: str, write: Callable[[Path], object]) -> Path:
+        out = common / name
+        done = common / f"{name}.done"
+        with ranks.locked(common / f"{name}.lock"):
+            if not done.exists():
+                write(out)
+                done.touch()
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sd(once) -> Path:
     """A Stable Diffusion pipeline of 256 k random parameters in a folder; 32 x 32 images, 16 x 16 latents."""
-    return save_tiny_sd(tmp_path_factory.mktemp("models") / "tiny-sd")
+    return once("tiny-sd", save_tiny_sd)
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> Path:
+def pictures(once) -> Path:
     """Eleven captioned pictures, the last ones wider; each is its own input image, for methods that need one."""
-    folder = tmp_path_factory.mktemp("pictures")
-    numbers = np.random.default_rng(0)
-    with (folder / "metadata.jsonl").open("w") as lines:
-        for i in range(11):
-            pixels = numbers.integers(0, 256, (40, 40 + max(0, i - 5), 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{i:02d}.png")
-            row = {"file_name": f"{i:02d}.png", "input_image_file_name": f"{i:02d}.png", "text": f"a red circle {i}"}
-            lines.write(json.dumps(row) + "\n")
-    return folder
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        numbers = np.random.default_rng(0)
+        with (folder / "metadata.jsonl").open("w") as lines:
+            for i in range(11):
+                pixels = numbers.integers(0, 256, (40, 40 + max(0, i - 5), 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+                row = {"file_name": f"{i:02d}.png", "input_image_file_name": f"{i:02d}.png"}
+                lines.write(json.dumps(row | {"text": f"a red circle {i}"}) + "\n")
+
+    return once("pictures", write)
 
 
 @pytest.fixture(scope="session")
-def pixels(tmp_path_factory) -> Path:
+def pixels(once) -> Path:
     """A model of RGB pixels, 16 a side, with random weights, that predicts velocity."""
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
-    unet = UNet2DModel(16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **blocks)
-    folder = tmp_path_factory.mktemp("models") / "pixels"
-    DDPMPipeline(unet, DDPMScheduler(prediction_type="v_prediction")).save_pretrained(folder)
-    return folder
+
+    def write(folder: Path) -> None:
+        torch.manual_seed(0)
+        blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D")}
+        blocks |= {"up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+        unet = UNet2DModel(16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **blocks)
+        DDPMPipeline(unet, DDPMScheduler(prediction_type="v_prediction")).save_pretrained(folder)
+
+    return once("pixels", write)
 
 
 @pytest.fixture(scope="session")
@@ -136,23 +164,19 @@ LONG = ["--steps", "40", "--checkpointing-steps", "5", "--log-steps", "1", "--tr
 
 
 @pytest.fixture(scope="session")
-def shared(places, tmp_path_factory) -> Callable[..., Path]:
+def shared(places, once) -> Callable[..., Path]:
     """The folder of a finished run, to be read alone: made once a session, by whichever worker asks first.
 
     Arguments are the recipe and its options; ``world`` processes make it.
     """
-    base = tmp_path_factory.getbasetemp()
-    common = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
-    common.mkdir(exist_ok=True)
 
     def run(recipe: str, *options: str, world: int = 1) -> Path:
-        out = common / hashlib.sha256(repr((recipe, options, world)).encode()).hexdigest()[:16]
-        done = out.with_suffix(".done")
-        with ranks.locked(out.with_suffix(".lock")):
-            if not done.exists():
-                ranks.train(world, contract.command(recipe, places, out, *options), out.with_suffix(".output"))
-                done.touch()
-        return out
+        name = hashlib.sha256(repr((recipe, options, world)).encode()).hexdigest()[:16]
+
+        def train(out: Path) -> None:
+            ranks.train(world, contract.command(recipe, places, out, *options), out.with_suffix(".output"))
+
+        return once(name, train)
 
     return run
 

@@ -45,7 +45,7 @@ def generate(
 
     Args:
         progress: called with the share done, 0 to 1.
-        images: those that go with each prompt, one for each control network, or the one that is edited.
+        images: those that go with each prompt, one for each control network, or the one that is edited; or none.
         control_scales: how closely each control network is followed; none for 1.
         image_guidance_scale: how closely an edit keeps to its image; ``None`` for the pipeline's own.
 
@@ -71,7 +71,7 @@ def generate(
     modules = [m for c in pipe.components.values() if isinstance(c, torch.nn.Module) for m in c.modules()]
     training = [m for m in modules if m.training]
     drawn: list[Image.Image] = []
-    if images and len(images[0]) > 1:
+    if any(len(own) > 1 for own in images):
         batch_size = 1  # a list of images is then one for each network
     try:
         for m in training:
@@ -81,7 +81,7 @@ def generate(
         for rows in _batches(lengths, batch_size):
             if progress and "callback_on_step_end" in accepted:
                 options["callback_on_step_end"] = _reporter(progress, len(drawn), len(rows), len(prompts))
-            if images:
+            if any(images):
                 options["image"] = [image for k in rows for image in images[k]]
             told = prompt_arguments(pipe, parts, [prompts[k] for k in rows], negative, reading)
             noise = [torch.Generator("cpu").manual_seed(seeds[k]) for k in rows]
