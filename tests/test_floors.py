@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import sdtune
+from sdtune.models import families
 
 ROOT = Path(sdtune.__file__).parent
 
@@ -36,6 +37,8 @@ TABLES = {"config.sections", "config.verbs", "config.foreign_flags"}
 """Declarations of options, which may exceed the length of a file that has logic."""
 
 LINES = 300
+PAGE = 80
+"""Lines of a family."""
 
 
 def modules() -> dict[str, Path]:
@@ -142,6 +145,14 @@ def test_no_recipe_knows_another_and_none_knows_one_kind_of_model():
     assert {n: o for n in methods if (o := imports_of(n) & (methods - {n}))} == {}
     outside = [n for n in MODULES if not n.startswith("models.families")]
     assert {n: o for n in outside if (o := {i for i in imports_of(n) if i.startswith("models.families.")})} == {}
+
+
+def test_a_base_is_one_page_and_its_parts_are_named_there_alone():
+    bases = {value.partition(":")[0].removeprefix("sdtune.") for value in families.CLASSES.values()}
+    lines = {name: len(MODULES[name].read_text(encoding="utf-8").splitlines()) for name in bases}
+    assert {name: count for name, count in lines.items() if count > PAGE} == {}
+    recipes = {name: path.read_text(encoding="utf-8") for name, path in MODULES.items() if room(name) == "recipes"}
+    assert [name for name, source in recipes.items() if '"unet"' in source or '"transformer"' in source] == []
 
 
 def is_method(name: str) -> bool:

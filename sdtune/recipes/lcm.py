@@ -14,6 +14,7 @@ from sdtune.config.methods.lcm import LcmConfig
 from sdtune.config.sections import UserError
 from sdtune.diffusion.few_steps import Consistency, dividing, follow, guidance_embedding
 from sdtune.diffusion.guidance import classifier_free
+from sdtune.diffusion.objective import DDPM
 from sdtune.diffusion.schedulers import lcm_scheduler
 from sdtune.models.networks import reshaped
 from sdtune.models.pipeline_folder import write_pipeline
@@ -27,8 +28,9 @@ class Lcm(FineTune):
     def __init__(self, cfg, device):
         super().__init__(cfg, device)
         family = self.family
-        if family.denoiser_name != "unet":
-            raise UserError(f"--model {cfg.model}: a {family.pipeline_class.__name__}; lcm distils UNets alone")
+        if not isinstance(family.objective, DDPM):
+            kind = family.pipeline_class.__name__
+            raise UserError(f"--model {cfg.model}: a {kind}, made by flow matching; lcm distils bases of DDPM alone")
         if (T := len(family.objective.alphas_cumprod)) % cfg.num_ddim_timesteps:
             fitting = ", ".join(map(str, dividing(T, cfg.num_ddim_timesteps)))
             raise UserError(f"--num-ddim-timesteps {cfg.num_ddim_timesteps}: does not divide {T}, as do {fitting}")
@@ -39,8 +41,8 @@ class Lcm(FineTune):
             return
         self.teacher = family.denoiser
         student = unfreeze(reshaped(self.teacher, time_cond_proj_dim=cfg.time_cond_proj_dim))
-        family.replace("unet", student)
-        self.add_part("unet")
+        family.replace(family.denoiser_name, student)
+        self.add_part(family.denoiser_name)
         self.target, self.moved = copy.deepcopy(student).requires_grad_(False), ("target",)
 
     def dataset(self, group, log):
@@ -58,7 +60,7 @@ class Lcm(FineTune):
             return family.predict(x_t, t, text, **told)
 
         def target(x_t, t):
-            with family.denoising_with(self.unet if cfg.lora else self.target):
+            with family.denoising_with(self.student if cfg.lora else self.target):
                 return student(x_t, t)
 
         def teacher(x_t, t):
@@ -70,6 +72,11 @@ class Lcm(FineTune):
 
         return self.consistency.loss(student, target, teacher, family.latents(batch), batch, cfg.num_ddim_timesteps)
 
+    @property
+    def student(self):
+        """The network that trains, or whose adapters do."""
+        return self.trained[self.family.denoiser_name]
+
     @contextmanager
     def base(self):
         """Context in which the family predicts as the base does: with the teacher, or without adapters."""
@@ -77,15 +84,15 @@ class Lcm(FineTune):
             with self.family.denoising_with(self.teacher):
                 yield
             return
-        self.unet.disable_adapters()
+        self.student.disable_adapters()
         try:
             yield
         finally:
-            self.unet.enable_adapters()
+            self.student.enable_adapters()
 
     def after_step(self):
         if self.moved:
-            follow(self.target, self.unet, self.cfg.target_decay)
+            follow(self.target, self.student, self.cfg.target_decay)
 
     @property
     def lcm(self):
