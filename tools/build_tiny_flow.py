@@ -127,8 +127,8 @@ class Stage(nn.Module):
         known = torch.arange(CAPTION) < torch.tensor([len(row) for row in tokens])[:, None]
         ids[known] = torch.cat(tokens)
         words = self.text_encoder(input_ids=ids, output_hidden_states=True).hidden_states[-2]
-        said, seen = forward(self.transformer, DENSITY.noise(x0, noise, t), 1 - t, words, known)
-        velocity = functional.mse_loss(-said, DENSITY.target(x0, noise, t))
+        pred, seen = forward(self.transformer, DENSITY.noise(x0, noise, t), 1 - t, words, known)
+        velocity = functional.mse_loss(-pred, DENSITY.target(x0, noise, t))
         side = x0.shape[-1] // 2
         rows, columns = self.where(seen[WHERE]).view(-1, 2, side).unbind(1)
         place = torch.arange(side**2).repeat(len(x0))
@@ -186,9 +186,10 @@ def train(work: Path, steps: int, batch: int, muon: float, adam: float, save_eve
                 mean[name].lerp_(value, 1 - decay) if value.is_floating_point() else mean[name].copy_(value)
         losses.append([part.item() for part in parts.values()])
         if step % 50 == 0:
-            told = " ".join(f"{name} {x:.4f}" for name, x in zip(parts, np.mean(losses, 0), strict=True))
+            shown = " ".join(f"{name} {x:.4f}" for name, x in zip(parts, np.mean(losses, 0), strict=True))
             print(
-                f"{step}/{steps} {told} {time.process_time() - spent:.0f} s CPU {time.time() - began:.0f} s", flush=True
+                f"{step}/{steps} {shown} {time.process_time() - spent:.0f} s CPU {time.time() - began:.0f} s",
+                flush=True,
             )
             losses.clear()
         if step % save_every == 0 or step == steps:
@@ -220,11 +221,11 @@ def export(work: Path, out: Path) -> None:
     )
     pipeline.to(torch.float16).save_pretrained(out)
     for config in out.glob("*/config.json"):
-        said = json.loads(config.read_text(encoding="utf-8"))
-        said.pop("_name_or_path", None)  # a folder of this machine
-        if "dtype" in said:
-            said["dtype"] = "float32"  # transformers loads the precision that it names, diffusers fp32
-        config.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        pred = json.loads(config.read_text(encoding="utf-8"))
+        pred.pop("_name_or_path", None)  # a folder of this machine
+        if "dtype" in pred:
+            pred["dtype"] = "float32"  # transformers loads the precision that it names, diffusers fp32
+        config.write_text(json.dumps(pred, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

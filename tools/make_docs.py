@@ -155,10 +155,10 @@ def code(name: str) -> str:
 
 def printed(name: str) -> str:
     """What a Python file prints."""
-    told = io.StringIO()
-    with redirect_stdout(told):
+    output = io.StringIO()
+    with redirect_stdout(output):
         runpy.run_path(str(ROOT / name), run_name="__main__")
-    return told.getvalue().strip()
+    return output.getvalue().strip()
 
 
 def fault_table() -> str:

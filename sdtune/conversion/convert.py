@@ -230,8 +230,8 @@ def outputs(pipe: Any) -> Tensor:
     noise = torch.randn(1, unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
     more = {}
     if getattr(unet.config, "addition_embed_type", None) == "text_time":
-        told = unet.config.projection_class_embeddings_input_dim - encoded[2].shape[-1]
-        sizes = (1, told // unet.config.addition_time_embed_dim)
+        time_dim = unet.config.projection_class_embeddings_input_dim - encoded[2].shape[-1]
+        sizes = (1, time_dim // unet.config.addition_time_embed_dim)
         times = torch.full(sizes, 8.0 * side, device=pipe.device, dtype=unet.dtype)
         more["added_cond_kwargs"] = {"text_embeds": encoded[2], "time_ids": times}
     predicted = unet(noise.to(pipe.device, unet.dtype), 500, encoder_hidden_states=encoded[0], **more).sample

@@ -195,8 +195,8 @@ def _accepted(scheduler: Scheduler, **options: Any) -> dict[str, Any]:
 def _gradient(guides: Sequence[Guide], x_t: Tensor, t: Tensor, x0: Tensor, rows: slice) -> Tensor:
     """Gradient by ``x_t`` of what all guides say together."""
     with torch.enable_grad():
-        said = torch.stack([guide(x_t, t, x0, rows).sum() for guide in guides]).sum()
-    return torch.autograd.grad(said, x_t)[0].to(x_t)
+        log_likelihood = torch.stack([guide(x_t, t, x0, rows).sum() for guide in guides]).sum()
+    return torch.autograd.grad(log_likelihood, x_t)[0].to(x_t)
 
 
 def _variance(scheduler: Scheduler, bars: Tensor, k: int) -> float:

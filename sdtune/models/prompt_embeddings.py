@@ -31,7 +31,7 @@ class TextParts(NamedTuple):
 
     encoders: list[Any]
     tokenizers: list[Any]
-    told: WindowTensors
+    tensors_of: WindowTensors
 
     def windows(self, text: str) -> int:
         """How many windows a text fills."""
@@ -63,9 +63,9 @@ def embed(parts: TextParts, texts: Sequence[str], least: int = 1) -> list[dict[s
             own = windows(tokenizer, text)
             rows += own + [empty] * (count - len(own))
         outputs.append(encoder(torch.tensor(rows, device=encoder.device), output_hidden_states=True))
-    told = {name: tensor.split(counts) for name, tensor in parts.told(outputs).items()}
+    tensors = {name: tensor.split(counts) for name, tensor in parts.tensors_of(outputs).items()}
     return [
-        {name: of[k].flatten(0, 1) if name == "embeds" else of[k][0] for name, of in told.items()}
+        {name: of[k].flatten(0, 1) if name == "embeds" else of[k][0] for name, of in tensors.items()}
         for k in range(len(texts))
     ]
 
@@ -106,9 +106,9 @@ def embed_weighted(
     empty = [reader("")[0] for reader in readers]
     window = len(empty[0])
     longest = max(least, *(len(row) // window for rows in weighted for row in rows))
-    for told, rows in zip(found, weighted, strict=True):
+    for tensors, rows in zip(found, weighted, strict=True):
         filled = [torch.cat([row, *[e] * (longest - len(row) // window)]) for row, e in zip(rows, empty, strict=True)]
-        told["embeds"] = torch.cat(filled, dim=-1).to(told["embeds"].dtype)
+        tensors["embeds"] = torch.cat(filled, dim=-1).to(tensors["embeds"].dtype)
     return found
 
 
@@ -130,7 +130,7 @@ def prompt_arguments(
     else:
         rows = embed(parts, texts, least)
     names = {"embeds": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
-    told = {names[name]: torch.stack([row[name] for row in rows[:-1]]) for name in rows[0]}
+    arguments = {names[name]: torch.stack([row[name] for row in rows[:-1]]) for name in rows[0]}
     if negative or not pipe.config.get("force_zeros_for_empty_prompt"):  # else the stock call makes the zeros
-        told |= {f"negative_{names[name]}": torch.stack([rows[-1][name]] * len(prompts)) for name in rows[0]}
-    return told
+        arguments |= {f"negative_{names[name]}": torch.stack([rows[-1][name]] * len(prompts)) for name in rows[0]}
+    return arguments

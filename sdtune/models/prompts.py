@@ -111,7 +111,7 @@ def check_negative(negative: str, guidance_scale: float, option: str, log: Calla
         log(f"{option}: has no effect at a guidance scale of {guidance_scale:g}; it wants more than 1")
 
 
-def told_guidance(pipe: Any) -> bool:
+def takes_guidance_as_input(pipe: Any) -> bool:
     """Whether the network of a pipeline is told its guidance; then it is asked once a step, with the prompt alone."""
     unet = pipe.components.get("unet")
     return unet is not None and bool(unet.config.get("time_cond_proj_dim"))

@@ -76,9 +76,9 @@ def stand_ins(cfg: DreamBoothConfig, folder: Path, missing_count: int) -> Images
         replace(subject.rows[place], name=path_of(folder, k).name, sha256=f"class image {k}", **shape)
         for k, place in enumerate(places)
     ]
-    said = f"class images that the run will make: {missing_count} of {cfg.num_class_images}"
+    note = f"class images that the run will make: {missing_count} of {cfg.num_class_images}"
     sources = [subject.sources[place] for place in places]
-    return replace(subject, rows=rows, sources=sources, masks=(), ignored=[], skipped=[], notes=[said])
+    return replace(subject, rows=rows, sources=sources, masks=(), ignored=[], skipped=[], notes=[note])
 
 
 def can_be_made(cfg: DreamBoothConfig, folder: Path, own: list[Path]) -> None:

@@ -74,10 +74,10 @@ class ConsistencyModel(Recipe):
 
         with same_dropout(x):
             wanted = self.wanted(x, x0 + per_image(low, x0) * batch["noise"], low, high, network)
-        said = self.levels.consistent(network(self.unet), x, high)
+        pred = self.levels.consistent(network(self.unet), x, high)
         if cfg.loss_type == "l2":
-            return (said - wanted).float().square().flatten(1).mean(1)
-        loss = pseudo_huber(said, wanted, cfg.huber_c or 0.00054 * math.sqrt(x0[0].numel()))
+            return (pred - wanted).float().square().flatten(1).mean(1)
+        loss = pseudo_huber(pred, wanted, cfg.huber_c or 0.00054 * math.sqrt(x0[0].numel()))
         return loss if self.step < cfg.match_steps else loss / (high - low)
 
     @torch.no_grad()
@@ -109,6 +109,6 @@ class ConsistencyModel(Recipe):
         return to_images(draw_consistency(self.unet, self.sampler(), list(seeds), steps=steps, labels=c))
 
     def export(self, out):
-        told = Sampling(self.cfg.validation_inference_steps)
+        sampling = Sampling(self.cfg.validation_inference_steps)
         pipeline = ConsistencyModelPipeline(self.unet, self.sampler())
-        return pixel_models.save_pipeline(out, pipeline, self.classes, told)
+        return pixel_models.save_pipeline(out, pipeline, self.classes, sampling)

@@ -54,10 +54,10 @@ class Lcm(FineTune):
         cfg, family, text = self.cfg, self.family, self.family.conditioning(batch)
         # What of `u` does not choose the teacher's step is uniform as well, and independent of it
         w = (cfg.w_min + (cfg.w_max - cfg.w_min) * (batch["u"] * cfg.num_ddim_timesteps).frac()).float()
-        told = {} if cfg.lora else {"timestep_cond": guidance_embedding(w, cfg.time_cond_proj_dim)}
+        guidance = {} if cfg.lora else {"timestep_cond": guidance_embedding(w, cfg.time_cond_proj_dim)}
 
         def student(x_t, t):
-            return family.predict(x_t, t, text, **told)
+            return family.predict(x_t, t, text, **guidance)
 
         def target(x_t, t):
             with family.denoising_with(self.student if cfg.lora else self.target):
@@ -67,8 +67,8 @@ class Lcm(FineTune):
             with self.base():
                 nothing = {name.removeprefix("no_"): x for name, x in self.named_buffers(recurse=False)}
                 nothing = {name: x.expand_as(text[name]) for name, x in nothing.items()}
-                without, said = (family.predict(x_t, t, text | more) for more in (nothing, {}))
-            return classifier_free(without, said, 1 + w[:, None, None, None])
+                without, with_text = (family.predict(x_t, t, text | more) for more in (nothing, {}))
+            return classifier_free(without, with_text, 1 + w[:, None, None, None])
 
         return self.consistency.loss(student, target, teacher, family.latents(batch), batch, cfg.num_ddim_timesteps)
 
@@ -110,8 +110,8 @@ class Lcm(FineTune):
         return self.family.pipeline(scheduler=self.sampler())
 
     def export(self, out):
-        told = Sampling(self.cfg.validation_inference_steps, self.shown_guidance)
+        sampling = Sampling(self.cfg.validation_inference_steps, self.shown_guidance)
         if not self.cfg.lora:
             pipeline = self.family.fp32_pipeline(scheduler=self.sampler())
-            return write_pipeline(out, pipeline, {SAMPLING: told.to_bytes()})
-        return [self.save_adapters(out), told._replace(lcm=self.lcm).write(out)]
+            return write_pipeline(out, pipeline, {SAMPLING: sampling.to_bytes()})
+        return [self.save_adapters(out), sampling._replace(lcm=self.lcm).write(out)]

@@ -81,5 +81,5 @@ class Progressive(Recipe):
         return to_images(draw(self.unet, self.sampler, list(seeds), steps=self.learnt, labels=c))
 
     def export(self, out):
-        told = Sampling(self.learnt)
-        return pixel_models.save_pipeline(out, DDIMPipeline(self.unet, self.sampler), self.classes, told)
+        sampling = Sampling(self.learnt)
+        return pixel_models.save_pipeline(out, DDIMPipeline(self.unet, self.sampler), self.classes, sampling)

@@ -198,8 +198,8 @@ def _scores(runs: Sequence[Compared]) -> str:
             interval = f"<small>{ends}{number(_short(value['high']))}</small>" if value and ends else ""
             mark = ' class="best"' if found.get("best") == run.name else ""
             cells.append(f"<span{mark}>{number(_short(value['value']))}</span> {interval}" if value else "")
-        said = {True: "; the best is sure", False: "; the intervals overlap, so it may be chance"}
-        sure = said[found["sure"]] if "sure" in found else ""
+        verdicts = {True: "; the best is sure", False: "; the intervals overlap, so it may be chance"}
+        sure = verdicts[found["sure"]] if "sure" in found else ""
         rows[f"{escape(title(name))} <small>{better}{sure}</small>"] = cells
     return _grid(runs, rows, "No score was measured in two runs: train with --evaluate-steps or --num-holdout-images.")
 

@@ -101,18 +101,18 @@ def _state(folder: Path, config: dict[str, Any], lines: list[dict[str, Any]]) ->
     done = max((line["step"] for line in lines), default=0)
     found = status.read(folder)
     if files := artefact(folder):
-        said, found = f"finished after {done:,} steps; wrote {', '.join(entries(folder, files))}", None
+        sentence, found = f"finished after {done:,} steps; wrote {', '.join(entries(folder, files))}", None
     elif found is None:
-        said = f"step {done:,}" + (f" of {config['steps']:,}" if config.get("steps") else "")
+        sentence = f"step {done:,}" + (f" of {config['steps']:,}" if config.get("steps") else "")
     else:
         done = max(done, found.step)
-        said = STATES[found.state].format(step=f"{done:,}", total=f"{found.total:,}", message=found.message)
+        sentence = STATES[found.state].format(step=f"{done:,}", total=f"{found.total:,}", message=found.message)
         if found.seconds_left is not None:
-            said += f", about {clock(found.seconds_left)} left"
+            sentence += f", about {clock(found.seconds_left)} left"
     live = f' data-written="{found.written:.0f}"' if found and found.state == "running" else ""
     if live and found and found.seconds_left is not None:
         live += f' data-ends="{found.written + found.seconds_left:.0f}"'
-    return f'<p id="state"{live}>{escape(f"sdtune run in {folder}: {said}")}</p>'
+    return f'<p id="state"{live}>{escape(f"sdtune run in {folder}: {sentence}")}</p>'
 
 
 def _figures(folder: Path, lines: list[dict[str, Any]]) -> str:

@@ -23,8 +23,8 @@ class Sampling(NamedTuple):
     """For an adapter that wants diffusers' LCMScheduler: what its configuration says otherwise than the base's."""
 
     def to_bytes(self) -> bytes:
-        told = {name: value for name, value in self._asdict().items() if value is not None}
-        return (json.dumps(told, indent=1) + "\n").encode()
+        fields = {name: value for name, value in self._asdict().items() if value is not None}
+        return (json.dumps(fields, indent=1) + "\n").encode()
 
     def write(self, folder: Path) -> Path:
         """Write the file, whole or not at all."""
@@ -41,33 +41,33 @@ class Sampling(NamedTuple):
             UserError: it says something else.
         """
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
+            fields = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
-        if not _valid(told):
+        if not _valid(fields):
             raise UserError(
-                f"{path}: says nothing that this version knows: {printable(json.dumps(told)[:100], lines=False)}"
+                f"{path}: says nothing that this version knows: {printable(json.dumps(fields)[:100], lines=False)}"
             )
-        return cls(**told)
+        return cls(**fields)
 
 
 LCM = {"original_inference_steps": int, "timestep_scaling": float}
 """Settings of an LCMScheduler that an adapter may ask for."""
 
 
-def _valid(told: Any) -> bool:
+def _valid(fields: Any) -> bool:
     def number(value: Any, least: float) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= 1e5
 
-    if not isinstance(told, dict) or not told.keys() <= set(Sampling._fields):
+    if not isinstance(fields, dict) or not fields.keys() <= set(Sampling._fields):
         return False
-    lcm = told.get("lcm", {})
+    lcm = fields.get("lcm", {})
     return (
-        isinstance(told.get("steps"), int)
-        and number(told["steps"], 1)
-        and number(told.get("guidance_scale", 1), 0)
+        isinstance(fields.get("steps"), int)
+        and number(fields["steps"], 1)
+        and number(fields.get("guidance_scale", 1), 0)
         and isinstance(lcm, dict)
         and all(name in LCM and isinstance(value, LCM[name] | int) and number(value, 0) for name, value in lcm.items())
     )

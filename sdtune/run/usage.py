@@ -125,10 +125,10 @@ def sample(what: ArtefactKind, folder: str, prompt: str) -> list[str]:
     if what.edits:
         return ["sdtune", "sample", "--model", folder, "--image", "FILE", "--prompt", prompt]
     kind = "--model" if what.pipeline else "--embedding" if what.embedding and not what.adapter else "--adapter"
-    told = ["--steps", str(what.sampling.steps)] if what.sampling else []
+    options = ["--steps", str(what.sampling.steps)] if what.sampling else []
     if what.sampling and what.sampling.guidance_scale is not None:
-        told += ["--guidance-scale", f"{what.sampling.guidance_scale:g}"]
-    return ["sdtune", "sample", kind, folder, *(["--prompt", prompt] if what.takes_text else []), *told]
+        options += ["--guidance-scale", f"{what.sampling.guidance_scale:g}"]
+    return ["sdtune", "sample", kind, folder, *(["--prompt", prompt] if what.takes_text else []), *options]
 
 
 def lines(
@@ -231,10 +231,10 @@ def _call(sampling: Sampling | None) -> list[str]:
 
 def _pipeline(what: ArtefactKind, repo: str, at: str | None, prompt: str) -> str:
     load = f"pipe = DiffusionPipeline.from_pretrained({arguments(repo, revision=at)})"
-    said = [text(prompt)] if what.takes_text else []
+    given = [text(prompt)] if what.takes_text else []
     if what.classes and what.pipeline == CONSISTENCY:  # its call takes the class, which the others do not
-        said.append("class_labels=[0]")
-    draw = f"image = pipe({', '.join([*said, *_call(what.sampling)])}).images[0]"
+        given.append("class_labels=[0]")
+    draw = f"image = pipe({', '.join([*given, *_call(what.sampling)])}).images[0]"
     if what.edits or what.pipeline in FROM_PICTURES:
         draw = f"image = pipe({text(prompt)}, image=load_image({text('...')})).images[0]"
         return f"from diffusers import DiffusionPipeline\nfrom diffusers.utils import load_image\n\n{load}\n{draw}"

@@ -83,9 +83,9 @@ def generate(
                 options["callback_on_step_end"] = _reporter(progress, len(drawn), len(rows), len(prompts))
             if any(images):
                 options["image"] = [image for k in rows for image in images[k]]
-            told = prompt_arguments(pipe, parts, [prompts[k] for k in rows], negative, reading)
+            text_arguments = prompt_arguments(pipe, parts, [prompts[k] for k in rows], negative, reading)
             noise = [torch.Generator("cpu").manual_seed(seeds[k]) for k in rows]
-            drawn += pipe(generator=noise, **told, **options).images
+            drawn += pipe(generator=noise, **text_arguments, **options).images
     except ValueError as error:  # diffusers checks sizes and numbers of steps, in words that name them
         raise UserError(f"{type(pipe).__name__}: {str(error).splitlines()[0]}") from error
     finally:

@@ -31,7 +31,7 @@ from sdtune.models.clip_skip import skip_layers
 from sdtune.models.controls import read_image
 from sdtune.models.loading import load_adapters, load_embeddings, load_pipeline, read_sampling, split_weight
 from sdtune.models.prompt_embeddings import Reading
-from sdtune.models.prompts import check_negative, check_prompts, told_guidance, window_of
+from sdtune.models.prompts import check_negative, check_prompts, takes_guidance_as_input, window_of
 from sdtune.run.artefacts import of_best
 from sdtune.run.contact_sheet import grid, save_sheet
 from sdtune.run.sampling_file import Sampling
@@ -128,15 +128,15 @@ class PromptJob:
             skip_layers(self.pipe.text_encoder, cfg.clip_skip, cfg.model)
         load_adapters(self.pipe, cfg.adapter, cfg.clip_skip)
         words = load_embeddings(self.pipe, cfg.embedding, cfg.adapter)
-        said = " ".join([cfg.negative_prompt, *(f"{p.text} {p.settings.get('negative_prompt', '')}" for p in prompts)])
-        if unused := [word for word in words if word.lower() not in said.lower()]:
+        texts = " ".join([cfg.negative_prompt, *(f"{p.text} {p.settings.get('negative_prompt', '')}" for p in prompts)])
+        if unused := [word for word in words if word.lower() not in texts.lower()]:
             notice = f"no prompt has {', '.join(unused)} in it: such a word has no effect unless a prompt says it"
             echo(f"warning: {notice}", err=True)
         window = None if cfg.long_prompts else window_of(self.pipe, family.max_tokens, family.reads_windows)
         option = "--prompt" if cfg.prompt else "--prompt-file"
         check_prompts(option, [prompt.text for prompt in prompts], window, echo, cfg.prompt_weights)
         check_prompts("--negative-prompt", [cfg.negative_prompt], window, echo, cfg.prompt_weights)
-        if cfg.negative_prompt and told_guidance(self.pipe):
+        if cfg.negative_prompt and takes_guidance_as_input(self.pipe):
             raise UserError(f"--negative-prompt: {cfg.model} is told its guidance and takes none; leave it out")
         check_negative(cfg.negative_prompt, self.scale, "--negative-prompt", echo)
         for own in (prompt.settings for prompt in prompts if "negative_prompt" in prompt.settings):

@@ -17,15 +17,15 @@ def failure(
     kind: type[Recipe], cfg: TrainingConfig, device: torch.device, world: int, error: BaseException
 ) -> RunFailed:
     """The error of a run whose memory was full, with the options that save enough, each estimated on shapes alone."""
-    said = out_of_memory(error, device)
+    message = out_of_memory(error, device)
     try:
         estimates = Estimates(kind, cfg, device, world)
         needed = estimates.of().total
         limit = min(limit_of(None, device), int(SHARE * needed))
         found = [(changed, need) for changed, need in fitting_changes(estimates, limit) if changed]
     except Exception:  # an estimate fails for reasons of its own, and the first error is the one to tell
-        return RunFailed(f"{said}; `sdtune check`, with the same options, says what makes it fit")
+        return RunFailed(f"{message}; `sdtune check`, with the same options, says what makes it fit")
     if not found:
-        return RunFailed(f"{said}; a step needs about {human_bytes(needed)}, and no option saves enough of it")
+        return RunFailed(f"{message}; a step needs about {human_bytes(needed)}, and no option saves enough of it")
     ways = [f"{flags(changed)} ({human_bytes(need.total)})" for changed, need in found[:MOST]]
-    return RunFailed(f"{said}; a step needs about {human_bytes(needed)}; it needs less with {', or '.join(ways)}")
+    return RunFailed(f"{message}; a step needs about {human_bytes(needed)}; it needs less with {', or '.join(ways)}")

@@ -40,7 +40,7 @@ class Flux(LatentFamily):
 
     def denoiser_inputs(self, x_t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Any]:
         """What the denoiser is told beside the image, the time and the words."""
-        return {"pooled_projections": cond["pooled"].to(self.dtype), "guidance": self.told_guidance(x_t)}
+        return {"pooled_projections": cond["pooled"].to(self.dtype), "guidance": self.guidance_input(x_t)}
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         x_t, embeds = x_t.to(self.dtype), cond["embeds"].to(self.dtype)

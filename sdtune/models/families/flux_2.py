@@ -68,7 +68,7 @@ class Flux2(LatentFamily):
             encoder_hidden_states=embeds,
             txt_ids=self.pipeline_class._prepare_text_ids(embeds).to(x_t.device),
             img_ids=self.pipeline_class._prepare_latent_ids(pixel_unshuffle(x_t, 2)).to(x_t.device),
-            guidance=self.told_guidance(x_t),
+            guidance=self.guidance_input(x_t),
             return_dict=False,
         )[0]
         return unpack(tokens, x_t)

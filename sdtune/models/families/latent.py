@@ -94,7 +94,7 @@ class LatentFamily(TextFamily):
         side = cls.own_side(pipe) if width is None else None
         return {"width": width or side, "height": height or side}
 
-    def told_guidance(self, x_t: Tensor) -> Tensor | None:
+    def guidance_input(self, x_t: Tensor) -> Tensor | None:
         """The guidance that a guidance-distilled denoiser is told in training, ``[B]``; ``None`` for another."""
         if not self.denoiser.config.get("guidance_embeds"):
             return None
