@@ -10,6 +10,7 @@ from sdtune.config.methods.instruct_pix2pix import InstructPix2PixConfig
 from sdtune.models import families
 from sdtune.models.networks import reshaped
 from sdtune.recipes.instruct_pix2pix import DROPOUT, InstructPix2Pix
+from tests import tars
 from tests.conftest import status
 from tests.families import pipelines
 from tests.tinysd import tiny_unet
@@ -114,3 +115,42 @@ def test_previews_and_the_estimate_and_what_is_refused(sd, pictures, tmp_path, c
     sd3 = pipelines.save(pipelines.sd3, tmp_path / "sd3")
     assert status(["instruct-pix2pix", *words[2:], "--model", str(sd3), "--overwrite"]) == 2
     assert "gets no InstructPix2Pix here" in capsys.readouterr().err
+
+
+def test_shards_with_pairs_are_encoded_once(sd, tmp_path, capsys):
+    """The moments of both images come from --shard-cache, with the flip of the sample; previews show the pixels."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for shard in range(2):
+        rows = []
+        for k in range(3):
+            one, other = (np.random.default_rng([shard, k, n]).integers(0, 256, (32, 32, 3), np.uint8) for n in (0, 1))
+            files = {"png": tars.png(Image.fromarray(one)), "input_image.png": tars.png(Image.fromarray(other))}
+            rows.append((f"{k:02}", files | {"txt": b"make it red"}))
+        tars.pack(shards / f"{shard}.tar", *rows)
+    words = ["instruct-pix2pix", "--model", str(sd), "--dataset", str(shards), "--resolution", "32", "--steps", "2"]
+    words += [
+        "--shard-cache",
+        str(tmp_path / "kept"),
+        "--random-flip",
+        "--train-batch-size",
+        "2",
+        "--stream-lanes",
+        "1",
+    ]
+    words += ["--num-validation-images", "1", "--validation-inference-steps", "1", "--dataloader-num-workers", "0"]
+    assert status([*words, "--output-dir", str(tmp_path / "run")]) == 0
+    assert len(list((tmp_path / "kept").rglob("*.safetensors"))) == 2
+    settings = {"shard_cache": tmp_path / "kept", "random_flip": True, "stream_lanes": 1, "train_batch_size": 2}
+    settings |= {"model": str(sd), "dataset": str(shards), "resolution": 32, "output_dir": tmp_path / "other"}
+    recipe = InstructPix2Pix(InstructPix2PixConfig(**settings), torch.device("cpu"))
+    dataset = recipe.dataset(2, lambda line: None)
+    flips = set()
+    for position in range(6):
+        item, sample = dataset[position], dataset.stream[position]
+        flips.add(sample.flip)
+        for name, column in (("moments", None), ("original", "input_image")):
+            with torch.no_grad():
+                fresh = recipe.family.moments(dataset.pictures.pixels(sample, column)[None])[0]
+            torch.testing.assert_close(item[name], fresh, rtol=1e-4, atol=1e-4)
+    assert flips == {True, False}

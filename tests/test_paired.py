@@ -109,7 +109,9 @@ STREAMED = {"streaming": True}
 )
 def test_a_paired_image_has_the_crop_and_flip_of_its_picture(build, fields, tmp_path):
     build(tmp_path)
-    cfg = config(tmp_path, center_crop=False, random_flip=True, cache_dir=tmp_path / "cache", **fields)
+    cfg = config(
+        tmp_path, center_crop=False, random_flip=True, cache_dir=tmp_path.with_name(f"{tmp_path.name}-cache"), **fields
+    )
     stream = open_stream(cfg, open_images(cfg, paired=PAIRED), 2, paired=PAIRED)
     assert stream.epoch_length == COUNT
     assert {stream[p].caption for p in range(COUNT)} == {f"a cat {k}" for k in range(COUNT)}
@@ -117,6 +119,12 @@ def test_a_paired_image_has_the_crop_and_flip_of_its_picture(build, fields, tmp_
     assert {sample.flip for sample in shown} == {True, False} and len({sample.left for sample in shown}) == len(shown)
     for sample in shown:
         assert torch.equal(stream.pixels(sample, COLUMN), stream.pixels(sample))
+    masked = cfg.model_copy(update={"masked_loss": True, "mask_column": COLUMN, "image_interpolation_mode": "box"})
+    stream = open_stream(masked, open_images(masked), 2)
+    for sample in shown:  # each picture is its own mask, in grey
+        grey = (stream.pixels(sample) + 1).mul(torch.tensor([299, 587, 114])[:, None, None] / 2000).sum(0, True)
+        assert torch.allclose(stream.mask(sample), grey, atol=2 / 255)
+    stream = open_stream(cfg, open_images(cfg, paired=PAIRED), 2, paired=PAIRED)
     prompts = image_prompts(stream, FURTHER, ["one", "two", "three"])
     assert [str(p) for p in prompts] == ["one", "two", "three"]
     assert all(image.size == (16, 16) for p in prompts for image in p.images)

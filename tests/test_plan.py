@@ -65,7 +65,7 @@ class Stream:
     epoch_length, repeats, buckets = 20, 1, ()
 
     def __init__(self, group):
-        self.group, self.images = group, SimpleNamespace(sizes=[10, 10])
+        self.group, self.images = group, SimpleNamespace(sizes=[10, 10], subjects=1)
 
 
 def test_the_plan_says_how_a_step_is_shared_and_what_its_warm_up_does():

@@ -178,6 +178,8 @@ class Captions(Section):
 class Masks(Section):
     masked_loss: bool = False
     """Weigh the loss at each place by the image's mask (`a-mask.png` or `masks/a.png`), where it has one."""
+    mask_column: Annotated[str | None, requires("masked_loss")] = None
+    """Column that holds the mask of each image; in a folder `mask_file_name` for mask. Leave out for files of masks."""
 
 
 class Classes(Section):

@@ -2,9 +2,10 @@
 
 from sdtune.data.cache_folder import cache_root
 from sdtune.data.images import MODES
+from sdtune.data.mixture import Mixture
 from sdtune.data.shard_stream import ShardStream, open_images, open_stream
 from sdtune.data.shards import Record, Shards
-from sdtune.data.sources import Images, Mixture, Row, load_images, with_captions
+from sdtune.data.sources import Images, Row, load_images, with_captions
 from sdtune.data.stream import Sample, Stream, positions
 from sdtune.data.summary import summarize
 

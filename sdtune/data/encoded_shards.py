@@ -28,19 +28,23 @@ BATCH = 8
 
 
 class EncodedShards(Shards):
-    """``shards`` as files of moments. It maps ``ShardStream.pixel_key`` to moments ``[2C, h, w]``."""
+    """``shards`` as files of moments. It maps ``ShardStream.pixel_key`` to moments ``[2C, h, w]``.
 
-    def __init__(self, shards: Shards, files: list[Path]):
+    Args:
+        flips: variants of each image and of each paired image, 2 where images are mirrored.
+    """
+
+    def __init__(self, shards: Shards, files: list[Path], flips: int):
         super().__init__(shards.names, shards.counts, shards.contents, shards.notes, shards.column, shards.caption)
-        self.files = files
+        self.files, self.flips = files, flips
 
     def open(self, shard: int) -> "EncodedShard":
         return EncodedShard(self.files[shard])
 
-    def __getitem__(self, key: tuple[int, bool]) -> Tensor:
-        index, flip = key
+    def __getitem__(self, key: tuple[int, bool, int]) -> Tensor:
+        index, flip, which = key
         shard, nth = self.locate(index)
-        return self.get_open(shard).moments(nth, int(flip))
+        return self.get_open(shard).moments(nth, which * self.flips + int(flip))
 
 
 class EncodedShard:
@@ -57,10 +61,10 @@ class EncodedShard:
             raise UserError(f"{file} cannot be read ({error}); remove it and give the command again") from None
         self.file = file
 
-    def moments(self, nth: int, flip: int) -> Tensor:
+    def moments(self, nth: int, variant: int) -> Tensor:
         """Raises: RunFailed when the bytes on the disk have changed."""
-        moments: Tensor = self.tensors.get_slice("moments")[nth, flip]
-        if self.sums is not None and cache.checksum(moments) != int(self.sums[nth, flip]):
+        moments: Tensor = self.tensors.get_slice("moments")[nth, variant]
+        if self.sums is not None and cache.checksum(moments) != int(self.sums[nth, variant]):
             raise RunFailed(
                 f"{self.file}: damaged on the disk (a checksum differs); remove it and give the command again"
             )
@@ -79,7 +83,7 @@ class EncodingItem(NamedTuple):
     record: tuple[str, tuple[str, ...], str, tuple[int, int]]
     """Name, captions, what is wrong with the image, and its width and height."""
     pixels: Tensor
-    """``[flips, 3, H, W]``; zeros for a bad image."""
+    """``[variants, 3, H, W]``: flips of the image, then those of each paired image; zeros for a bad image."""
 
 
 class ShardImages(Dataset[EncodingItem]):
@@ -88,6 +92,7 @@ class ShardImages(Dataset[EncodingItem]):
     def __init__(self, stream: ShardStream):
         self.stream = stream
         self.flips = (False, True) if stream.cfg.random_flip else (False,)
+        self.columns = (None, *stream.paired)
 
     def __getitem__(self, place: tuple[int, int]) -> EncodingItem:
         shard, nth = place
@@ -96,16 +101,16 @@ class ShardImages(Dataset[EncodingItem]):
             sample, captions = stream.unaugmented(int(stream.images.starts[shard]) + nth)
         except ValueError as error:
             stream.reject(f"{stream.images.names[shard]}, image {nth}", error)
-            black = torch.zeros(len(self.flips), len(stream.mode), side, side)
+            black = torch.zeros(len(self.flips) * len(self.columns), len(stream.mode), side, side)
             return EncodingItem(shard, ("", (), str(error), (0, 0)), black)
-        shown = [stream.pixels(replace(sample, flip=flip)) for flip in self.flips]
+        shown = [stream.pixels(replace(sample, flip=flip), of) for of in self.columns for flip in self.flips]
         return EncodingItem(shard, (sample.name, captions, "", stream.image_size(sample)), torch.stack(shown))
 
 
 def encode_shards(
     folder: Path, stream: ShardStream, key: str, encode: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> EncodedShards:
-    """Encode the shards of ``stream`` into ``folder``. Each process encodes a share of the missing ones.
+    """Encode the shards of ``stream``, paired images too, into ``folder``; each process a share of the missing ones.
 
     Args:
         key: identifies the weights of the VAE.
@@ -118,6 +123,7 @@ def encode_shards(
     how = [key, dtype, cfg.resolution, cfg.image_interpolation_mode, images.flips, shards.column, shards.caption]
     how.append("with sizes")
     how += ["caption per line"] if stream.caption_options and stream.caption_options.caption_per_line else []
+    how += [f"with {column}" for column in stream.paired]
     folder = folder / cache.digest(*how)
     cache.make_folder(folder, "name another --shard-cache")
     parts = zip(shards.names, shards.contents, strict=True)
@@ -139,13 +145,13 @@ def encode_shards(
             _require_room(folder, tensors, int(shards.counts[todo].sum()) / int(shards.counts[shard]))
         cache.write_tensors(files[shard], tensors, "make room, or name another --shard-cache")
     store_barrier()
-    return EncodedShards(shards, files)
+    return EncodedShards(shards, files, len(images.flips))
 
 
 def _by_shard(
     batches: Any, encode: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Each shard with its tensors, when its last image is encoded: ``moments`` ``[images, flips, 2C, h, w]``."""
+    """Each shard with its tensors, when its last image is encoded: ``moments`` ``[images, variants, 2C, h, w]``."""
     shard = -1
     table: list[tuple[str, tuple[str, ...], str]] = []
     moments: list[Tensor] = []
@@ -153,7 +159,7 @@ def _by_shard(
     def tensors() -> dict[str, Tensor]:
         text = bytearray(json.dumps(table).encode())
         whole, listed = torch.cat(moments), torch.frombuffer(text, dtype=torch.uint8)
-        sums = [[cache.checksum(variant) for variant in image] for image in whole]  # one for each image and flip
+        sums = [[cache.checksum(variant) for variant in image] for image in whole]  # one for each image and variant
         sums.append([cache.checksum(listed)] * whole.shape[1])
         return {"moments": whole, "table": listed, "sums": torch.tensor(sums)}
 

@@ -70,7 +70,7 @@ def read_folder(
         sources=[files.images[name] for name in names],
         ignored=sorted({*files.ignored, *(files.others.keys() - used)}),
         repeats=[_repeats(name) for name in names] if cfg.folder_repeats else [],
-        masks=masks if isinstance(cfg, Masks) and cfg.masked_loss else [],
+        masks=masks if isinstance(cfg, Masks) and cfg.masked_loss and not cfg.mask_column else [],
         notes=notes,
         paired={column: _listing_of(files, [found[name] for name in names]) for column, found in pairs.items()},
     )
@@ -155,7 +155,7 @@ def _notes(cfg: Data, files: FolderFiles, pairs: dict[str, dict[str, str]]) -> l
         if isinstance(cfg, Masks) and not used:
             end += "; --masked-loss weighs the loss by them"
         notes.append(f"masks: {len(files.masks)}, {end}")
-    if isinstance(cfg, Masks) and cfg.masked_loss and len(files.masks) < len(files.images):
+    if isinstance(cfg, Masks) and cfg.masked_loss and not cfg.mask_column and len(files.masks) < len(files.images):
         notes.append(f"images without a mask, which count in full: {len(files.images) - len(files.masks)}")
     folders = sorted({name.split("/")[-2] for name in files.images if _repeated(name)})
     if folders and not cfg.folder_repeats:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdtune.config.sections import UserError
+from sdtune.config.sections import Data, Masks, UserError
 from sdtune.data.folder_captions import INSIDE_ONLY, ImageNames, own_column
 from sdtune.data.folder_files import FolderFiles
 from sdtune.data.images import ImageInfo, many_frames
@@ -19,6 +19,17 @@ PAIRED_FOLDERS = ("conditioning_image", "input_image")
 
 Paired = Mapping[str, str]
 """The columns of paired images, each with the option that names it, such as ``--conditioning-image-column``."""
+
+
+def mask_column(cfg: Data) -> str | None:
+    """The column of the masks, if they are in one."""
+    return cfg.mask_column if isinstance(cfg, Masks) and cfg.masked_loss else None
+
+
+def with_mask(cfg: Data, paired: Paired) -> Paired:
+    """The columns of paired images, and that of the masks."""
+    column = mask_column(cfg)
+    return {**paired, column: "--mask-column"} if column else paired
 
 
 def set_paired_aside(files: FolderFiles, tables: Mapping[str, Path], image_column: str, paired: Paired) -> None:

@@ -15,12 +15,13 @@ from PIL import Image
 from sdtune.config.sections import Classes, Data, Latents, Masks, Streaming, UserError
 from sdtune.config.untrusted import echo
 from sdtune.data.images import decode, inspect_image, to_tensor
-from sdtune.data.paired import Paired, same_shape
+from sdtune.data.mixture import Mixture
+from sdtune.data.paired import Paired, mask_column, same_shape, with_mask
 from sdtune.data.parquet_shards import open_parquet_shards
 from sdtune.data.shard_names import is_sharded, shard_urls
 from sdtune.data.shard_order import ShardOrder
 from sdtune.data.shards import Record, Shards
-from sdtune.data.sources import Images, Mixture, caption_options, load_images
+from sdtune.data.sources import Images, caption_options, load_images
 from sdtune.data.stream import Sample, Stream, without_separators
 from sdtune.data.tables import split_files
 from sdtune.data.tar_shards import open_tar_shards
@@ -37,10 +38,12 @@ def open_images(
     if isinstance(cfg, Streaming) and (shards or cfg.streaming):
         refuse_unsupported(cfg)
         if shards:
-            return open_tar_shards(cfg, shard_urls(cfg.dataset), caption_options(cfg, captions), list(paired))
+            return open_tar_shards(
+                cfg, shard_urls(cfg.dataset), caption_options(cfg, captions), list(with_mask(cfg, paired))
+            )
         urls = split_files(cfg)
         open_shards = open_tar_shards if urls[0].endswith(".tar") else open_parquet_shards
-        return open_shards(cfg, urls, caption_options(cfg, captions), list(paired))
+        return open_shards(cfg, urls, caption_options(cfg, captions), list(with_mask(cfg, paired)))
     if isinstance(cfg, Latents) and cfg.shard_cache:
         raise UserError("--shard-cache: only for streamed datasets; other datasets are cached without it")
     return load_images(cfg, captions, class_column=class_column, paired=paired)
@@ -55,7 +58,7 @@ def open_stream(
 ) -> Stream:
     """The samples of the images that ``open_images`` gave, with the same ``paired``."""
     return (
-        ShardStream(cfg, images, group, mode, list(paired))
+        ShardStream(cfg, images, group, mode, list(with_mask(cfg, paired)))
         if isinstance(images, Shards)
         else Stream(cfg, images, group, mode)
     )
@@ -68,7 +71,7 @@ def refuse_unsupported(cfg: Data) -> None:
         "repeats": cfg.repeats > 1,
         "max-train-samples": cfg.max_train_samples,
         "class-column": isinstance(cfg, Classes) and cfg.class_column,
-        "masked-loss": isinstance(cfg, Masks) and cfg.masked_loss,
+        "masked-loss": isinstance(cfg, Masks) and cfg.masked_loss and not cfg.mask_column,
         "folder-repeats": cfg.folder_repeats,
     }
     if given := [name for name, asked in needs.items() if asked]:
@@ -186,6 +189,13 @@ class ShardStream(Stream):
         image = self._read[1][1 + self.paired.index(paired) if paired else 0]
         return to_tensor(image, *sample.crop, self.cfg.image_interpolation_mode)
 
+    def mask(self, sample: Sample) -> torch.Tensor:
+        column = mask_column(self.cfg)
+        assert column is not None
+        self.pixels(sample, column)  # which reads the image and those that are paired with it
+        image = self._read[1][1 + self.paired.index(column)].convert("L")
+        return (to_tensor(image, *sample.crop, "box") + 1) / 2
+
     def image_size(self, sample: Sample) -> tuple[int, int]:
         """Width and height of the image file."""
         index, images = self._read
@@ -196,9 +206,9 @@ class ShardStream(Stream):
             images = self._images(record)
         return images[0].size
 
-    def pixel_key(self, sample: Sample, paired: str | None = None) -> tuple[int, bool]:
-        """The key of its moments; those of paired images are not stored."""
-        return sample.index, sample.flip
+    def pixel_key(self, sample: Sample, paired: str | None = None) -> tuple[int, bool, int]:
+        """The key of its moments, or of those of a paired image."""
+        return sample.index, sample.flip, 1 + self.paired.index(paired) if paired else 0
 
     def examples(self, count: int) -> list[Sample]:
         """Some samples to show, without augmentation: the first images that can be used."""

@@ -88,6 +88,9 @@ class Shards:
         self._opened: dict[int, dict[int, Any]] = {}
         self._process = os.getpid()
 
+    subjects = 1
+    """See ``Mixture``."""
+
     @property
     def sizes(self) -> list[int]:
         """Images of each part of the dataset. There is one part."""

@@ -23,7 +23,7 @@ from sdtune.data.folders import read_folder
 from sdtune.data.image_info import inspect_images
 from sdtune.data.images import ImageInfo
 from sdtune.data.metadata import Listing, listed_error
-from sdtune.data.paired import Paired, pair_problem
+from sdtune.data.paired import Paired, mask_column, pair_problem, with_mask
 from sdtune.data.shard_names import is_sharded
 from sdtune.data.tables import is_table, read_cell, read_dataset
 from sdtune.run.rng import generator
@@ -70,7 +70,9 @@ class Images:
     table_folder: Path | None = None
     """Where image files that the table only names may lie; None if none is read."""
     masks: Sequence[Path | None] = ()
-    """For each row its mask; empty if masks are not used."""
+    """For each row its mask; empty if masks are not used, or are paired images."""
+    mask_column: str | None = None
+    """The column of paired images that are the masks."""
     notes: Sequence[str] = ()
     """Lines that the user should read."""
     paired: dict[str, "Images"] = field(default_factory=dict)
@@ -85,6 +87,9 @@ class Images:
         ]
         self.fingerprint = hashlib.sha256(json.dumps(sorted(listed)).encode()).hexdigest()
 
+    subjects = 1
+    """Parts that show what is to be learnt: see ``Mixture``."""
+
     @property
     def sizes(self) -> list[int]:
         """Images of each part that a stream shows in turn. There is one part."""
@@ -95,8 +100,10 @@ class Images:
         source = self.sources[index]
         return source if isinstance(source, Path) else read_cell(self.table, source, self.table_folder)
 
-    def mask(self, index: int) -> Path | None:
-        """The file of the mask of an image, if it has one and masks are used."""
+    def mask(self, index: int) -> Path | bytes | None:
+        """The file of the mask of an image, or its bytes, if it has one and masks are used."""
+        if self.mask_column:
+            return self.paired[self.mask_column].read(index)
         return self.masks[index] if self.masks else None
 
     @property
@@ -106,36 +113,6 @@ class Images:
         if all(re.fullmatch(r"-?\d+", name) for name in names):
             return sorted(names, key=int)
         return sorted(names)
-
-
-class Mixture:
-    """Two sets of images. A stream shows them in turn, so half of its images are of each set, whatever their sizes."""
-
-    def __init__(self, first: Images, second: Images):
-        self.parts, self.paired = (first, second), dict[str, Images]()
-        self.rows = [*first.rows, *second.rows]
-        self.ignored, self.skipped = first.ignored + second.ignored, first.skipped + second.skipped
-        self.notes = [*first.notes, *second.notes]
-        self.fingerprint = first.fingerprint + second.fingerprint
-
-    @property
-    def sizes(self) -> list[int]:
-        """Images of each part."""
-        return [len(part.rows) for part in self.parts]
-
-    def read(self, index: int) -> Path | bytes:
-        """The file of an image, or its bytes."""
-        part, own = self._find(index)
-        return part.read(own)
-
-    def mask(self, index: int) -> Path | None:
-        """The file of the mask of an image."""
-        part, own = self._find(index)
-        return part.mask(own)
-
-    def _find(self, index: int) -> tuple[Images, int]:
-        first, second = self.parts
-        return (first, index) if index < len(first.rows) else (second, index - len(first.rows))
 
 
 def caption_options(cfg: Data, captions: bool) -> Captions | None:
@@ -168,12 +145,12 @@ def load_images(
     if cfg.dataset not in BUILT_IN and is_sharded(cfg.dataset):
         raise UserError(f"--dataset {cfg.dataset}: this method reads no tar shards; unpack them into a folder")
     folder = BUILT_IN[cfg.dataset]() if cfg.dataset in BUILT_IN else Path(cfg.dataset).expanduser()
-    options = caption_options(cfg, captions)
+    options, paired = caption_options(cfg, captions), with_mask(cfg, paired)
     if folder.is_dir() and not is_table(folder):
         found = read_folder(cfg, folder, options, default_caption, class_column, leave_out, paired)
         return _check_images(cfg, found)
-    if isinstance(cfg, Masks) and cfg.masked_loss:
-        raise UserError(f"--masked-loss: reads masks of a folder of images, and {cfg.dataset} is a table; leave it out")
+    if isinstance(cfg, Masks) and cfg.masked_loss and not cfg.mask_column:
+        raise UserError(f"--masked-loss: {cfg.dataset} is a table; name the column of the masks with --mask-column")
     return _check_images(cfg, read_dataset(cfg, folder, options, default_caption, class_column, paired))
 
 
@@ -189,12 +166,15 @@ def _check_images(cfg: Data, found: Listing) -> Images:
     infos = _inspected(found, chosen)
     pairs = {column: _inspected(other, chosen) for column, other in found.paired.items()}
 
-    shapes = training_shapes(cfg)
+    shapes, of_mask = training_shapes(cfg), mask_column(cfg)
     bad: dict[int, str] = {}
     small: dict[int, str] = {}
     for nth, (i, info) in enumerate(zip(chosen, infos, strict=True)):
         if problem := pair_problem(info, {column: of[nth] for column, of in pairs.items()}, cfg.first_frame):
             bad[i] = problem
+            continue
+        if of_mask and pairs[of_mask][nth].blank:
+            bad[i] = f"its {of_mask} is all black, so nothing of it would be trained on"
             continue
         width, height = nearest_shape(shapes, info.width, info.height)
         if max(width / info.width, height / info.height) > 4:
@@ -210,6 +190,8 @@ def _check_images(cfg: Data, found: Listing) -> Images:
 
     used = {i: info for i, info in zip(chosen, infos, strict=True) if i not in skip}
     masks = _check_masks(found, used)
+    if of_mask:
+        masks = {i: info.sha256 for i, info in zip(chosen, pairs[of_mask], strict=True)}
     rows = [
         Row(
             name=found.names[i],
@@ -232,6 +214,7 @@ def _check_images(cfg: Data, found: Listing) -> Images:
         table=found.table,
         table_folder=found.table_folder,
         masks=[found.masks[i] for i in used] if found.masks else (),
+        mask_column=of_mask,
         notes=[*found.notes, *_pixel_notes(found, used)],
         paired={
             column: _paired_images(other, dict(zip(chosen, pairs[column], strict=True)), list(used))

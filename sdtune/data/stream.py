@@ -7,8 +7,10 @@ processes, accumulation and batches (``positions``).
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +18,9 @@ import torch
 from sdtune.config.sections import Captions, Data, Masks, Run, UserError
 from sdtune.data.buckets import Shape, nearest_shape, training_shapes
 from sdtune.data.images import corner, cover, decode, to_tensor
+from sdtune.data.mixture import Mixture
 from sdtune.data.order import Order
-from sdtune.data.sources import Images, Mixture
+from sdtune.data.sources import Images
 from sdtune.run.rng import generator
 
 SEPARATOR = "|||"
@@ -38,7 +41,7 @@ class Sample:
     flip: bool
     caption: str
     part: int
-    """1 for an image of the second part of a ``Mixture``, else 0."""
+    """The part of a ``Mixture`` that it is of, else 0."""
 
     @property
     def crop(self) -> tuple[int, int, float, float, bool]:
@@ -50,7 +53,7 @@ class Stream:
     """An endless stream of samples, addressed by position.
 
     ``Order`` gives the image of a position. With buckets the samples of a group have one shape; without buckets
-    the stream does not depend on ``group``. Even positions show the first part of a ``Mixture``, odd ones the second.
+    the stream does not depend on ``group``. The parts of a ``Mixture`` take turns, a position each.
 
     Args:
         cfg: a config with the sections Data and Run; options of Captions are read if it has them.
@@ -70,7 +73,8 @@ class Stream:
             raise UserError(
                 f"--masked-loss: {cfg.dataset} has no masks, such as a-mask.png next to a.png; leave it out"
             )
-        count, held = images.sizes[0], cfg.num_holdout_images
+        self.part_of = [part for part, size in enumerate(images.sizes) for _ in range(size)]
+        count, held = sum(images.sizes[: images.subjects]), cfg.num_holdout_images
         if held >= count:
             left = f"{cfg.dataset} has {count} usable images"
             raise UserError(f"--num-holdout-images {held} leaves nothing to train on: {left}")
@@ -82,10 +86,12 @@ class Stream:
         self.buckets: dict[Shape, list[int]] = {}
         for index in self.indices:
             self.buckets.setdefault(self.shapes[index], []).extend([index] * images.rows[index].repeats)
-        self.first = count
+        shown = Counter(self.part_of[i] for i in self.indices for _ in range(images.rows[i].repeats))
+        of_subjects = [shown[part] for part in range(images.subjects)]
+        if not all(of_subjects):
+            raise UserError(f"--num-holdout-images {held} leaves nothing of one of the {images.subjects} concepts")
         self.orders = [self._order(part, len(images.sizes)) for part in range(len(images.sizes))]
-        once = sum(images.rows[index].repeats for index in self.indices if index < count)
-        self.epoch_length = once * cfg.repeats * len(self.orders)
+        self.epoch_length = max(of_subjects) * cfg.repeats * len(self.orders)
         self.holdout = [self._unaugmented(index) for index in held_out]
 
     def _configure(self, cfg: Data, group: int, mode: str) -> None:
@@ -110,10 +116,10 @@ class Stream:
         return replace(sample, caption=self._caption(captions, position))
 
     def _order(self, part: int, parts: int) -> Order:
-        """The order of the images of one part. The second part has its own draws and no repeats."""
-        buckets = [[i for i in bucket if (i >= self.first) == part] for _, bucket in sorted(self.buckets.items())]
+        """The order of the images of one part. Each has draws of its own, and those of a class have no repeats."""
+        buckets = [[i for i in bucket if self.part_of[i] == part] for _, bucket in sorted(self.buckets.items())]
         seed: object = self.seed if part == 0 else (self.seed, part)
-        repeats = self.cfg.repeats if part == 0 else 1
+        repeats = self.cfg.repeats if part < self.images.subjects else 1
         return Order(seed, [bucket for bucket in buckets if bucket], repeats, self.group // parts or 1)
 
     def examples(self, count: int) -> list[Sample]:
@@ -132,7 +138,7 @@ class Stream:
         """Centre crop, no flip, first caption."""
         row, (width, height) = self.images.rows[index], self.shapes[index]
         caption = without_separators(row.captions[0]) if row.captions else ""
-        return Sample(index, row.name, width, height, 0.5, 0.5, False, caption, int(index >= self.first))
+        return Sample(index, row.name, width, height, 0.5, 0.5, False, caption, self.part_of[index])
 
     def _caption(self, captions: tuple[str, ...], position: int) -> str:
         options = self.caption_options
@@ -175,13 +181,14 @@ class Stream:
 
     def mask(self, sample: Sample) -> torch.Tensor:
         """The mask of ``pixels(sample)``, with the same crop and flip: float32 [1, height, width] in [0, 1]."""
-        path = self.images.mask(sample.index)
-        if path is None:
+        file = self.images.mask(sample.index)
+        if file is None:
             return torch.ones(1, sample.height, sample.width)
         try:
-            image = decode(path, "L")
+            image = decode(file, "L")
         except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"{path} could be read when training began, but not now: {error}") from error
+            named = file if isinstance(file, Path) else f"the mask of {sample.name}"
+            raise UserError(f"{named} could be read when training began, but not now: {error}") from error
         return (to_tensor(image, *sample.crop, "box") + 1) / 2
 
     def pixel_key(self, sample: Sample, paired: str | None = None) -> Any:

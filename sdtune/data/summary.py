@@ -34,8 +34,10 @@ def summarize(
     """
     images, rows = stream.images, stream.images.rows
     more = f", {len(stream.holdout)} more held out" if stream.holdout else ""
-    if len(images.sizes) > 1:
-        more += f", {images.sizes[1]} of them of the class"
+    if images.subjects > 1:
+        more += f", of {images.subjects} concepts"
+    if of_class := sum(images.sizes[images.subjects :]):
+        more += f", {of_class} of them of the class"
     steps = f"{stream.epoch_length / stream.group:.4g} steps of {stream.group} images"
     lines = [f"images: {len(stream.indices)}{more}; an epoch is {steps}"]
     lines += images.notes

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.progress import track
 
-from sdtune.config.methods.dreambooth import DreamBoothConfig
+from sdtune.config.methods.prior import Prior
 from sdtune.config.sections import UserError
 from sdtune.config.untrusted import echo
 from sdtune.data import Images, load_images
@@ -38,19 +38,23 @@ NUMBERED = re.compile(r"made-\d{5,}\.png")
 """Names of the images that are generated here; those with other names, such as copies, are the user's own."""
 
 
-def class_images(cfg: DreamBoothConfig, family: Any) -> Images:
+def class_images(cfg: Prior, family: Any, subject: Images, within: str = "") -> Images:
     """The class images of a run, after the base has generated the missing ones; called by every process.
+
+    Args:
+        subject: the images beside which they train.
+        within: folder for them in the run's folder of class images, where a run has several classes.
 
     Raises:
         UserError: there are too few and no class prompt to generate more, or they were generated with other settings.
     """
-    folder = (cfg.class_data or cfg.output_dir / FOLDER).expanduser()
+    folder = (cfg.class_data or cfg.output_dir / FOLDER / within).expanduser()
     found = find_images(folder, Path(cfg.dataset))
     own = [p for p in found if not NUMBERED.fullmatch(p.name)]
     missing_count = cfg.num_class_images - len(own)
     if family.device.type == "meta" and len(found) < cfg.num_class_images:
         can_be_made(cfg, folder, own)
-        return stand_ins(cfg, folder, cfg.num_class_images - len(found))
+        return stand_ins(cfg, folder, subject, cfg.num_class_images - len(found))
     if missing_count > 0:
         if PartialState().is_main_process:
             check_prompts("--class-prompt", cfg.class_prompt, family.window, echo)
@@ -62,14 +66,13 @@ def class_images(cfg: DreamBoothConfig, family: Any) -> Images:
             f"--class-data {folder}: the pictures have no captions; add --class-prompt, which is that of all"
         )
     caption = cfg.class_prompt[0] if cfg.class_prompt else None
-    changed = {"dataset": str(folder), "caption": None, "caption_column": None}
+    changed = {"dataset": str(folder), "caption": None, "caption_column": None, "mask_column": None}
     changed["max_train_samples"] = cfg.num_class_images
     return load_images(cfg.model_copy(update=changed), default_caption=caption, leave_out=Path(cfg.dataset))
 
 
-def stand_ins(cfg: DreamBoothConfig, folder: Path, missing_count: int) -> Images:
+def stand_ins(cfg: Prior, folder: Path, subject: Images, missing_count: int) -> Images:
     """Images of the subject in the place of class images, where nothing is drawn: as many, and each another one."""
-    subject = load_images(cfg, default_caption=cfg.instance_prompt)
     places = [k % len(subject.rows) for k in range(cfg.num_class_images)]
     shape = {"width": cfg.resolution, "height": cfg.resolution, "repeats": 1, "mask": None}
     rows = [
@@ -81,7 +84,7 @@ def stand_ins(cfg: DreamBoothConfig, folder: Path, missing_count: int) -> Images
     return replace(subject, rows=rows, sources=sources, masks=(), ignored=[], skipped=[], notes=[note])
 
 
-def can_be_made(cfg: DreamBoothConfig, folder: Path, own: list[Path]) -> None:
+def can_be_made(cfg: Prior, folder: Path, own: list[Path]) -> None:
     """Raises: UserError when the prompts do not say what the missing images show."""
     have = f"--class-data {folder}: {len(own)} of --num-class-images {cfg.num_class_images}"
     if not cfg.class_prompt:
@@ -93,7 +96,7 @@ def can_be_made(cfg: DreamBoothConfig, folder: Path, own: list[Path]) -> None:
         )
 
 
-def prepare_folder(cfg: DreamBoothConfig, folder: Path, own: list[Path], missing_count: int) -> None:
+def prepare_folder(cfg: Prior, folder: Path, own: list[Path], missing_count: int) -> None:
     """Make sure that images can be generated into a folder; in the run's own, those of other settings are removed.
 
     Raises:
@@ -116,7 +119,7 @@ def prepare_folder(cfg: DreamBoothConfig, folder: Path, own: list[Path], missing
             file.with_suffix(".txt").unlink(missing_ok=True)
 
 
-def generate_missing(cfg: DreamBoothConfig, family: Any, folder: Path, count: int) -> None:
+def generate_missing(cfg: Prior, family: Any, folder: Path, count: int) -> None:
     """Generate this process's share of the missing images 0 to ``count``, and wait for the other processes."""
     state, size = PartialState(), cfg.sample_batch_size
     batches = [range(k, k + size) for k in range(0, count, size)]  # complete ones, whatever the count
@@ -145,7 +148,7 @@ def generate_missing(cfg: DreamBoothConfig, family: Any, folder: Path, count: in
     store_barrier()
 
 
-def settings(cfg: DreamBoothConfig) -> str:
+def settings(cfg: Prior) -> str:
     """All that a generated image depends on, as JSON, which is stored in the image."""
     names = "revision seed class_prompt sample_batch_size class_inference_steps class_guidance_scale resolution".split()
     chosen: dict[str, Any] = {"model": public_name(cfg.model)} | {name: getattr(cfg, name) for name in names}

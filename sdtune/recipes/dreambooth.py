@@ -31,7 +31,7 @@ class DreamBooth(FineTune):
             tokenizers = self.family.tokenizers_of(encoders)
             starts = new_token.start_vectors(cfg, tokenizers, encoders)
         if cfg.prior_preservation:
-            self.images = Mixture(self.images, class_images(cfg, self.family))
+            self.images = Mixture(self.images, class_images(cfg, self.family, self.images))
         if cfg.lora:
             self.train_adapters()
         else:

@@ -53,11 +53,14 @@ def plan(cfg: Planned, stream: Any, total: int, world: int, peaks: Sequence[floa
         peaks: the peak learning rate of each group of parameters, as the config has it.
         trained: parameters that train.
     """
-    parts, repeats, group = len(stream.images.sizes), cfg.repeats, stream.group
+    parts, subjects, repeats, group = len(stream.images.sizes), stream.images.subjects, cfg.repeats, stream.group
     images = stream.epoch_length // (repeats * parts)
-    epoch = f"{images:,} images x {repeats} repeats{', as many of the class' if parts > 1 else ''}"
+    epoch = f"{images:,} images x {repeats} repeats{', as many of the class' if parts > subjects else ''}"
     share = ""
-    if parts > 1:
+    if subjects > 1:
+        epoch += f", for each of {subjects} concepts"
+        share = f", in turn of {subjects} concepts{' and of their classes' if parts > subjects else ''}"
+    elif parts > 1:
         even = f", {group // 2} of the subject and {group - group // 2} of its class"
         share = even if group % 2 == 0 else ", in turn of the subject and of its class"
     if cfg.buckets:

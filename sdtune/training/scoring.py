@@ -122,7 +122,7 @@ def distinct(stream: Any) -> list[Any]:
     found: dict[int, Any] = {}
     for position in range(min(stream.epoch_length, 20 * MOST)):
         sample = stream[position]
-        if not sample.part and len(found) < MOST:
+        if sample.part < stream.images.subjects and len(found) < MOST:
             found.setdefault(sample.index, sample)
     return list(found.values())
 

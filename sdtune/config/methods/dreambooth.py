@@ -6,17 +6,8 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import model_validator
 
 from sdtune.config.methods.new_word import NewWord, says
-from sdtune.config.section_base import (
-    Count,
-    Description,
-    NonNegative,
-    PathOrId,
-    Positive,
-    Share,
-    StrList,
-    aliases,
-    requires,
-)
+from sdtune.config.methods.prior import Prior
+from sdtune.config.section_base import Description, PathOrId, Positive, Share, aliases, requires
 from sdtune.config.sections import (
     RATE_FREE,
     Adapter,
@@ -35,7 +26,7 @@ from sdtune.config.sections import (
 
 
 class DreamBoothConfig(
-    NewWord, Adapter, Denoising, BaseOptions, Model, Captions, Masks, Data, Optim, Prompts, Preview, Hub, Run
+    Prior, NewWord, Adapter, Denoising, BaseOptions, Model, Captions, Masks, Data, Optim, Prompts, Preview, Hub, Run
 ):
     """A subject or style from a handful of images (DreamBooth; Ruiz et al. 2022), all weights or as LoRA."""
 
@@ -55,22 +46,6 @@ class DreamBoothConfig(
     """Images of the subject: folder, Hub dataset id, or dataset saved by `save_to_disk`."""
     instance_prompt: str | None = None
     """Caption of images without one of their own, such as a photo of sks dog. Default: each image needs one."""
-    prior_preservation: Annotated[bool, aliases("with_prior_preservation")] = False
-    """Train on images of the subject's class too, as many as of the subject, so that the class does not drift."""
-    class_prompt: Annotated[StrList, requires("prior_preservation")] = []
-    """What the class images show, such as a photo of a dog. Several prompts take turns."""
-    class_data: Annotated[Path | None, aliases("class_data_dir"), requires("prior_preservation")] = None
-    """Folder of class images. Default: class-pictures in the run's folder, which the base fills."""
-    num_class_images: Annotated[Count, requires("prior_preservation")] = 100
-    """Number of class images to train on. The base model makes those that are not in the folder."""
-    prior_loss_weight: Annotated[NonNegative, requires("prior_preservation")] = 1.0
-    """Weight of the loss of the class images (the paper's lambda)."""
-    sample_batch_size: Annotated[Count, requires("prior_preservation")] = 4
-    """Class images to make at a time, on each process."""
-    class_inference_steps: Annotated[Count, requires("prior_preservation")] = 25
-    """Denoising steps of a class image."""
-    class_guidance_scale: Annotated[NonNegative, requires("prior_preservation")] = 5.0
-    """Classifier-free guidance of the class images."""
     lora: bool = False
     """Train low-rank adapters in place of all weights."""
     train_text_encoder: bool = False
@@ -96,13 +71,12 @@ class DreamBoothConfig(
         return {"learning_rate": 1e-4} | values if lora and values.get("optimizer") not in RATE_FREE else values
 
     @model_validator(mode="after")
+    def _something_of_the_class(self) -> Self:
+        self.check_class()
+        return self
+
+    @model_validator(mode="after")
     def _options_that_belong_together(self) -> Self:
-        if self.prior_preservation and not (self.class_prompt or self.class_data):
-            raise ValueError(
-                "prior_preservation needs class_prompt, from which the base makes class pictures, or class_data"
-            )
-        if self.prior_preservation and self.buckets:
-            raise ValueError("prior_preservation with buckets: class pictures are square, and a batch has one shape")
         if word := self.placeholder_token:
             if not self.lora:
                 raise ValueError("placeholder_token trains a new word beside adapters (pivotal tuning): add --lora")
