@@ -162,6 +162,23 @@ RECIPES = {
         draws=["--learning-rate", "1e-4", "--random-flip", "--train-text-encoder"],
         previews=PREVIEWS,
     ),
+    "custom-diffusion": Contract(
+        settings={
+            "--model": "{sd}",
+            "--resolution": 32,
+            "--placeholder-token": "<thing> <other>",
+            "--caption": "'a <thing> circle, an <other>'",
+            "--prior-preservation": "",
+            "--class-data": "{pictures}",
+            "--num-class-images": 11,
+            "--learning-rate": "1e-3",
+            **NO_PREVIEWS,
+        },
+        weights="pytorch_custom_diffusion_weights.safetensors",
+        variants={"queries and outputs, flips": [*TOGETHER, "--trained-attention", "crossattn", "--random-flip"]},
+        draws=["--learning-rate", "1e-4", "--random-flip", "--no-center-crop", "--prior-loss-weight", "0.5"],
+        previews=PREVIEWS,
+    ),
     "textual-inversion": Contract(
         settings={
             "--model": "{sd}",

@@ -6,7 +6,7 @@ dataloader_num_workers gradient_accumulation_steps hub_model_id hub_token learni
 lr_scheduler lr_warmup_steps mixed_precision output_dir push_to_hub resolution resume_from_checkpoint
 train_batch_size
 """.split()
-"""Flags of each of the scripts."""
+"""Flags of each of the scripts, but that those of networks that follow an image have no center_crop and local_rank."""
 
 FLAGS = {
     "text_to_image/train_text_to_image.py": (
@@ -292,6 +292,101 @@ FLAGS = {
         ema_inv_gamma ema_max_decay ema_power enable_xformers_memory_efficient_attention eval_batch_size
         hub_private_repo logger model_config_name_or_path num_epochs overwrite_output_dir prediction_type
         preserve_input_precision random_flip save_images_epochs save_model_epochs train_data_dir use_ema
+        """,
+    ),
+    "controlnet/train_controlnet.py": (
+        "controlnet",
+        """
+        allow_tf32 cache_dir caption_column conditioning_image_column controlnet_model_name_or_path
+        dataset_config_name dataset_name enable_xformers_memory_efficient_attention gradient_checkpointing
+        image_column lr_num_cycles lr_power max_grad_norm max_train_samples max_train_steps num_train_epochs
+        num_validation_images pretrained_model_name_or_path proportion_empty_prompts report_to revision scale_lr
+        seed set_grads_to_none tokenizer_name tracker_project_name train_data_dir use_8bit_adam validation_image
+        validation_prompt validation_steps variant
+        """,
+    ),
+    "controlnet/train_controlnet_sdxl.py": (
+        "controlnet",
+        """
+        allow_tf32 cache_dir caption_column conditioning_image_column controlnet_model_name_or_path
+        crops_coords_top_left_h crops_coords_top_left_w dataset_config_name dataset_name
+        enable_npu_flash_attention enable_xformers_memory_efficient_attention gradient_checkpointing
+        image_column image_interpolation_mode lr_num_cycles lr_power max_grad_norm max_train_samples
+        max_train_steps num_train_epochs num_validation_images pretrained_model_name_or_path
+        pretrained_vae_model_name_or_path proportion_empty_prompts report_to revision scale_lr seed
+        set_grads_to_none tokenizer_name tracker_project_name train_data_dir use_8bit_adam validation_image
+        validation_prompt validation_steps variant
+        """,
+    ),
+    "controlnet/train_controlnet_sd3.py": (
+        "controlnet",
+        """
+        allow_tf32 cache_dir caption_column conditioning_image_column controlnet_model_name_or_path
+        dataset_config_name dataset_name dataset_preprocess_batch_size gradient_checkpointing image_column
+        logit_mean logit_std lr_num_cycles lr_power max_grad_norm max_sequence_length max_train_samples
+        max_train_steps mode_scale num_extra_conditioning_channels num_train_epochs num_validation_images
+        precondition_outputs pretrained_model_name_or_path proportion_empty_prompts report_to revision scale_lr
+        seed set_grads_to_none tracker_project_name train_data_dir upcast_vae use_8bit_adam validation_image
+        validation_prompt validation_steps variant weighting_scheme
+        """,
+    ),
+    "controlnet/train_controlnet_flux.py": (
+        "controlnet",
+        """
+        allow_tf32 cache_dir caption_column conditioning_image_column controlnet_model_name_or_path
+        crops_coords_top_left_h crops_coords_top_left_w dataset_config_name dataset_name
+        enable_model_cpu_offload enable_npu_flash_attention enable_xformers_memory_efficient_attention
+        gradient_checkpointing guidance_scale image_column image_interpolation_mode jsonl_for_train logit_mean
+        logit_std lr_num_cycles lr_power max_grad_norm max_train_samples max_train_steps mode_scale
+        num_double_layers num_single_layers num_train_epochs num_validation_images pretrained_model_name_or_path
+        pretrained_vae_model_name_or_path proportion_empty_prompts report_to revision save_weight_dtype scale_lr
+        seed set_grads_to_none tokenizer_name tracker_project_name use_8bit_adam use_adafactor validation_image
+        validation_prompt validation_steps variant weighting_scheme
+        """,
+    ),
+    "t2i_adapter/train_t2i_adapter_sdxl.py": (
+        "t2i-adapter",
+        """
+        adapter_model_name_or_path allow_tf32 cache_dir caption_column conditioning_image_column
+        crops_coords_top_left_h crops_coords_top_left_w dataset_config_name dataset_name detection_resolution
+        enable_xformers_memory_efficient_attention gradient_checkpointing image_column lr_num_cycles lr_power
+        max_grad_norm max_train_samples max_train_steps num_train_epochs num_validation_images
+        pretrained_model_name_or_path pretrained_vae_model_name_or_path proportion_empty_prompts report_to
+        revision scale_lr seed set_grads_to_none tokenizer_name tracker_project_name train_data_dir
+        use_8bit_adam validation_image validation_prompt validation_steps variant
+        """,
+    ),
+    "instruct_pix2pix/train_instruct_pix2pix.py": (
+        "instruct-pix2pix",
+        """
+        allow_tf32 cache_dir conditioning_dropout_prob dataset_config_name dataset_name edit_prompt_column
+        edited_image_column enable_xformers_memory_efficient_attention gradient_checkpointing max_grad_norm
+        max_train_samples max_train_steps non_ema_revision num_train_epochs num_validation_images
+        original_image_column pretrained_model_name_or_path random_flip report_to revision scale_lr seed
+        train_data_dir use_8bit_adam use_ema val_image_url validation_epochs validation_prompt variant
+        """,
+    ),
+    "instruct_pix2pix/train_instruct_pix2pix_sdxl.py": (
+        "instruct-pix2pix",
+        """
+        allow_tf32 cache_dir conditioning_dropout_prob crops_coords_top_left_h crops_coords_top_left_w
+        dataset_config_name dataset_name edit_prompt_column edited_image_column
+        enable_xformers_memory_efficient_attention gradient_checkpointing max_grad_norm max_train_samples
+        max_train_steps non_ema_revision num_train_epochs num_validation_images original_image_column
+        pretrained_model_name_or_path pretrained_vae_model_name_or_path random_flip report_to revision scale_lr
+        seed train_data_dir use_8bit_adam use_ema vae_precision val_image_url_or_path validation_prompt
+        validation_steps variant
+        """,
+    ),
+    "custom_diffusion/train_custom_diffusion.py": (
+        "custom-diffusion",
+        """
+        allow_tf32 class_data_dir class_prompt concepts_list enable_xformers_memory_efficient_attention
+        freeze_model gradient_checkpointing hflip initializer_token instance_data_dir instance_prompt
+        max_grad_norm max_train_steps modifier_token no_safe_serialization noaug num_class_images
+        num_train_epochs num_validation_images pretrained_model_name_or_path prior_generation_precision
+        prior_loss_weight real_prior report_to revision sample_batch_size scale_lr seed set_grads_to_none
+        tokenizer_name use_8bit_adam validation_prompt validation_steps variant with_prior_preservation
         """,
     ),
 }

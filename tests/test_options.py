@@ -13,6 +13,7 @@ from sdtune.config import fields, parsing, shipped
 from sdtune.config.commands import METHODS, config_class, methods
 from sdtune.config.foreign_flags import ANSWERS, COMMON_NAMES
 from sdtune.config.methods.classifier import ClassifierConfig
+from sdtune.config.methods.custom_diffusion import CustomDiffusionConfig
 from sdtune.config.methods.dreambooth import DreamBoothConfig
 from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.methods.progressive import ProgressiveConfig
@@ -36,6 +37,7 @@ LEAST_WITH = {
     (SampleConfig, "clip_guidance_scale"): {"clip_model": "c"},
     (DreamBoothConfig, "placeholder_token"): {"lora": True},
     (DreamBoothConfig, "prior_preservation"): {"class_prompt": ["p"]},
+    (CustomDiffusionConfig, "prior_preservation"): {"class_prompt": ["p"]},
     (DreamBoothConfig, "unet_frac"): {"train_text_encoder": True},
 }
 """What an option cannot do without, besides what it says of itself that it requires."""
@@ -76,7 +78,9 @@ ONLY = {
     "attention_head_dim": [32],
     "interpolate": [["a b", "1e5"]],
     "image": [["a b", "1e5"]],
+    "mask_image": [["a b", "1e5"]],
     "validation_image": [["a b", "1e5"]],
+    "initializer_token": [["a b"], ["größer"]],
     "conditioning_dropout": [0.25],
     "timestep_bias_begin": [11],
     "placeholder_token": ["<größer>", "1e-4", "--rank", "'"],

@@ -15,7 +15,7 @@ from sdtune.evaluation.inputs import plan_of
 from sdtune.models import clip_skip, families, prompts
 from sdtune.models.prompt_embeddings import Reading, embed, embed_weighted
 from sdtune.models.prompts import Window
-from sdtune.run import usage
+from sdtune.run import stock_lines, usage
 from sdtune.sampling.sample import generate
 from tests.conftest import command, status
 from tests.families import pipelines
@@ -179,7 +179,9 @@ def test_an_adapter_is_sampled_at_the_layer_that_it_was_trained_at(lora, sd, tmp
     assert "Clip skip: 2" in drawn.info["parameters"]
     about = LoraConfig(dataset="d", clip_skip=2, long_prompts=True).describe()
     kind = usage.artefact_kind({"pytorch_lora_weights.safetensors": run})
-    code = usage.lines(kind, str(run), None, str(sd), None, "a red circle", None, about.clip_skip, about.long_prompts)
+    code = stock_lines.lines(
+        kind, str(run), None, str(sd), None, "a red circle", None, about.clip_skip, about.long_prompts
+    )
     assert "sdtune sample --long-prompts" in code
     code = code.partition("image = ")[0].replace("DiffusionPipeline", "StableDiffusionPipeline")
     known = {}

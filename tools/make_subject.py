@@ -6,39 +6,15 @@ The first, the heart, is for methods that train weights. The second, the arrow, 
 find what the base is able to draw; its captions do not say what it is.
 """
 
-import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
-from sdtune.data import toy_world
-
-SHOWN = (
-    ("big", "red", "white"),
-    ("small", "yellow", "blue"),
-    ("big", "black", "pink"),
-    ("small", "white", "green"),
-    ("big", "purple", "gray"),
-)
-"""Size, colour and ground of each image; three colours and the black ground are left for prompts."""
+from sdtune.data.toy_subjects import Subject, draw_subject, list_images
 
 
 def make_subject(folder: Path, shape: str) -> None:
     """The images, each with a caption of a rare word (``text``) and of one that textual inversion adds (``word``)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(5)
-    lines = []
-    for k, (size, colour, ground) in enumerate(SHOWN):
-        scene = toy_world.random_scene(rng, (shape,), held_out=None)
-        while (scene.size, scene.colour, scene.ground) != (size, colour, ground):
-            scene = toy_world.random_scene(rng, (shape,), held_out=None)
-        sides = (92, 80) if k % 2 else (80, 92)  # leaves a random crop some room
-        toy_world.render(scene, *sides).save(folder / f"{k}.png")
-        caption = f"a {size} {colour} {{}} on a {ground} background"
-        row = {"file_name": f"{k}.png", "text": caption.format("sks shape"), "word": caption.format("<thing>")}
-        lines.append(json.dumps(row))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    list_images(folder, draw_subject(folder, Subject(shape, "sks shape", "<thing>")))
 
 
 if __name__ == "__main__":

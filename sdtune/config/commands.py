@@ -33,6 +33,10 @@ METHODS = {
         "methods.dreambooth:DreamBoothConfig",
         "A subject or style from a handful of images (DreamBooth; Ruiz et al. 2022), all weights or as LoRA.",
     ),
+    "custom-diffusion": Command(
+        "methods.custom_diffusion:CustomDiffusionConfig",
+        "One or several subjects, each a new word, in what reads the text (Custom Diffusion; Kumari et al. 2023).",
+    ),
     "textual-inversion": Command(
         "methods.textual_inversion:TextualInversionConfig",
         "A new word for what a few images show; nothing of the base moves (Textual Inversion; Gal et al. 2022).",

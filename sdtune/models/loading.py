@@ -20,6 +20,7 @@ from sdtune.models import families, formats
 from sdtune.models.attach import Layers, attach
 from sdtune.models.clip_skip import of_layers
 from sdtune.models.controls import check_controls, read_controls
+from sdtune.models.cross_attention import load_cross_attention
 from sdtune.models.formats import Embedding, embedding
 from sdtune.models.noisy_classifier import NoisyClassifier
 from sdtune.models.part_files import (
@@ -37,7 +38,7 @@ from sdtune.models.pixel_models import read_classes, sides_of
 from sdtune.run.device import best_device
 from sdtune.run.precision import DTYPES
 from sdtune.run.sampling_file import SAMPLING, Sampling
-from sdtune.run.usage import CLASSES, EMBEDDING
+from sdtune.run.usage import CLASSES, word_files
 
 
 def load_pipeline(cfg: SampleConfig) -> DiffusionPipeline:
@@ -131,7 +132,7 @@ def check_pipeline(pipe: DiffusionPipeline, cfg: SampleConfig) -> None:
     if isinstance(text_encoder, transformers.CLIPTextModel):
         check_tokenizer(pipe.tokenizer, text_encoder.config, where)
     if unet is not None and pipe.components.get("vae") is not None:
-        check_channels(unet.config, pipe.vae.config, where, edits="InstructPix2Pix" in type(pipe).__name__)
+        check_channels(unet.config, pipe.vae.config, where, type(pipe).__name__)
 
 
 def load_adapters(
@@ -146,6 +147,8 @@ def load_adapters(
     Raises:
         UserError: a file that cannot be read, or that does not match the base in every module and word.
     """
+    if load_cross_attention(pipe, list(map(split_weight, adapters))):
+        return []
     layers, names, weights, hooks = Layers(pipe.components), [], [], []
     for k, text in enumerate(adapters):
         where, weight = split_weight(text)
@@ -206,7 +209,8 @@ def load_embeddings(pipe: DiffusionPipeline, embeddings: Sequence[str], adapters
     Raises:
         UserError: a file without a word, a word that is known already, or vectors of another width than the base's.
     """
-    with_adapter = [folder for folder, _ in map(split_weight, adapters) if (Path(folder) / EMBEDDING).is_file()]
+    folders = [Path(where) for where, _ in map(split_weight, adapters) if Path(where).is_dir()]
+    with_adapter = [str(f / name) for f in folders for name in word_files(p.name for p in f.glob("*.safetensors"))]
     words: dict[str, str] = {}
     for where in dict.fromkeys([*with_adapter, *embeddings]):
         asked = f"--embedding {where}"

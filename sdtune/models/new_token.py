@@ -22,9 +22,11 @@ class Embedding(nn.Module):
     The old rows are not among the trained parameters, so no weight decay, momentum or rounding can change them.
     """
 
-    def __init__(self, table: nn.Embedding, size: int, start: Tensor):
+    def __init__(self, table: "nn.Embedding | Embedding", size: int, start: Tensor):
         super().__init__()
-        self.table, self.size = table.requires_grad_(False), size
+        # a table with the rows of another new word, which train
+        self.table = table if isinstance(table, Embedding) else table.requires_grad_(False)
+        self.size = size
         self.rows = nn.Parameter(start.detach().float().clone())
         norm = table.weight[:size].detach().float().norm(dim=1).mean()
         self.register_buffer("usual_norm", norm, persistent=False)  # mean norm of the old rows
@@ -89,16 +91,40 @@ def start_vectors(cfg: NewWord, tokenizers: Mapping[str, Any], encoders: Mapping
     }
 
 
+def starts_of_words(
+    words: Sequence[str], beginnings: Sequence[str], tokenizers: Mapping[str, Any], encoders: Mapping[str, Any]
+) -> list[dict[str, Tensor]]:
+    """Where the vector of each of several words starts in each text encoder, ``[1, dim]``: as `start_vectors`.
+
+    Args:
+        beginnings: known words to start from, one for all or one for each; none is the mean of the vocabulary.
+    """
+    for word in words:
+        for tokenizer in tokenizers.values():
+            refuse_known(tokenizer, word, 1)
+    of_each = [beginnings[k : k + 1] for k in range(len(words))] if len(beginnings) > 1 else [beginnings] * len(words)
+    return [
+        {name: starting_rows(tokenizers[name], encoder, own, 1, mean=False) for name, encoder in encoders.items()}
+        for own in of_each
+    ]
+
+
 def require_word(word: str, images: Images) -> Images:
     """The images, if every caption has ``word`` in it.
 
     Raises:
         UserError: names those that do not; an image whose caption leaves the word out teaches it nothing.
     """
-    silent = [row.name for row in images.rows if not all(says(caption, word) for caption in row.captions)]
+    return require_one_of([word], images)
+
+
+def require_one_of(words: Sequence[str], images: Images) -> Images:
+    """The images, if every caption has one of ``words`` in it. Raises: UserError that names those that do not."""
+    silent = [row.name for row in images.rows if not all(any(says(c, word) for word in words) for c in row.captions)]
     if silent:
+        which = "one of them" if len(words) > 1 else "it"
         raise UserError(
-            f"--placeholder-token {word}: {len(silent)} of {len(images.rows)} captions do not say it "
+            f"--placeholder-token {' '.join(words)}: {len(silent)} of {len(images.rows)} captions do not say {which} "
             f"({', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}); put it in"
         )
     return images

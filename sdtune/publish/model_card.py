@@ -19,7 +19,7 @@ from sdtune.config.scores import score_of, title
 from sdtune.config.section_base import Description
 from sdtune.publish.origin import FAMILY_TAGS, Origin
 from sdtune.publish.redact import redact
-from sdtune.run import checkpoints, usage
+from sdtune.run import checkpoints, stock_lines, usage
 from sdtune.run.artefacts import best
 from sdtune.run.base_license import License
 from sdtune.run.contact_sheet import cells
@@ -29,7 +29,7 @@ from sdtune.run.metrics_file import read_lines
 from sdtune.run.settings import RunSettings
 from sdtune.run.usage import ArtefactKind
 
-CONTROL_NAMES = {"ControlNetModel": "ControlNet", "T2IAdapter": "T2I-Adapter"}
+CONTROL_NAMES = {name: "T2I-Adapter" if part == "adapter" else "ControlNet" for name, part in usage.CONTROLS.items()}
 MOST_WIDGETS = 8
 LOSS = "Loss of held-out images at fixed timesteps and noise"
 
@@ -116,8 +116,10 @@ def _tags(settings: RunSettings, kind: ArtefactKind, task: str, base_class: str)
     tags = [task, "diffusers", "diffusers-training"]
     if kind.adapter:
         tags += [settings.about.adapter.lower() or "lora", "template:sd-lora"]
-    if kind.embedding:
+    if kind.embeddings:
         tags.append("textual_inversion")
+    if kind.attention:
+        tags.append("custom-diffusion")
     if kind.pipeline:
         tags += settings.about.tags
     if kind.control:
@@ -151,7 +153,10 @@ def _article(about: Description, kind: ArtefactKind) -> str:
     if kind.control:
         return f"A {CONTROL_NAMES[kind.control]}"
     adapter = f"A {about.adapter or 'LoRA'} adapter" + (f" of rank {about.rank}" if about.rank else "")
-    if kind.embedding:
+    if kind.attention:
+        words = f" and of {'new words' if len(kind.embeddings) > 1 else 'a new word'}" if kind.embeddings else ""
+        return f"Weights of the cross-attention{words} (Custom Diffusion)"
+    if kind.embeddings:
         embedding = "embedding of a new word (textual inversion)"
         return f"{adapter} and the {embedding}" if kind.adapter else f"The {embedding}"
     return adapter if about.adapter else "Weights"
@@ -220,7 +225,7 @@ def _usage(
 ) -> str:
     base, revision = (about.base, about.revision) if origin.base_on_hub else (f"path/to/{about.base}", None)
     prompt = widget[0]["text"] if widget else "..."
-    code = usage.lines(
+    code = stock_lines.lines(
         kind, repo, branch, str(base), revision, prompt, about.token, about.clip_skip, about.long_prompts, base_class
     )
     return "\n\n".join(["## Use", fence(code, "python"), *filter(None, [usage.classes(kind)])])

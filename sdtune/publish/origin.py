@@ -12,6 +12,8 @@ from sdtune.run.settings import RunSettings
 
 FAMILY_TAGS = {
     "StableDiffusionPipeline": ["stable-diffusion", "stable-diffusion-diffusers"],
+    "StableDiffusionInpaintPipeline": ["stable-diffusion", "stable-diffusion-diffusers"],
+    "StableDiffusionXLInpaintPipeline": ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"],
     "StableDiffusionXLPipeline": ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"],
     "StableDiffusionXLImg2ImgPipeline": ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"],
     "StableDiffusion3Pipeline": ["sd3", "sd3-diffusers"],

@@ -17,7 +17,7 @@ from sdtune.config.sections import UserError
 from sdtune.models.formats import metadata
 from sdtune.models.formats.neutral import Embedding
 from sdtune.models.formats.tensor_file import load, locate, reproducible
-from sdtune.run.usage import EMBEDDING, ENCODERS
+from sdtune.run.usage import EMBEDDING, ENCODERS, word_file
 
 A1111 = ("emb_params", "string_to_param.*")
 """Keys of the one table of A1111's files, and of those converted from its pickles."""
@@ -111,13 +111,15 @@ def write(path: Path, embedding: Embedding, to: str) -> None:
     path.write_bytes(reproducible(keys_of(embedding, to), about | {"format": "pt", "token": embedding.token}))
 
 
-def save(folder: Path, token: str, rows: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> Path:
+def save(folder: Path, token: str, rows: Mapping[str, Tensor], provenance: Mapping[str, Any], k: int = 0) -> Path:
     """Write ``learned_embeds.safetensors`` as diffusers reads it, atomically; equal rows give equal bytes.
 
     Args:
         rows: the word's vectors ``[n, dim]`` in each text encoder, by the encoder's name.
+        k: number of the word, from 0, where a run has several, each in a file of its own.
     """
-    path, new = folder / EMBEDDING, folder / f".{EMBEDDING}"
+    path = folder / word_file(k)
+    new = path.with_name(f".{path.name}")
     about = {"sdtune": json.dumps(provenance, sort_keys=True)}
     write(
         new,

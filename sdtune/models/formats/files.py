@@ -13,6 +13,7 @@ from sdtune.config.sections import UserError
 from sdtune.models.formats import comfyui, diffusers_file, embedding, kohya, metadata, peft_folder, peft_settings
 from sdtune.models.formats.neutral import PARTS, AdapterFile, Module
 from sdtune.models.formats.tensor_file import copies, load, locate, reproducible
+from sdtune.run.usage import ATTENTION
 
 WRITERS: dict[str, Callable[[AdapterFile], dict[str, Tensor]]] = {
     "diffusers": diffusers_file.tensors,
@@ -47,6 +48,11 @@ def read(where: Path | str, option: str = "") -> AdapterFile:
 
 def read_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> AdapterFile:
     """An adapter from the tensors of one file, whose keys say which format it is."""
+    if any("_custom_diffusion" in key for key in tensors):
+        raise UserError(
+            f"{path}: holds weights of Custom Diffusion, which are no adapter to convert or merge; sdtune sample takes "
+            f"them with --adapter, as a folder or under the name {ATTENTION}"
+        )
     if any(kohya.place(key) for key in tensors):
         return kohya.read(path, tensors, about)
     if any(key.startswith(tuple(comfyui.PREFIXES)) for key in tensors):
