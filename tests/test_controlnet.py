@@ -95,7 +95,7 @@ def test_stock_pipelines_give_the_image_of_sdtune_sample(name, request, shared, 
     Image.new("RGB", (32, 32), "white").save(white)
     assert status([*words, "--image", str(white), "--output-dir", str(tmp_path / "lines")]) == 0
     lines = [json.loads(line) for line in (tmp_path / "lines" / "prompts.jsonl").read_text().splitlines()]
-    assert [line.get("image") for line in lines] == [None, str(condition)]
+    assert [line.get("image") for line in lines] == [str(white), str(condition)]
 
 
 def test_a_run_continues_a_controlnet(sd, shared, pictures, tmp_path, trained):
@@ -166,13 +166,13 @@ def test_what_cannot_be_followed_is_one_line(words, told, shared, sd, sdxl, pict
 
 @pytest.mark.parametrize(
     ("model", "told"),
-    [("sd3", "gets no ControlNet here"), ("other", "made for another base: its cross_attention_dim is 32")],
+    [("chroma", "gets no ControlNet here"), ("other", "made for another base: its cross_attention_dim is 32")],
 )
 def test_a_base_that_does_not_fit_is_one_line(model, told, shared, sd, sdxl, pictures, tmp_path, capsys):
     more = []
     base = sdxl
-    if model == "sd3":
-        base = pipelines.save(pipelines.sd3, tmp_path / "sd3")
+    if model == "chroma":
+        base = pipelines.save(pipelines.chroma, tmp_path / "chroma")
     else:
         more = [
             "--init-controlnet",

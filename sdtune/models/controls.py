@@ -18,6 +18,10 @@ from sdtune.models import families
 from sdtune.models.part_files import read_part, reason
 from sdtune.run.usage import CONTROLS
 
+OF_UNETS = ("cross_attention_dim", "addition_embed_type", "block_out_channels")
+OF_TRANSFORMERS = ("in_channels", "num_attention_heads", "attention_head_dim", "joint_attention_dim")
+"""Settings in which a ControlNet agrees with its base."""
+
 
 class Controls(NamedTuple):
     """What a pipeline needs in order to follow images."""
@@ -75,6 +79,11 @@ def read_controls(where: list[str], base_class: str, dtype: torch.dtype, cache_d
     return Controls(pipeline_class, {name: diffusers.MultiAdapter(networks) if name == "adapter" else networks})
 
 
+def plain(setting: Any) -> Any:
+    """A setting as JSON has it."""
+    return list(setting) if isinstance(setting, tuple) else setting
+
+
 def control_class(where: str, asked: str, cache_dir: Path | None) -> str:
     """The class of the network in a folder or Hub repository. Raises: UserError if it is no control network."""
     try:
@@ -94,21 +103,22 @@ def check_controls(pipe: Any, where: Sequence[str], base: str) -> None:
     several = pipe.components.get("controlnet") or pipe.components["adapter"]
     if isinstance(several, diffusers.MultiAdapter):
         networks = list(several.adapters)
-    else:
-        networks = list(several.nets) if isinstance(several, diffusers.MultiControlNetModel) else [several]
+    else:  # the class for several has another name for each base
+        networks = [several] if type(several).__name__ in CONTROLS else list(several.nets)
+    denoiser = pipe.components[families.family_class(type(pipe).__name__).denoiser_name]
     for network, asked in zip(networks, where, strict=True):
-        check_control(network, pipe.unet.config, f"--control {asked}", base)
+        check_control(network, denoiser.config, f"--control {asked}", base)
 
 
-def check_control(network: Any, unet: Mapping[str, Any], where: str, base: str) -> None:
-    """Raises: UserError for a network that was made for another kind of UNet than the one with these settings."""
-    widths = list(unet["block_out_channels"])
+def check_control(network: Any, denoiser: Mapping[str, Any], where: str, base: str) -> None:
+    """Raises: UserError for a network that was made for another denoiser than the one with these settings."""
+    own = network.config
     if isinstance(network, diffusers.T2IAdapter):
-        pairs = {"channels": (list(network.config["channels"])[: len(widths)], widths)}
+        widths = list(denoiser["block_out_channels"])
+        pairs = {"channels": (list(own["channels"])[: len(widths)], widths)}
     else:
-        names = ("cross_attention_dim", "addition_embed_type")
-        pairs = {name: (network.config.get(name), unet.get(name)) for name in names}
-        pairs["block_out_channels"] = (list(network.config["block_out_channels"]), widths)
+        names = OF_UNETS if isinstance(network, diffusers.ControlNetModel) else OF_TRANSFORMERS
+        pairs = {name: (plain(own.get(name)), plain(denoiser.get(name))) for name in names}
     for name, (theirs, own) in pairs.items():
         if theirs != own:
             raise UserError(f"{where}: made for another base: its {name} is {theirs}, that of {base} is {own}")

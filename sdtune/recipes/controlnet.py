@@ -16,9 +16,13 @@ class ControlNet(Control):
 
     def make_network(self):
         cfg, family = self.cfg, self.family
+        self.encodes = family.control_of_latents
         if cfg.init_controlnet is None:
-            return family.new_controlnet()
-        return read_control(family, "ControlNetModel", cfg.init_controlnet, "--init-controlnet")
+            return family.new_controlnet(cfg.num_layers, cfg.num_single_layers)
+        return read_control(family, family.controlnet_class, cfg.init_controlnet, "--init-controlnet")
+
+    def unread_layers(self, network):
+        return self.family.unread_layers(network)
 
     def residuals(self, x_t, t, text, image):
         return self.family.control(self.network, x_t, t, text, image)

@@ -13,6 +13,7 @@ from sdtune.models.families.latent import FLOW_ONLY, LatentFamily
 
 class Chroma(Flux):
     pipeline_class: ClassVar[Any] = ChromaPipeline
+    control_pipelines: ClassVar[dict[str, Any]] = {}
     encoders: tuple[str, ...] = ("text_encoder",)
     trainable_encoders: ClassVar[tuple[str, ...]] = ()
     # The layer that makes the modulations was distilled: it stays as it is

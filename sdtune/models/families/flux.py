@@ -11,13 +11,14 @@ from torch.nn.functional import pixel_unshuffle
 from sdtune.config.sections import BaseOptions, UserError
 from sdtune.diffusion.objective import Objective
 from sdtune.diffusion.rectified_flow import RectifiedFlow
-from sdtune.models.families.latent import FLOW_ONLY, LatentFamily, pack, unpack
+from sdtune.models.families.flux_control import FluxControl
+from sdtune.models.families.latent import FLOW_ONLY, pack, unpack
 
 ATTENTION = "to_k to_q to_v to_out.0 add_k_proj add_q_proj add_v_proj to_add_out".split()
 FEED_FORWARD = "ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2".split()
 
 
-class Flux(LatentFamily):
+class Flux(FluxControl):
     pipeline_class: ClassVar[Any] = FluxPipeline
     encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2")
     trainable_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
@@ -42,18 +43,21 @@ class Flux(LatentFamily):
         """What the denoiser is told beside the image, the time and the words."""
         return {"pooled_projections": cond["pooled"].to(self.dtype), "guidance": self.guidance_input(x_t)}
 
-    def predict(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    def inputs(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Arguments of the denoiser, and of networks made from it."""
         x_t, embeds = x_t.to(self.dtype), cond["embeds"].to(self.dtype)
         height, width = pixel_unshuffle(x_t, 2).shape[-2:]
-        velocity = self.denoiser(
-            hidden_states=pack(x_t),
-            timestep=t,
-            encoder_hidden_states=embeds,
-            txt_ids=torch.zeros(embeds.shape[1], 3, device=x_t.device, dtype=self.dtype),
-            img_ids=self.pipeline_class._prepare_latent_image_ids(1, height, width, x_t.device, self.dtype),
-            return_dict=False,
+        return {
+            "hidden_states": pack(x_t),
+            "timestep": t,
+            "encoder_hidden_states": embeds,
+            "txt_ids": torch.zeros(embeds.shape[1], 3, device=x_t.device, dtype=self.dtype),
+            "img_ids": self.pipeline_class._prepare_latent_image_ids(1, height, width, x_t.device, self.dtype),
             **self.denoiser_inputs(x_t, cond),
-        )[0]
+        }
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], **more: Any) -> Tensor:
+        velocity = self.denoiser(**self.inputs(x_t, t, cond), **more, return_dict=False)[0]
         return unpack(velocity, x_t)
 
     @classmethod

@@ -9,6 +9,7 @@ from sdtune.models.families.flux import Flux
 
 class FluxKontext(Flux):
     pipeline_class: ClassVar[Any] = FluxKontextPipeline
+    control_pipelines: ClassVar[dict[str, Any]] = {}
 
     @classmethod
     def picture_size(cls, pipe: Any, width: int | None, height: int | None) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from sdtune.diffusion.objective import Objective
 from sdtune.diffusion.rectified_flow import RectifiedFlow
-from sdtune.models.families.latent import FLOW_ONLY, LatentFamily
+from sdtune.models.families.latent import FLOW_ONLY
+from sdtune.models.families.stable_diffusion_3_control import StableDiffusion3Control
 
 PROJECTIONS = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
 
 
-class StableDiffusion3(LatentFamily):
+class StableDiffusion3(StableDiffusion3Control):
     pipeline_class: ClassVar[Any] = StableDiffusion3Pipeline
     encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2", "text_encoder_3")
     optional_encoders: ClassVar[tuple[str, ...]] = ("text_encoder_3",)
@@ -40,11 +41,15 @@ class StableDiffusion3(LatentFamily):
         embeds, _, pooled, _ = encoded
         return {"embeds": embeds, "pooled": pooled}
 
-    def predict(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    def inputs(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Arguments of the denoiser, and of networks made from it."""
         dtype = self.dtype
-        return self.denoiser(
-            hidden_states=x_t.to(dtype),
-            timestep=t * 1000,
-            encoder_hidden_states=cond["embeds"].to(dtype),
-            pooled_projections=cond["pooled"].to(dtype),
-        ).sample
+        return {
+            "hidden_states": x_t.to(dtype),
+            "timestep": t * 1000,
+            "encoder_hidden_states": cond["embeds"].to(dtype),
+            "pooled_projections": cond["pooled"].to(dtype),
+        }
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], **more: Any) -> Tensor:
+        return self.denoiser(**self.inputs(x_t, t, cond), **more).sample

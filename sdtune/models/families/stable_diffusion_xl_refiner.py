@@ -22,7 +22,7 @@ class StableDiffusionXLRefiner(StableDiffusionXL):
     control_pipelines: ClassVar[dict[str, Any]] = {}
     edit_pipeline: ClassVar[Any] = None
 
-    def new_controlnet(self) -> Any:
+    def new_controlnet(self, layers: int | None = None, single_layers: int | None = None) -> Any:
         raise self.lacks("ControlNet")
 
     def new_t2i_adapter(self, num_res_blocks: int) -> Any:

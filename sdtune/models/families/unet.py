@@ -1,11 +1,12 @@
 """What bases whose denoiser is a UNet share: how it is called, and the networks beside it that follow an image."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers import ControlNetModel, T2IAdapter
 from torch import Tensor
 
+from sdtune.config.sections import UserError
 from sdtune.models.families.latent import LatentFamily
 
 CONDITION_WIDTHS = (16, 32, 96, 256)
@@ -15,6 +16,7 @@ CONDITION_WIDTHS = (16, 32, 96, 256)
 class UNetFamily(LatentFamily):
     denoiser_name = "unet"
     patch = 1
+    reads_text_by_cross_attention: ClassVar[bool] = True
 
     def inputs(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Any]:
         """Arguments of the denoiser, and of networks made from it."""
@@ -25,8 +27,10 @@ class UNetFamily(LatentFamily):
 
     # ---- networks that follow an image -----------------------------------------------------------------
 
-    def new_controlnet(self) -> ControlNetModel:
-        """A ControlNet with the weights of the denoiser's encoder; on the meta device its shapes alone."""
+    def new_controlnet(self, layers: int | None = None, single_layers: int | None = None) -> ControlNetModel:
+        """A ControlNet with the weights of the denoiser's encoder, which is copied whole."""
+        if layers is not None or single_layers is not None:
+            raise UserError("--num-layers, --num-single-layers: the encoder of a UNet is copied whole; leave them out")
         unet, halvings = self.denoiser, self.downscale.bit_length() - 1
         # The image is halved from each of these widths to the next, until it has the size of a latent
         widths = (*CONDITION_WIDTHS[: min(halvings, 3)], *CONDITION_WIDTHS[3:] * max(1, halvings - 2))
