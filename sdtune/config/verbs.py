@@ -103,6 +103,8 @@ class SampleConfig(Pixels, TextEncoding, Model, Verb):
     """Networks that follow an image: run of `sdtune controlnet` or folder or Hub id, each with an optional =SCALE."""
     image: Annotated[list[Path], aliases("control_image")] = []
     """Images to follow, one for each of --control, or to edit: once for all prompts, or for each prompt."""
+    mask_image: list[Path] = []
+    """Masks, one for each of --image: an inpainting model paints where they are white. Default: it paints all."""
     image_guidance_scale: NonNegative | None = None
     """How closely an edit keeps to its image (Brooks et al. 2023). Default: that of the stock pipeline, 1.5."""
     prompt: Annotated[StrList, aliases("prompts")] = []
@@ -173,6 +175,8 @@ class EvaluateConfig(TextEncoding, Source, Verb):
     """CLIP model, folder or Hub id, that compares images with their prompts. Leave out for no CLIP score."""
     classifier: PathOrId | None = None
     """Run of `sdtune classifier`, or a transformers image classifier, to check the classes. Leave out for no check."""
+    condition: Literal["edges"] | None = None
+    """What the images followed, by their prompts.jsonl: edges compares their edges with it. Leave out for nothing."""
     trained_on: PathOrId | None = None
     """Images that the model was trained on, to see whether SAMPLES copy them. Leave out for no memorisation."""
     neighbours: Count = 3

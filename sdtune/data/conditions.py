@@ -52,11 +52,25 @@ def blurred(pixels: Tensor) -> Tensor:
 
 
 def masked(pixels: Tensor, rng: torch.Generator) -> Tensor:
-    """The picture with a rectangle of a third to two thirds of each side set to 0, the middle of the range."""
+    """The picture with a rectangle set to 0, the middle of the range."""
     height, width = pixels.shape[-2:]
+    return torch.where(rectangle(height, width, rng), 0.0, pixels)
+
+
+def rectangle(height: int, width: int, rng: torch.Generator) -> Tensor:
+    """Where a rectangle of a third to two thirds of each side is, as ``rng`` says: bool ``[1, H, W]``."""
     sides, places = torch.rand(2, generator=rng) / 3 + 1 / 3, torch.rand(2, generator=rng)
     (tall, wide), (top, left) = sides.tolist(), ((1 - sides) * places).tolist()
-    pixels = pixels.clone()
+    inside = torch.zeros(1, height, width, dtype=torch.bool)
     rows = slice(round(top * height), round((top + tall) * height))
-    pixels[:, rows, round(left * width) : round((left + wide) * width)] = 0
-    return pixels
+    inside[:, rows, round(left * width) : round((left + wide) * width)] = True
+    return inside
+
+
+def hole(height: int, width: int, rng: torch.Generator) -> Tensor:
+    """What an inpainting model has to paint: float32 ``[1, H, W]``, 1 inside of it.
+
+    A rectangle, or one time in four all of the picture, as Stable Diffusion's inpainting models were trained.
+    """
+    inside = rectangle(height, width, rng)
+    return torch.ones(1, height, width) if torch.rand((), generator=rng) < 0.25 else inside.float()

@@ -7,8 +7,8 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from sdtune.config.sections import UserError, ValidationImages
-from sdtune.data.conditions import Condition, make_condition
+from sdtune.config.sections import Preview, UserError, ValidationImages
+from sdtune.data.conditions import Condition, hole, make_condition
 from sdtune.data.images import decode, to_tensor
 from sdtune.data.stream import Sample, Stream
 from sdtune.run import rng
@@ -87,6 +87,26 @@ def image_prompts(stream: Stream, further: Further, given: Sequence[str]) -> lis
             read = _from_file(files[k % len(files)], sample, stream) if files else stream.pixels(sample, image.column)
             shown.append(to_image(_made(stream, image, read, ("preview", k))))
         found.append(ImagePrompt(given[k % len(given)] if given else sample.caption, tuple(shown)))
+    return found
+
+
+def hole_of(stream: Stream, sample: Sample, position: object) -> Tensor:
+    """The hole that a sample has: where its mask is white if masks are used, else drawn; float32 ``[1, H, W]``."""
+    if stream.masked:
+        return (stream.mask(sample) >= 0.5).float()
+    return hole(sample.height, sample.width, rng.generator(stream.seed, "hole", position))
+
+
+def hole_prompts(stream: Stream, given: Sequence[str]) -> list[ImagePrompt]:
+    """Images of the dataset with a hole in each, and the ``given`` prompts, else their captions."""
+    assert isinstance(stream.cfg, Preview)
+    samples = stream.examples(max(1, stream.cfg.num_validation_images))
+    found = []
+    for k in range(max(len(samples), len(given))):
+        sample = samples[k % len(samples)]
+        white = hole_of(stream, sample, ("preview", k)).mul(2).sub(1).expand(3, -1, -1)
+        shown = to_image(stream.pixels(sample)), to_image(white)
+        found.append(ImagePrompt(given[k % len(given)] if given else sample.caption, shown))
     return found
 
 

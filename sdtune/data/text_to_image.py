@@ -15,7 +15,7 @@ from sdtune.config.sections import Latents, UserError
 from sdtune.data import Sample, ShardStream, Stream, cache, summarize
 from sdtune.data.denoising_dataset import DenoisingDataset, Position
 from sdtune.data.encoded_shards import EncodedShards, encode_shards
-from sdtune.data.further import NOTHING, Further, ImagePrompt, further_pixels, image_prompts
+from sdtune.data.further import NOTHING, Further, ImagePrompt, further_pixels, hole_of, hole_prompts, image_prompts
 from sdtune.run import rng
 
 
@@ -29,6 +29,8 @@ class TextToImageDataset(DenoisingDataset):
         moments, texts: cached VAE moments by pixel key, and by caption the tensors that the denoiser is told. If
             ``None``, items hold pixels ``[3, H, W]`` and the caption instead.
         further: what else items hold.
+        holes: whether items hold a hole to paint, ``hole`` ``[1, H, W]``, and the picture without it, ``kept``.
+        pictures: the same samples with their pixels, where ``stream`` has moments alone.
     """
 
     def __init__(
@@ -40,8 +42,11 @@ class TextToImageDataset(DenoisingDataset):
         moments: Mapping[str, Tensor] | EncodedShards | None = None,
         texts: cache.Store | cache.MetaStore | None = None,
         further: Further = NOTHING,
+        holes: bool = False,
+        pictures: Stream | None = None,
     ):
         super().__init__(stream)
+        self.holes, self.pictures = holes, pictures or stream
         self.latent, self.given_prompts, self.sizes = latent, list(prompts), sizes
         self.moments, self.texts, self.further = moments, texts, further
         lengths = [texts.length(text_key(caption), "mask") for caption in stream.texts()] if texts is not None else []
@@ -51,7 +56,9 @@ class TextToImageDataset(DenoisingDataset):
     def prompts(self) -> Sequence[str | ImagePrompt]:
         """The prompts of the sample grids, with images where the method needs them; never empty."""
         if self.further.images:
-            return image_prompts(self.stream, self.further, self.given_prompts)
+            return image_prompts(self.pictures, self.further, self.given_prompts)
+        if self.holes:
+            return hole_prompts(self.stream, self.given_prompts)
         return self.given_prompts or [text for text in self.stream.texts() if text] or [""]
 
     def make_item(self, sample: Sample, u: Tensor, position: Position) -> dict[str, Any]:
@@ -68,6 +75,9 @@ class TextToImageDataset(DenoisingDataset):
             item["mask"] = functional.avg_pool2d(self.stream.mask(sample), downscale)
         if self.sizes:
             item["size"] = torch.tensor(self.stream.sizes(sample))
+        if self.holes:
+            hole = hole_of(self.stream, sample, position)
+            item |= {"hole": hole, "kept": self.stream.pixels(sample) * (hole < 0.5)}
         for name, image in self.further.images.items():
             if image.cached and self.moments is not None:
                 item[name] = self.moments[self.stream.pixel_key(sample, image.column)]
@@ -107,6 +117,8 @@ class Family(Protocol):
     device: torch.device
     conditions_on_size: bool
     """Whether the denoiser is told the sizes of image and crop."""
+    paints_holes: bool
+    """Whether the denoiser is told a hole, and what is around it."""
 
     @property
     def resolution(self) -> int:
@@ -216,8 +228,8 @@ def text_to_image_dataset(
         texts = cache.cached_tensors("texts", all_text, captions, embed, "Encoding captions")
     if cfg.cache:
         family.unload_frozen()
-    latent = family.latent_channels, family.downscale
-    return TextToImageDataset(stream, latent, cfg.validation_prompt, family.conditions_on_size, moments, texts, further)
+    latent, sizes, holes = (family.latent_channels, family.downscale), family.conditions_on_size, family.paints_holes
+    return TextToImageDataset(stream, latent, cfg.validation_prompt, sizes, moments, texts, further, holes)
 
 
 def _streamed_dataset(
@@ -231,9 +243,13 @@ def _streamed_dataset(
     if shard_cache is None:
         if cfg.cache:
             log("nothing of a streamed dataset is cached; --shard-cache FOLDER stores its VAE moments")
-        return TextToImageDataset(stream, latent, cfg.validation_prompt, sizes, further=further)
-    if further.images:
-        raise UserError("--shard-cache: stores no further images, which this method needs; leave it out")
+        return TextToImageDataset(
+            stream, latent, cfg.validation_prompt, sizes, further=further, holes=family.paints_holes
+        )
+    as_pixels = any(not image.cached for image in further.images.values())
+    if as_pixels or stream.masked or family.paints_holes:
+        what = "masks" if stream.masked else "pixels" if family.paints_holes else "images to follow"
+        raise UserError(f"--shard-cache: stores no {what}, which this run needs; leave it out")
     if not cfg.center_crop:
         raise UserError("--shard-cache: random crops differ each time; use --center-crop, or leave --shard-cache out")
 
@@ -243,5 +259,7 @@ def _streamed_dataset(
 
     encoded = encode_shards(shard_cache, stream, family.vae_key(), encode, family.vae.dtype)
     family.unload_frozen()
-    encoded_stream = ShardStream(stream.cfg, encoded, stream.group)
-    return TextToImageDataset(encoded_stream, latent, cfg.validation_prompt, sizes, encoded, further=further)
+    moments_alone = ShardStream(stream.cfg, encoded, stream.group, paired=stream.paired)
+    return TextToImageDataset(
+        moments_alone, latent, cfg.validation_prompt, sizes, encoded, further=further, pictures=stream
+    )

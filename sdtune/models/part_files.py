@@ -133,9 +133,11 @@ def has_part(index: Mapping[str, Any], part: str) -> bool:
     return isinstance(named, list) and named[0] is not None
 
 
-def check_channels(unet: Mapping[str, Any], vae: Mapping[str, Any], where: str, edits: bool = False) -> None:
-    """Raises: UserError for a UNet that takes other channels than the latents of the VAE, twice if it ``edits``."""
-    if unet["in_channels"] != (2 if edits else 1) * vae["latent_channels"]:
+def check_channels(unet: Mapping[str, Any], vae: Mapping[str, Any], where: str, kind: str = "") -> None:
+    """Raises: UserError for a UNet that takes other channels than a pipeline of class ``kind`` gives it."""
+    latent = vae["latent_channels"]
+    given = 2 * latent if "InstructPix2Pix" in kind else 2 * latent + 1 if "Inpaint" in kind else latent
+    if unet["in_channels"] != given:
         raise UserError(
             f"{where}: its UNet takes {unet['in_channels']} channels, its VAE gives {vae['latent_channels']}: "
             "an inpainting or editing model, not text-to-image"

@@ -2,7 +2,8 @@
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from sdtune.models.prompts import without_weights
 
 AS_STOCK = Reading()
 
+CONTROL_IMAGE = "control_image"
+"""What pipelines of transformers call the image that a ControlNet follows."""
+MASK_IMAGE = "mask_image"
+"""What inpainting pipelines call the mask beside the image."""
 CONTROL_SCALES = ("controlnet_conditioning_scale", "adapter_conditioning_scale")
 """What pipelines call the weight of a control network."""
 
@@ -71,7 +76,10 @@ def generate(
     modules = [m for c in pipe.components.values() if isinstance(c, torch.nn.Module) for m in c.modules()]
     training = [m for m in modules if m.training]
     drawn: list[Image.Image] = []
-    if any(len(own) > 1 for own in images):
+    if MASK_IMAGE in accepted and not any(images):
+        images = [all_hole(pipe, width, height)] * len(prompts)
+    alone = any(images) and CONTROL_IMAGE in accepted
+    if alone or any(len(own) > 1 for own in images):
         batch_size = 1  # a list of images is then one for each network
     try:
         for m in training:
@@ -82,16 +90,49 @@ def generate(
             if progress and "callback_on_step_end" in accepted:
                 options["callback_on_step_end"] = _reporter(progress, len(drawn), len(rows), len(prompts))
             if any(images):
-                options["image"] = [image for k in rows for image in images[k]]
+                options |= followed(accepted, [image for k in rows for image in images[k]], width)
             text_arguments = prompt_arguments(pipe, parts, [prompts[k] for k in rows], negative, reading)
             noise = [torch.Generator("cpu").manual_seed(seeds[k]) for k in rows]
-            drawn += pipe(generator=noise, **text_arguments, **options).images
+            with seeded(seeds[rows[0]], pipe.device if alone else None):
+                drawn += pipe(generator=noise, **text_arguments, **options).images
     except ValueError as error:  # diffusers checks sizes and numbers of steps, in words that name them
         raise UserError(f"{type(pipe).__name__}: {str(error).splitlines()[0]}") from error
     finally:
         for m in training:
             m.training = True
     return drawn
+
+
+def followed(accepted: Mapping[str, Any], images: list[Image.Image], width: int | None) -> dict[str, Any]:
+    """The arguments of a call for images to follow or to edit, whose size is drawn if no other is asked for."""
+    size = {} if width else {"width": images[0].width, "height": images[0].height}
+    if MASK_IMAGE in accepted:
+        return {"image": images[0], MASK_IMAGE: images[1], "strength": 1.0} | size
+    if CONTROL_IMAGE not in accepted:
+        return {"image": images}
+    return {CONTROL_IMAGE: images if len(images) > 1 else images[0]} | size
+
+
+def all_hole(pipe: Any, width: int | None, height: int | None) -> list[Image.Image]:
+    """A picture and a mask with which an inpainting pipeline paints all of it."""
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    size = width or side, height or side
+    return [Image.new("RGB", size, (128, 128, 128)), Image.new("RGB", size, "white")]
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None) -> Iterator[None]:
+    """Context in which torch's own draws repeat: pipelines of ControlNets draw the latent of their image by them.
+
+    Args:
+        device: on which is drawn; ``None`` for pipelines that draw by their generator alone.
+    """
+    if device is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _batches(kinds: Sequence[int], size: int) -> Iterator[list[int]]:

@@ -46,8 +46,8 @@ STEPS, GUIDANCE = 25, 5.0
 SHOWN = 100
 """Images of a call that are held in memory for its sheet, at most."""
 OF_LATENTS = (
-    "adapter embedding unet vae control image image_guidance_scale negative_prompt width height clip_skip long_prompts "
-    "prompt_weights"
+    "adapter embedding unet vae control image mask_image image_guidance_scale negative_prompt width height clip_skip "
+    "long_prompts prompt_weights"
 )
 OF_PIXELS = "classes classifier clip_model eta variance_type strip interpolate"
 """Options that only one kind of model uses."""
@@ -157,6 +157,9 @@ class PromptJob:
         ]
         self.records = [{"text": p.text} | p.settings | {"seed": seed} for p, seed in zip(several, seeds, strict=True)]
         self.images = images_of(cfg, prompts)
+        for record, files in zip(self.records, self.images, strict=True):
+            if files:
+                record["image"] = str(files[0])
         self.control_scales = [split_weight(text, "--control")[1] for text in cfg.control]
         self.steps = cfg.steps or self.own.steps
         own_scale = GUIDANCE if self.own.guidance_scale is None else self.own.guidance_scale

@@ -5,6 +5,7 @@ It is not an ``nn.Module``, so that only what a recipe assigns to itself is trai
 
 import difflib
 import importlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,10 @@ PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 
 CLASSES = {
     "StableDiffusionPipeline": "sdtune.models.families.stable_diffusion:StableDiffusion",
+    "StableDiffusionInpaintPipeline": ("sdtune.models.families.stable_diffusion_inpainting:StableDiffusionInpainting"),
+    "StableDiffusionXLInpaintPipeline": (
+        "sdtune.models.families.stable_diffusion_xl_inpainting:StableDiffusionXLInpainting"
+    ),
     "StableDiffusionXLPipeline": "sdtune.models.families.stable_diffusion_xl:StableDiffusionXL",
     "StableDiffusionXLImg2ImgPipeline": "sdtune.models.families.stable_diffusion_xl_refiner:StableDiffusionXLRefiner",
     "StableDiffusion3Pipeline": "sdtune.models.families.stable_diffusion_3:StableDiffusion3",
@@ -167,8 +172,12 @@ def load(cfg: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def family_class(pipeline_class: str) -> Any:
-    """The family of a pipeline class by its name; one that no family knows is guided as Stable Diffusion is."""
-    module, _, name = CLASSES.get(pipeline_class, CLASSES["StableDiffusionPipeline"]).partition(":")
+    """The family of a pipeline class by its name, also of the one that follows an image with the same base.
+
+    One that no family knows is guided as Stable Diffusion is.
+    """
+    kind = re.sub(r"(ControlNet|Adapter)Pipeline$", "Pipeline", pipeline_class)
+    module, _, name = CLASSES.get(kind, CLASSES["StableDiffusionPipeline"]).partition(":")
     return getattr(importlib.import_module(module), name)
 
 

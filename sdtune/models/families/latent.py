@@ -48,6 +48,10 @@ class LatentFamily(TextFamily):
     """Sides of a latent are multiples of this."""
     native_resolution: ClassVar[int] = 1024
     """Side in pixels that the base was made for, where its configuration does not say."""
+    reads_text_by_cross_attention: ClassVar[bool] = False
+    """Whether the denoiser is a UNet whose layers ``attn2`` read the text, and nothing else does."""
+    paints_holes: ClassVar[bool] = False
+    """Whether the denoiser is told a hole, and what is around it, as ``hole`` and ``kept`` of a batch."""
     conditions_on_size: ClassVar[bool] = False
     """Whether the denoiser is told the sizes of the image and of its crop, as ``size`` of a batch."""
 
@@ -136,6 +140,11 @@ class LatentFamily(TextFamily):
         return self.vae_config["latent_channels"]
 
     @property
+    def input_channels(self) -> int:
+        """Channels that the denoiser takes."""
+        return self.latent_channels
+
+    @property
     def downscale(self) -> int:
         """Pixels of an image per element of a latent, along a side."""
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
@@ -171,19 +180,31 @@ class LatentFamily(TextFamily):
 
     control_pipelines: ClassVar[Mapping[str, Any]] = {}
     """The stock pipelines that follow an image, by the part that does it: ``controlnet`` or ``adapter``."""
+    controlnet_class: ClassVar[str] = "ControlNetModel"
+    """Class of diffusers of a ControlNet for this base."""
+    control_of_latents: ClassVar[bool] = False
+    """Whether a ControlNet follows the latents of an image, and not its pixels."""
     edit_pipeline: ClassVar[Any] = None
     """The stock pipeline that edits an image, if there is one."""
 
-    def lacks(self, what: str) -> UserError:
-        """What to raise for a base for which there is no such network."""
+    def lacks(self, what: str, others: str = "Stable Diffusion 1 and 2 and SDXL") -> UserError:
+        """What to raise for a base for which there is no such network; ``others`` are those for which there is."""
         kind = self.pipeline_class.__name__
-        return UserError(
-            f"--model {self.cfg.model}: a {kind} gets no {what} here; Stable Diffusion 1 and 2 and SDXL do"
-        )
+        return UserError(f"--model {self.cfg.model}: a {kind} gets no {what} here; {others} do")
 
-    def new_controlnet(self) -> Any:
-        """Raises: UserError for a base that has none."""
-        raise self.lacks("ControlNet")
+    def new_controlnet(self, layers: int | None = None, single_layers: int | None = None) -> Any:
+        """A ControlNet with weights of the denoiser; on the meta device its shapes alone.
+
+        Args:
+            layers, single_layers: blocks of a transformer that are copied; ``None`` for the family's own choice.
+
+        Raises: UserError for a base that has none, or not so many blocks.
+        """
+        raise self.lacks("ControlNet", "Stable Diffusion 1 to 3.5, SDXL and FLUX.1")
+
+    def unread_layers(self, controlnet: Any) -> str | None:
+        """Regular expression on the beginning of names of layers of a ControlNet whose output is never read."""
+        return None
 
     def new_t2i_adapter(self, num_res_blocks: int) -> Any:
         """Raises: UserError for a base that has none."""

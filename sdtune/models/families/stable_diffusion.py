@@ -36,7 +36,7 @@ class StableDiffusion(UNetFamily):
 
     def check(self) -> None:
         takes, gives = self.denoiser.config.in_channels, self.latent_channels
-        if takes != gives:
+        if takes != self.input_channels:
             raise UserError(
                 f"--model {self.cfg.model}: its UNet takes {takes} channels, its VAE gives {gives}: an inpainting or "
                 "editing model, not text-to-image"
