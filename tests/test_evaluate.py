@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from sdtune.config.sections import Data, UserError
-from sdtune.data import load_images
+from sdtune.data import load_images, toy_pairs, toy_world
 from sdtune.evaluation import features, inception
 from sdtune.evaluation.distances import frechet
 from sdtune.evaluation.features import BATCH, RandomConv, embed, features_of, load_network, square
@@ -508,3 +508,29 @@ def test_mistakes_are_told_in_a_line(words, told, samples, reference, clip, judg
     assert told.format(**places) in message
     assert len(message.strip().splitlines()) == 1
     assert not (tmp_path / "evaluation" / "evaluation.json").exists()
+
+
+def test_the_overlap_of_edges_is_one_for_what_was_followed(reference, tmp_path, capsys):
+    """Each sample follows its own edges, and then those of another image."""
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    (tmp_path / "edges").mkdir()
+    draws = [toy_world.render(toy_world.random_scene(np.random.default_rng(k)), 32, 32) for k in range(8)]
+    for k, image in enumerate(draws):
+        image.save(folder / f"{k}.png")
+        toy_pairs.edge_image(image).save(tmp_path / "edges" / f"{k}.png")
+    words = ["evaluate", str(folder), "--reference", str(reference), "--resamples", "0", "--condition", "edges"]
+    for shift, expected in ((0, 1.0), (1, None)):
+        lines = [
+            {"file_name": f"{k}.png", "image": str(tmp_path / "edges" / f"{(k + shift) % 8}.png")} for k in range(8)
+        ]
+        (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert status([*words, "--output-dir", str(tmp_path / f"out-{shift}")]) == 0
+        value = json.loads((tmp_path / f"out-{shift}" / "evaluation.json").read_text())["figures"]["edge_overlap"][
+            "value"
+        ]
+        assert value == expected if expected else 0 < value < 0.7
+    capsys.readouterr()
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"file_name": f"{k}.png"}) + "\n" for k in range(8)))
+    assert status([*words, "--output-dir", str(tmp_path / "no")]) == 2
+    assert "has no `image` for each image" in capsys.readouterr().err

@@ -24,6 +24,7 @@ SCORES = {
     "diversity": Score("neither", 0, INFINITE, "Diversity", of_network=True),
     "memorisation": Score("lower", 0, 1, "Memorisation", of_network=True),
     "clip_score": Score("higher", 0, 2.5, "CLIP score"),
+    "edge_overlap": Score("higher", 0, 1, "Overlap of edges"),
     "class_accuracy": Score("higher", 0, 1, "Class accuracy"),
     "holdout_loss": Score("lower", 0, INFINITE, "Holdout loss"),
 }

@@ -22,12 +22,14 @@ from sdtune.config.sections import UserError
 from sdtune.config.verbs import EvaluateConfig
 from sdtune.data import Images
 from sdtune.data.cache import digest
+from sdtune.evaluation.agreement import edge_overlaps
 from sdtune.evaluation.features import features_of, load_network, progress
 from sdtune.evaluation.inputs import (
     Plan,
     Samples,
     check_count,
     check_output_outside,
+    followed_by,
     plan_of,
     read,
     samples_of,
@@ -74,6 +76,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     with less_memory_with(["`sdtune sample --batch-size 1`, whose folder is then SAMPLES"]):
         samples = collect(cfg, judges)
     prompts, classes = judges.questions(cfg, samples)
+    overlaps = edge_overlaps(samples.images, samples.rows, followed_by(samples)) if cfg.condition else None
     x = features_of(samples.images, judges.features, samples.rows)
     y = features_of(reference, judges.features)
     trained_on = features_of(read("--trained-on", cfg.trained_on, cfg), judges.features) if cfg.trained_on else None
@@ -93,6 +96,8 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
             found |= of_copies(x, trained_on, y, bootstrap)
         if clip_scores is not None:
             found |= mean_of("clip_score", clip_scores, bootstrap)
+        if overlaps is not None:
+            found |= mean_of("edge_overlap", overlaps, bootstrap)
         if right is not None:
             found |= mean_of("class_accuracy", right, bootstrap)
     network = judges.features
@@ -138,6 +143,8 @@ def validate(cfg: EvaluateConfig, reference: Images) -> None:
 def collect(cfg: EvaluateConfig, judges: Judges) -> Samples:
     """The images under evaluation. If SAMPLES is a model, it draws them, after the judges' questions are checked."""
     if plan := plan_of(cfg):
+        if cfg.condition:
+            raise UserError("--condition: SAMPLES is a model; give a folder that sdtune sample --image has filled")
         judges.questions(cfg, plan)
         sample(plan.sampling)
         return samples_of(plan.sampling.output_dir)

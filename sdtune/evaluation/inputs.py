@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ class Samples:
     rows: list[int]
     prompts: list[str | None]
     classes: list[str | None]
+    followed: Sequence[str | None] = ()
+    """The image that each followed or edited, if it did."""
     option: str = "SAMPLES"
     """Option that sets the number of images, for error messages."""
     source: str = "prompts.jsonl of SAMPLES"
@@ -88,6 +91,7 @@ def samples_of(folder: Path, cfg: EvaluateConfig | None = None) -> Samples:
         [by_name[name] for name in entries],
         [entry.get("text") or None for entry in entries.values()],
         [None if entry.get("class") is None else str(entry["class"]) for entry in entries.values()],
+        [str(entry["image"]) if entry.get("image") else None for entry in entries.values()],
     )
 
 
@@ -182,6 +186,16 @@ def check_count(cfg: EvaluateConfig, option: str, count: int) -> None:
             f"{' and intervals' if cfg.resamples else ''}; give at least {wanted}"
             f"{f', or {least} and --resamples 0' if cfg.resamples else ''}"
         )
+
+
+def followed_by(samples: Samples) -> list[Path]:
+    """The image that each sample followed. Raises: UserError if it is not known of one."""
+    files = [Path(file) for file in samples.followed if file]
+    if len(files) < len(samples.rows):
+        raise UserError(
+            "--condition: prompts.jsonl of SAMPLES has no `image` for each image; sdtune sample --image writes it"
+        )
+    return files
 
 
 def values_of(of: Samples | Plan, field: str) -> list[str]:

@@ -1,0 +1,34 @@
+"""Whether images agree with those that they were to follow, or to edit."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sdtune.data import Images
+from sdtune.data.conditions import edges
+from sdtune.data.images import decode, to_tensor
+from sdtune.models.controls import read_image
+
+
+def edge_overlaps(images: Images, rows: Sequence[int], followed: Sequence[Path]) -> Tensor:
+    """The overlap (intersection over union) of the edges of each image with the image that it followed: [N] in [0, 1].
+
+    An edge is where a colour changes steeply, as ``--condition edges`` has it, and white in an image to follow. Both
+    are a pixel wider on each side, so that an edge that is one pixel off still overlaps. Without any edge they agree.
+
+    Raises: UserError for a file that cannot be read.
+    """
+    return torch.stack([_overlap(images, row, file) for row, file in zip(rows, followed, strict=True)])
+
+
+def _overlap(images: Images, row: int, file: Path) -> Tensor:
+    image = torch.from_numpy(np.array(decode(images.read(row)))).permute(2, 0, 1).float() / 127.5 - 1
+    height, width = image.shape[-2:]
+    asked = to_tensor(read_image(file, f"--condition: {file}"), width, height, 0.5, 0.5, False, "box")
+    one, other = (functional.max_pool2d((x[:1] > 0).float(), 3, 1, 1).bool() for x in (edges(image), asked))
+    union = (one | other).sum()
+    return (one & other).sum() / union if union else torch.tensor(1.0)
