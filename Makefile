@@ -14,7 +14,7 @@ digits: $(READY)  ## train a model of digits from scratch, draw from it, have th
 digits-guided: $(READY)  ## after it: digits by class, by both ways of guidance
 	$(BIN)/python examples/digits.py guided
 
-control: $(READY)  ## networks that follow edges and a model that edits, on the built-in model; fails under its bars
+control: $(READY)  ## networks that follow edges, a model that edits, new words; fails under its bars
 	$(BIN)/python examples/control.py
 
 few-steps: $(READY)  ## after digits: both models in four, two and one steps, in each way of distillation, measured
