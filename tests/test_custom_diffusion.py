@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 
 from sdtune.config.methods.custom_diffusion import CustomDiffusionConfig
 from sdtune.config.sections import UserError
+from sdtune.config.verbs import EvaluateConfig
 from sdtune.data import Mixture, Stream
+from sdtune.evaluation.inputs import plan_of
 from sdtune.models import families
 from sdtune.recipes.custom_diffusion import CustomDiffusion
 from tests.conftest import status
@@ -64,6 +66,9 @@ def test_the_lines_of_the_card_give_the_image_of_sdtune_sample(name, sd, shared,
     ours, card = sampled(tmp_path / "ours", "--adapter", str(run)), (run / "README.md").read_text()
     assert "_pipeline=pipe" in card and "Weights of the cross-attention and of new words" in card
     assert np.array_equal(ours, drawn(card, base, run))
+    assert plan_of(
+        EvaluateConfig(samples=str(run), reference="tiny-subject", output_dir=tmp_path / "e")
+    ).sampling.adapter
     stock = diffusers.DiffusionPipeline.from_pretrained(base)
     before = stock.unet.state_dict()
     stock.unet.load_attn_procs(run, weight_name=FILE)  # as its own example does, which changes nothing

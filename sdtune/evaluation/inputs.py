@@ -20,6 +20,7 @@ from sdtune.models.formats import files
 from sdtune.models.formats.tensor_file import FILE
 from sdtune.models.pixel_models import read_classes
 from sdtune.run.rng import generator
+from sdtune.run.usage import ATTENTION
 from sdtune.sampling.sample_pixels import of_pixels
 
 
@@ -103,7 +104,7 @@ def plan_of(cfg: EvaluateConfig) -> Plan | None:
     """
     folder, out = Path(cfg.samples).expanduser(), cfg.output_dir / "samples"
     pipeline = (folder / "model_index.json").is_file()
-    adapter = (folder / FILE).is_file() or is_adapter(folder)
+    adapter = (folder / FILE).is_file() or (folder / ATTENTION).is_file() or is_adapter(folder)
     if folder.is_dir() and not pipeline and not adapter:
         if cfg.steps:
             raise UserError(f"--steps: {cfg.samples} is a folder of images, which are there already; leave it out")
