@@ -44,7 +44,8 @@ class Contract:
     method: str = ""
 
     def artefact(self, out: Path) -> dict[str, Tensor]:
-        return load_file(out / self.weights)
+        """Its tensors, without the empty ones that mark what did not train."""
+        return {name: tensor for name, tensor in load_file(out / self.weights).items() if tensor.numel()}
 
 
 NO_PREVIEWS = {"--num-validation-images": 0, "--validation-inference-steps": 1}
