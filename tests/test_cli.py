@@ -204,7 +204,7 @@ def test_the_flags_that_sdtune_does_without_are_answered_together(capsys):
 
 
 def test_advice_names_flags_that_exist():
-    spelt = {fields.flag(n) for config in methods() for n in config.model_fields} | {"--overwrite"}
+    spelt = {fields.flag(n) for config in methods() for n in config.model_fields} | {"--overwrite", "--config"}
     for name, told in ANSWERS.items():
         assert not any(name in fields.names_of(config) for config in methods())
         assert set(re.findall(r"--[a-z0-9-]+", told)) <= spelt, name
@@ -262,7 +262,11 @@ KOHYA = shlex.split("""
 --network_args --network_dim --network_dropout --network_module --network_train_unet_only --network_weights
 --no_half_vae --optimizer_type --output_name --reg_data_dir --sample_every_n_steps --sample_prompts --save_every_n_steps
 --save_model_as --save_precision --save_state --scale_v_pred_loss_like_noise_pred --sdpa --shuffle_caption --v2
---v_parameterization --weighted_captions --xformers --zero_terminal_snr
+--v_parameterization --weighted_captions --xformers --zero_terminal_snr --base_weights --caption_prefix --color_aug
+--caption_tag_dropout_rate --config_file --dataset_config --debiased_estimation_loss --dim_from_weights --fp8_base
+--face_crop_aug_range --in_json --initial_epoch --max_timestep --metadata_title --min_timestep --multires_noise_discount
+--scale_weight_norms --secondary_separator --stop_text_encoder_training --token_warmup_min --training_comment
+--wandb_api_key
 """)
 """Flags of kohya's train_network.py that sdtune has under another name, or not at all."""
 
@@ -275,7 +279,15 @@ def test_the_flags_of_kohyas_scripts_are_answered(capsys):
 
 @pytest.mark.parametrize(
     ("given", "meant"),
-    [("Euler a", "euler-ancestral"), ("DPM++ 2M Karras", "dpm++-karras"), ("DDIM", "ddim"), ("euler", "euler")],
+    [
+        ("Euler a", "euler-ancestral"),
+        ("DPM++ 2M Karras", "dpm++-karras"),
+        ("DDIM", "ddim"),
+        ("euler", "euler"),
+        ("k_euler_a", "euler-ancestral"),
+        ("dpmpp_2m", "dpm++"),
+        ("uni_pc", "unipc"),
+    ],
 )
 def test_samplers_are_known_by_the_names_of_interfaces(given, meant, capsys):
     code, out, err = answer(capsys, "sample", "--prompt", "x", "--scheduler", given, "--dry-run")

@@ -232,10 +232,11 @@ def test_names_in_another_case(folder):
         assert "there is no image A.PNG" in refusal(folder)
 
 
-def test_files_that_may_hold_captions_are_named(folder):
+@pytest.mark.parametrize("file", ["captions.yaml", "captions.txt", "b.caption"])
+def test_files_that_may_hold_captions_are_named(folder, file):
     paint(folder / "a.png")
-    write(folder / "captions.yaml", "a.png: x")
-    assert "have no captions; it has captions.yaml, which is not read" in refusal(folder)
+    write(folder / file, "a.png: x")
+    assert f"have no captions; it has {file}, which is not read" in refusal(folder)
 
 
 def test_a_caption_a_line(folder):
@@ -312,6 +313,14 @@ def test_repeats_by_the_name_of_a_folder(folder):
     assert stream.epoch_length == 13
     shown = [stream[p].name for p in range(13)]
     assert [shown.count(name) for name in ("10_sks toy/a.png", "2_toy/b.png", "c.png")] == [10, 2, 1]
+
+
+def test_names_of_folders_are_offered_where_captions_are_missing(folder):
+    paint(folder / "10_sks toy" / "a.png")
+    assert "--folder-repeats, which captions images in 10_sks toy with that name" in refusal(folder)
+    paint(folder / "other" / "b.png")
+    write(folder / "other" / "b.txt", "x")
+    assert "10_sks toy/a.png: no 10_sks toy/a.txt" in refusal(folder)
 
 
 # ---- no images

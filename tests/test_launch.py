@@ -174,6 +174,7 @@ def test_contradictions_are_refused(lines, flags, processes, told, tmp_path, sd,
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set in the environment, but RANK and"),
         ({"RANK": "", "WORLD_SIZE": ""}, "RANK=: this variable of the environment has no usable value"),
         ({"RANK": "x", "WORLD_SIZE": "1"}, "RANK=x: this variable of the environment has no usable value"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP=true: weights are cut into slices by version 2"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED=true: sdtune does not train under DeepSpeed"),
     ],
 )

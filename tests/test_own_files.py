@@ -74,6 +74,21 @@ def test_overwrite_removes_only_what_the_run_wrote(tmp_path):
     assert left == [".lock", "checkpoints", "checkpoints/step-000004-good", "samples", "samples/step-000004 (copy).png"]
 
 
+@pytest.mark.fault("The output folder holds files of your own under the names of a run's", "Refused; they stay.")
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["config.yaml", "README.md", "model_index.json"])
+def test_files_of_the_user_are_not_replaced(name, overwrite, tmp_path):
+    (tmp_path / name).write_text("steps: 3  # mine\n")
+    cfg = LoraConfig(dataset="d", output_dir=tmp_path)
+    with pytest.raises(UserError, match=f"--output-dir .*: {name} there was not written by a run"):
+        folder.begin(cfg, ["lora"], overwrite, False)
+    assert (tmp_path / name).read_text() == "steps: 3  # mine\n"
+    (tmp_path / name).unlink()
+    folder.begin(cfg, ["lora"], overwrite, False)
+    (tmp_path / "README.md").write_text("")  # a run that stopped before its first step left it
+    folder.begin(cfg, ["lora"], overwrite, False)
+
+
 def test_a_renamed_sample_sheet_does_not_break_the_report(tmp_path):
     out = begun(tmp_path / "run")
     for name in ("step-000000", "step-000004", "step-000004 (copy)", "step-best"):

@@ -108,6 +108,8 @@ SIGNED = "https://host/a-{000..003}.tar?sv=2024&sig=s3cr3t%2Bvalue&X-Amz-Signatu
     ("text", "shown"),
     [
         ("see https://me:pass@host/x", "see https://me:REDACTED@host/x"),
+        ("see https://ghp_0123456789abcdef@host/x", "see https://REDACTED@host/x"),
+        ("git@host:x and ssh://git@host/x", "git@host:x and ssh://git@host/x"),
         (SIGNED, "https://host/a-{000..003}.tar?sv=2024&sig=REDACTED&X-Amz-Signature=REDACTED"),
         ("a photo; key=value, sks dog", "a photo; key=value, sks dog"),
         ("user/name", "user/name"),
@@ -119,10 +121,11 @@ def test_secrets_of_addresses_are_hidden(text, shown):
 
 
 @pytest.mark.fault("A URL holds a password", "Refused before anything is written.")
+@pytest.mark.parametrize("secret", ["me:s3cr3t", "ghp_s3cr3t0123456789"])
 @pytest.mark.parametrize("option", ["--dataset", "--model", "--vae"])
-def test_a_password_is_refused_before_anything_is_written(option, sd, pictures, tmp_path, capsys):
+def test_a_password_is_refused_before_anything_is_written(option, secret, sd, pictures, tmp_path, capsys):
     words = command(sd, pictures, tmp_path / "run")
-    words = [w for w in words if w] + [option, "https://me:s3cr3t@host/x.tar"]
+    words = [w for w in words if w] + [option, f"https://{secret}@host/x.tar"]
     assert status(words) == 2
     said = capsys.readouterr()
     assert "holds a password" in said.err and "s3cr3t" not in said.err + said.out

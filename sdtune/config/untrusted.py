@@ -9,7 +9,8 @@ CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters but tab and newline, and bytes that are no UTF-8."""
 UNSEEN = re.compile(f"{CONTROL.pattern}|[\r\u2028-\u202e\u2066-\u2069]")
 """And characters that break a line or reverse the direction of what follows."""
-PASSWORD = re.compile(r"(\b[A-Za-z][\w+.-]*://[^/\s:@]*:)[^/\s@]+(?=@)")
+PASSWORD = re.compile(r"(\b[A-Za-z][\w+.-]*://(?:[^/\s:@]*:|(?=[^/\s:@]{16,}@)))[^/\s@]+(?=@)")
+"""A password in an address, or a name too long for one: a token that stands alone before the host."""
 SIGNATURE = re.compile(
     r"([?&;][\w.-]*(?:sig|token|key|secret|passw|credential|auth)[\w.-]*=)(?!REDACTED\b)[^&#;\s'\"]+", re.IGNORECASE
 )

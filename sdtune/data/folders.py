@@ -8,13 +8,23 @@ from typing import Any
 
 from sdtune.config.sections import Captions, Data, Masks, UserError
 from sdtune.data.cache_folder import local_stamp
-from sdtune.data.folder_captions import caption_files, file_columns, read_caption_files, read_tables, tables_of
+from sdtune.data.folder_captions import (
+    CAPTION_FILES,
+    caption_files,
+    file_columns,
+    read_caption_files,
+    read_tables,
+    tables_of,
+)
 from sdtune.data.folder_files import FolderFiles, find_files
 from sdtune.data.metadata import Listing, caption_column, class_column, listed_error, parse_captions, parse_class
 from sdtune.data.paired import Paired, find_paired, set_paired_aside
 
 _REPEATED = re.compile(r"(\d{1,3})_(.+)")
-_TEXT_LIKE = frozenset({".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml", ".xml", ".xlsx", ".md", ".npz"})
+_TEXT_LIKE = frozenset(
+    {".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml", ".xml", ".xlsx", ".md", ".npz", *CAPTION_FILES}
+)
+"""Endings of files that may hold captions, and do not in the form that is read."""
 
 
 def read_folder(
@@ -119,9 +129,11 @@ def _captions(
     if not texts and default is None and not of_folders:
         there = sorted(name for name in files.others if Path(name).suffix.lower() in _TEXT_LIKE)
         others = f"; it has {', '.join(there[:5])}, which is not read" if there else ""
+        named = next((name.split("/")[-2] for name in sorted(files.images) if _repeated(name)), None)
+        repeats = f", or --folder-repeats, which captions images in {named} with that name" if named else ""
         raise UserError(
             f"{files.folder}: the images have no captions{others}; add metadata.jsonl with lines such as "
-            '{"file_name": "a.png", "text": "a cat"}, or a.txt next to a.png, or give --caption'
+            f'{{"file_name": "a.png", "text": "a cat"}}, or a.txt next to a.png, or give --caption{repeats}'
         )
     if of_folders:
         bare = {name: (text,) for name, text in of_folders.items() if name not in texts}

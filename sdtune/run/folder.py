@@ -28,6 +28,8 @@ FIRST_LINE = "# sdtune "
 """The beginning of each config.yaml that a run writes: the command that continues it, as a comment."""
 SHEET = re.compile(r"step-(\d{6,})\.png")
 """Names of the sample sheets that a run writes."""
+INDEX = "model_index.json"
+"""What makes a folder a model of diffusers, which is no run's before its artefact is written."""
 BEGUN = ("metrics.jsonl", "checkpoints/*", "*.safetensors", ARTEFACT)
 """Files of which one exists once a run has reached its first step."""
 
@@ -74,6 +76,7 @@ def begin(cfg: Run, words: list[str], overwrite: bool, allow_change: bool) -> No
     """Make sure that the run in the locked folder is this one, and write its config."""
     out = cfg.output_dir
     written = out / "config.yaml"
+    refuse_foreign(out)
     if overwrite:
         discard(out)
     elif written.exists() and not allow_change and (changed := differences(cfg, written)):
@@ -109,6 +112,24 @@ def make_folders(out: Path) -> None:
             tempfile.TemporaryFile(dir=out / name).close()
         except OSError as error:
             raise UserError(f"--output-dir {out}: {name}: cannot be written ({error.strerror})") from None
+
+
+def refuse_foreign(out: Path) -> None:
+    """Refuse a folder in which files that a run would replace, or --overwrite remove, are not those of a run.
+
+    Raises:
+        UserError: names them.
+    """
+    with suppress(OSError):
+        if (out / "config.yaml").read_bytes().startswith(FIRST_LINE.encode()):
+            return
+    if any((out / trace).exists() for trace in ("metrics.jsonl", "checkpoints", ARTEFACT)):
+        return
+    if found := [name for name in (*OWN, INDEX) if (out / name).exists()]:
+        raise UserError(
+            f"--output-dir {out}: {', '.join(found)} there was not written by a run, which would replace it; "
+            "name another folder"
+        )
 
 
 FORMER_DEFAULTS = {"target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}

@@ -69,6 +69,7 @@ def check(
 
 def same_run(cfg: Run) -> None:
     """Raises: UserError when the run's folder holds another run."""
+    folder.refuse_foreign(cfg.output_dir)
     written = cfg.output_dir / "config.yaml"
     if written.exists() and (changed := folder.differences(cfg, written)):
         raise UserError(

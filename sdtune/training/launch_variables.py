@@ -21,6 +21,11 @@ def check_environment() -> None:
             raise UserError(f"{name}={value}: this variable of the environment has no usable value; {unset}")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         raise UserError("ACCELERATE_USE_DEEPSPEED=true: sdtune does not train under DeepSpeed; unset it, or use fsdp2")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and os.environ.get("FSDP_VERSION") != "2":
+        raise UserError(
+            "ACCELERATE_USE_FSDP=true: weights are cut into slices by version 2 of FSDP alone; unset it, or set "
+            "FSDP_VERSION=2 (in an accelerate config `fsdp_version: 2`)"
+        )
     if set_ := [name for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE") if name in env]:
         among = int(env.get("WORLD_SIZE", "1")) > 1 or "LOCAL_RANK" in env
         needed = ("RANK", "WORLD_SIZE", *(("MASTER_ADDR", "MASTER_PORT") if among else ()))
