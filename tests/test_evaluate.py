@@ -19,6 +19,7 @@ from sdtune.data import load_images, toy_pairs, toy_world
 from sdtune.evaluation import features, inception
 from sdtune.evaluation.distances import frechet
 from sdtune.evaluation.features import BATCH, RandomConv, embed, features_of, load_network, square
+from sdtune.evaluation.judges import named
 from sdtune.models.noisy_classifier import NoisyClassifier
 from tests.conftest import status
 
@@ -399,6 +400,23 @@ def test_a_model_of_pixels_is_sampled_class_by_class_and_judged_without_noise(re
     assert result["figures"]["class_accuracy"]["value"] == np.mean(right)
 
 
+@pytest.mark.parametrize(
+    ("text", "classes"),
+    [
+        ("star", [0]),
+        ("a big Star.", [0]),
+        ("two dogs and one sea star", [1]),
+        ("a starfish on a stone", [1]),
+        ("a RED fox", [2]),
+        ("a fox in the snow", [3]),
+        ("a starry night", []),
+        ("a star, a fox", [0, 3]),
+    ],
+)
+def test_a_caption_names_a_class(text, classes):
+    assert named(text, ["star", "sea star, starfish", "Red Fox", "fox"]) == classes
+
+
 def test_a_model_on_the_hub_is_sampled_as_well(reference, tmp_path, monkeypatch, capsys):
     cache = tmp_path / "hub" / "models--user--discs"
     (cache / "refs").mkdir(parents=True)
@@ -418,7 +436,7 @@ def test_a_model_on_the_hub_is_sampled_as_well(reference, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("kind", "words", "told"),
     [
-        ("classes", "--classifier {judge}", "--classifier {judge}: knows no class ring; it knows disc, box"),
+        ("classes", "--classifier {judge}", '--classifier {judge}: "ring" names no class of it; it knows disc, box'),
         (
             "classes",
             "--num-images 6",
@@ -480,7 +498,7 @@ def test_what_is_wrong_is_told_before_a_model_draws(
         ("{reference} --reference {samples} --clip-model {clip}", "has no `text` for each image"),
         ("{samples} --reference {samples} --clip-model {judge}", "reads no text"),
         ("{flat} --reference {samples} --classifier {judge} --neighbours 1", "has no `class` for each image"),
-        ("{other} --reference {samples} --classifier {judge}", "knows no class star; it knows disc, box"),
+        ("{other} --reference {samples} --classifier {judge}", '"star" names no class of it; it knows disc, box'),
         ("{samples} --reference {flat}", "--reference: 5 images are too few for 3 neighbours"),
         ("{samples} --reference {flat} --neighbours 5 --resamples 0", "give at least 6"),
         ("{samples} --reference {reference} --resamples 1", "a single one has no spread"),

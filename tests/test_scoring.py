@@ -3,16 +3,20 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 
 from sdtune.config.scores import SCORES, score_name, score_of
 from sdtune.evaluation.distances import diversity, likeness, memorisation, nearest_distances
+from sdtune.models.noisy_classifier import NoisyClassifier
 from sdtune.run import artefacts, checkpoints
 from sdtune.run.contact_sheet import cells
 from sdtune.run.metrics_file import read_lines
+from sdtune.training.scoring import Best
 from tests import contract, ranks
 from tests.conftest import status
 
@@ -76,6 +80,33 @@ def test_two_processes_score_as_one(run, shared):
     assert both.keys() == one.keys()
     for step in one:
         assert both[step] == pytest.approx(one[step], abs=0.02)
+
+
+def test_a_classifier_looks_for_the_class_that_a_prompt_names(places, tmp_path, capsys):
+    classifier = tmp_path / "classifier"
+    torch.manual_seed(0)
+    blocks = ("DownBlock2D", "DownBlock2D")
+    NoisyClassifier(16, 3, 2, (8, 16), blocks, 1, 8, 4).save_pretrained(classifier)
+    DDPMScheduler().save_pretrained(classifier / "scheduler")
+    (classifier / "classes.json").write_text(json.dumps(["red circle", "blue star"]))
+    out = tmp_path / "run"
+    words = contract.command("lora", places, out, *SCORED[:6], "--steps", "1", "--classifier", str(classifier))
+    words += ["--num-validation-images", "0", "--keep-best", "class_accuracy"]
+    assert status([*words, "--validation-prompt", "a green circle"]) == 2
+    assert '"a green circle" names no class of it; it knows red circle, blue star' in capsys.readouterr().err
+    assert status([*words, "--validation-prompt", "a red circle", "a small blue star"]) == 0
+    figures = scored(out)
+    assert all(0 <= of["class_accuracy"] <= 1 for of in figures.values())
+    if len({of["class_accuracy"] for of in figures.values()}) == 1:
+        assert artefacts.best(out)[0] == 1
+
+
+def test_of_equal_scores_the_later_step_is_kept_and_counts_as_no_better(tmp_path):
+    cfg = SimpleNamespace(keep_best="likeness", patience=3, output_dir=tmp_path)
+    best = Best(cfg, 0)
+    kept = [best.update(step, {"likeness_x": value}) for step, value in enumerate((0.5, 0.7, 0.7, 0.6, 0.7))]
+    assert kept == [True, True, True, False, True]
+    assert (best.step, best.since, best.exhausted) == (4, 3, True)
 
 
 def test_patience_ends_a_run_which_stays_ended(places, tmp_path, capsys):

@@ -58,9 +58,8 @@ class Judges:
             UserError: there are too few images, or a judge has no prompt or class to look for.
         """
         check_count(cfg, of.option, len(of.prompts))
-        classes = values_of(of, "class") if self.classifier else []
-        if self.classifier:
-            self.classifier.check(classes)
+        judge = self.classifier
+        classes = [judge.names[judge.class_of(asked)] for asked in values_of(of, "class")] if judge else []
         return values_of(of, "text") if self.clip else [], classes
 
 

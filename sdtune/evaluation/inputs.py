@@ -200,8 +200,10 @@ def followed_by(samples: Samples) -> list[Path]:
 
 
 def values_of(of: Samples | Plan, field: str) -> list[str]:
-    """The ``text`` or ``class`` of each image; UserError if one has none."""
-    values = of.classes if field == "class" else of.prompts
+    """The ``text`` of each image, or its ``class``, for which a prompt stands in; UserError if one has none."""
+    values = of.prompts
+    if field == "class":
+        values = [prompt if own is None else own for own, prompt in zip(of.classes, of.prompts, strict=True)]
     if any(value is None for value in values):
         option = "--classifier" if field == "class" else "--clip-model"
         hint = ", and no folder is named as its class" if field == "class" and isinstance(of, Samples) else ""

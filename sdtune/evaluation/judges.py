@@ -1,5 +1,6 @@
 """Judges whether an image shows its prompt (by CLIP) and its class (by a classifier)."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,20 +51,43 @@ class Classifier:
         self.name = name
         self.network, self.names = load_classifier(name)
 
-    def right(self, logits: Tensor, classes: Sequence[str]) -> Tensor:
-        """1 for each image whose most probable class is the one in ``classes``, else 0: [N].
+    def right(self, logits: Tensor, asked: Sequence[str]) -> Tensor:
+        """1 for each image whose most probable class is the one asked for, else 0: [N].
 
         Args:
             logits: of the images by ``network`` [N, K].
+            asked: a class each, or a caption that names one.
         """
-        asked = torch.tensor([self.names.index(c) for c in classes])
-        return (logits.argmax(1) == asked).float()
+        return (logits.argmax(1) == torch.tensor(list(map(self.class_of, asked)))).float()
 
-    def check(self, classes: Sequence[str]) -> None:
-        """UserError unless it knows all of ``classes``."""
-        if unknown := sorted(set(classes) - set(self.names)):
-            shown = ", ".join(self.names[:20]) + (", ..." if len(self.names) > 20 else "")
-            raise UserError(f"--classifier {self.name}: knows no class {unknown[0]}; it knows {shown}")
+    def class_of(self, text: str) -> int:
+        """The number of the class that ``text`` is, or names; see `named`. Raises UserError for none or several."""
+        found = named(text, self.names)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            several = " and ".join(self.names[k] for k in found)
+            raise UserError(f'--classifier {self.name}: "{text}" names several of its classes, {several}')
+        shown = ", ".join(self.names[:20]) + (", ..." if len(self.names) > 20 else "")
+        raise UserError(f'--classifier {self.name}: "{text}" names no class of it; it knows {shown}')
+
+
+def named(text: str, labels: Sequence[str]) -> list[int]:
+    """The labels that a text is or names, by number.
+
+    A label goes by what stands between its commas ("tabby, tabby cat"), in whole words; the case of letters does not
+    matter. Of two names, one of which is part of the other, the longer one counts.
+    """
+    if text in labels:
+        return [labels.index(text)]
+    names = [(_words(name), k) for k, label in enumerate(labels) for name in label.split(",")]
+    found = [(name, k) for name, k in names if name.strip() and name in _words(text)]
+    return sorted({k for name, k in found if not any(name != other and name in other for other, _ in found)})
+
+
+def _words(text: str) -> str:
+    """The words of a text in small letters with a space around each, so that whole words can be looked for."""
+    return " ".join(["", *re.findall(r"[^\W_]+", text.casefold()), ""])
 
 
 class Noiseless(nn.Module):

@@ -47,7 +47,8 @@ class Scorer:
         self.clip = Clip(cfg.clip_model) if cfg.clip_model else None
         self.judge = Classifier(cfg.classifier) if cfg.classifier else None
         if self.judge:
-            self.judge.check(self.prompts)
+            for prompt in self.prompts:
+                self.judge.class_of(str(prompt))
         self.networks = [self.network, *(judge.network for judge in (self.clip, self.judge) if judge)]
         stream = dataset.stream
         self.trained_on = self._features(stream, distinct(stream))
@@ -150,15 +151,19 @@ class Best:
                 self.update(line["step"], line)
 
     def update(self, step: int, figures: Mapping[str, Any]) -> bool:
-        """Count the scores of a step; whether it is the best so far."""
+        """Count the scores of a step; whether it is the one to keep.
+
+        Of equal scores the later one is kept, which was trained for longer; for `--patience` it is no better.
+        """
         values = [value for name, value in figures.items() if score_of(name) == self.score and value is not None]
         if not self.score or not values:
             return False
         higher = SCORES[self.score].better == "higher"
-        if math.isnan(self.value) or (values[0] > self.value if higher else values[0] < self.value):
-            self.value, self.step, self.since = values[0], step, 0
+        better = math.isnan(self.value) or (values[0] > self.value if higher else values[0] < self.value)
+        self.since = 0 if better else self.since + 1
+        if better or values[0] == self.value:
+            self.value, self.step = values[0], step
             return True
-        self.since += 1
         return False
 
     @property

@@ -1,0 +1,163 @@
+"""Whether the step that a score of a run would keep is one that draws better, or copies less, than the last.
+
+python bench/keep_best.py hearts --work runs/keep-best [--seeds 0 1 2] [-n 100] [-- more options of the run]
+python bench/keep_best.py five --work runs/keep-best
+
+``hearts`` is `lora/tiny-hearts`, scored every 100 steps, also by a classifier that is trained first on drawings of all
+shapes. The artefacts of the steps that are best by a score, and of the last, draw ``n`` images of held-out captions of
+hearts, which `toy_world.read` reads (``concept``). ``five`` trains on five pictures of hearts for 3,000 steps; 16 more
+are held out. The options that come last are given to the run. Writes ``scores.json`` beside each run, prints a table.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from sdtune.cli import main as sdtune
+from sdtune.config.scores import SCORES, Criterion, score_of
+from sdtune.config.verbs import SampleConfig
+from sdtune.data import toy_world
+from sdtune.data.builtin import ASSETS
+from sdtune.evaluation.toy_score import score
+from sdtune.models.loading import load_adapters, load_pipeline
+from sdtune.run.artefacts import BEST, best
+from sdtune.run.metrics_file import read_lines
+
+EVERY = 100
+SMALL = [
+    *("--resolution", "32", "--block-out-channels", "32", "64", "64", "--attention-resolutions", "8"),
+    *("--attention-head-dim", "16", "--steps", "400", "--train-batch-size", "32", "--learning-rate", "1e-3"),
+    *("--lr-warmup-steps", "20", "--dataloader-num-workers", "0", "--random-flip"),
+]
+HEARTS = [
+    *("--keep-best", "class_accuracy", "--validation-prompt", "a big red heart on a white background"),
+    *("a small yellow heart on a blue background", "a big white heart on a black background"),
+    *("a small green heart on a pink background", "a big blue heart on a white background"),
+    *("a big purple heart on a gray background", "a big green circle on a pink background"),
+    "a small red arrow on a white background",
+]
+FIVE = [
+    *("--keep-best", "holdout_loss"),
+    *("--steps", "3000", "--num-holdout-images", "16", "--learning-rate", "1e-3", "--lr-scheduler", "constant"),
+    *("--train-batch-size", "5", "--validation-steps", "500", "--checkpointing-steps", "1000"),
+    *("--validation-prompt", "a big red heart on a white background", "a small blue heart on a pink background"),
+    *("a big green heart on a black background", "a small pink heart on a gray background"),
+]
+
+
+def command(words: list[str]) -> None:
+    try:
+        sdtune(words)
+    except SystemExit as ended:
+        if ended.code:
+            raise
+
+
+def shape_classifier(work: Path) -> Path:
+    """A classifier of the shapes of `toy_world` and of hearts, of small drawings; trained unless it is there."""
+    folder, out = work / "shapes", work / "classifier"
+    for shape in (*toy_world.SHAPES, "heart"):
+        place = folder / shape
+        if place.is_dir():
+            continue
+        place.mkdir(parents=True)
+        for k in range(120):
+            numbers = np.random.default_rng([9, k])
+            scene = toy_world.random_scene(numbers, (shape,), held_out=None)
+            toy_world.render(scene).save(place / f"{k:03d}.png")
+    words = ["classifier", "--dataset", str(folder), "--class-column", "folder", "--output-dir", str(out), *SMALL]
+    command([*words, "--num-holdout-images", "100"])
+    return out
+
+
+def train(out: Path, every: int, options: list[str]) -> None:
+    words = ["lora", "--config", "lora/tiny-hearts", "--num-holdout-images", "16", "--evaluate-steps", str(every)]
+    words += ["--export-steps", str(every), "--output-dir", str(out), *options]
+    command(words)
+
+
+def figures_of(out: Path) -> dict[int, dict[str, float]]:
+    """The scores by step, without their intervals."""
+    lines = [line for line in read_lines(out / "metrics.jsonl") if any(score_of(name) for name in line)]
+    ends = ("_low", "_high")
+    return {
+        line["step"]: {name: value for name, value in line.items() if score_of(name) and not name.endswith(ends)}
+        for line in lines
+    }
+
+
+def concept(folder: Path | None, n: int) -> float:
+    """Share of ``n`` images that show a heart if one is asked for, with adapters of a folder, or of the base alone."""
+    pipeline = load_pipeline(SampleConfig(model="tiny", prompt=["unused"]))
+    load_adapters(pipeline, [str(folder)] if folder else [])
+    return score(pipeline, n, "heart")[0]["shape"]
+
+
+def kept(figures: dict[int, dict[str, float]], name: str) -> int:
+    """The step that is best by a score."""
+    sign = 1 if SCORES[score_of(name) or ""].better == "higher" else -1
+    found = [step for step in figures if name in figures[step]]
+    return max(found, key=lambda step: (sign * figures[step][name], step))
+
+
+def run(out: Path, every: int, n: int, options: list[str]) -> dict[str, Any]:
+    train(out, every, options)
+    figures = figures_of(out)
+    last = max(figures)
+    chosen, folder = best(out)
+    assert folder == out / BEST
+    folders = {step: out / "exports" / f"step-{step:06d}" for step in figures if step} | {last: out}
+    names = [name for name in figures[last] if score_of(name) in get_args(Criterion)]
+    steps = {name: kept(figures, name) for name in names}
+    shown = {step: concept(folders.get(step), n) for step in sorted({*steps.values(), 0, last})}
+    result = {
+        "figures": figures,
+        "concept": shown,
+        "kept": {name: [step, shown[step]] for name, step in steps.items()},
+        "last": [last, shown[last]],
+        "best": [chosen, concept(folder, n)],
+    }
+    (out / "scores.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return result
+
+
+def table(title: str, result: dict[str, Any]) -> None:
+    figures, shown = result["figures"], result["concept"]
+    names = list(figures[max(figures)])
+    print(f"\n{title}\n| step | concept | " + " | ".join(names) + " |\n" + "| --- " * (len(names) + 2) + "|")
+    for step, row in figures.items():
+        print(
+            f"| {step} | {shown[step]:.0%} | "
+            + " | ".join(f"{row.get(name, float('nan')):.4g}" for name in names)
+            + " |"
+        )
+    for name, (step, value) in result["kept"].items():
+        print(f"best by {name}: step {step}, {value:.0%} hearts; last step: {result['last'][1]:.0%}")
+    print(f"kept in {BEST}: step {result['best'][0]}, {result['best'][1]:.0%} hearts")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("hearts", "five"))
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("-n", type=int, default=100)
+    known, more = parser.parse_known_args()
+    more = [word for word in more if word != "--"]
+    if known.what == "hearts":
+        more += [*HEARTS, "--classifier", str(shape_classifier(known.work))]
+        for seed in known.seeds:
+            table(f"seed {seed}", run(known.work / f"hearts-{seed}", EVERY, known.n, ["--seed", str(seed), *more]))
+    else:
+        source, folder = ASSETS / "tiny-hearts", known.work / "five-pictures"
+        rows = [json.loads(line) for line in (source / "metadata.jsonl").read_text().splitlines()]
+        hearts = [row for row in rows if row["file_name"].startswith("heart")][:21]
+        folder.mkdir(parents=True, exist_ok=True)
+        for row in hearts:
+            shutil.copy(source / row["file_name"], folder / row["file_name"])
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hearts), encoding="utf-8")
+        table("five pictures", run(known.work / "five", 250, known.n, ["--dataset", str(folder), *FIVE, *more]))
