@@ -159,7 +159,7 @@ def test_a_mixture_finds_the_image_of_every_part(pictures, tmp_path, sd):
     assert [stream[p].part for p in range(6)] == [0, 1, 2, 0, 1, 2]
 
 
-def test_previews_bf16_checkpointing_and_an_estimate(sd, pictures, tmp_path, capsys):
+def test_previews_bf16_and_checkpointing_without_a_new_word(sd, pictures, tmp_path):
     words = ["custom-diffusion", "--model", str(sd), "--dataset", str(pictures), "--resolution", "32", "--steps", "1"]
     words += ["--mixed-precision", "bf16", "--gradient-checkpointing", "--num-validation-images", "1", "--caption", "x"]
     words += [
@@ -171,9 +171,6 @@ def test_previews_bf16_checkpointing_and_an_estimate(sd, pictures, tmp_path, cap
         str(tmp_path / "run"),
     ]
     assert status(words) == 0
-    capsys.readouterr()
-    assert status(["check", *words]) == 0
-    assert "at the worst moment of a step" in capsys.readouterr().out
     assert {tensor.dtype for tensor in load_file(tmp_path / "run" / FILE).values()} == {torch.float32}
 
 
