@@ -1,6 +1,7 @@
 """What every base model is held to. A new one adds a row to ``BASES``, its tiny pipeline by that name, a plain loss."""
 
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from sdtune.models.attach import Layers, attach, published_name
 from sdtune.recipes.finetune import FineTune
 from sdtune.recipes.lora import Lora
 from sdtune.recipes.text_to_image import TextToImage
+from sdtune.run.usage import EMBEDDING
 from tests import ranks
 from tests.conftest import status
 from tests.families import plain
@@ -232,28 +234,39 @@ def test_all_weights_train_and_load_in_the_stock_class(base, bases, pictures, tm
     shutil.rmtree(run)
 
 
-DRAWS = [
-    ("sdxl", ["--train-text-encoder", "--random-flip", "--no-center-crop", "--snr-gamma", "5"]),
-    ("z-image", ["--random-flip", "--caption-dropout", "0.3", "--weighting-scheme", "logit_normal"]),
-    ("z-image", ["--adapter", "lokr", "--decompose-factor", "2", "--rank", "2"]),
-]
-"""Options of the bases whose runs are cut short and divided: such runs are expensive."""
+FLOW = ["--random-flip", "--caption-dropout", "0.3", "--weighting-scheme", "logit_normal"]
+WORD = ["--placeholder-token", "<thing>", "--num-vectors", "2", "--initializer-token", "red", "--use-ema"]
+RUNS = {
+    "sdxl": ["lora", "--train-text-encoder", "--random-flip", "--no-center-crop", "--snr-gamma", "5"],
+    "sdxl, a word": ["textual-inversion", *WORD],
+    "sd3": ["lora", "--train-text-encoder", "--random-flip"],
+    "z-image": ["lora", *FLOW, "--adapter", "lokr", "--decompose-factor", "2", "--rank", "2"],
+    "flux-2-klein": ["lora", *FLOW],
+    "flux": ["lora", "--train-text-encoder", "--resolution-shift"],
+    "chroma": ["lora", *FLOW],
+    "qwen-image": ["lora", *FLOW],
+}
+"""Runs that are killed and divided: the method, and what it draws. The bases left out are near relatives of others."""
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("name", "draws"), DRAWS, ids=["sdxl", "z-image", "z-image-lokr"])
-def test_a_run_that_is_continued_and_one_of_two_processes_learn_the_same(name, draws, bases, pictures, tmp_path):
+@pytest.mark.parametrize("row", RUNS)
+def test_a_run_that_is_killed_and_one_of_two_processes_learn_the_same(row, bases, pictures, tmp_path):
+    method, *draws = RUNS[row]
+    folder, file = bases(row.partition(",")[0]), EMBEDDING if method == "textual-inversion" else FILE
     options = [*draws, "--adam-epsilon", "1e-3"]
-    pairs = [*options, "--train-batch-size", "2", "--steps"]
-    train("lora", bases(name), pictures, tmp_path / "whole", *pairs, "4")
-    train("lora", bases(name), pictures, tmp_path / "cut", *pairs, "2")
-    train("lora", bases(name), pictures, tmp_path / "cut", *pairs, "4")
-    whole, cut = (load_file(tmp_path / run / FILE) for run in ("whole", "cut"))
-    assert [key for key in whole if not torch.equal(whole[key], cut[key])] == []
-    words = command("lora", bases(name), pictures, tmp_path / "two", *options, "--steps", "4")
-    ranks.train(2, words, tmp_path / "said")
-    two = load_file(tmp_path / "two" / FILE)
-    assert max((whole[key] - two[key]).abs().max().item() for key in whole) < 1e-6
+    whole, cut, two = (tmp_path / run for run in ("whole", "cut", "two"))
+    train(method, folder, pictures, whole, *options, "--train-batch-size", "2")
+    words = command(method, folder, pictures, cut, *options, "--train-batch-size", "2", "--checkpointing-steps", "1")
+    first = cut / "checkpoints" / "step-000001"
+    code, _ = ranks.interrupt(words, tmp_path / "killed", signal.SIGKILL, first.exists)
+    assert code == -signal.SIGKILL
+    assert not (cut / file).exists()
+    assert status(words) == 0
+    ranks.train(2, command(method, folder, pictures, two, *options), tmp_path / "said")
+    expected, continued, divided = (load_file(run / file) for run in (whole, cut, two))
+    assert [key for key in expected if not torch.equal(expected[key], continued[key])] == []
+    assert max((expected[key] - divided[key]).abs().max().item() for key in expected) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -77,14 +77,6 @@ def test_sdxl_learns_a_word_in_both_encoders(method, bases, pictures, tmp_path, 
             )
 
 
-def test_a_run_that_is_continued_ends_with_the_same_word(bases, pictures, tmp_path):
-    base, options = bases("sdxl"), ["--num-validation-images", "0", "--use-ema"]
-    for run, steps in (("whole", "4"), ("cut", "2"), ("cut", "4")):
-        assert status(command("textual-inversion", base, pictures, tmp_path / run, *options, "--steps", steps)) == 0
-    whole, cut = (load_file(tmp_path / run / EMBEDDING) for run in ("whole", "cut"))
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
-
-
 def test_a_word_that_either_tokenizer_knows_is_refused(bases, pictures, tmp_path, capsys):
     words = command("textual-inversion", bases("sdxl"), pictures, tmp_path / "run", "--placeholder-token", "circle")
     assert status([*words, "--validation-prompt", "a circle"]) == 2
