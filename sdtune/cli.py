@@ -24,6 +24,7 @@ from sdtune.config import commands
 from sdtune.config.commands import METHODS, VERBS
 from sdtune.config.errors import RunFailed, UserError
 from sdtune.config.help_style import Command, Group
+from sdtune.config.slow_imports import imported, importing
 from sdtune.config.untrusted import CONTROL, echo, printable
 
 if TYPE_CHECKING:
@@ -79,28 +80,26 @@ def train(words: list[str], entry: Callable[[], Any], cfg: "Run", launch: "Launc
     code = launcher.start(words, cfg, launch)
     if code is not None:
         raise typer.Exit(code)
-    importlib.import_module("sdtune.models.families").silence_libraries()
-    loop = importlib.import_module("sdtune.training.loop")
-    loop.train(entry(), cfg, words, overwrite=launch.overwrite, allow_change=launch.allow_change)
+    with importing():
+        importlib.import_module("sdtune.models.families").silence_libraries()
+        loop, recipe = importlib.import_module("sdtune.training.loop"), entry()
+    loop.train(recipe, cfg, words, overwrite=launch.overwrite, allow_change=launch.allow_change)
 
 
 def check(_: list[str], entry: Callable[[], Any], cfg: "Run", machine: "Machine") -> None:
     """Print what is wrong with a run and what it will cost."""
-    importlib.import_module("sdtune.models.families").silence_libraries()
-    checker = importlib.import_module("sdtune.training.check")
-    checker.check(entry(), cfg, machine.num_processes, machine.memory, machine.find_batch_size)
+    with importing():
+        importlib.import_module("sdtune.models.families").silence_libraries()
+        checker, recipe = importlib.import_module("sdtune.training.check"), entry()
+    checker.check(recipe, cfg, machine.num_processes, machine.memory, machine.find_batch_size)
 
 
 def call(entry: str, cfg: Any, _: Any) -> None:
     """Call the function of a command that does not train, and print the line that it returns."""
-    if line := imported(entry)(cfg):
+    with importing():
+        work = imported(entry)
+    if line := work(cfg):
         echo(line)
-
-
-def imported(entry: str) -> Any:
-    """What ``module:name`` stands for."""
-    module, _, name = entry.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def training(name: str, command: commands.Command) -> "OptionCommand":

@@ -47,7 +47,12 @@ def captions(images: Images) -> dict[str, tuple[str, ...]]:
     return {row.name: row.captions for row in images.rows}
 
 
+def count_words(captions: list[str]) -> list[int]:
+    """Stands for the lengths of captions in tokens."""
+    return [len(caption.split()) for caption in captions]
+
+
 def summary(folder: object, group: int = 1, **fields) -> str:
     """What is printed of the dataset before training."""
     cfg = config(folder, **fields)
-    return "\n".join(summarize(Stream(cfg, load_images(cfg), group), lambda caption: len(caption.split()), 75))
+    return "\n".join(summarize(Stream(cfg, load_images(cfg), group), count_words, 75))

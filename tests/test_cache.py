@@ -183,3 +183,16 @@ def test_a_file_of_another_user_that_cannot_be_read_is_computed_again(tmp_path, 
     assert len(cache.Store(tmp_path)) == 0
     monkeypatch.setattr(cache, "safe_open", real)
     assert len(cache.Store(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(("masked", "longest", "looked_at"), [(False, 0, 1), (True, 149, len(KEYS))])
+def test_lengths_without_values_are_looked_for_once_where_there_are_none(masked, longest, looked_at):
+    """To trace a text encoder for each of many captions would take `sdtune check` minutes."""
+    counted = []
+
+    def compute(key):
+        counted.append(key)
+        return {"embeds": torch.empty(3, 2, device="meta")} | ({"mask": torch.empty(int(key[-3:]))} if masked else {})
+
+    assert cache.MetaStore(KEYS, compute).longest(KEYS, "mask") == longest
+    assert len(counted) == looked_at

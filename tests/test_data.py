@@ -17,6 +17,7 @@ from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import UserError
 from sdtune.data import Stream, cache_root, image_info, load_images, positions, summarize
 from sdtune.data.buckets import bucket_shapes, nearest_shape
+from tests.image_folders import count_words
 
 
 @pytest.fixture(autouse=True)
@@ -754,7 +755,7 @@ def test_the_report_of_a_mixed_folder(folder):
     (folder / "copy.txt").write_text("one two three four five six")
     (folder / "README.md").write_text("")
     cfg = config(folder, buckets=True, resolution=24, bucket_step=8)
-    lines = summarize(Stream(cfg, load_images(cfg), 4), lambda caption: len(caption.split()), 5)
+    lines = summarize(Stream(cfg, load_images(cfg), 4), count_words, 5)
     alone = "a step has one shape, so images of the last one are shown 4 times an epoch"
     assert lines == [
         "images: 6; an epoch is 1.5 steps of 4 images",
@@ -770,7 +771,7 @@ def test_the_report_of_a_mixed_folder(folder):
 
 def test_a_clean_folder_has_a_short_report(folder):
     whole = filled(folder, 4, sizes=((16, 16),))
-    assert summarize(stream_of(whole, group=2), len, 77) == ["images: 4; an epoch is 2 steps of 2 images"]
+    assert summarize(stream_of(whole, group=2), count_words, 77) == ["images: 4; an epoch is 2 steps of 2 images"]
 
 
 def test_the_cache_root_follows_the_environment(monkeypatch):

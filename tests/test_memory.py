@@ -13,9 +13,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from sdtune.cli import imported
 from sdtune.config import parsing
 from sdtune.config.commands import methods
+from sdtune.config.slow_imports import imported
 from sdtune.training import memory_estimate
 from sdtune.training.peak_memory import PeakMemoryMode
 from tests import contract

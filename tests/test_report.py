@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -159,9 +160,14 @@ def test_environment_names_versions_and_nothing_private(monkeypatch):
     assert "/" not in "".join(map(str, facts.values())).replace("https://", "")
 
 
-def test_a_broken_torchvision_is_said(tmp_path, monkeypatch):
+def test_a_broken_torchvision_is_said_and_tried_once(tmp_path, monkeypatch):
+    """To try it takes a Python of its own, and every checkpoint names the versions."""
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator nms does not exist')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    torchvision_state.cache_clear()
     assert "broken: RuntimeError: operator nms does not exist" in torchvision_state()
+    monkeypatch.delattr(subprocess, "run")
+    assert "broken: RuntimeError: operator nms does not exist" in environment()["torchvision"]
+    torchvision_state.cache_clear()

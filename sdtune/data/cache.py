@@ -88,11 +88,10 @@ class Store(Mapping[str, Any]):
             return self._read(key)
         return {name: self._read(f"{key}/{name}") for name in names}
 
-    def length(self, key: str, name: str) -> int:
-        """The first dimension of a tensor of an entry, without reading it; 0 where there is no such tensor."""
-        if name not in self.names[key]:
-            return 0
-        return int(self._file_of(f"{key}/{name}").get_slice(f"{key}/{name}").get_shape()[0])
+    def longest(self, keys: Iterable[str], name: str) -> int:
+        """The largest first dimension of a tensor of some entries, which are not read; 0 where there is none."""
+        tensors = [f"{key}/{name}" for key in keys if name in self.names[key]]
+        return max((int(self._file_of(t).get_slice(t).get_shape()[0]) for t in tensors), default=0)
 
     def _read(self, name: str) -> Tensor:
         tensor: Tensor = self._file_of(name).get_tensor(name)
@@ -131,10 +130,15 @@ class MetaStore(Mapping[str, Any]):
     def __getitem__(self, key: str) -> Any:
         return self.compute(key)
 
-    def length(self, key: str, name: str) -> int:
-        """The first dimension of a tensor of an entry; 0 where there is no such tensor."""
-        entry = self.compute(key)
-        return len(entry[name]) if isinstance(entry, dict) and name in entry else 0
+    def longest(self, keys: Iterable[str], name: str) -> int:
+        """The largest first dimension of a tensor of some entries; 0 where the first entry has no such tensor."""
+        largest = 0
+        for key in keys:
+            entry = self.compute(key)
+            if not isinstance(entry, dict) or name not in entry:
+                break  # nor has any other, and to trace a text encoder takes a tenth of a second
+            largest = max(largest, len(entry[name]))
+        return largest
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.known)

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,13 @@ def read_caption_files(
     return found
 
 
+@cache
+def _below(parent: Path, folder: Path) -> str:
+    """What comes before the names of files in ``parent``: its path in ``folder``, with a slash at the end."""
+    path = os.path.relpath(parent, folder)
+    return "" if path == "." else f"{Path(path).as_posix()}/"
+
+
 class ImageNames:
     """Finds the image that a table means by a file name."""
 
@@ -125,6 +133,9 @@ class ImageNames:
         """
         if not isinstance(file_name, str) or not file_name:
             raise ValueError("file_name is missing")
+        plain = unicodedata.normalize("NFC", _below(parent, folder) + file_name)
+        if plain in self.images:  # as nearly always, and to resolve a path takes a hundred times as long
+            return plain
         if "://" in file_name:
             raise ValueError(f"{file_name} is a URL; download the image into the folder")
         inside = os.path.relpath(os.path.normpath(parent / file_name), folder)

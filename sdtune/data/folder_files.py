@@ -131,9 +131,9 @@ def _walk(found: FolderFiles, follow_links: bool, leave_out: Path | None) -> Ite
             elif through_link or path.is_symlink():
                 linked.add(path)
                 visited.add(path.resolve())
+        below = "" if at == folder else f"{_name(at, folder)}/"
         for name in names:
-            path = at / name
-            shown = _name(path, folder)
+            path, shown = at / name, below + _readable(name)
             if name.startswith(".") or not path.is_file():
                 found.ignored.append(shown)
                 continue
@@ -154,8 +154,11 @@ def _home(folder: Path) -> Path:
 
 def _name(path: Path, folder: Path) -> str:
     """The path below the folder, with slashes; the same whether or not the file system composes accents."""
-    readable = os.fsencode(path.relative_to(folder).as_posix()).decode("utf-8", "backslashreplace")
-    return unicodedata.normalize("NFC", readable)
+    return _readable(path.relative_to(folder).as_posix())
+
+
+def _readable(name: str) -> str:
+    return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "backslashreplace"))
 
 
 def _leave_out_class_images(found: FolderFiles) -> None:

@@ -19,7 +19,7 @@ SHOWN = 200
 
 def summarize(
     stream: Stream,
-    count_tokens: Callable[[str], int] | None = None,
+    count_tokens: Callable[[list[str]], list[int]] | None = None,
     window: int = 77,
     lost_words: Callable[[str], str] = lambda caption: "",
     way_out: str = "",
@@ -27,7 +27,7 @@ def summarize(
     """Lines about the data that the user should read before training.
 
     Args:
-        count_tokens: gives the length of a caption in tokens, with the special ones; ``None`` reads no captions.
+        count_tokens: gives the lengths of captions in tokens, with the special ones; ``None`` reads no captions.
         window: tokens that the text encoder reads, with the special ones.
         lost_words: the words of a caption beyond it.
         way_out: the option that has longer captions read.
@@ -118,9 +118,15 @@ def _small_line(stream: Stream) -> list[str]:
 
 
 def _long_captions(
-    rows: list[Row], count_tokens: Callable[[str], int], window: int, lost_words: Callable[[str], str], way_out: str
+    rows: list[Row],
+    count_tokens: Callable[[list[str]], list[int]],
+    window: int,
+    lost_words: Callable[[str], str],
+    way_out: str,
 ) -> list[str]:
-    lengths = [(count_tokens(caption), row.name, caption) for row in rows for caption in row.captions]
+    captions = list(dict.fromkeys(caption for row in rows for caption in row.captions))
+    tokens = dict(zip(captions, count_tokens(captions), strict=True))
+    lengths = [(tokens[caption], row.name, caption) for row in rows for caption in row.captions]
     over = sorted([known for known in lengths if known[0] > window], key=lambda known: -known[0])
     if not over:
         return []

@@ -49,8 +49,7 @@ class TextToImageDataset(DenoisingDataset):
         self.holes, self.pictures = holes, pictures or stream
         self.latent, self.given_prompts, self.sizes = latent, list(prompts), sizes
         self.moments, self.texts, self.further = moments, texts, further
-        lengths = [texts.length(text_key(caption), "mask") for caption in stream.texts()] if texts is not None else []
-        self.longest = max(lengths, default=0)
+        self.longest = 0 if texts is None else texts.longest(map(text_key, stream.texts()), "mask")
 
     @property
     def prompts(self) -> Sequence[str | ImagePrompt]:
@@ -139,8 +138,8 @@ class Family(Protocol):
     def caption_window(self) -> int:
         """Tokens of a caption that are read, with the special ones."""
 
-    def count_tokens(self, caption: str) -> int:
-        """Length of a caption in tokens, with the special ones."""
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Lengths of captions in tokens, with the special ones."""
 
     def lost_words(self, caption: str) -> str:
         """The words of a caption that lie beyond the window."""

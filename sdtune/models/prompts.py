@@ -1,7 +1,7 @@
 """What a text encoder does not read of a prompt: words beyond its window, and the syntax of other programs."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from diffusers.loaders import TextualInversionLoaderMixin
@@ -29,11 +29,19 @@ class Window(NamedTuple):
     """How to have the rest read; empty where it cannot be."""
 
 
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of texts as pipelines of diffusers read them, uncut, marks of begin and end included."""
+    words = list(texts)
+    if any(token.endswith("_1") for token in tokenizer.added_tokens_encoder):  # a word of several vectors
+        words = TextualInversionLoaderMixin().maybe_convert_prompt(words, tokenizer)
+    ids: list[list[int]] = tokenizer(words, truncation=False, verbose=False).input_ids if words else []
+    return ids
+
+
 def lost_words(window: Window, text: str) -> str:
     """The words of a text that its encoder does not read, since they lie beyond its window; empty if it reads all."""
     tokenizer = window.tokenizer
-    spelt = TextualInversionLoaderMixin().maybe_convert_prompt(text, tokenizer)
-    ids = tokenizer(spelt, truncation=False, verbose=False).input_ids
+    (ids,) = token_ids(tokenizer, [text])
     marks = int(ids[-1:] == [tokenizer.eos_token_id])  # its place is the last of the window
     lost = ids[window.tokens - marks : len(ids) - marks] if len(ids) > window.tokens else []
     return str(tokenizer.decode(lost)).strip()

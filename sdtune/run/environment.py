@@ -38,12 +38,13 @@ def environment() -> dict[str, str | list[str]]:
     return facts
 
 
+@cache
 def torchvision_state() -> str:
     """``not installed``, its version, or ``VERSION, broken: why``.
 
     sdtune does without torchvision, but one that is installed and does not fit its torch makes transformers,
     peft and Stable Diffusion pipelines unimportable, with an error that names something else. Only an import
-    can tell, and a failed one leaves this process half-initialised, so it happens in another.
+    can tell, and a failed one leaves this process half-initialised, so it happens in another, once.
     """
     if find_spec("torchvision") is None:
         return "not installed"

@@ -13,7 +13,7 @@ from sdtune.config.methods.dreambooth import DreamBoothConfig
 from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import RunFailed, UserError
 from sdtune.config.untrusted import echo
-from sdtune.recipes.recipe import Recipe, TrainingConfig
+from sdtune.recipes.recipe import Recipe, RecipeDataset, TrainingConfig
 from sdtune.run.device import best_device
 from sdtune.training.memory_estimate import MemoryEstimate, estimate, meta_recipe, trial_step
 
@@ -47,10 +47,18 @@ class Estimates:
 
     Args:
         world: processes of the run.
+        made: what `meta_recipe` gave for ``cfg``, which the estimate without changes uses up.
     """
 
-    def __init__(self, kind: type[Recipe], cfg: TrainingConfig, device: torch.device, world: int):
-        self.kind, self.cfg, self.device, self.world = kind, cfg, device, world
+    def __init__(
+        self,
+        kind: type[Recipe],
+        cfg: TrainingConfig,
+        device: torch.device,
+        world: int,
+        made: tuple[Recipe, RecipeDataset] | None = None,
+    ):
+        self.kind, self.cfg, self.device, self.world, self.made = kind, cfg, device, world, made
         self.base: int | None = None
         self.known: dict[str, MemoryEstimate] = {}
 
@@ -63,9 +71,11 @@ class Estimates:
         """The need under some changes. Raises: UserError, RuntimeError, as `memory.estimate` does."""
         key = repr(sorted(changed.items()))
         if key not in self.known:
-            cfg = self.cfg.model_copy(update=changed)
-            recipe, dataset = meta_recipe(self.kind, cfg, self.share * self.world, lambda line: None)
-            self.known[key] = estimate(recipe, dataset, self.device, self.base)
+            made = None if changed else self.made
+            if made is None:
+                cfg = self.cfg.model_copy(update=changed)
+                made = meta_recipe(self.kind, cfg, self.share * self.world, lambda line: None)
+            self.known[key] = estimate(*made, self.device, self.base)
             self.base = self.known[key].base
         return self.known[key]
 

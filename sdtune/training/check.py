@@ -50,12 +50,12 @@ def check(
     peaks = [group["lr"] for group in recipe.parameter_groups()]
     total = steps_of(cfg, dataset.stream)
     echo(plan(cfg, dataset.stream, total, world, peaks, sum(p.numel() for p in trained)))
-    estimates = Estimates(kind, cfg, device, world)
+    saved = size_of([*trained, *recipe.moved_weights().values()])
+    estimates = Estimates(kind, cfg, device, world, made)
     try:
         need = problems.collect(estimates.of)
         problems.report()
-        saved = [*trained, *recipe.moved_weights().values()]
-        echo(disk_line(cfg, need, size_of(saved), problems))
+        echo(disk_line(cfg, need, saved, problems))
         for line in memory_lines(need, device):
             echo(line)
         if find_batch_size:

@@ -184,7 +184,8 @@ def make_empty(recipe: Recipe, device: torch.device) -> list[Tensor]:
     for module in dict.fromkeys(module for part in parts for module in part.modules()):
         for name, old in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if old not in made:
-                new = torch.empty_like(old, device=device)
+                # Not empty_like: it makes a fake tensor of the old one first, which takes as long as a forward pass
+                new = torch.empty(old.shape, dtype=old.dtype, device=device)
                 made[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
             setattr(module, name, made[old])
     return list(made.values())

@@ -18,7 +18,7 @@ from sdtune.config.fields import flag
 from sdtune.config.sections import UserError
 from sdtune.models.families.parts import ModelParts, tokenizer_of
 from sdtune.models.prompt_embeddings import TextParts, embed
-from sdtune.models.prompts import Window, lost_words
+from sdtune.models.prompts import Window, lost_words, token_ids
 
 
 class TextFamily(ModelParts):
@@ -148,11 +148,9 @@ class TextFamily(ModelParts):
         """The words of a caption that lie beyond the window."""
         return lost_words(self.window, caption) if self.window else ""
 
-    def count_tokens(self, caption: str) -> int:
-        """Length of a caption in the tokens of the last text encoder, marks of begin and end included."""
-        tokenizer = self.tokenizers[tokenizer_of(self.encoders[-1])]
-        words = diffusers.loaders.TextualInversionLoaderMixin().maybe_convert_prompt(caption, tokenizer)
-        return len(tokenizer(words, truncation=False, verbose=False).input_ids)
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Lengths of captions in the tokens of the last text encoder, marks of begin and end included."""
+        return [len(ids) for ids in token_ids(self.tokenizers[tokenizer_of(self.encoders[-1])], captions)]
 
 
 def unpad(embeds: Tensor, mask: Tensor) -> list[Tensor]:
