@@ -129,19 +129,13 @@ def test_shards_with_pairs_are_encoded_once(sd, tmp_path, capsys):
             rows.append((f"{k:02}", files | {"txt": b"make it red"}))
         tars.pack(shards / f"{shard}.tar", *rows)
     words = ["instruct-pix2pix", "--model", str(sd), "--dataset", str(shards), "--resolution", "32", "--steps", "2"]
-    words += [
-        "--shard-cache",
-        str(tmp_path / "kept"),
-        "--random-flip",
-        "--train-batch-size",
-        "2",
-        "--stream-lanes",
-        "1",
-    ]
+    words += ["--shard-cache", str(tmp_path / "kept"), "--random-flip", "--image-column", "image"]
+    words += ["--train-batch-size", "2", "--stream-lanes", "1"]
     words += ["--num-validation-images", "1", "--validation-inference-steps", "1", "--dataloader-num-workers", "0"]
     assert status([*words, "--output-dir", str(tmp_path / "run")]) == 0
     assert len(list((tmp_path / "kept").rglob("*.safetensors"))) == 2
     settings = {"shard_cache": tmp_path / "kept", "random_flip": True, "stream_lanes": 1, "train_batch_size": 2}
+    settings |= {"image_column": "image"}
     settings |= {"model": str(sd), "dataset": str(shards), "resolution": 32, "output_dir": tmp_path / "other"}
     recipe = InstructPix2Pix(InstructPix2PixConfig(**settings), torch.device("cpu"))
     dataset = recipe.dataset(2, lambda line: None)
