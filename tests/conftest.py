@@ -159,7 +159,7 @@ def python() -> Iterator[Path]:
         yield file
 
 
-LONG = ["--steps", "40", "--checkpointing-steps", "5", "--log-steps", "1", "--train-batch-size", "1"]
+LONG = ["--steps", "20", "--checkpointing-steps", "5", "--log-steps", "1", "--train-batch-size", "1"]
 """Options of a run that is long enough to be interrupted."""
 
 

@@ -2,7 +2,7 @@
 
 A row costs the suite at most 20 s of a core: its runs are small and draw no images that nobody looks at, what several
 tests compare with is made once a session (``conftest.shared``), processes are forked, and a variant is one killed run
-of ten steps. Put all options that go together into one variant, after ``TOGETHER``: a state that is not saved shows
+of six steps. Put all options that go together into one variant, after ``TOGETHER``: a state that is not saved shows
 there as well. A second variant is for what cannot go with it.
 """
 
@@ -261,7 +261,7 @@ RECIPES = {
             "--num-validation-images": 0,
         },
         weights="unet/diffusion_pytorch_model.safetensors",
-        # Phases of 5 of 10 steps and of 2 of 4: the kills are in the second one
+        # Phases of 3 of 6 steps and of 2 of 4: the kills are in the second one
         variants={"average, flips": [*TOGETHER, "--random-flip", "--no-center-crop"]},
         draws=[*STEADY, "--random-flip", "--phase-steps", "2"],
         previews=PREVIEWS,
@@ -299,12 +299,12 @@ def command(recipe: str, places: Places, out: Path, *options: str) -> list[str]:
     settings: dict[str, object] = {
         "--dataset": "{pictures}",
         "--output-dir": out,
-        "--steps": 12,
+        "--steps": 6,
         "--train-batch-size": 2,
         "--learning-rate": "1e-2",
         "--dataloader-num-workers": 0,
-        "--log-steps": 4,
-        "--checkpointing-steps": 4,
+        "--log-steps": 2,
+        "--checkpointing-steps": 2,
         **RECIPES[recipe].settings,
     }
     given = {option.partition("=")[0] for option in options}

@@ -40,7 +40,7 @@ def test_a_check_tells_what_a_run_does_and_needs_and_leaves_nothing(recipe, plac
     out = capsys.readouterr().out
     assert "images: 11" in out or "images: 22" in out
     share = "(, 1 of the subject and 1 of its class)?"
-    cut = f"2 a process x 1 accumulated x 1 processes = 2 a step{share}; 12 steps = 24 samples"
+    cut = f"2 a process x 1 accumulated x 1 processes = 2 a step{share}; 6 steps = 12 samples"
     assert re.search(rf"^plan: .*; {cut}, .* parameters train$", out, re.M)
     assert re.search(r"^disk: [\d.]+ MB a checkpoint, up to 3 at a time", out, re.M)
     parts = re.findall(r"^ +[\d.]+ [MG]B  (.*)$", out, re.M)

@@ -276,23 +276,23 @@ def test_weights_in_captions_are_told(folder, text):
     assert "read as ordinary text: 1 (a.png)" in summary(folder)
     write(folder / "a.txt", "a heart (red), 16:9, <s1>")
     assert "ordinary text" not in summary(folder)
-    began = time.monotonic()
+    began = time.process_time()
     for endless in ("(a:" + "1" * 19_000, "(a " * 6_000, "(" + ":" * 19_000, "<lora:" * 3_000):
         write(folder / "a.txt", endless)
         assert "ordinary text" not in summary(folder)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.fault("A caption has megabytes", "Refused in a moment.")
 def test_endless_captions_are_refused_at_once(folder):
     paint(folder / "a.png")
     write(folder / "a.txt", "x" * 20_000_000)
-    began = time.monotonic()
+    began = time.process_time()
     assert "a.txt: has 20,000,000 bytes" in refusal(folder)
     (folder / "a.txt").unlink()
     rows_to(folder / "metadata.jsonl", {"file_name": "a.png", "text": "x" * 2_000_000})
     assert "the caption has 2,000,000 characters; at most 20,000 are read" in refusal(folder)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 # ---- repeats

@@ -40,10 +40,10 @@ def test_captions_are_bounded(tmp_path, members, fields, said):
     folder.mkdir()
     (key, good), *others = drawn(0, 4)
     pack(folder / "000000.tar", (key, good | members), *((k, m | rest) for k, m in others))
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ValueError, match=said):
         open_images(config(folder, **fields)).get_open(0).record(0)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.fault("A shard claims a terabyte with a sparse member", "Refused by its name.")

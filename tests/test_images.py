@@ -220,10 +220,10 @@ def test_a_missing_file_is_a_problem_not_an_exception(tmp_path):
 def test_a_bomb_is_refused_from_its_header(side):
     data = bomb(side)
     assert len(data) < 60_000
-    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = inspect_image(data)
     assert "more than 50 million pixels" in found.problem
-    assert time.monotonic() - start < 0.5
+    assert time.process_time() - start < 0.5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KB
 
 

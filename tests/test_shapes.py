@@ -14,12 +14,12 @@ def scenes(n, seed=0, **options):
 @pytest.mark.parametrize("kinds", [toy_world.SHAPES, toy_world.NEW_SHAPES], ids=["known", "new"])
 def test_reader_is_right_on_true_pictures(side, kinds):
     wrong = []
-    for scene in scenes(300, shapes=kinds, held_out=None):
+    for scene in scenes(100, shapes=kinds, held_out=None):
         reading = toy_world.read(toy_world.render(scene, side, side))
         seen = (reading.shape, reading.colour, reading.ground, reading.size, reading.outline)
         if seen != (scene.shape, scene.colour, scene.ground, scene.size, scene.outline):
             wrong.append((scene, reading))
-    assert len(wrong) <= 3, wrong[:3]  # 99 %
+    assert len(wrong) <= 1, wrong  # 99 %
 
 
 def test_reader_tells_outlines_from_filled_shapes():

@@ -100,7 +100,7 @@ def test_training_ends_at_once_outside_its_steps(place, sd, pictures, tmp_path, 
                 patch.setattr(preview, "sample_images", killing())
             case "last previews":
                 last = killing()
-                saved = out / "checkpoints" / "step-000012"
+                saved = out / "checkpoints" / "step-000006"
                 patch.setattr(preview, "sample_images", lambda *a: last() if saved.exists() else real(*a))
             case "export":
                 patch.setattr(artefacts, "export_last", killing())
@@ -111,7 +111,7 @@ def test_training_ends_at_once_outside_its_steps(place, sd, pictures, tmp_path, 
     assert len(checkpoints.found(out / "checkpoints")) == (0 if place in ("caches", "first previews") else 2)
     if place == "last previews":
         assert status(words) == 0
-        assert artefacts.artefact(out, 12)
+        assert artefacts.artefact(out, 6)
 
 
 def test_previews_in_the_middle_are_given_up_and_the_run_is_saved(lora, sd, pictures, tmp_path, monkeypatch, capfd):
@@ -130,7 +130,7 @@ def test_previews_in_the_middle_are_given_up_and_the_run_is_saved(lora, sd, pict
     with monkeypatch.context() as patch:
         patch.setattr(Lora, "sample", second)
         assert ended(words) == 128 + signal.SIGTERM
-    assert "interrupted at step 5 of 12 and saved" in capfd.readouterr().out
+    assert "interrupted at step 5 of 6 and saved" in capfd.readouterr().out
     assert not (out / "samples" / "step-000005.png").exists()
     assert status(words) == 0
     assert_same_bits(whole, out)
