@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import ZImagePipeline
+from PIL import Image
 
 import sdtune
+from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.verbs import SampleConfig
+from sdtune.data import load_images, toy_world
 from sdtune.data.toy_world import WORDS
 from sdtune.evaluation.toy_score import score
 from sdtune.models.loading import load_pipeline
@@ -46,3 +49,12 @@ def test_it_follows_captions_it_never_saw_at_its_own_size(tiny_flow):
 def test_it_does_not_know_the_heart(tiny_flow):
     shares, _, _ = score(tiny_flow, n=12, shape="heart", steps=8)
     assert shares["shape"] <= 0.2
+
+
+def test_many_hearts_show_what_their_captions_say():
+    images = load_images(LoraConfig(dataset="many-hearts"))
+    captions = [row.captions[0] for row in images.rows]
+    assert (len(captions), sum("heart" in caption for caption in captions)) == (1000, 250)
+    for k in range(0, 1000, 40):
+        seen = toy_world.read(Image.open(images.read(k)))
+        assert f"{seen.size} {seen.colour} {seen.shape} on a {seen.ground} background" in captions[k]

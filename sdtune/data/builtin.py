@@ -9,6 +9,7 @@ from PIL import Image
 
 from sdtune.config.sections import UserError
 from sdtune.data.cache_folder import cache_root
+from sdtune.data.toy_hearts import draw_hearts
 from sdtune.data.toy_pairs import draw_edges, draw_edits
 from sdtune.data.toy_subjects import draw_subjects
 
@@ -56,6 +57,7 @@ BUILT_IN: dict[str, Callable[[], Path]] = {
     "tiny-subject": lambda: ASSETS / "tiny-subject",
     "tiny-word": lambda: ASSETS / "tiny-word",
     "tiny-subjects": lambda: _drawn("tiny-subjects", draw_subjects),
+    "many-hearts": lambda: _drawn("many-hearts", draw_hearts),
     "tiny-edges": lambda: _drawn("tiny-edges", draw_edges),
     "tiny-edits": lambda: _drawn("tiny-edits", draw_edits),
     "digits": digits,
