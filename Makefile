@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: demo digits digits-guided few-steps control test check docs pictures site clean
+.PHONY: demo digits digits-guided few-steps control classics test check docs pictures site clean
 
 demo: $(READY)  ## train the shipped recipe on the built-in model, then score it
 	$(BIN)/python examples/demo.py
@@ -19,6 +19,9 @@ control: $(READY)  ## networks that follow edges, a model that edits, new words;
 
 few-steps: $(READY)  ## after digits: both models in four, two and one steps, in each way of distillation, measured
 	$(BIN)/python examples/few_steps.py
+
+classics: $(READY)  ## the decoder of the built-in model learns stars and hearts; fails under its bars
+	$(BIN)/python examples/classics.py
 
 test: $(READY)  ## the tests: offline, on the CPU
 	$(BIN)/python -m pytest -n auto --dist worksteal

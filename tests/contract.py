@@ -285,6 +285,21 @@ RECIPES = {
         draws=[*STEADY, "--random-flip"],
         previews=PREVIEWS,
     ),
+    "autoencoder": Contract(
+        settings={"--model": "{sd}", "--resolution": 32, "--num-validation-images": 0},
+        weights="diffusion_pytorch_model.safetensors",
+        variants={
+            "both halves, a game": [
+                *(*TOGETHER, "--train-encoder", "--disc-scale", "0.5", "--disc-channels", "8", "--disc-start", "3"),
+                *("--perceptual-scale", "0.1", "--rec-loss", "l2", "--random-flip"),
+            ],
+        },
+        draws=[
+            *(*STEADY, "--random-flip", "--train-encoder", "--disc-scale", "0.5", "--disc-channels", "8"),
+            *("--perceptual-scale", "0.1"),
+        ],
+        previews=PREVIEWS,
+    ),
     "classifier": Contract(
         settings=SMALL | {"--class-column": "text", "--attention-head-dim": 8},
         weights="diffusion_pytorch_model.safetensors",

@@ -412,5 +412,16 @@ FLAGS = {
         vae_encode_batch_size validation_steps w_max w_min
         """,
     ),
+    "research_projects/autoencoderkl/train_autoencoderkl.py": (
+        "autoencoder",
+        """
+        allow_tf32 cache_dir dataset_config_name dataset_name decoder_only disc_factor disc_learning_rate disc_loss
+        disc_lr_scheduler disc_scale disc_start enable_xformers_memory_efficient_attention gradient_checkpointing
+        image_column kl_scale lr_num_cycles lr_power max_grad_norm max_train_samples max_train_steps
+        model_config_name_or_path num_train_epochs perceptual_scale pretrained_model_name_or_path rec_loss report_to
+        revision scale_lr seed set_grads_to_none tracker_project_name train_data_dir use_8bit_adam use_ema
+        validation_image
+        """,
+    ),
 }
 """A script, the command that takes its place, and its other flags."""

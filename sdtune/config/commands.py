@@ -73,6 +73,10 @@ METHODS = {
         "methods.consistency:ConsistencyConfig",
         "A model of pixels in one or a few steps, distilled or from scratch (consistency models; Song et al. 2023).",
     ),
+    "autoencoder": Command(
+        "methods.autoencoder:AutoencoderConfig",
+        "The autoencoder (VAE) of a base, its decoder alone or both halves (AutoencoderKL; Rombach et al. 2022).",
+    ),
     "classifier": Command(
         "methods.classifier:ClassifierConfig",
         "A classifier of noised images, which guides a diffusion model (Dhariwal & Nichol 2021).",

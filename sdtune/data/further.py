@@ -84,7 +84,7 @@ def image_prompts(stream: Stream, further: Further, given: Sequence[str]) -> lis
     for k in range(max(len(files), len(samples), len(given))):
         sample, shown = samples[k % len(samples)], []
         for image in further.images.values():
-            read = _from_file(files[k % len(files)], sample, stream) if files else stream.pixels(sample, image.column)
+            read = from_file(files[k % len(files)], sample, stream) if files else stream.pixels(sample, image.column)
             shown.append(to_image(_made(stream, image, read, ("preview", k))))
         found.append(ImagePrompt(given[k % len(given)] if given else sample.caption, tuple(shown)))
     return found
@@ -110,7 +110,7 @@ def hole_prompts(stream: Stream, given: Sequence[str]) -> list[ImagePrompt]:
     return found
 
 
-def _from_file(file: Path, sample: Sample, stream: Stream) -> Tensor:
+def from_file(file: Path, sample: Sample, stream: Stream) -> Tensor:
     """The picture in a file, in the shape of a sample."""
     try:
         image = decode(file)

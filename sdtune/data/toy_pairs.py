@@ -1,7 +1,7 @@
-"""The built-in datasets of pairs, drawn from the toy world: pictures with their edges, and pictures before an edit.
+"""Built-in datasets drawn from the toy world: pictures with their edges, pictures before an edit, and all its shapes.
 
-Image k is a function of k, so that the sets are the same everywhere. Neither shows a shape that the base has never seen
-(``NEW_SHAPES``), nor a triple that it was not trained on.
+Image k is a function of k, so that the sets are the same everywhere. The pairs show no shape that the base has never
+seen (``NEW_SHAPES``), nor a triple that it was not trained on.
 """
 
 import json
@@ -18,8 +18,8 @@ from sdtune.data import toy_world
 from sdtune.data.conditions import edges
 from sdtune.data.toy_world import Scene
 
-EDGES, EDITS = 800, 700
-"""How many pairs each set has."""
+EDGES, EDITS, ALL_SHAPES = 800, 700, 1200
+"""How many pictures, or pairs, each set has."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,17 @@ def draw_edges(folder: Path) -> None:
                 "text": toy_world.random_caption(scene, rng),
             }
         )
+    _list(folder, rows)
+
+
+def draw_shapes(folder: Path) -> None:
+    """Pictures of every shape, half of them of those that the base has never seen, with captions."""
+    rows = []
+    for k in range(ALL_SHAPES):
+        rng = np.random.default_rng([4, k])
+        scene = toy_world.random_scene(rng, toy_world.NEW_SHAPES if k % 2 else toy_world.SHAPES)
+        _save(folder / f"{k:04}.png", toy_world.render(scene))
+        rows.append({"file_name": f"{k:04}.png", "text": toy_world.random_caption(scene, rng)})
     _list(folder, rows)
 
 

@@ -11,7 +11,6 @@ change an FID by more than what papers report as progress (Parmar et al. 2022).
 """
 
 import difflib
-import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,42 +27,13 @@ from sdtune.data import Images, cache_root
 from sdtune.data.cache import Store, digest, make_folder, weights_digest, write_tensors
 from sdtune.data.images import decode
 from sdtune.evaluation.inception import Inception, download, load_inception
+from sdtune.models.random_conv import RandomConv
 from sdtune.models.vision import device, frozen, load_pretrained
 
 BATCH = 16
 """Images in a forward pass. Not an option: the last bits of a feature depend on it, and features are cached."""
 CHUNK = 1024
 """Images in a file of the cache; a call that is stopped loses at most these."""
-
-
-class RandomConv(nn.Module):
-    """A small convolutional network with random weights, fixed for good: RGB [B, 3, 64, 64] in [0, 1] to [B, 256].
-
-    Features of an untrained network distinguish two sets of images, and for images other than photographs better than
-    those learned on ImageNet (Naeem et al. 2020, section 4). They say nothing of what an image shows. The weights are
-    made of raw bits of PCG64, a stream that numpy promises not to change, so figures of any two machines compare.
-    """
-
-    label = "random-conv"
-    side = 64
-    WIDTHS = (3, 32, 64, 64, 64)
-
-    def __init__(self, seed: int = 0):
-        super().__init__()
-        bits = np.random.PCG64(seed)
-        self.convs = nn.ModuleList()
-        for c_in, c_out in zip(self.WIDTHS, self.WIDTHS[1:], strict=False):
-            conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
-            uniform = (bits.random_raw(conv.weight.numel()) >> np.uint64(11)) * 2.0**-53
-            weights = (2 * uniform - 1) * math.sqrt(6 / (c_in * 9))  # of variance 2 / fan-in (He et al. 2015)
-            conv.weight.data = torch.from_numpy(weights.astype(np.float32)).view_as(conv.weight)
-            self.convs.append(conv)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = 2 * x - 1
-        for conv in self.convs:
-            x = math.sqrt(2) * functional.avg_pool2d(functional.relu(conv(x)), 2)  # keeps features near 1, as KID likes
-        return functional.adaptive_avg_pool2d(x, 2).flatten(1)
 
 
 def load_network(name: str) -> nn.Module:

@@ -24,6 +24,13 @@ def reason(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
+class ConfigOnly:
+    """Stands in for a class of diffusers, so that the configuration of a part is read without its weights."""
+
+    def __init__(self, kind: Any):
+        self.from_pretrained = kind.load_config
+
+
 def read_part(kind: Any, source: str, where: str, **options: Any) -> Any:
     """What ``kind.from_pretrained(source, **options)`` gives, with every tensor of a module accounted for.
 

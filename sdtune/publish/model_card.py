@@ -59,7 +59,9 @@ def model_card(
     holdout = [line["holdout_loss"] for line in lines if isinstance(line.get("holdout_loss"), float)]
     data = ModelCardData(
         base_model=about.base if origin.base_on_hub else None,
-        base_model_relation=("finetune" if kind.pipeline else "adapter") if origin.base_on_hub else None,
+        base_model_relation=("finetune" if kind.pipeline or kind.autoencoder else "adapter")
+        if origin.base_on_hub
+        else None,
         license=hub.license or origin.license,
         license_name=None if hub.license else origin.license_name,
         license_link=None if hub.license else origin.license_link,
@@ -107,7 +109,7 @@ def _task(kind: ArtefactKind) -> str:
     """The pipeline tag, under which the Hub files it."""
     if kind.classifier:
         return "image-classification"
-    if kind.control or kind.edits:
+    if kind.control or kind.edits or kind.autoencoder:
         return "image-to-image"
     return "text-to-image" if kind.takes_text else "unconditional-image-generation"
 
@@ -124,6 +126,8 @@ def _tags(settings: RunSettings, kind: ArtefactKind, task: str, base_class: str)
         tags += settings.about.tags
     if kind.control:
         tags.append(CONTROL_NAMES[kind.control].lower())
+    if kind.autoencoder:
+        tags.append("autoencoder")
     if kind.classifier:
         tags.append("classifier-guidance")
     return [*tags, *FAMILY_TAGS.get(kind.pipeline or base_class, []), "sdtune"]
@@ -152,6 +156,8 @@ def _article(about: Description, kind: ArtefactKind) -> str:
         return f"A {code_span(kind.pipeline)}" if kind.pipeline else "A classifier of noised images"
     if kind.control:
         return f"A {CONTROL_NAMES[kind.control]}"
+    if kind.autoencoder:
+        return "An autoencoder (VAE)"
     adapter = f"A {about.adapter or 'LoRA'} adapter" + (f" of rank {about.rank}" if about.rank else "")
     if kind.attention:
         words = f" and of {'new words' if len(kind.embeddings) > 1 else 'a new word'}" if kind.embeddings else ""
@@ -223,7 +229,9 @@ def _usage(
     widget: list[dict[str, Any]],
     base_class: str,
 ) -> str:
-    base, revision = (about.base, about.revision) if origin.base_on_hub else (f"path/to/{about.base}", None)
+    base, revision = (
+        (about.base, about.revision) if origin.base_on_hub else (f"path/to/{about.base}" if about.base else "", None)
+    )
     prompt = widget[0]["text"] if widget else "..."
     code = stock_lines.lines(
         kind, repo, branch, str(base), revision, prompt, about.token, about.clip_skip, about.long_prompts, base_class

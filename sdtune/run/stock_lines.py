@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdtune.run.sampling_file import Sampling
-from sdtune.run.usage import CONTROLS, ENCODERS, ArtefactKind
+from sdtune.run.usage import AUTOENCODER, CONTROLS, ENCODERS, ArtefactKind
 
 PEFT = "adapter"
 """The folder into which the lines of a LoHa or LoKr have it converted."""
@@ -37,7 +37,7 @@ def lines(
 
     Args:
         repo: repository or folder of the artefact; ``at``: its branch.
-        base: the model that an adapter or an embedding is for; ``base_at``: its revision.
+        base: the model that it is for, empty for none; ``base_at``: its revision.
         token: the new word of an embedding, in case its file does not name it.
         clip_skip: the layer of the text encoder that it was trained at, counted from the last.
         long_prompts: whether captions were read in several windows, which the stock call does not do.
@@ -49,6 +49,8 @@ def lines(
         return _pipeline(what, repo, at, prompt)
     if what.control:
         return _control(what.control, what.of_sdxl, repo, at, base, base_at, prompt)
+    if what.autoencoder:
+        return _autoencoder(repo, at, base, base_at, prompt)
     reader = "DiffusionPipeline.from_pretrained"
     if base.endswith(".safetensors"):
         reader = f"{base_class or 'StableDiffusionPipeline'}.from_single_file"
@@ -158,6 +160,25 @@ from diffusers.utils import load_image
 pipe = {pipeline}.from_pretrained({arguments(base, revision=base_at)}, {part}={part})
 followed = load_image("condition.png")
 image = pipe({text(prompt)}, {followed}).images[0]"""
+
+
+def _autoencoder(repo: str, at: str | None, base: str, base_at: str | None, prompt: str) -> str:
+    """In a pipeline of its base; without one, alone."""
+    load = f"vae = {AUTOENCODER}.from_pretrained({arguments(repo, revision=at)})"
+    if not base:
+        return f"""from diffusers import {AUTOENCODER}
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import load_image
+
+{load}
+pixels = VaeImageProcessor().preprocess(load_image("picture.png"))
+latents = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
+image = VaeImageProcessor().postprocess(vae.decode(latents / vae.config.scaling_factor).sample.detach())[0]"""
+    return f"""from diffusers import {AUTOENCODER}, DiffusionPipeline
+
+{load}
+pipe = DiffusionPipeline.from_pretrained({arguments(base, revision=base_at)}, vae=vae)
+image = pipe({text(prompt)}).images[0]"""
 
 
 def _classifier(config: Mapping[str, Any], repo: str, at: str | None) -> str:

@@ -35,13 +35,14 @@ CONTROLS = {
     "T2IAdapter": "adapter",
 }
 """Class of a network that follows an image -> what pipelines call this part."""
+AUTOENCODER, CLASSIFIER = "AutoencoderKL", "NoisyClassifier"
 MANY = 30
 """At most this many classes are listed; for more, the file with their names is named."""
 
 
 class ArtefactKind(NamedTuple):
-    """An adapter or weights of the cross-attention, new words, or both; a pipeline; a network that follows an image; or
-    a classifier of noised images.
+    """An adapter or weights of the cross-attention, new words, or both; a pipeline; a network that follows an image; an
+    autoencoder; or a classifier of noised images.
     """
 
     adapter: str | None = None
@@ -61,6 +62,7 @@ class ArtefactKind(NamedTuple):
     """Its settings, from config.json."""
     control: str | None = None
     """Class of diffusers, of a network that follows an image."""
+    autoencoder: bool = False
     of_sdxl: bool = False
     """Whether it is a T2I-Adapter of SDXL, for which the pipeline has another name."""
     classes: tuple[str, ...] = ()
@@ -94,9 +96,12 @@ def artefact_kind(files: Mapping[str, Path]) -> ArtefactKind:
             sampling=sampling,
         )
     if "diffusion_pytorch_model.safetensors" in files and (config := read_json("config.json")):
-        if config["_class_name"] in CONTROLS:
-            return ArtefactKind(control=config["_class_name"], of_sdxl=config.get("adapter_type") == "full_adapter_xl")
-        return ArtefactKind(takes_text=False, classifier=config, classes=classes)
+        kind = config["_class_name"]
+        if kind == CLASSIFIER:
+            return ArtefactKind(takes_text=False, classifier=config, classes=classes)
+        if kind in CONTROLS:
+            return ArtefactKind(control=kind, of_sdxl=config.get("adapter_type") == "full_adapter_xl")
+        return ArtefactKind(autoencoder=kind == AUTOENCODER)
     words = word_files(files)
     tables = _tables(files[words[0]]) if words else ()
     if ATTENTION in files:
@@ -143,6 +148,8 @@ def sample(what: ArtefactKind, folder: str, prompt: str) -> list[str]:
         return ["sdtune", "sample", "--model", "...", "--classifier", folder, "--class", what.classes[0]]
     if what.control:
         return ["sdtune", "sample", "--control", folder, "--image", "FILE", "--prompt", prompt]
+    if what.autoencoder:
+        return ["sdtune", "sample", "--vae", folder, "--prompt", prompt]
     if what.edits:
         return ["sdtune", "sample", "--model", folder, "--image", "FILE", "--prompt", prompt]
     word_alone = what.embeddings and not (what.adapter or what.attention)

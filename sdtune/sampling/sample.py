@@ -227,17 +227,20 @@ def best_of_runs(cfg: SampleConfig) -> SampleConfig:
 
 
 def with_base(cfg: SampleConfig) -> SampleConfig:
-    """``cfg`` with its model; ``auto`` is the base (and VAE) of the first run among adapters, embeddings and UNet.
+    """``cfg`` with its model; ``auto`` is the base (and VAE) of the first run among adapters, embeddings and parts.
 
     Prompts are then read as that run read its captions, unless the options say otherwise.
     """
     if cfg.model != "auto":
         return cfg
-    for text in [*cfg.control, *cfg.adapter, *cfg.embedding, *([str(cfg.unet)] if cfg.unet else [])]:
+    parts = [str(part) for part in (cfg.unet, cfg.vae) if part]
+    for text in [*cfg.control, *cfg.adapter, *cfg.embedding, *parts]:
         record = Path(split_weight(text)[0]) / "config.yaml"
         if record.is_file():
             run = yaml.safe_load(record.read_text(encoding="utf-8"))
             base = {k: run[k] for k in ("model", "revision", "variant", "vae") if run.get(k) is not None}
+            if cfg.vae:
+                base["vae"] = cfg.vae
             base |= {k: run[k] for k in ("clip_skip", "long_prompts") if run.get(k) and not getattr(cfg, k)}
             return cfg.model_copy(update=base)
     return cfg.model_copy(update={"model": "tiny"})

@@ -139,7 +139,8 @@ def traced(recipe: Recipe, batch: dict[str, Any], held: list[Tensor]) -> Counter
 
 def passes(recipe: Recipe, batch: dict[str, Any]) -> Iterator[str]:
     """A step's forward and backward passes; yields before each the kind of the tensors that it will make."""
-    cfg, device, dtype = recipe.cfg, batch["u"].device, dtype_of(recipe.cfg)
+    cfg, dtype = recipe.cfg, dtype_of(recipe.cfg)
+    device = next(x.device for x in batch.values() if isinstance(x, Tensor))
     for _ in range(min(cfg.gradient_accumulation_steps, 2)):  # the second meets the gradients of the first
         yield "activations"
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

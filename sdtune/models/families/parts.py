@@ -17,7 +17,7 @@ from sdtune.models.clip_skip import skip_layers
 from sdtune.models.families import part_location
 from sdtune.models.families.part_digest import identity_of, part_folder, remembered
 from sdtune.models.families.vaes import fp32_vae
-from sdtune.models.part_files import BROKEN, check_tokenizer, read_part, read_scheduler, reason
+from sdtune.models.part_files import BROKEN, ConfigOnly, check_tokenizer, read_part, read_scheduler, reason
 
 LIBRARIES = ("diffusers", "transformers")
 """Where classes of parts may come from; a ``model_index.json`` is somebody's file."""
@@ -27,13 +27,6 @@ LONGEST = 512
 """Tokens to which a saved tokenizer pads and cuts, if its model reads as many."""
 HOST = torch.device("cpu")
 """Where the parts that train wait while others use the device."""
-
-
-class ConfigOnly:
-    """Stands in for a class of diffusers, so that the configuration of a part is read without its weights."""
-
-    def __init__(self, kind: Any):
-        self.from_pretrained = kind.load_config
 
 
 class ModelParts:
