@@ -1,10 +1,10 @@
-"""Fifty steps to four, two and one: distils `tiny` and the model of digits in each way, and measures what comes out.
+"""Fifty steps to four, two and one: distils `tiny`, `tiny-flow` and the model of digits, and measures what comes out.
 
 python examples/few_steps.py [--overwrite]        after `make digits`, whose model is the teacher
 
 Two runs train at a time, each on one core. It fails where a method is worse than it was when it was written; the
 tables are those of docs/few-steps.md. Of digits the Frechet distance tells (features of the built-in random network),
-of `tiny` what a reader of its shapes and colours sees.
+of `tiny` and `tiny-flow` what a reader of their shapes and colours sees.
 """
 
 import subprocess
@@ -32,6 +32,7 @@ from sdtune.models.loading import load_adapters, load_pipeline
 from sdtune.run.contact_sheet import grid
 
 RECIPES = {
+    "reflow/tiny-flow": "runs/reflow-tiny-flow",
     "lcm/tiny": "runs/lcm-tiny",
     "progressive/digits": "runs/progressive-digits",
     "lcm/tiny-lora": "runs/lcm-tiny-lora",
@@ -93,6 +94,23 @@ def latent() -> Rows:
 
 
 LORA_BAR = 0.8
+
+
+def flow() -> Rows:
+    """The same of `tiny-flow` and of its student, whose paths are straight."""
+    rows: Rows = []
+
+    def measured(name: str, model: str, steps: int, guidance: float) -> float:
+        pipe = load_pipeline(SampleConfig(model=model, prompt=["-"]))
+        shares, _, _ = score(pipe, PICTURES, steps=steps, guidance=guidance)
+        rows.append((f"{name}, {steps} steps: all right", shares["all"], "", True))
+        return shares["all"]
+
+    base = {steps: measured("tiny-flow, guidance 3", "tiny-flow", steps, TEACHER_GUIDANCE) for steps in (1, 2, 25)}
+    found = {steps: measured("reflow", RECIPES["reflow/tiny-flow"], steps, 1.0) for steps in (1, 2)}
+    rows.append(at_least("reflow in 2 steps over its base in 25", found[2] / base[25], 0.9))
+    return rows
+
 
 # ---- digits ------------------------------------------------------------------------------------------
 
@@ -164,6 +182,6 @@ if __name__ == "__main__":
     with ThreadPoolExecutor(2) as two:
         list(two.map(lambda name: distil(name, *sys.argv[1:]), RECIPES))
     print(f"trained in {time.monotonic() - began:.0f} seconds")
-    met = print_table([*latent(), *pixels(Judge())])
+    met = print_table([*latent(), *flow(), *pixels(Judge())])
     print(f"{time.monotonic() - began:.0f} seconds")
     sys.exit(not met)

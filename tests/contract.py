@@ -236,6 +236,29 @@ RECIPES = {
         draws=[*STEADY, "--random-flip", "--w-max", "8"],
         previews=PREVIEWS,
     ),
+    "guidance-distillation": Contract(
+        settings={"--model": "{sd}", "--resolution": 32, "--sampling-steps": "2 1", "--num-validation-images": 0},
+        weights="unet/diffusion_pytorch_model.safetensors",
+        # Phases of 3 of 10 steps: the kill is after the second one has begun
+        variants={"average, flips": [*TOGETHER, "--random-flip", "--no-center-crop"]},
+        draws=[*STEADY, "--random-flip", "--caption-dropout", "0.2", "--phase-steps", "2"],
+        previews=PREVIEWS,
+    ),
+    "reflow": Contract(
+        settings={"--model": "tiny-flow", "--resolution": 32, "--teacher-steps": 2, **NO_PREVIEWS},
+        weights="transformer/diffusion_pytorch_model.safetensors",
+        variants={"average, flips": [*TOGETHER, "--random-flip", "--no-center-crop"]},
+        draws=[*STEADY, "--random-flip", "--caption-dropout", "0.2", "--loss-type", "huber"],
+        previews=PREVIEWS,
+    ),
+    "reflow, adapters": Contract(
+        method="reflow",
+        settings={"--model": "tiny-flow", "--resolution": 32, "--teacher-steps": 2, "--lora": "", **NO_PREVIEWS},
+        weights="pytorch_lora_weights.safetensors",
+        variants={"dropout, workers, accumulation": ["--dropout", "0.1", *WORKERS]},
+        draws=[*STEADY, "--random-flip"],
+        previews=PREVIEWS,
+    ),
     "ddpm": Contract(
         settings=SMALL | NO_PREVIEWS,
         weights="unet/diffusion_pytorch_model.safetensors",

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ import torch
 import yaml
 from diffusers import DDPMPipeline, DiffusionPipeline, LCMScheduler
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sdtune.config import fields, yaml_text
 from sdtune.config.commands import METHODS
 from sdtune.config.foreign_flags import ANSWERS
+from sdtune.models import families
 from sdtune.models.networks import reshaped
 from sdtune.run.sampling_file import Sampling
 from tests.conftest import status
@@ -25,6 +28,9 @@ SHORT = ["--steps", "2", "--checkpointing-steps", "0"]
 RUNS = {
     "lcm": [*SHORT, "--validation-inference-steps", "2", "--num-ddim-timesteps", "25"],
     "lcm, adapters": [*SHORT, "--validation-inference-steps", "2", "--num-ddim-timesteps", "25"],
+    "guidance-distillation": ["--steps", "3", "--checkpointing-steps", "0"],
+    "reflow": SHORT,
+    "reflow, adapters": SHORT,
     "progressive": SHORT,
     "consistency": [*SHORT, "--class-column", "text", "--validation-inference-steps", "3"],
 }
@@ -36,15 +42,23 @@ def stock(name, out, base):
         pipe = DiffusionPipeline.from_pretrained(base, safety_checker=None)
         pipe.load_lora_weights(out)
         pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=25)
+    elif name == "reflow, adapters":
+        pipe = DiffusionPipeline.from_pretrained(families.resolve_model("tiny-flow"))
+        pipe.load_lora_weights(out)
     else:
         pipe = DiffusionPipeline.from_pretrained(out)
     pipe.set_progress_bar_config(disable=True)
     call = {
         "lcm": {"prompt": "a circle", "num_inference_steps": 2, "guidance_scale": 11.0},
         "lcm, adapters": {"prompt": "a circle", "num_inference_steps": 2, "guidance_scale": 1.0},
+        "guidance-distillation": {"prompt": "a circle", "num_inference_steps": 1, "guidance_scale": 8.0},
+        "reflow": {"prompt": "a circle", "num_inference_steps": 1, "guidance_scale": 0.0},
+        "reflow, adapters": {"prompt": "a circle", "num_inference_steps": 1, "guidance_scale": 0.0},
         "progressive": {"num_inference_steps": 1},
         "consistency": {"class_labels": [3], "num_inference_steps": 3},
     }[name]
+    if name.startswith("reflow"):  # the size of what the base draws, which the stock call cannot know
+        call |= {"width": 64, "height": 64}
     seeds = [torch.Generator("cpu").manual_seed(seed) for seed in (5, 6)]
     return [np.asarray(pipe(generator=seed, **call).images[0].convert("RGB")) for seed in seeds]
 
@@ -54,7 +68,7 @@ def test_stock_diffusers_draws_what_sample_draws(name, shared, places, tmp_path,
     """With the steps, the guidance and the sampler that lie beside the artefact."""
     out = shared(name, *RUNS[name])
     what = ["--adapter" if name.endswith("adapters") else "--model", str(out)]
-    more = ["--prompt", "a circle"] if name.startswith("lcm") else []
+    more = ["--prompt", "a circle"] if name.startswith(("lcm", "reflow", "guidance")) else []
     if name == "consistency":
         more = ["--class", json.loads((out / "classes.json").read_text())[3]]
     words = ["sample", *what, *more, "--num-images-per-prompt", "2", "--seed", "5", "--batch-size", "1"]
@@ -70,6 +84,9 @@ def test_the_card_has_steps_guidance_and_scheduler(shared, tmp_path):
     told = {
         "lcm": "num_inference_steps=2, guidance_scale=11.0).images[0]",
         "lcm, adapters": "LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=25",
+        "guidance-distillation": "num_inference_steps=1, guidance_scale=8.0).images[0]",
+        "reflow": "num_inference_steps=1, guidance_scale=0.0).images[0]",
+        "reflow, adapters": "num_inference_steps=1, guidance_scale=0.0).images[0]",
         "consistency": "pipe(class_labels=[0], num_inference_steps=3).images[0]",
         "progressive": "pipe(num_inference_steps=1).images[0]",
     }
@@ -85,6 +102,7 @@ def test_a_damaged_sampling_file_is_refused_and_runs_no_code(tmp_path, capsys):
         '{"steps": 4, "x": 1}',
         '{"steps": 1e99}',
         '{"steps": 4, "lcm": {"y": 1}}',
+        '{"steps": 4, "call": {"generator": 1}}',
     ):
         (tmp_path / "sampling.json").write_text(text)
         code, _, err = answer(capsys, "sample", "--adapter", str(tmp_path), "--model", "tiny", "--prompt", "x")
@@ -108,9 +126,17 @@ WRONG = {
     "--sampling-steps 16: does not divide the model's 1000 timesteps, as do 5, 8, 10, 20, 25, 40": [
         *("progressive", "--sampling-steps", "16", "8")
     ],
+    "--sampling-steps 3: does not divide the base's 1000 timesteps": [
+        *("guidance-distillation", "--sampling-steps", "3")
+    ],
+    "made by flow matching; sdtune reflow distils those, guidance-distillation bases of DDPM": [
+        *("guidance-distillation", "--model", "tiny-flow")
+    ],
     "sampling_steps: 2 is not half of 8": ["progressive", "--sampling-steps", "8", "2"],
     "--resolution 32: --model": ["progressive", "--resolution", "32"],
     "target_decay has no effect with lora": ["lcm, adapters", "--target-decay", "0.5"],
+    "made by flow matching; sdtune reflow distils those, lcm bases of DDPM": ["lcm", "--model", "tiny-flow"],
+    "a StableDiffusionPipeline, which is no flow; sdtune lcm distils it": ["reflow", "--model", "tiny"],
     "w_min 9 is above w_max 3": ["lcm", "--w-min", "9", "--w-max", "3"],
 }
 
@@ -154,7 +180,22 @@ def test_check_counts_teacher_and_target(places, tmp_path, capsys):
         assert float(line.split()[0]) == pytest.approx(networks * size, abs=0.06)
 
 
-@pytest.mark.parametrize("name", ["lcm", "progressive"])
+@pytest.mark.parametrize(("name", "others"), [("lcm", 2), ("reflow", 1)])
+def test_check_counts_the_networks_beside_the_student(name, others, places, tmp_path, capsys):
+    """With all weights a run has a teacher, and LCM a target as well; with adapters there is the base alone."""
+    kind, base = ("unet", places.sd) if name == "lcm" else ("transformer", Path(families.resolve_model("tiny-flow")))
+    with safe_open(base / kind / "diffusion_pytorch_model.safetensors", "pt") as file:
+        size = sum(file.get_tensor(key).numel() * 4 for key in file.keys()) / 1e6  # noqa: SIM118
+    weights = []
+    for words in (command(name, places, tmp_path / "run"), command(f"{name}, adapters", places, tmp_path / "run")):
+        code, out, err = answer(capsys, "check", *words, *(["--rank", "1"] if "--lora" in words else []))
+        assert code == 0, err
+        line = next(line for line in out.splitlines() if "weights, trained and frozen" in line)
+        weights.append(float(line.split()[0]))
+    assert weights[0] - weights[1] == pytest.approx(others * size, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["lcm", "guidance-distillation", "reflow", "progressive", "consistency, distilled"])
 def test_half_precision_and_gradient_checkpointing(name, trained):
     options = [*SHORT, "--num-validation-images", "0", "--gradient-checkpointing"]
     trained(name, "run", *options, "--mixed-precision", "bf16")
@@ -179,6 +220,22 @@ def test_sdxl_is_distilled_by_the_same_recipe(places, tmp_path, capsys):
     ]
     assert status(words) == 0
     assert np.array_equal(np.asarray(theirs), np.asarray(Image.open(tmp_path / "drawn" / "00000.png")))
+
+
+def test_the_command_lines_of_diffusers_test_run(places, tmp_path):
+    """Those of test_lcm_lora.py: two steps; seven, and on to nine."""
+    base, out = pipelines.save(pipelines.sdxl, tmp_path / "sdxl"), tmp_path / "run"
+    words = f"""
+        lcm --lora --pretrained_teacher_model {base} --dataset_name {places.pictures} --resolution 64 --lora_rank 4
+        --train_batch_size 1 --gradient_accumulation_steps 1 --learning_rate 5.0e-04 --scale_lr --lr_scheduler constant
+        --lr_warmup_steps 0 --num-validation-images 0 --dataloader_num_workers 0
+    """.split()
+    assert status([*words, "--max_train_steps", "2", "--output_dir", str(tmp_path / "short")]) == 0
+    assert all("lora" in name for name in load_file(tmp_path / "short" / "pytorch_lora_weights.safetensors"))
+    saving = [*words, "--checkpointing_steps", "2", "--output_dir", str(out)]
+    assert status([*saving, "--max_train_steps", "7"]) == 0
+    assert status([*saving, "--max_train_steps", "9", "--resume_from_checkpoint", "latest"]) == 0
+    assert json.loads((out / "artefact.json").read_text())["step"] == 9
 
 
 LCM = """

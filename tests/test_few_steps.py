@@ -1,11 +1,24 @@
 """The mathematics of distillation into few steps, against exact networks and against diffusers' schedulers."""
 
+import math
+
 import pytest
 import torch
-from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, StableDiffusionPipeline
 
-from sdtune.diffusion.few_steps import Consistency, dividing, follow, grid, guidance_embedding, progressive_loss
+from sdtune.diffusion.few_steps import (
+    Consistency,
+    dividing,
+    follow,
+    grid,
+    guidance_embedding,
+    guidance_loss,
+    path_end,
+    progressive_loss,
+    reflow_loss,
+)
 from sdtune.diffusion.objective import DDPM
+from sdtune.diffusion.rectified_flow import RectifiedFlow, sampling_shift, shifted
 
 SCHEDULE = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing", "clip_sample": False}
 KINDS = ["epsilon", "v_prediction", "sample"]
@@ -27,6 +40,9 @@ def test_a_network_that_knows_the_image_has_nothing_to_learn(kind):
     assert progressive_loss(process, exact, exact, x0, batch, 4).abs().max() < 1e-10
     later = batch | {"u": batch["u"].clamp(min=0.1)}  # the first interval ends at timestep 0, which has some noise
     assert Consistency(process).loss(exact, exact, exact, x0, later, 50).abs().max() < 1e-10
+    assert guidance_loss(process, exact, exact, x0, batch).abs().max() < 1e-10
+    off = guidance_loss(process, lambda x_t, t: 1 + exact(x_t, t), exact, x0, batch)
+    assert (off > 1e-12).all()
     wrong = progressive_loss(process, lambda x_t, t: 1 + exact(x_t, t), exact, x0, batch, 4)
     assert (wrong > 1e-3).all()
 
@@ -113,3 +129,45 @@ def test_a_target_follows():
     assert torch.allclose(target.weight, 0.75 * before + 0.25 * live.weight)
     follow(target, live, 0.0)
     assert torch.equal(target.weight, live.weight) and torch.equal(target.bias, live.bias)
+
+
+EVEN = torch.linspace(1, 0, 7, dtype=torch.float64)
+
+
+def bent(x, t):
+    """The velocity of a flow whose paths are not straight."""
+    return torch.sin(3 * x) + t.view(-1, 1, 1, 1) * x
+
+
+@pytest.mark.parametrize("options", [{"shift": 1.0}, {"shift": 3.0}, {"use_dynamic_shifting": True}])
+def test_a_path_is_that_of_the_sampler(options):
+    scheduler, noise = FlowMatchEulerDiscreteScheduler(**options), torch.randn(2, 4, 16, 16, dtype=torch.float64)
+    shift = sampling_shift(scheduler, 2)
+    times = shifted(EVEN, shift, noise)
+    mu = {"mu": math.log(shift.at(noise))} if options.get("use_dynamic_shifting") else {}
+    scheduler.set_timesteps(sigmas=EVEN[:-1].tolist(), **mu)
+    assert torch.allclose(times.float(), scheduler.sigmas, atol=1e-6)
+    scheduler.sigmas = times
+    x = noise.float()
+    for k, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(bent(x, times[k].float().expand(2)), t, x).prev_sample
+    assert (path_end(bent, noise, times) - x).abs().max() < 1e-5
+
+
+def test_a_flow_whose_paths_are_straight_has_nothing_to_learn():
+    """And one step of a student that knows where each path of a bent one ends goes there."""
+    image, noise = torch.randn(2, 5, 4, 4, 4, dtype=torch.float64)
+    batch = {"noise": noise, "u": torch.tensor([0, 0.1, 0.5, 0.9, 0.999], dtype=torch.float64)}
+    flow = RectifiedFlow()
+
+    def straight(x_t, t):
+        return noise - image
+
+    assert reflow_loss(flow, straight, straight, batch, EVEN).abs().max() < 1e-12
+    assert (reflow_loss(flow, lambda *_: noise - image + 1, straight, batch, EVEN) - 1).abs().max() < 1e-6
+    end = path_end(bent, noise, EVEN)
+    assert reflow_loss(flow, lambda *_: noise - end, bent, batch, EVEN).abs().max() < 1e-12
+    for steps in (1, 2):
+        ended = path_end(lambda *_: noise - end, noise, torch.linspace(1, 0, steps + 1))
+        assert (ended - end).abs().max() < 1e-12
+    assert (reflow_loss(flow, bent, bent, batch, EVEN) > 1e-3).all()

@@ -65,6 +65,14 @@ METHODS = {
         "methods.lcm:LcmConfig",
         "Pictures in one to eight steps, learnt from the base itself (LCM; Luo et al. 2023), all weights or as LoRA.",
     ),
+    "guidance-distillation": Command(
+        "methods.guidance_distillation:GuidanceDistillationConfig",
+        "Guided pictures in half as many steps, phase after phase, guidance told to one network (Meng et al. 2023).",
+    ),
+    "reflow": Command(
+        "methods.reflow:ReflowConfig",
+        "A flow-matching base in one or a few steps: its paths made straight (reflow; Liu et al. 2022), or as LoRA.",
+    ),
     "progressive": Command(
         "methods.progressive:ProgressiveConfig",
         "A model of pixels in half as many steps, phase after phase (progressive distillation; Salimans & Ho 2022).",

@@ -7,12 +7,14 @@ it is ``f(x, t) = c_skip(t) x + c_out(t) x0(x, t)`` (equation 5), with the scali
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sdtune.diffusion.objective import DDPM, per_image
+from sdtune.diffusion.rectified_flow import RectifiedFlow
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 SIGMA_DATA = 0.5
@@ -67,6 +69,20 @@ class Consistency:
         return objective.distance(self(student, x_t, t), wanted)
 
 
+def guidance_loss(objective: DDPM, student: Predict, guided: Predict, x0: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """What a student is off the image that a guided teacher predicts (Meng et al. 2023, algorithm 1): ``[B]``.
+
+    All timesteps are drawn alike; the error has the weight max(SNR, 1).
+    """
+    t = objective.timesteps(batch["u"])
+    x_t = objective.noise(x0, batch["noise"], t)
+    with torch.no_grad():
+        wanted = objective.x0(x_t, guided(x_t, t).to(x_t), t)
+        a, s = objective.scales(t, x_t)
+    weight = (a / s).square().flatten().clamp(min=1)
+    return weight * objective.distance(objective.x0(x_t, student(x_t, t).to(x_t), t), wanted)
+
+
 def progressive_loss(
     objective: DDPM, student: Predict, teacher: Predict, x0: Tensor, batch: Mapping[str, Any], count: int
 ) -> Tensor:
@@ -86,6 +102,34 @@ def progressive_loss(
         wanted = (x_to - s_to / s_t * x_t) / (a_to - s_to / s_t * a_t)
         weight = (a_t / s_t).square().flatten().clamp(min=1)
     return weight * objective.distance(objective.x0(x_t, student(x_t, t).to(x_t), t), wanted)
+
+
+def path_end(velocity: Predict, noise: Tensor, times: Tensor) -> Tensor:
+    """Where a flow carries ``noise``, by Euler's method: like ``noise``.
+
+    Args:
+        velocity: towards the noise.
+        times: those of the steps, from 1, the noise, to 0, the image: ``[steps + 1]``.
+    """
+    x = noise
+    for t, to in pairwise(times.to(noise)):
+        x = x + (to - t) * velocity(x, t.expand(len(x))).to(x)
+    return x
+
+
+def reflow_loss(
+    objective: RectifiedFlow, student: Predict, teacher: Predict, batch: Mapping[str, Any], times: Tensor
+) -> Tensor:
+    """Reflow (Liu et al. 2022, algorithm 1): the ends of the teacher's paths, joined by straight ones: ``[B]``.
+
+    Args:
+        times: those of the teacher's steps, from 1 to 0.
+    """
+    noise, t = batch["noise"], batch["u"].to(batch["noise"])
+    with torch.no_grad():
+        image = path_end(teacher, noise, times)
+    x_t = objective.noise(image, noise, t)
+    return objective.distance(student(x_t, t), objective.target(image, noise, t))
 
 
 @contextmanager

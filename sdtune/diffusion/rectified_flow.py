@@ -53,6 +53,22 @@ class ResolutionShift(NamedTuple):
         return math.exp(mu) if self.exponential else mu
 
 
+Shift = float | ResolutionShift
+"""How far times are moved towards the noise: a number, of which 1 is none, or by resolution."""
+
+
+def shifted(t: Tensor, shift: Shift, x0: Tensor) -> Tensor:
+    """Times moved towards the noise (Esser et al., equation 23), for latents like ``x0``."""
+    by = shift.at(x0) if isinstance(shift, ResolutionShift) else shift
+    return by * t / (1 + (by - 1) * t)
+
+
+def sampling_shift(scheduler: Any, patch: int) -> Shift:
+    """How a ``FlowMatchEulerDiscreteScheduler`` shifts its times when it samples."""
+    config = scheduler.config
+    return ResolutionShift.of(config, patch) if config["use_dynamic_shifting"] else float(config["shift"])
+
+
 class RectifiedFlow:
     """The objective of bases that were made by flow matching.
 
@@ -69,7 +85,7 @@ class RectifiedFlow:
     def __init__(
         self,
         density: Density = "uniform",
-        shift: float | ResolutionShift = 1.0,
+        shift: Shift = 1.0,
         weighting: Weighting = "none",
         mean: float = 0.0,
         std: float = 1.0,
@@ -95,7 +111,7 @@ class RectifiedFlow:
             if scheme != needed and getattr(options, name) != BaseOptions.model_fields[name].get_default():
                 raise UserError(f"{flag(name)}: is for --weighting-scheme {needed}, and it is {scheme}; leave it out")
         if options.resolution_shift:
-            shift: float | ResolutionShift = ResolutionShift.of(scheduler.config, patch)
+            shift: Shift = ResolutionShift.of(scheduler.config, patch)
         elif options.timestep_shift:
             shift = options.timestep_shift
         else:
@@ -122,8 +138,7 @@ class RectifiedFlow:
                 t = u + self.mode_scale * ((math.pi / 2 * u).cos().square() - 1 + u)
             case _:
                 t = u
-        shift = self.shift.at(x0) if isinstance(self.shift, ResolutionShift) else self.shift
-        return (shift * t / (1 + (shift - 1) * t)).float()
+        return shifted(t, self.shift, x0).float()
 
     def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """``1 - t`` and ``t``, in the dtype of ``like`` and shaped to multiply it."""

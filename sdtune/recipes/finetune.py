@@ -122,6 +122,11 @@ class FineTune(Recipe):
         return self.family.pipeline()
 
     @property
+    def shown_steps(self) -> int:
+        """The number of steps in which the sample grids are drawn."""
+        return int(self.cfg.validation_inference_steps)
+
+    @property
     def shown_guidance(self) -> float:
         """The guidance scale of the sample grids."""
         return float(self.cfg.validation_guidance_scale)
@@ -135,7 +140,7 @@ class FineTune(Recipe):
                 self.pipeline(),
                 list(map(str, prompts)),
                 seeds,
-                steps=cfg.validation_inference_steps,
+                steps=self.shown_steps,
                 guidance_scale=self.shown_guidance,
                 negative_prompt=cfg.negative_prompt,
                 width=None if given else cfg.resolution,

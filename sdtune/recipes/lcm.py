@@ -8,21 +8,18 @@ theta- follows theta as a moving average. As LoRA (LCM-LoRA; Luo et al. 2023b), 
 """
 
 import copy
-from contextlib import contextmanager
 
 from sdtune.config.methods.lcm import LcmConfig
 from sdtune.config.sections import UserError
 from sdtune.diffusion.few_steps import Consistency, dividing, follow, guidance_embedding
-from sdtune.diffusion.guidance import classifier_free
 from sdtune.diffusion.objective import DDPM
 from sdtune.diffusion.schedulers import lcm_scheduler
 from sdtune.models.networks import reshaped
-from sdtune.models.pipeline_folder import write_pipeline
-from sdtune.recipes.finetune import FineTune, unfreeze
-from sdtune.run.sampling_file import SAMPLING, Sampling
+from sdtune.recipes.distillation import Distillation
+from sdtune.run.sampling_file import Sampling
 
 
-class Lcm(FineTune):
+class Lcm(Distillation):
     Config = LcmConfig
 
     def __init__(self, cfg, device):
@@ -30,7 +27,9 @@ class Lcm(FineTune):
         family = self.family
         if not isinstance(family.objective, DDPM):
             kind = family.pipeline_class.__name__
-            raise UserError(f"--model {cfg.model}: a {kind}, made by flow matching; lcm distils bases of DDPM alone")
+            raise UserError(
+                f"--model {cfg.model}: a {kind}, made by flow matching; sdtune reflow distils those, lcm bases of DDPM"
+            )
         if (T := len(family.objective.alphas_cumprod)) % cfg.num_ddim_timesteps:
             fitting = ", ".join(map(str, dividing(T, cfg.num_ddim_timesteps)))
             raise UserError(f"--num-ddim-timesteps {cfg.num_ddim_timesteps}: does not divide {T}, as do {fitting}")
@@ -39,16 +38,8 @@ class Lcm(FineTune):
         if cfg.lora:
             self.train_adapters()
             return
-        self.teacher = family.denoiser
-        student = unfreeze(reshaped(self.teacher, time_cond_proj_dim=cfg.time_cond_proj_dim))
-        family.replace(family.denoiser_name, student)
-        self.add_part(family.denoiser_name)
-        self.target, self.moved = copy.deepcopy(student).requires_grad_(False), ("target",)
-
-    def dataset(self, group, log):
-        for name, tensor in self.family.no_text().items():
-            self.register_buffer(f"no_{name}", tensor, persistent=False)
-        return super().dataset(group, log)
+        self.add_student(reshaped(family.denoiser, time_cond_proj_dim=cfg.time_cond_proj_dim))
+        self.target, self.moved = copy.deepcopy(self.student).requires_grad_(False), ("target",)
 
     def forward(self, batch):
         cfg, family, text = self.cfg, self.family, self.family.conditioning(batch)
@@ -64,31 +55,9 @@ class Lcm(FineTune):
                 return student(x_t, t)
 
         def teacher(x_t, t):
-            with self.base():
-                nothing = {name.removeprefix("no_"): x for name, x in self.named_buffers(recurse=False)}
-                nothing = {name: x.expand_as(text[name]) for name, x in nothing.items()}
-                without, with_text = (family.predict(x_t, t, text | more) for more in (nothing, {}))
-            return classifier_free(without, with_text, 1 + w[:, None, None, None])
+            return self.guided(x_t, t, text, 1 + w)
 
         return self.consistency.loss(student, target, teacher, family.latents(batch), batch, cfg.num_ddim_timesteps)
-
-    @property
-    def student(self):
-        """The network that trains, or whose adapters do."""
-        return self.trained[self.family.denoiser_name]
-
-    @contextmanager
-    def base(self):
-        """Context in which the family predicts as the base does: with the teacher, or without adapters."""
-        if not self.cfg.lora:
-            with self.family.denoising_with(self.teacher):
-                yield
-            return
-        self.student.disable_adapters()
-        try:
-            yield
-        finally:
-            self.student.enable_adapters()
 
     def after_step(self):
         if self.moved:
@@ -111,7 +80,4 @@ class Lcm(FineTune):
 
     def export(self, out):
         sampling = Sampling(self.cfg.validation_inference_steps, self.shown_guidance)
-        if not self.cfg.lora:
-            pipeline = self.family.fp32_pipeline(scheduler=self.sampler())
-            return write_pipeline(out, pipeline, {SAMPLING: sampling.to_bytes()})
-        return [self.save_adapters(out), sampling._replace(lcm=self.lcm).write(out)]
+        return self.save(out, sampling._replace(lcm=self.lcm) if self.cfg.lora else sampling, self.sampler())

@@ -19,6 +19,8 @@ class Sampling(NamedTuple):
     steps: int
     guidance_scale: float | None = None
     """Of a text-to-image pipeline's call; 1 is none."""
+    call: dict[str, float] | None = None
+    """What the stock call takes for that guidance, where it counts it otherwise or under another name."""
     lcm: dict[str, float] | None = None
     """For an adapter that wants diffusers' LCMScheduler: what its configuration says otherwise than the base's."""
 
@@ -56,6 +58,9 @@ class Sampling(NamedTuple):
 LCM = {"original_inference_steps": int, "timestep_scaling": float}
 """Settings of an LCMScheduler that an adapter may ask for."""
 
+GUIDANCE = ("guidance_scale", "true_cfg_scale")
+"""What stock pipelines call their guidance."""
+
 
 def _valid(fields: Any) -> bool:
     def number(value: Any, least: float) -> bool:
@@ -63,11 +68,13 @@ def _valid(fields: Any) -> bool:
 
     if not isinstance(fields, dict) or not fields.keys() <= set(Sampling._fields):
         return False
-    lcm = fields.get("lcm", {})
+    lcm, call = fields.get("lcm", {}), fields.get("call", {})
     return (
         isinstance(fields.get("steps"), int)
         and number(fields["steps"], 1)
         and number(fields.get("guidance_scale", 1), 0)
+        and isinstance(call, dict)
+        and all(name in GUIDANCE and number(value, 0) for name, value in call.items())
         and isinstance(lcm, dict)
         and all(name in LCM and isinstance(value, LCM[name] | int) and number(value, 0) for name, value in lcm.items())
     )

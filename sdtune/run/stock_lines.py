@@ -116,8 +116,9 @@ def _call(sampling: Sampling | None) -> list[str]:
     """Arguments of a stock pipeline's call that sample a distilled model as it was made to be."""
     if sampling is None:
         return []
-    guidance = sampling.guidance_scale
-    return [f"num_inference_steps={sampling.steps}", *([] if guidance is None else [f"guidance_scale={guidance}"])]
+    guidance = sampling.call or {"guidance_scale": sampling.guidance_scale}
+    guided = [f"{name}={value}" for name, value in guidance.items() if value is not None]
+    return [f"num_inference_steps={sampling.steps}", *guided]
 
 
 def _pipeline(what: ArtefactKind, repo: str, at: str | None, prompt: str) -> str:

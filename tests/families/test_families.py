@@ -18,11 +18,13 @@ from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
 from sdtune.config.methods.lora import LoraConfig
+from sdtune.config.methods.reflow import ReflowConfig
 from sdtune.config.methods.text_to_image import TextToImageConfig
 from sdtune.models import families, formats
 from sdtune.models.attach import Layers, attach, published_name
 from sdtune.recipes.finetune import FineTune
 from sdtune.recipes.lora import Lora
+from sdtune.recipes.reflow import Reflow
 from sdtune.recipes.text_to_image import TextToImage
 from sdtune.run.usage import EMBEDDING
 from tests import ranks
@@ -128,6 +130,31 @@ def test_every_weight_that_trains_gets_a_gradient(base, bases, pictures, tmp_pat
     everything(batch_of(everything)).mean().backward()
     for method in (recipe, everything):
         assert [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_reflow_learns_where_the_base_alone_goes(base, bases, pictures, tmp_path):
+    """Whatever its adapters say; every flow is straightened by the same recipe."""
+    if base.startswith("sdxl"):
+        pytest.skip("no flow")
+    options = {"resolution": 32, "cache": False, "lora": True, "rank": 2, "teacher_steps": 2}
+    cfg = ReflowConfig(model=str(bases(base)), dataset=str(pictures), **options)
+    recipe = Reflow(cfg, torch.device("cpu")).train()
+    batch = batch_of(recipe)
+    text, t, scale = recipe.family.conditioning(batch), torch.full((4,), 0.7), torch.full((4,), recipe.scale)
+
+    def teacher():
+        with torch.no_grad():
+            return recipe.guided(batch["noise"], t, text, scale)
+
+    before = teacher()
+    with torch.no_grad():
+        for name, parameter in recipe.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
+    assert torch.equal(before, teacher())
+    assert not torch.equal(before, recipe.family.predict(batch["noise"], t, text))
+    recipe(batch).mean().backward()
+    assert [name for name, p in recipe.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 def test_cached_and_uncached_agree(base, bases, pictures, tmp_path):
