@@ -387,6 +387,8 @@ FLAGS = {
         num_train_epochs num_validation_images pretrained_model_name_or_path prior_generation_precision
         prior_loss_weight real_prior report_to revision sample_batch_size scale_lr seed set_grads_to_none
         tokenizer_name use_8bit_adam validation_prompt validation_steps variant with_prior_preservation
+        """,
+    ),
     "consistency_distillation/train_lcm_distill_sd_wds.py": (
         "lcm",
         """
