@@ -53,7 +53,7 @@ class ReflowConfig(Adapter, Model, Captions, Latents, Streaming, Data, Optim, Pr
     """Train low-rank adapters in place of all weights; the teacher is then the base without them."""
     teacher_steps: Annotated[int, Ge(2)] = 25
     """Steps in which the base goes from the noise to the image that the student learns."""
-    teacher_guidance_scale: Annotated[float, Ge(1)] | None = None
+    teacher_guidance_scale: Positive | None = None
     """Guidance of the base, built into the student; 1 is none. Default: 4, and none for a base that is told it."""
     loss_type: Literal["l2", "huber"] = "l2"
     """Mean squared error, or pseudo-Huber, which forgives outliers (Song & Dhariwal 2023)."""
