@@ -412,43 +412,6 @@ FLAGS = {
         vae_encode_batch_size validation_steps w_max w_min
         """,
     ),
-    "research_projects/consistency_training/train_cm_ct_unconditional.py": (
-        "consistency",
-        """
-        allow_tf32 cache_dir cast_teacher class_conditional class_embed_type constant_discretization_steps
-        dataset_class_label_column_name dataset_config_name dataset_image_column_name dataset_name
-        discretization_s_0 discretization_s_1 ema_max_decay ema_min_decay
-        enable_xformers_memory_efficient_attention eval_batch_size gradient_checkpointing hub_private_repo huber_c
-        input_precond_type interpolation_type max_grad_norm max_train_samples max_train_steps
-        model_config_name_or_path noise_precond_type num_classes num_train_epochs optimizer_type p_mean p_std
-        prediction_type pretrained_model_name_or_path random_flip report_to revision rho save_images_epochs
-        save_model_epochs scale_lr seed sigma_max sigma_min skip_steps tracker_project_name train_data_dir
-        use_8bit_adam use_ema use_ema_warmup validation_steps variant
-        """,
-    ),
-    "consistency_distillation/train_lcm_distill_sd_wds.py": (
-        "lcm",
-        """
-        allow_tf32 cache_dir cast_teacher_unet ema_decay enable_xformers_memory_efficient_attention
-        gradient_checkpointing huber_c interpolation_type loss_type max_grad_norm max_train_samples max_train_steps
-        num_ddim_timesteps num_train_epochs pretrained_teacher_model pretrained_vae_model_name_or_path
-        proportion_empty_prompts random_flip report_to revision scale_lr seed teacher_revision
-        timestep_scaling_factor tracker_project_name train_shards_path_or_url unet_time_cond_proj_dim
-        use_8bit_adam vae_encode_batch_size validation_steps w_max w_min
-        """,
-    ),
-    "consistency_distillation/train_lcm_distill_lora_sdxl.py": (
-        "lcm",
-        """
-        allow_tf32 cache_dir caption_column cast_teacher_unet dataset_config_name dataset_name encode_batch_size
-        enable_xformers_memory_efficient_attention gradient_checkpointing huber_c image_column interpolation_type
-        lora_alpha lora_dropout lora_rank lora_target_modules loss_type max_grad_norm max_train_samples
-        max_train_steps num_ddim_timesteps num_train_epochs pretrained_teacher_model
-        pretrained_vae_model_name_or_path random_flip report_to revision scale_lr seed teacher_revision
-        timestep_scaling_factor tracker_project_name train_data_dir use_8bit_adam use_fix_crop_and_size
-        vae_encode_batch_size validation_steps w_max w_min
-        """,
-    ),
     "research_projects/autoencoderkl/train_autoencoderkl.py": (
         "autoencoder",
         """
