@@ -116,7 +116,7 @@ def _call(sampling: Sampling | None) -> list[str]:
     """Arguments of a stock pipeline's call that sample a distilled model as it was made to be."""
     if sampling is None:
         return []
-    guidance = sampling.call or {"guidance_scale": sampling.guidance_scale}
+    guidance: Mapping[str, float | None] = sampling.call or {"guidance_scale": sampling.guidance_scale}
     guided = [f"{name}={value}" for name, value in guidance.items() if value is not None]
     return [f"num_inference_steps={sampling.steps}", *guided]
 
