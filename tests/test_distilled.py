@@ -206,7 +206,7 @@ def test_sdxl_is_distilled_by_the_same_recipe(places, tmp_path, capsys):
 
 
 def test_the_command_lines_of_diffusers_test_run(places, tmp_path):
-    """Those of test_lcm_lora.py: two steps; seven, and on to nine."""
+    """Those of test_lcm_lora.py: two steps; seven, and on to nine, which needs no --resume_from_checkpoint here."""
     base, out = pipelines.save(pipelines.sdxl, tmp_path / "sdxl"), tmp_path / "run"
     words = f"""
         lcm --lora --pretrained_teacher_model {base} --dataset_name {places.pictures} --resolution 64 --lora_rank 4
@@ -217,7 +217,7 @@ def test_the_command_lines_of_diffusers_test_run(places, tmp_path):
     assert all("lora" in name for name in load_file(tmp_path / "short" / "pytorch_lora_weights.safetensors"))
     saving = [*words, "--checkpointing_steps", "2", "--output_dir", str(out)]
     assert status([*saving, "--max_train_steps", "7"]) == 0
-    assert status([*saving, "--max_train_steps", "9", "--resume_from_checkpoint", "latest"]) == 0
+    assert status([*saving, "--max_train_steps", "9"]) == 0
     assert json.loads((out / "artefact.json").read_text())["step"] == 9
 
 

@@ -89,7 +89,6 @@ ANSWERS = {
     "logger": "use --report-to",
     "logging_dir": "trackers write into the run's folder; use --output-dir",
     "lora_blocks": "use --target-modules with a regular expression that has the numbers of the blocks",
-    "lora_rank": "use --rank",
     "lora_unet_blocks": "use --target-modules with the names of the blocks",
     "lowram": "use `sdtune check` to see what a run needs, and --quantize-base or --gradient-checkpointing to lower it",
     "lr_scheduler_num_cycles": "use --lr-num-cycles",

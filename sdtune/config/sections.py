@@ -526,7 +526,7 @@ def start_of_lora(value: str) -> str:
 class Adapter(Section):
     adapter: Literal["lora", "loha", "lokr"] = "lora"
     """Kind of the adapters: LoRA (Hu et al. 2021), LoHa (Hyeon-Woo et al. 2021), LoKr (Yeh et al. 2024)."""
-    rank: Count = 4
+    rank: Annotated[Count, aliases("lora_rank")] = 4
     """Rank r of the factors."""
     alpha: Annotated[Positive | None, aliases("lora_alpha")] = None
     """The update is scaled by alpha / rank. Default: alpha = rank."""
