@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: demo digits digits-guided few-steps control classics test check docs pictures site clean
+.PHONY: demo digits digits-guided few-steps control classics test check gpu docs pictures site clean
 
 demo: $(READY)  ## train the shipped recipe on the built-in model, then score it
 	$(BIN)/python examples/demo.py
@@ -31,6 +31,9 @@ check: $(READY)  ## what CI runs: format, lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+gpu: $(READY)  ## what only a GPU can tell, in ten minutes; without one its rows are skipped by name
+	$(BIN)/python bench/gpu.py
 
 docs: $(READY)  ## write the generated tables anew, and the pictures of runs that are there
 	$(BIN)/python tools/make_docs.py

@@ -100,7 +100,7 @@ def needs(shape: dict[str, Any], resolution: int) -> dict[str, int]:
         denoiser: nn.Module = recipe.family.denoiser
         coded = {kind: sizes(denoiser, kind) for kind in ("int8", "nf4")}
         need = estimate(recipe, dataset, torch.device("cpu"), base=0)
-    step = need.total - need.reading
+    step = need.total - need.reading - need.preview
     found = {"bf16": step}
     for kind, (plain, codes, largest) in coded.items():
         found[kind] = step - plain + codes + largest

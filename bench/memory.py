@@ -17,6 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from harness import write
+
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
 STEPS = "--steps 2 --log-steps 2 --num-validation-images 0 --dataloader-num-workers 0 --overwrite".split()
 LATENT = ["--dataset", "tiny-hearts", "--resolution", "64"]
@@ -102,6 +104,7 @@ def python(words: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--json", type=Path, help="where to write all that was measured; leave out for the table alone")
     parser.add_argument("--only", default="", help="the cases to measure: a regular expression on `shape, options`")
     given = parser.parse_args()
     if not (given.work / "middle" / "model_index.json").exists():
@@ -116,6 +119,7 @@ def main() -> None:
             measured(words, given.work / "run")
             filled.add(shape)
         took = measured(words, given.work / "run")
+        write({"what": f"{shape}, {name}", "estimate": need, "measured": took}, given.json)
         print(f"| {shape}, {name} | {need / 1e6:.0f} MB | {took / 1e6:.0f} MB | {need / took - 1:+.1%} |", flush=True)
 
 

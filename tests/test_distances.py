@@ -210,19 +210,19 @@ def test_resamples_of_a_handful():
 
 
 def test_intervals_cover():
-    """An interval holds what sets of this size give on average in 95 % of cases, within what chance allows.
+    """An interval holds what sets of this size give on average in 95 of 100 cases, within what chance allows.
 
     Of sets this small those of the kernel distance and of recall are narrow (docs/log.md).
     """
     draws = [
         (torch.from_numpy(normal(60, 3, seed=2 * s)), torch.from_numpy(normal(90, 3, seed=2 * s + 1) * 1.5 + 1))
-        for s in range(60)
+        for s in range(100)
     ]
 
     def measure(*sets):
         return figures(*sets) | {"mean": mean(sets[0][:, 0], *sets[2:3])}
 
-    found = [estimates(measure, d, 60) for d in draws]
+    found = [estimates(measure, d, 100) for d in draws]
     for name in found[0]:
         truth = np.mean([f[name].value for f in found])
         covered = np.mean([f[name].low <= truth <= f[name].high for f in found])

@@ -10,7 +10,6 @@ from sdtune.diffusion.few_steps import (
     Consistency,
     dividing,
     follow,
-    grid,
     guidance_embedding,
     guidance_loss,
     path_end,
@@ -81,10 +80,11 @@ def test_a_student_that_was_told_the_target_ends_where_two_steps_of_the_teacher_
 
 @pytest.mark.parametrize("steps", [4, 8, 20, 50, 1000])
 def test_the_grid_is_that_of_trailing_timesteps_and_of_lcm(steps):
+    grid, here = objective("epsilon").grid, torch.device("cpu")
     for scheduler in (DDIMScheduler(**SCHEDULE), LCMScheduler(original_inference_steps=steps)):
         scheduler.set_timesteps(steps)
-        assert torch.equal(grid(1000, steps).flip(0)[:-1], scheduler.timesteps)
-    assert torch.equal(grid(1000, 2 * 4)[::2], grid(1000, 4))
+        assert torch.equal(grid(steps, here).flip(0)[:-1], scheduler.timesteps)
+    assert torch.equal(grid(2 * 4, here)[::2], grid(4, here))
 
 
 def test_counts_that_divide_are_named():

@@ -50,8 +50,13 @@ def test_a_run_out_of_memory_names_the_options_that_save_enough(places, tmp_path
     assert is_out_of_memory(full)
     full = RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried")
 
-    def backward(self, loss):
-        raise full
+    passes = []
+
+    def backward(self, loss, made=engine.Engine.backward):
+        passes.append(loss)
+        if len(passes) == 1:  # the others are those of the estimates, which take no memory
+            raise full
+        made(self, loss)
 
     monkeypatch.setattr(engine.Engine, "backward", backward)
     monkeypatch.setattr(batch_size, "savings", lambda cfg: iter([{"gradient_checkpointing": True}]))

@@ -32,11 +32,13 @@ def test_a_line_has_what_was_given_and_what_is_measured(cfg, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     metrics = Metrics(cfg, Accelerator(cpu=True), 0, 40)
-    with metrics.waiting():
+    with metrics.times.part("data_wait"):
         now[0] += 2
+    with metrics.times.part("backward"):
+        now[0] += 4
     with metrics.paused():
         now[0] += 30
-    now[0] += 6
+    now[0] += 2
     metrics.log(10, {"loss": 0.5, "learning_rate": 1e-4, "grad_norm": math.inf})
     metrics.log(10, {"holdout_loss": 0.7})
     metrics.close()
@@ -49,6 +51,11 @@ def test_a_line_has_what_was_given_and_what_is_measured(cfg, monkeypatch):
         "grad_norm": None,
         "images_per_second": 10 * 4 / 8,  # 2 s of waiting and 6 of work; the pause counts for nothing
         "data_wait": 2 / 8,
+        "forward": 0.0,
+        "backward": 4 / 8,
+        "graph": 0.0,
+        "optimizer": 0.0,
+        "rest": 2 / 8,
         "seconds": 38.0,
     }
     assert second == {"step": 10, "holdout_loss": 0.7, "seconds": 38.0}
@@ -89,7 +96,7 @@ def test_other_processes_do_nothing(cfg):
         is_main_process = False
 
     metrics = Metrics(cfg, Second(), 0, 40)
-    with metrics.waiting(), metrics.paused():
+    with metrics.times.part("forward"), metrics.paused():
         metrics.advance(1)
         metrics.log(1, {"loss": 1.0})
         metrics.images(1, pictures(1), ["a"])

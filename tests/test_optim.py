@@ -39,12 +39,12 @@ def backward(module, step):
     x, y = torch.randn(8, 5, generator=numbers), torch.randn(8, 3, generator=numbers)
     module.zero_grad()
     (module(x) - y).square().mean().backward()
-    return torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    return torch.nn.utils.get_total_norm([p.grad for p in module.parameters()])
 
 
 def advance(module, optimizer, first, last):
     for step in range(first, last):
-        optim.step_if_finite(optimizer, backward(module, step))
+        optim.clipped_step(optimizer, backward(module, step), 1.0)
 
 
 def bits(module, optimizer):
@@ -236,7 +236,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing(cfg, bad):
     next(module.parameters()).grad[0, 0] = bad
     norm = torch.nn.utils.get_total_norm(p.grad for p in module.parameters())
     assert not norm.isfinite()
-    optim.step_if_finite(optimizer, norm)
+    optim.clipped_step(optimizer, norm, 1.0)
     assert same(bits(module, optimizer), before)
     assert not hasattr(optimizer, "found_inf")
     advance(module, optimizer, 4, 5)
@@ -251,7 +251,7 @@ def test_a_skipped_step_is_as_if_it_had_not_been(cfg):
         advance(module, optimizer, 0, 3)
         if skip:
             backward(module, 99)
-            optim.step_if_finite(optimizer, torch.tensor(float("nan")))
+            optim.clipped_step(optimizer, torch.tensor(float("nan")), 1.0)
         advance(module, optimizer, 3, 6)
         runs.append(bits(module, optimizer))
     assert same(*runs)
@@ -262,7 +262,7 @@ def test_a_first_step_may_be_skipped(cfg):
     optimizer = optimizer_of(module, cfg)
     before = [p.detach().clone() for p in module.parameters()]
     backward(module, 0)
-    optim.step_if_finite(optimizer, torch.tensor(float("inf")))
+    optim.clipped_step(optimizer, torch.tensor(float("inf")), 1.0)
     assert same([p.detach() for p in module.parameters()], before)
     advance(module, optimizer, 0, 2)
     other = network()
@@ -270,28 +270,34 @@ def test_a_first_step_may_be_skipped(cfg):
     assert same(list(module.parameters()), list(other.parameters()))
 
 
-def test_finite_steps_are_those_of_torch():
+@pytest.mark.parametrize("max_norm", [1e-2, 1e2])
+def test_finite_steps_are_those_of_torch(max_norm):
+    """With gradients that are clipped, which the fused optimizer does itself, and with gradients that are not."""
     module, reference = network(), network()
     optimizer = optimizer_of(module, config())
     groups = [{"params": reference[0].parameters()}, {"params": reference[2].parameters(), "lr": 5e-3}]
     plain = torch.optim.AdamW(groups, lr=1e-2, weight_decay=1e-2)
     for step in range(5):
-        optim.step_if_finite(optimizer, backward(module, step))
+        optim.clipped_step(optimizer, backward(module, step), max_norm)
         backward(reference, step)
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), max_norm)
         plain.step()
     for one, other in zip(module.parameters(), reference.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-6)
 
 
 def test_the_norm_that_decides_is_the_one_before_clipping():
-    module = network()
-    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-    x = torch.full((1, 5), 1e3)
-    module(x).square().sum().backward()
-    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), 1e-3)
-    clipped = torch.nn.utils.get_total_norm(p.grad for p in module.parameters())
-    assert norm > 1
-    assert clipped.item() == pytest.approx(1e-3, rel=1e-3)
+    """An optimizer that does not clip itself finds its gradients clipped."""
+    module, seen = network(), []
+    norm = backward(module, 0)
+
+    class Plain(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.append(torch.nn.utils.get_total_norm([p.grad for p in module.parameters()]).item())
+
+    optim.clipped_step(Plain(module.parameters(), lr=1e-2), norm, 1e-3)
+    assert norm > 1e-2
+    assert seen == [pytest.approx(1e-3, rel=1e-3)]
 
 
 # ---- the average -----------------------------------------------------------------------------------------

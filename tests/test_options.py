@@ -12,6 +12,7 @@ import yaml
 from sdtune.config import fields, parsing, shipped
 from sdtune.config.commands import METHODS, config_class, methods
 from sdtune.config.foreign_flags import ANSWERS, COMMON_NAMES
+from sdtune.config.methods.autoencoder import AutoencoderConfig
 from sdtune.config.methods.classifier import ClassifierConfig
 from sdtune.config.methods.custom_diffusion import CustomDiffusionConfig
 from sdtune.config.methods.dreambooth import DreamBoothConfig
@@ -39,6 +40,7 @@ LEAST_WITH = {
     (DreamBoothConfig, "prior_preservation"): {"class_prompt": ["p"]},
     (CustomDiffusionConfig, "prior_preservation"): {"class_prompt": ["p"]},
     (DreamBoothConfig, "unet_frac"): {"train_text_encoder": True},
+    (AutoencoderConfig, "vae_config"): {"train_encoder": True},
 }
 """What an option cannot do without, besides what it says of itself that it requires."""
 ON = {
@@ -68,6 +70,7 @@ TEXTS += ["- a", "#x: y", "'", '"', "{a: b}", "%x", "", "a=b", "-5 degrees", "--
 ONLY = {
     "bucket_max_aspect": [1.5],
     "channels": [2],
+    "disc_channels": [72],
     "time_cond_proj_dim": [128],
     "sampling_steps": [[4, 2, 1]],
     "sigma_max": [40.0],

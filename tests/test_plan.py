@@ -70,18 +70,19 @@ class Stream:
 
 def test_the_plan_says_how_a_step_is_shared_and_what_its_warm_up_does():
     cfg = LoraConfig(dataset="d", steps=10)
-    assert "1 a step, in turn of the subject and of its class; " in plan.plan(cfg, Stream(1), 10, 1, [1e-4], 5)
-    assert "4 a step, 2 of the subject and 2 of its class; " in plan.plan(cfg, Stream(4), 10, 1, [1e-4], 5)
+    assert "1 a step, in turn of the subject and of its class; " in plan.plan(cfg, Stream(1), 10, 1, [1e-4], 5, 0)
+    assert "4 a step, 2 of the subject and 2 of its class; " in plan.plan(cfg, Stream(4), 10, 1, [1e-4], 5, 0)
     short = DdpmConfig(dataset="d", steps=100)
-    said = plan.plan(short, Stream(4), plan.steps_of(short, Stream(4)), 1, [1e-4], 5)
+    said = plan.plan(short, Stream(4), plan.steps_of(short, Stream(4)), 1, [1e-4], 5, 2)
     assert "learning rate 1e-4 (not reached: its warm-up of 500 steps is longer than the run); " in said
+    assert "images are read by 2 processes; " in said
 
 
 def test_a_rate_that_an_optimizer_does_not_expect_is_told():
     cfg = LoraConfig(dataset="d", optimizer="prodigy", learning_rate=1e-4)
-    assert "learning rate 1e-4 (prodigy finds the rate itself" in plan.plan(cfg, Stream(4), 10, 1, [1e-4], 5)
+    assert "learning rate 1e-4 (prodigy finds the rate itself" in plan.plan(cfg, Stream(4), 10, 1, [1e-4], 5, 0)
     cfg = LoraConfig(dataset="d", optimizer="prodigy")
-    assert "learning rate 1; " in plan.plan(cfg, Stream(4), 10, 1, [cfg.learning_rate], 5)
+    assert "learning rate 1; " in plan.plan(cfg, Stream(4), 10, 1, [cfg.learning_rate], 5, 0)
 
 
 @pytest.mark.parametrize("length", [{"steps": 10}, {"num_train_epochs": 2}])

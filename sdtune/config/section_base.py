@@ -21,6 +21,8 @@ Seed = Annotated[int, Interval(ge=-(2**63), lt=2**63)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 Precision = Annotated[Literal["no", "fp16", "bf16", "fp8"], BeforeValidator(lambda v: "no" if v is False else v)]
 """A bare `no` is false in YAML 1.1."""
+DrawingPrecision = Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(lambda v: "no" if v is False else v)]
+"""8 bits are for training alone."""
 StrList = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 NAMES = r"[\w.]+( ?, ?[\w.]+)+"
 """Names of modules with commas between them."""

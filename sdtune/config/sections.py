@@ -112,8 +112,15 @@ class Data(Source):
     """error names all unreadable images and stops; skip leaves them out and counts them."""
     num_holdout_images: Natural = 0
     """Do not train on this many images, and report their loss at fixed timesteps and noise."""
-    dataloader_num_workers: Natural = 2
-    """Processes that read images. This changes the speed only."""
+    dataloader_num_workers: Natural | None = None
+    """Processes that read images; changes the speed only. Leave out for 2, or for none if all images are cached."""
+
+    def loader_workers(self, reads_images: bool) -> int:
+        """Processes of a loader: as asked, or else what its items need.
+
+        An item whose image is encoded already takes less time than its way from another process.
+        """
+        return (2 if reads_images else 0) if self.dataloader_num_workers is None else self.dataloader_num_workers
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -256,6 +263,8 @@ class Denoising(Section):
     """End of the range, not included."""
     timestep_bias_portion: Annotated[Share, requires("timestep_bias_strategy", "earlier", "later")] = 0.25
     """Portion that `earlier` and `later` favour."""
+    stratified_timesteps: bool = False
+    """Spread the timesteps of a step's images evenly, an image in each equal part of their distribution."""
     loss_type: Literal["l2", "huber"] = "l2"
     """Mean squared error, or pseudo-Huber, which forgives outliers (Song & Dhariwal 2023)."""
     huber_c: Annotated[Positive, requires("loss_type", "huber")] = 0.1
@@ -414,6 +423,10 @@ class Run(Section):
     """Seed of everything random."""
     compile: bool = False
     """Compile the denoiser with torch.compile. Refused on a CPU, where its gradients are wrong."""
+    cuda_graphs: bool = False
+    """Record a micro-step on the GPU once and repeat it. Faster where a step is small; one process, all cached."""
+    deterministic: bool = False
+    """Use only kernels that give the same bits each time. Slower; for a run on a GPU that is continued to the bit."""
     ddp_timeout: Count = 1800
     """Seconds that a process waits for the others before the run fails. Work of one process alone does not count."""
     checkpointing_steps: Natural = 500
@@ -426,6 +439,8 @@ class Run(Section):
     """Stop after this many steps in a row whose loss or gradient is not finite."""
     log_steps: Count = 10
     """Steps between lines of metrics.jsonl."""
+    profile: Natural = 0
+    """Record this many steps, after the first one, as trace.json, which a browser opens. 0 records none."""
     report_to: StrList = []
     """Trackers to write to besides metrics.jsonl: tensorboard, wandb, trackio, mlflow, ..."""
     tracker_project_name: Annotated[str, requires("report_to")] = "sdtune"
@@ -633,7 +648,7 @@ class Launch(Machine):
 
 MAY_CHANGE = frozenset(
     "steps num_train_epochs output_dir ddp_timeout dataloader_num_workers cache cache_dir shard_cache "
-    "gradient_checkpointing "
+    "gradient_checkpointing cuda_graphs deterministic profile "
     "checkpointing_steps checkpoints_total_limit export_steps max_bad_steps log_steps report_to tracker_project_name "
     "train_batch_size gradient_accumulation_steps validation_prompt negative_prompt num_validation_images "
     "validation_steps validation_inference_steps validation_guidance_scale prompt_weights push_to_hub "

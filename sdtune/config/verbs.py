@@ -10,11 +10,11 @@ from sdtune.config.foreign_flags import SAMPLERS
 from sdtune.config.section_base import (
     Count,
     Counts,
+    DrawingPrecision,
     Natural,
     NonNegative,
     PathOrId,
     PathOrIds,
-    Precision,
     Section,
     Seed,
     Share,
@@ -133,7 +133,7 @@ class SampleConfig(Pixels, TextEncoding, Model, Verb):
     """Height in pixels. Default: the base's own."""
     batch_size: Count = 4
     """Images made at once; changes memory and speed."""
-    mixed_precision: Precision = "no"
+    mixed_precision: DrawingPrecision = "no"
     """Precision of weights and computation; no is 32 bit."""
     output_dir: Path = Path("samples")
     """Folder of the images. Numbering continues after the images that are there."""

@@ -39,6 +39,11 @@ class AutoencodingDataset(Dataset[dict[str, Any]]):
         return {"name": sample.name, "pixels": self.stream.pixels(sample), "posterior_noise": noise}
 
     @property
+    def reads_images(self) -> bool:
+        """Always: what comes from an image is not kept, since the encoder may change."""
+        return True
+
+    @property
     def holdout(self) -> list[tuple[str, int]]:
         return [("holdout", k) for k in range(len(self.stream.holdout))]
 

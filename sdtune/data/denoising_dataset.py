@@ -29,11 +29,15 @@ class DenoisingDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, position: Position) -> dict[str, Any]:
         if isinstance(position, int):
-            u = torch.rand((), generator=rng.generator(self.seed, "timestep", position), dtype=torch.float64)
-            return self.make_item(self.stream[position], u, position)
+            return self.make_item(self.stream[position], self.draw_timestep(position), position)
         image, quantile = divmod(position[1], len(HOLDOUT_QUANTILES))
         u = torch.tensor(HOLDOUT_QUANTILES[quantile], dtype=torch.float64)
         return self.make_item(self.stream.holdout[image], u, position)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether an image has to be decoded for an item."""
+        return True
 
     @property
     def holdout(self) -> list[tuple[str, int]]:
@@ -46,6 +50,18 @@ class DenoisingDataset(Dataset[dict[str, Any]]):
             u: uniform in [0, 1), float64 scalar, which chooses the timestep.
         """
         raise NotImplementedError
+
+    def draw_timestep(self, position: int) -> Tensor:
+        """Uniform in [0, 1), float64; stratified, in a part of [0, 1) that no other image of the step has.
+
+        Each image is still uniform over all steps, and the mean over a step varies less.
+        """
+        u = torch.rand((), generator=rng.generator(self.seed, "timestep", position), dtype=torch.float64)
+        if self.options is None or not self.options.stratified_timesteps:
+            return u
+        step, place = divmod(position, self.stream.group)
+        parts = torch.randperm(self.stream.group, generator=rng.generator(self.seed, "timestep parts", step))
+        return (parts[place] + u) / self.stream.group
 
     def draw_normal(self, purpose: str, position: Position, *size: int) -> Tensor:
         return torch.randn(size, generator=rng.generator(self.seed, purpose, position))

@@ -137,7 +137,7 @@ def encode_shards(
         for shard in mine
         for first in range(0, int(shards.counts[shard]), BATCH)
     ]
-    loader = DataLoader(images, batch_sampler=batches, num_workers=cfg.dataloader_num_workers, collate_fn=list)
+    loader = DataLoader(images, batch_sampler=batches, num_workers=cfg.loader_workers(True), collate_fn=list)
     title = f"Encoding {len(todo)} shards"
     shown = track(loader, title, disable=not state.is_main_process or len(batches) < 8, transient=True)
     for shard, tensors in _by_shard(shown, encode, dtype):

@@ -60,6 +60,11 @@ class TextToImageDataset(DenoisingDataset):
             return hole_prompts(self.stream, self.given_prompts)
         return self.given_prompts or [text for text in self.stream.texts() if text] or [""]
 
+    @property
+    def reads_images(self) -> bool:
+        anew = any(not image.cached for image in self.further.images.values())
+        return self.moments is None or self.stream.masked or anew
+
     def make_item(self, sample: Sample, u: Tensor, position: Position) -> dict[str, Any]:
         channels, downscale = self.latent
         shape = (channels, sample.height // downscale, sample.width // downscale)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sdtune.diffusion.objective import DDPM, per_image
 from sdtune.diffusion.rectified_flow import RectifiedFlow
+from sdtune.diffusion.tables import widest_float
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 SIGMA_DATA = 0.5
@@ -24,14 +25,6 @@ def dividing(timesteps: int, count: int) -> list[int]:
     """The numbers of steps that divide ``timesteps``, those nearest to ``count``: at most three below, three above."""
     fitting = [n for n in range(1, timesteps + 1) if timesteps % n == 0]
     return [n for n in fitting if n < count][-3:] + [n for n in fitting if n > count][:3]
-
-
-def grid(timesteps: int, count: int) -> Tensor:
-    """The last timestep of each of ``count`` equal parts, after -1, the clean image: int64 ``[count + 1]``.
-
-    It is that of DDIM with trailing timesteps (Lin et al. 2023, section 3.3), and of LCMScheduler.
-    """
-    return torch.arange(count + 1) * timesteps // count - 1
 
 
 class Consistency:
@@ -46,7 +39,7 @@ class Consistency:
 
     def __call__(self, predict: Predict, x_t: Tensor, t: Tensor) -> Tensor:
         """Where the path through ``x_t`` began: like ``x_t``."""
-        scaled = per_image(t.double() * self.scaling, x_t)
+        scaled = per_image(t.to(widest_float(t.device)) * self.scaling, x_t)
         c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
         c_out = scaled / (scaled**2 + SIGMA_DATA**2).sqrt()
         return c_skip.to(x_t) * x_t + c_out.to(x_t) * self.objective.x0(x_t, predict(x_t, t).to(x_t), t)
@@ -60,7 +53,7 @@ class Consistency:
             count: steps of the teacher; ``u`` of the batch chooses one of them.
         """
         objective, n = self.objective, (batch["u"] * count).long()
-        times = grid(len(objective.alphas_cumprod), count).to(x0.device)
+        times = objective.grid(count, x0.device)
         t, to = times[n + 1], times[n].clamp(min=0)
         x_t = objective.noise(x0, batch["noise"], t)
         with torch.no_grad():
@@ -91,7 +84,7 @@ def progressive_loss(
     The target is the image for which one step of the student ends where two of the teacher do. Its error has the weight
     max(SNR, 1), which the paper calls truncated SNR.
     """
-    times = grid(len(objective.alphas_cumprod), 2 * count).to(x0.device)
+    times = objective.grid(2 * count, x0.device)
     n = (batch["u"] * count).long()
     t, between, to = times[2 * n + 2], times[2 * n + 1], times[2 * n]
     x_t = objective.noise(x0, batch["noise"], t)

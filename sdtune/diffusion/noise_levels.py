@@ -63,7 +63,7 @@ def lognormal_interval(u: Tensor, levels: Tensor, mean: float, std: float) -> Te
     """
     edges = torch.special.erf((levels.log() - mean) / (math.sqrt(2) * std))
     odds = (edges[1:] - edges[:-1]).cumsum(0)
-    return torch.searchsorted(odds / odds[-1], u.double(), right=True).clamp(max=len(odds) - 1)
+    return torch.searchsorted(odds / odds[-1], u.to(odds), right=True).clamp(max=len(odds) - 1)
 
 
 def denoiser(objective: DDPM, predict: Network) -> Denoise:
@@ -71,11 +71,10 @@ def denoiser(objective: DDPM, predict: Network) -> Denoise:
 
     Its ``x_t`` is ``x / sqrt(1 + sigma^2)``. Levels beyond the schedule are told as its first or last timestep.
     """
-    alphas = objective.alphas_cumprod
-    known = ((1 - alphas) / alphas).log() / 2  # ln sigma of each timestep
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        logs, places = known.to(sigma.device), sigma.double().log()
+        logs = objective.log_sigma.on(sigma.device)
+        places = sigma.to(logs).log()
         after = torch.searchsorted(logs, places).clamp(1, len(logs) - 1)
         share = (places - logs[after - 1]) / (logs[after] - logs[after - 1])
         t = (after - 1 + share.clamp(0, 1)).to(x)

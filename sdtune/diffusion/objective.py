@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sdtune.config.sections import Denoising, UserError
+from sdtune.diffusion.tables import Table
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 
@@ -81,7 +82,11 @@ class DDPM:
         self.alphas_cumprod = alphas_cumprod.double()
         self.prediction, self.snr_gamma, self.huber_c = prediction, snr_gamma, huber_c
         odds = torch.ones(len(alphas_cumprod)) if timestep_odds is None else timestep_odds
-        self.quantiles = (odds.double() / odds.double().sum()).cumsum(0)
+        self.quantiles = Table((odds.double() / odds.double().sum()).cumsum(0))
+        self.signal, self.spread = Table(self.alphas_cumprod.sqrt()), Table((1 - self.alphas_cumprod).sqrt())
+        self.weights = Table(self._weights())
+        self.log_sigma = Table(((1 - self.alphas_cumprod) / self.alphas_cumprod).log() / 2)
+        self._grids: dict[int, Table] = {}
 
     @classmethod
     def of(cls, cfg: Denoising, scheduler: Any) -> "DDPM":
@@ -94,14 +99,23 @@ class DDPM:
 
     def timesteps(self, u: Tensor, x0: Tensor | None = None) -> Tensor:
         """The timestep at quantile ``u`` in [0, 1) of the training distribution, whatever the images: int64 ``[B]``."""
-        t = torch.searchsorted(self.quantiles.to(u.device), u.double(), right=True)
-        return t.clamp(max=len(self.quantiles) - 1)  # cumsum may end a rounding error below 1
+        quantiles = self.quantiles.on(u.device)
+        t = torch.searchsorted(quantiles, u.to(quantiles), right=True)
+        return t.clamp(max=len(quantiles) - 1)  # cumsum may end a rounding error below 1
+
+    def grid(self, count: int, device: torch.device) -> Tensor:
+        """The last timestep of each of ``count`` equal parts, after -1, the clean image: int64 ``[count + 1]``.
+
+        It is that of DDIM with trailing timesteps (Lin et al. 2023, section 3.3), and of LCMScheduler.
+        """
+        if count not in self._grids:
+            self._grids[count] = Table(torch.arange(count + 1) * len(self.alphas_cumprod) // count - 1)
+        return self._grids[count].on(device)
 
     def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """``a_t`` and ``s_t``, in the dtype of ``like`` and shaped to multiply it."""
-        alpha_bar = self.alphas_cumprod.to(t.device)[t]
-        a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        return per_image(a, like).to(like), per_image(s, like).to(like)
+        a, s = self.signal.at(t, like.dtype), self.spread.at(t, like.dtype)
+        return per_image(a, like), per_image(s, like)
 
     def noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """``x_t`` (Ho et al. 2020, equation 4)."""
@@ -159,10 +173,13 @@ class DDPM:
         the weight is 1 on noise (Ho et al. 2020, equation 14) and on velocity, and ``snr`` on x_0, which makes the loss
         that of noise (Salimans & Ho 2022, section 4).
         """
+        return self.weights.at(t)
+
+    def _weights(self) -> Tensor:
+        """The weight of each timestep, float32 ``[T]``."""
+        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
         if self.snr_gamma is None and self.prediction != "sample":
-            return torch.ones(len(t), device=t.device)
-        alpha_bar = self.alphas_cumprod.to(t.device)[t]
-        snr = alpha_bar / (1 - alpha_bar)
+            return torch.ones(len(snr))
         if self.snr_gamma is None:
             return snr.float()
         match self.prediction:

@@ -11,8 +11,9 @@ change an FID by more than what papers report as progress (Parmar et al. 2022).
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -74,9 +75,9 @@ def embed_each(images: Sequence[Tensor], network: nn.Module) -> Tensor:
 def features_of(images: Images, network: nn.Module, rows: Sequence[int] | None = None) -> Tensor:
     """Features [N, D] of ``rows`` (default: all). Images seen before come from the cache, whatever their file names."""
     rows = range(len(images.rows)) if rows is None else rows
-    folder = (
-        cache_root() / "features" / f"{type(network).__name__}-{digest(weights_digest(network), network.side, BATCH)}"
-    )
+    # The last digits depend on the kind of device
+    key = digest(weights_digest(network), network.side, BATCH, device().type)
+    folder = cache_root() / "features" / f"{type(network).__name__}-{key}"
     make_folder(folder, "set SDTUNE_CACHE to a folder that you may write to")
     by_content = {images.rows[i].sha256: i for i in rows}
     missing = sorted(by_content.keys() - Store(folder).index.keys())
@@ -116,6 +117,19 @@ def square(pixels: Tensor, side: int) -> Tensor:
     return resized[0].clamp(0, 1)
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Context in which a GPU rounds no factor to TF32: figures have to compare between machines."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@full_float32()
 @torch.inference_mode()
 def forward(squares: Sequence[Tensor], network: nn.Module) -> Tensor:
     """The features of at most `BATCH` images.

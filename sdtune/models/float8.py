@@ -32,4 +32,6 @@ def compute_in_float8(module: nn.Module, device: torch.device, emulate: bool = F
     def takes(layer: nn.Module, name: str) -> bool:
         return type(layer) is nn.Linear and "lora_" not in name and not any(n % BLOCK for n in layer.weight.shape)
 
-    convert_to_float8_training(module, config=Float8LinearConfig(emulate=emulate), module_filter_fn=takes)
+    # The gradient of a weight sums over rows, of which small batches have a number that no block divides
+    config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
+    convert_to_float8_training(module, config=config, module_filter_fn=takes)

@@ -4,6 +4,7 @@ Gradient checkpointing computes the activations of a block again in the backward
 (Chen et al. 2016).
 """
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sdtune.config.sections import UserError
+from sdtune.data import cache_root
 
 
 def checkpoint_gradients(modules: Iterable[nn.Module]) -> None:
@@ -40,8 +42,10 @@ def _can_checkpoint(module: nn.Module) -> bool:
 def compile_blocks(modules: Iterable[nn.Module]) -> None:
     """Compile the models of diffusers: block by block where a model names its repeated blocks, else as a whole.
 
-    Modules of other libraries stay as they are: a text encoder takes a small part of a step.
+    Modules of other libraries stay as they are: a text encoder takes a small part of a step. What was compiled is kept
+    in the cache of sdtune, for the next run.
     """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "compiled"))
     for module in modules:
         part: Any = module
         if isinstance(module, ModelMixin):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from sdtune.config.methods.new_word import NewWord, says
@@ -36,6 +37,11 @@ class Embedding(nn.Module):
         """All rows as one table, for code that reads its dtype, device or norms."""
         return torch.cat([self.table.weight[: self.size], self.rows.to(self.table.weight.dtype)])
 
+    def norms(self) -> Tensor:
+        """The norm of each row that trains, ``[n]``; where processes hold a slice each (FSDP2), all must call this."""
+        rows = self.rows.full_tensor() if isinstance(self.rows, DTensor) else self.rows
+        return rows.norm(dim=1)
+
     def forward(self, ids: Tensor) -> Tensor:
         old = self.table(ids.clamp(max=self.size - 1))
         new = functional.embedding((ids - self.size).clamp(min=0), self.rows).to(old.dtype)
@@ -56,13 +62,13 @@ class Word(NamedTuple):
     def figures(self, images: int) -> dict[str, Tensor]:
         """The mean norm of the new rows, for the metrics: one that runs away drowns the other words."""
         return {
-            f"embedding_norm{name.removeprefix('text_encoder')}": rows.detach().norm(dim=1).mean().expand(images)
-            for name, rows in self.rows.items()
+            f"embedding_norm{name.removeprefix('text_encoder')}": embedding.norms().detach().mean().expand(images)
+            for name, embedding in self.embeddings.items()
         }
 
     def deviation(self) -> Tensor:
         """Mean square of the deviation of the norms from the vocabulary's, relative to it, over all encoders."""
-        squares = [((e.rows.norm(dim=1) / e.usual_norm) - 1).square().mean() for e in self.embeddings.values()]
+        squares = [((e.norms() / e.usual_norm) - 1).square().mean() for e in self.embeddings.values()]
         return torch.stack(squares).mean()
 
 

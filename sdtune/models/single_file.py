@@ -1,10 +1,11 @@
 """Single-file checkpoints of Stable Diffusion 1 to 3.5 and XL: what a file holds, and its parts as diffusers' folders.
 
 A file holds weights under the names of the original code, and neither settings nor a tokenizer; both come with sdtune
-(``single_file_kinds``), so a file is read without a network. Each file is converted once, into the cache; a folder gets
-its name when it is complete, so that several processes may convert one file.
+(``single_file_kinds``), so a file is read without a network. Each file is converted once, into the cache, by one of
+the processes that ask for it, while the others wait. A folder gets its name when it is complete.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -164,6 +165,15 @@ def _converted(file: Path, where: str, kind: str, convert: Callable[[Path, Path]
     folder = cache_root() / "models" / f"{file.stem}-{digest}{suffix}"
     if folder.is_dir():
         return str(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            _convert_into(folder, where, kind, convert)
+    return str(folder)
+
+
+def _convert_into(folder: Path, where: str, kind: str, convert: Callable[[Path, Path], None]) -> None:
     new = folder.with_name(f".{folder.name}-{os.getpid()}")
     shutil.rmtree(new, ignore_errors=True)
     settings = new / "settings"
@@ -173,11 +183,10 @@ def _converted(file: Path, where: str, kind: str, convert: Callable[[Path, Path]
         convert(new / "model", settings)
         try:
             (new / "model").rename(folder)
-        except OSError:  # another process was first
+        except OSError:  # another machine was first
             if not folder.is_dir():
                 raise
     except BROKEN as error:
         raise UserError(f"{where}: cannot be read as a single-file checkpoint: {reason(error)}") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    return str(folder)

@@ -24,6 +24,7 @@ PARTS = 5
 
 class Classifier(Recipe):
     Config = ClassifierConfig
+    repeats = True
 
     def __init__(self, cfg, device):
         super().__init__(cfg, device)

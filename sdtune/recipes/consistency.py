@@ -20,6 +20,7 @@ from sdtune.diffusion.few_steps import follow, same_dropout
 from sdtune.diffusion.noise_levels import GROWTH, Levels, denoiser, lognormal_interval, pseudo_huber, solve
 from sdtune.diffusion.objective import DDPM, per_image
 from sdtune.diffusion.pixel_sampler import draw_consistency, to_images
+from sdtune.diffusion.tables import Table
 from sdtune.models import pixel_models
 from sdtune.recipes.recipe import Recipe
 from sdtune.run.sampling_file import Sampling
@@ -36,6 +37,7 @@ class ConsistencyModel(Recipe):
         self.classes = class_names(cfg, self.images, model.classes)
         self.unet = pixel_models.build(cfg, model, len(self.mode), self.classes)
         self.levels = Levels(cfg.sigma_min, cfg.sigma_max, cfg.rho, cfg.sigma_data)
+        self.tables = {}
         if cfg.model:
             pixel_models.require_resolution(cfg, model)
             noise = DDPMScheduler.from_config(model.scheduler)
@@ -60,9 +62,15 @@ class ConsistencyModel(Recipe):
         cfg, s_0, s_1 = self.cfg, self.cfg.discretization_s_0, self.cfg.discretization_s_1
         return GROWTH[cfg.discretization](self.step, self.phase_steps, s_0, s_1) if self.phase_steps else s_1
 
+    def levels_on(self, device):
+        """The noise levels of this step; those of a phase stay on the device."""
+        if (count := self.intervals() + 1) not in self.tables:
+            self.tables = {count: Table(self.levels.rising(count))}
+        return self.tables[count].on(device)
+
     def forward(self, batch):
         cfg, u, x0, c = self.cfg, batch["u"], batch["pixels"], batch.get("label")
-        levels = self.levels.rising(self.intervals() + 1).to(u.device)
+        levels = self.levels_on(u.device)
         count = len(levels) - 1
         uniform = cfg.density == "uniform"
         i = (u * count).long() if uniform else lognormal_interval(u, levels, cfg.p_mean, cfg.p_std)

@@ -21,6 +21,7 @@ from sdtune.recipes.recipe import Recipe
 
 class Ddpm(Recipe):
     Config = DdpmConfig
+    repeats = True
 
     def __init__(self, cfg, device):
         super().__init__(cfg, device)

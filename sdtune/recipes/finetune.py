@@ -35,6 +35,8 @@ class FineTune(Recipe):
     ``trained`` lists those that train, for the learning rates and for the artefact.
     """
 
+    repeats = True
+
     def __init__(self, cfg: Any, device: torch.device):
         super().__init__(cfg, device)
         self.images = self.load_images()
@@ -136,8 +138,10 @@ class FineTune(Recipe):
         cfg, family = self.cfg, self.family
         given = [prompt.images for prompt in prompts if isinstance(prompt, ImagePrompt)]
         with torch.autocast(family.device.type, family.dtype, enabled=family.dtype != torch.float32):
+            pipe = self.pipeline()
+            pipe.vae.enable_slicing()  # the memory that one image takes, beside the optimizer's
             images = generate(
-                self.pipeline(),
+                pipe,
                 list(map(str, prompts)),
                 seeds,
                 steps=self.shown_steps,

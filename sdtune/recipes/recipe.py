@@ -27,6 +27,10 @@ class RecipeDataset(Protocol):
     prompts: Sequence[Any]
     """What the sample grids show; ``str`` of each is its caption."""
 
+    @property
+    def reads_images(self) -> bool:
+        """Whether an image has to be decoded for an item."""
+
     def __getitem__(self, position: int) -> dict[str, Any]: ...
 
 
@@ -45,6 +49,11 @@ class Recipe(nn.Module):
     """Submodules that `after_step` moves and no gradient does, such as a target network: they are saved with the rest.
 
     They require no gradient, and are fp32.
+    """
+    repeats = False
+    """Whether the forward pass does the same with each batch of a shape, whatever the step and the values.
+
+    Then a GPU may record it once (`training.repeated`).
     """
     step = 0
     """Optimizer steps taken so far; the loop sets it."""

@@ -18,6 +18,7 @@ from sdtune.run.files import sweep
 
 OWN = (
     *("config.yaml", settings.METHOD, "metrics.jsonl", status.FILE, "report.html", "environment.json", "README.md"),
+    "trace.json",
     "exit.json",  # of older runs
 )
 """Files of a run besides its artefact. --overwrite removes them and OWN_FOLDERS."""

@@ -26,6 +26,7 @@ from sdtune.run.contact_sheet import grid, save_sheet
 from sdtune.run.curves import clock
 from sdtune.run.live_report import LiveReport
 from sdtune.run.metrics_file import cut_off
+from sdtune.run.step_times import StepTimes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -64,9 +65,9 @@ class Metrics:
 
     ``metrics.jsonl`` gets an object a line: ``step``, ``seconds`` (wall time since step 0, summed over
     continuations) and what `log` is given; beside a ``loss`` also ``images_per_second`` (of all processes,
-    without the time in `paused`), ``data_wait`` (share of that time spent in `waiting`, 0 to 1) and
-    ``peak_memory`` (bytes of this process: on the GPU if there is one, else resident). Numbers that are not
-    finite become ``null``.
+    without the time in `paused`), the shares of that time in the parts of a step (``data_wait``, ``forward``,
+    ``backward``, ``optimizer``, ``rest``; 0 to 1) and ``peak_memory`` (bytes of this process: on the GPU if there is
+    one, else resident). Numbers that are not finite become ``null``.
 
     Args:
         cfg: the run; its ``output_dir`` receives the files.
@@ -77,6 +78,7 @@ class Metrics:
 
     def __init__(self, cfg: Run, accelerator: "Accelerator", first_step: int, total_steps: int) -> None:
         self.active = accelerator.is_main_process
+        self.times = StepTimes(self.active and accelerator.device.type == "cuda")
         if not self.active:
             return
         self.cfg, self.accelerator, self.total_steps = cfg, accelerator, total_steps
@@ -89,7 +91,7 @@ class Metrics:
         self.start = self.mark = self.last_print = time.monotonic()
         self.first_step = self.step = self.marked_step = first_step
         self.printed_step = -1
-        self.away_since_mark = self.wait_since_mark = 0.0
+        self.away_since_mark = 0.0
         self.loss, self.rate = math.nan, math.nan
         self.live = self._live_line(first_step)
         self.report = LiveReport(cfg.output_dir, total_steps)
@@ -136,14 +138,6 @@ class Metrics:
             _track_image(tracker, sheet, step)
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time inside is waiting for data."""
-        begin = time.monotonic()
-        yield
-        if self.active:
-            self.wait_since_mark += time.monotonic() - begin
-
-    @contextmanager
     def paused(self) -> Iterator[None]:
         """Time inside (sampling, saving, the holdout) is not training and counts towards no throughput."""
         begin = time.monotonic()
@@ -167,10 +161,10 @@ class Metrics:
         seconds = max(now - self.mark - self.away_since_mark, 1e-9)
         measured = {
             "images_per_second": round((step - self.marked_step) * self.images_per_step / seconds, 4),
-            "data_wait": round(min(self.wait_since_mark / seconds, 1.0), 4),
+            **self.times.shares(seconds),
             "peak_memory": _peak_memory(self.accelerator.device),
         }
-        self.mark, self.marked_step, self.away_since_mark, self.wait_since_mark = now, step, 0.0, 0.0
+        self.mark, self.marked_step, self.away_since_mark = now, step, 0.0
         return measured
 
     def _text(self) -> str:

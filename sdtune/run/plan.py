@@ -44,7 +44,7 @@ def warms_up(cfg: Planned) -> bool:
     return cfg.lr_warmup_steps > 0 and cfg.lr_scheduler in WARMED
 
 
-def plan(cfg: Planned, stream: Any, total: int, world: int, peaks: Sequence[float], trained: int) -> str:
+def plan(cfg: Planned, stream: Any, total: int, world: int, peaks: Sequence[float], trained: int, workers: int) -> str:
     """The plan of a run.
 
     Args:
@@ -52,6 +52,7 @@ def plan(cfg: Planned, stream: Any, total: int, world: int, peaks: Sequence[floa
         world: processes.
         peaks: the peak learning rate of each group of parameters, as the config has it.
         trained: parameters that train.
+        workers: processes that read the images, beside each process that trains.
     """
     parts, subjects, repeats, group = len(stream.images.sizes), stream.images.subjects, cfg.repeats, stream.group
     images = stream.epoch_length // (repeats * parts)
@@ -80,6 +81,9 @@ def plan(cfg: Planned, stream: Any, total: int, world: int, peaks: Sequence[floa
             f"{group} a step{share}",
             f"{total:,} steps = {total * group:,} samples, {total * group / stream.epoch_length:.1f} epochs",
             rate,
+            f"images are read by {workers} process{'es' * (workers > 1)}"
+            if workers
+            else "images are read in the training process",
             f"{trained:,} parameters train",
         ]
     )

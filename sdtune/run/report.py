@@ -15,7 +15,7 @@ from sdtune import __version__
 from sdtune.config.commands import config_class
 from sdtune.config.scores import title, which_is_better
 from sdtune.config.sections import Run
-from sdtune.run import status, usage
+from sdtune.run import status, step_times, usage
 from sdtune.run.artefacts import BEST, artefact, best, by_path, entries
 from sdtune.run.curves import Points, chart, clock, smooth
 from sdtune.run.folder import FIRST_LINE, sample_sheets, step_of_sheet
@@ -32,7 +32,7 @@ STATES = {
 }
 MEASURED = {
     *("step", "seconds", "loss", "holdout_loss", "learning_rate", "grad_norm", "skipped_steps"),
-    *("images_per_second", "data_wait", "peak_memory"),
+    *("images_per_second", "peak_memory", "rest", *step_times.PARTS),
 }
 """Keys that the lines of every run have. All other keys are figures of the recipe."""
 
@@ -175,13 +175,17 @@ def _charts(lines: list[dict[str, Any]]) -> str:
     loss, holdout = _series(lines, "loss"), _series(lines, "holdout_loss")
     if not loss and not holdout:
         return '<p class="none">No step has been logged yet.</p>'
-    waits = [(step, 100 * share) for step, share in _series(lines, "data_wait")]
+    names = {"data_wait": "waiting for data"}
+    shares = {
+        names.get(part, part): [(step, 100 * share) for step, share in _series(lines, part)]
+        for part in (*step_times.PARTS, "rest")
+    }
     charts = [
         ("Loss", "", {"smoothed": smooth(loss), "logged": loss, "holdout": holdout}),
         ("Learning rate", "", {"learning rate": _series(lines, "learning_rate")}),
         ("Gradient norm", "before clipping", {"gradient norm": _series(lines, "grad_norm")}),
         ("Throughput", "images/s", {"images/s": _series(lines, "images_per_second")}),
-        ("Waiting for data", "% of the time", {"%": waits}),
+        ("Time of a step", "% of it", shares),
         *((title(key), which_is_better(key), _with_interval(lines, key)) for key in figures_of(lines)),
     ]
     return (

@@ -3,7 +3,8 @@
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -143,9 +144,48 @@ def largest_batch(kind: type[Recipe], cfg: TrainingConfig, world: int, memory: s
 
     On a GPU a batch that should fit is tried, and the next smaller one if it does not.
 
+    For several processes the search is in a process of its own, so that no GPU keeps anything of it.
+
     Raises:
         UserError: not even a batch of one image fits.
     """
+    if world == 1:
+        return cfg.model_copy(update=largest_cut(kind, cfg, world, memory))
+    return cfg.model_copy(update=in_a_fork(lambda: largest_cut(kind, cfg, world, memory)))
+
+
+def in_a_fork(work: Callable[[], dict[str, int]]) -> dict[str, int]:
+    """What ``work()`` returns, or raises, when a fork of this process does it.
+
+    Raises:
+        RunFailed: the fork died.
+    """
+    context = get_context("fork")
+    receiving, sending = context.Pipe(duplex=False)
+
+    def send() -> None:
+        try:
+            sending.send(work())
+        except (UserError, RunFailed) as error:
+            sending.send(error)
+
+    child = context.Process(target=send)
+    child.start()
+    sending.close()
+    try:
+        found = receiving.recv()
+    except EOFError:
+        child.join()
+        raise RunFailed(f"--find-batch-size: the search ended with exit code {child.exitcode}") from None
+    child.join()
+    if isinstance(found, Exception):
+        raise found
+    cut: dict[str, int] = found
+    return cut
+
+
+def largest_cut(kind: type[Recipe], cfg: TrainingConfig, world: int, memory: str | None) -> dict[str, int]:
+    """The options of `largest_batch`. Raises: UserError, as that does."""
     device = best_device(mps=False)
     limit = limit_of(memory, device)
     estimates = Estimates(kind, cfg, device, world)
@@ -161,7 +201,7 @@ def largest_batch(kind: type[Recipe], cfg: TrainingConfig, world: int, memory: s
                     f"--find-batch-size: --train-batch-size {size} --gradient-accumulation-steps {times}, "
                     f"{human_bytes(need.total)} of {human_bytes(limit)} (estimate)"
                 )
-                return chosen
+                return cut
     except RuntimeError as error:
         raise RunFailed(f"--find-batch-size: this recipe cannot be traced ({str(error).splitlines()[0]})") from error
     raise UserError(

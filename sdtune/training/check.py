@@ -17,7 +17,8 @@ from sdtune.run.plan import plan, steps_of
 from sdtune.run.precision import precision_of
 from sdtune.training import optim
 from sdtune.training.batch_size import Estimates, fitting_changes, flags, human_bytes, largest_batch, limit_of
-from sdtune.training.memory_estimate import MemoryEstimate, meta_recipe, size_of
+from sdtune.training.memory_estimate import MemoryEstimate, meta_recipe
+from sdtune.training.preview_memory import size_of
 
 
 def check(
@@ -49,7 +50,8 @@ def check(
     trained = [p for p in recipe.parameters() if p.requires_grad]
     peaks = [group["lr"] for group in recipe.parameter_groups()]
     total = steps_of(cfg, dataset.stream)
-    echo(plan(cfg, dataset.stream, total, world, peaks, sum(p.numel() for p in trained)))
+    workers = cfg.loader_workers(dataset.reads_images)
+    echo(plan(cfg, dataset.stream, total, world, peaks, sum(p.numel() for p in trained), workers))
     saved = size_of([*trained, *recipe.moved_weights().values()])
     estimates = Estimates(kind, cfg, device, world, made)
     try:
@@ -111,6 +113,7 @@ MEANING = {
     "gradients": "gradients",
     "activations": "activations, and the batch",
     "temporary": "temporary, in the backward pass",
+    "preview": "more than a step takes, while a sample image is decoded",
     "reading": "more than a step takes, while the base is read in 32 bits",
 }
 """Fields of a MemoryEstimate in words."""

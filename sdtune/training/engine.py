@@ -7,10 +7,11 @@ fp16 losses are scaled, so that small gradients do not round to nothing; a step 
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -19,12 +20,23 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sdtune.config.sections import Run
+from sdtune.diffusion.tables import widest_float
+from sdtune.models.fused_lora import HalfAdapters
 from sdtune.recipes.recipe import Recipe, split_loss
 from sdtune.run.precision import dtype_of
 from sdtune.training import optim
 
 INIT_SCALE = 2.0**16
 """By what fp16 losses are multiplied at first; halved after an overflow, doubled after 2000 steps without one."""
+
+
+class Place(Protocol):
+    """What an engine of one process reads of an Accelerator."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def num_processes(self) -> int: ...
 
 
 class Engine:
@@ -39,20 +51,55 @@ class Engine:
     forward_alone = True
     """Whether one process may call the model while the others do not."""
 
-    def __init__(self, recipe: Recipe, cfg: Run, accelerator: Accelerator):
+    gradients_stay = False
+    """Whether gradients are set to 0 after a step and keep their places; else they are dropped."""
+
+    def __init__(self, recipe: Recipe, cfg: Run, accelerator: Place):
         self.recipe, self.device, self.world = recipe, accelerator.device, accelerator.num_processes
         self.dtype, self.accumulation = dtype_of(cfg), cfg.gradient_accumulation_steps
         self.scaler = torch.amp.GradScaler(self.device.type, INIT_SCALE, enabled=self.dtype == torch.float16)
         self.model: nn.Module = recipe
+        self.halves = self.adapters_in_half()
+
+    def adapters_in_half(self) -> HalfAdapters | None:
+        """The adapters of a recipe that trains nothing else beside a base in half precision; then there is no autocast.
+
+        Its norms and sums would be in float32 and cast back, though the base's own pipelines have them in half
+        precision; their kernels add up in float32 all the same.
+        """
+        if self.dtype == torch.float32:
+            return None
+        halves = HalfAdapters(self.recipe, self.dtype)
+        return halves if halves.layers and halves.suffice else None
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and figures of a batch, in the precision of the run."""
+        if self.halves:
+            self.halves.make()
         with self.autocast():
             return split_loss(self.model(batch))
 
+    def without_training(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and figures of a batch by this process alone, if engines of this kind allow that, without a gradient."""
+        with torch.no_grad(), self.autocast():
+            if self.halves:
+                self.halves.make()
+            found = split_loss(self.recipe(batch))
+        if self.halves:
+            self.halves.clear()
+        return found
+
+    def receive(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch on the device of the run, without waiting for it; of a device without float64, in float32."""
+        if (widest := widest_float(self.device)) != torch.float64:
+            float64 = {name for name, x in batch.items() if isinstance(x, Tensor) and x.dtype == torch.float64}
+            batch = batch | {name: batch[name].to(widest) for name in float64}
+        received: dict[str, Any] = send_to_device(batch, self.device, non_blocking=True)
+        return received
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Context in which the recipe runs in the precision of the run."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32 and not self.halves)
 
     def local(self) -> AbstractContextManager[Any]:
         """Context of a forward and backward pass whose gradients stay with the process, to be added to."""
@@ -60,21 +107,35 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one of the micro-batches of a step."""
-        self.scaler.scale(loss / self.accumulation).backward()
+        self.scaler.scale(loss / self.accumulation if self.accumulation > 1 else loss).backward()
+        if self.halves:  # not before: with gradient checkpointing the backward pass computes forward again
+            self.halves.clear()
 
     def step(self, optimizer: Optimizer, max_norm: float) -> Tensor:
         """Clip, take the step unless the gradient is not finite, and clear it; the gradient's norm before clipping."""
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         if self.scaler.is_enabled():
             self.scaler.unscale_(optimizer)
-        norm = full_tensor(nn.utils.clip_grad_norm_(weights, max_norm))
-        if self.scaler.is_enabled():
+        total = nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
+        norm = full_tensor(total)
+        if self.scaler.is_enabled():  # it tells the optimizer of an overflow itself, and would not take a second scale
+            optim.clip(weights, total, max_norm)
             self.scaler.step(optimizer)
             self.scaler.update()
         else:
-            optim.step_if_finite(optimizer, norm)
-        optimizer.zero_grad()
+            optim.clipped_step(optimizer, norm, max_norm)
+        optimizer.zero_grad(set_to_none=not self.gradients_stay)
         return norm
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [p for p in self.recipe.parameters() if p.requires_grad]
+
+    def keep_gradients(self) -> None:
+        """From now on gradients keep their places, which a recording of the step needs."""
+        self.gradients_stay = True
+        for p in self.trained:
+            p.grad = torch.zeros_like(p)
 
     @property
     def overflows(self) -> bool:
@@ -97,9 +158,8 @@ class Engine:
     def save_optimizer(
         self, optimizer: Optimizer, names: dict[Tensor, str]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """See `optim.save_state`."""
-        tensors, numbers = optim.save_state(optimizer, names)
-        return {name: full_tensor(tensor) for name, tensor in tensors.items()}, numbers
+        """See `optim.save_state`; where processes hold slices, so do the tensors."""
+        return optim.save_state(optimizer, names)
 
     def load_optimizer(
         self, optimizer: Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor], numbers: dict[str, Any]
@@ -113,6 +173,11 @@ class Engine:
     def load_scale(self, saved: dict[str, Any]) -> None:
         """Go on with what `save_scale` gave, of this engine or another."""
         self.scaler.load_state_dict(saved)
+
+
+def nan_unless_finite(loss: Tensor) -> Tensor:
+    """A mean of losses; if one is not finite its gradient is NaN, from which every process learns of it."""
+    return loss * (0 * loss.detach() + 1)
 
 
 class Replicated(Engine):
@@ -152,7 +217,7 @@ class Sharded(Engine):
         super().__init__(recipe, cfg, accelerator)
         self.summary = f"weights: each in {self.world} slices, one on a process (FSDP2)"
         # FSDP changes the classes and hooks of a module, so what is exported is a copy that it has not seen
-        self.export_copy = copy.deepcopy(recipe).cpu() if accelerator.is_main_process else None
+        self.export_copy = copy_in_main_memory(recipe) if accelerator.is_main_process else None
         mesh = init_device_mesh(self.device.type, (self.world,))
         half = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32)
         options: dict[str, Any] = {"mesh": mesh, "offload_policy": plugin.cpu_offload or OffloadPolicy()}
@@ -167,6 +232,9 @@ class Sharded(Engine):
                 fully_shard(module, reshard_after_forward=reshard, **options)
             self.roots.append(fully_shard(part, reshard_after_forward=reshard, **options))
 
+    def adapters_in_half(self) -> None:
+        """None: FSDP casts each block as it gathers it."""
+
     @contextmanager
     def local(self) -> Iterator[None]:
         for root in self.roots:
@@ -180,13 +248,24 @@ class Sharded(Engine):
     def gather_recipe(self) -> Recipe:
         changing = {name: p for name, p in self.recipe.named_parameters() if p.requires_grad}
         changing |= self.recipe.moved_weights()
-        live = {name: full_tensor(p.detach()) for name, p in changing.items()}
-        if self.export_copy is not None:
+        copied = dict(self.export_copy.named_parameters()) if self.export_copy else {}
+        for name, p in changing.items():  # one at a time: together they are what the slices are to save
+            whole = full_tensor(p.detach())
+            if name in copied:
+                copied[name].data.copy_(whole)
+            del whole
+        if self.export_copy:
             self.export_copy.step = self.recipe.step
-            copied = dict(self.export_copy.named_parameters())
-            for name, weight in live.items():
-                copied[name].data.copy_(weight)
         return self.export_copy or self.recipe
+
+
+def copy_in_main_memory(recipe: Recipe) -> Recipe:
+    """A copy whose weights are in the main memory, and were never twice on the device."""
+    made: dict[int, Any] = {}
+    for tensor in (*recipe.parameters(), *recipe.buffers()):
+        copied = tensor.detach().to("cpu", copy=True)
+        made[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+    return copy.deepcopy(recipe, made)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

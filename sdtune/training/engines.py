@@ -4,8 +4,9 @@ import os
 
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 
-from sdtune.config.sections import Run, UserError
+from sdtune.config.sections import Adapter, Optim, Run, UserError
 from sdtune.recipes.recipe import Recipe
+from sdtune.training import optim
 from sdtune.training.engine import Engine, Replicated, Sharded
 
 
@@ -22,6 +23,25 @@ def make_engine(recipe: Recipe, cfg: Run, accelerator: Accelerator) -> Engine:
         if plugin.fsdp_version != 2:
             raise UserError("accelerate config: fsdp_version 1 is not supported; write `fsdp_version: 2`")
         if accelerator.num_processes > 1:
+            refuse_what_cannot_be_sliced(cfg)
             return Sharded(recipe, cfg, accelerator, plugin)
     kind = Replicated if accelerator.num_processes > 1 else Engine
     return kind(recipe, cfg, accelerator)
+
+
+def refuse_what_cannot_be_sliced(cfg: Run) -> None:
+    """Raises: UserError for options that do not work, or save nothing, where each process holds a slice (FSDP2)."""
+    if isinstance(cfg, Optim):
+        chosen = "adamw8bit" if cfg.use_8bit_adam else cfg.optimizer
+        path, _ = optim.NAMED.get(chosen, (chosen, ""))
+        if path.startswith("bitsandbytes"):
+            flag = "--use-8bit-adam" if cfg.use_8bit_adam else f"--optimizer {chosen}"
+            raise UserError(
+                f"{flag}: the kernels of bitsandbytes do not work on slices of weights (FSDP2); "
+                "--optimizer torchao_adamw8bit does"
+            )
+    if isinstance(cfg, Adapter) and cfg.quantize_base:
+        raise UserError(
+            f"--quantize-base {cfg.quantize_base}: saves no memory where the weights are in slices (FSDP2), since each "
+            "process decodes whole weights; leave it out, or train without FSDP2"
+        )

@@ -1,7 +1,7 @@
 """Losses and skipped steps since the last line of metrics, held on the device until that line is written.
 
 Reading a number off a GPU makes the host wait for it. So losses stay tensors, and whether a step was skipped is
-counted by the device; ``line`` is the one place that waits.
+counted from norms that stay there too; ``line`` is the one place that waits.
 """
 
 import math
@@ -50,14 +50,13 @@ class Window:
     def __init__(self, accelerator: Accelerator, skipped: int, step: int):
         self.accelerator, self.skipped = accelerator, skipped
         self.device = accelerator.device
-        in_a_row = skipped if skipped == step else 0
-        self.counts = torch.tensor([skipped, in_a_row], device=self.device)  # skipped steps: in all, and in a row
+        self.in_a_row = skipped if skipped == step else 0
         self.clear()
 
     def clear(self) -> None:
         self.losses: list[tuple[Tensor, list[str]]] = []
         self.figures = Figures()
-        self.steps = 0
+        self.norms: list[Tensor] = []
 
     def add(self, loss: Tensor, figures: Mapping[str, Tensor], samples: list[str]) -> None:
         """The losses and figures of a micro-batch, and the names of its images."""
@@ -66,13 +65,20 @@ class Window:
 
     def end_step(self, norm: Tensor) -> None:
         """A step whose gradient had this norm."""
-        bad = (~norm.isfinite()).to(self.counts)
-        self.counts = torch.stack([self.counts[0] + bad, (self.counts[1] + 1) * bad])
-        self.steps += 1
+        self.norms.append(norm)
 
     def skipped_so_far(self) -> int:
         """Steps skipped in the run; waits for the device."""
-        return int(self.counts[0])
+        return self.skipped + sum(self._bad())
+
+    @property
+    def steps(self) -> int:
+        """Steps since the last line."""
+        return len(self.norms)
+
+    def _bad(self) -> list[bool]:
+        """Of each step since the last line, whether it was skipped; waits for the device."""
+        return (~torch.stack(self.norms).isfinite()).tolist() if self.norms else []
 
     def line(self, step: int, norm: Tensor, learning_rate: float, limit: int) -> dict[str, float]:
         """The numbers of the steps since the last line, over all processes.
@@ -80,7 +86,9 @@ class Window:
         Raises:
             RunFailed: ``limit`` steps in a row, up to this one, had no finite gradient.
         """
-        skipped, in_a_row = self.counts.tolist()
+        bad = self._bad()
+        skipped = self.skipped + sum(bad)
+        in_a_row = self.in_a_row + len(bad) if all(bad) else bad[::-1].index(False)
         finite = [loss.float().mean() for loss, _ in self.losses if loss.isfinite().all()]
         if skipped > self.skipped:
             self._name_culprits(step, skipped - self.skipped)
@@ -92,7 +100,7 @@ class Window:
         total = torch.stack(finite).sum().item() if finite else 0.0
         sums = torch.tensor([total, len(finite)], device=self.device)
         total, count = self.accelerator.reduce(sums, "sum").tolist()
-        self.skipped = skipped
+        self.skipped, self.in_a_row = skipped, in_a_row
         values = {
             "loss": total / count if count else math.nan,
             "learning_rate": learning_rate,

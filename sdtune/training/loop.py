@@ -4,16 +4,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, send_to_device
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sdtune.config.sections import Run
+from sdtune.config.sections import Run, UserError
 from sdtune.config.untrusted import echo
 from sdtune.data import positions
 from sdtune.publish.publish import Publisher
@@ -24,13 +21,16 @@ from sdtune.run.environment import environment
 from sdtune.run.live_report import recorded
 from sdtune.run.metrics import Metrics, check_trackers
 from sdtune.run.plan import plan, steps_of
-from sdtune.run.precision import precision_of
 from sdtune.run.processes import ProcessGroupWatch, resume_command, store_barrier
 from sdtune.run.signals import StopSignals
 from sdtune.training import optim, out_of_memory, preview
+from sdtune.training.accelerator import start_accelerator
+from sdtune.training.engine import nan_unless_finite
 from sdtune.training.engines import make_engine
 from sdtune.training.log_window import Window
 from sdtune.training.prepare import prepare_modules
+from sdtune.training.profile import Profile
+from sdtune.training.repeated import RepeatedSteps
 from sdtune.training.scoring import Best, Scorer
 from sdtune.training.state import State
 
@@ -50,7 +50,7 @@ def train(
     """
     check_trackers(cfg.report_to)
     with StopSignals() as stop:
-        accelerator = start(cfg)
+        accelerator = start_accelerator(cfg)
         rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
         resume = resume_command(cfg, words)
         with ProcessGroupWatch(rank, world, cfg.output_dir, resume, cfg.ddp_timeout, stop) as watch:
@@ -60,6 +60,8 @@ def train(
                 try:
                     fit(kind, cfg, accelerator, publisher, words, allow_change, stop)
                 except (RuntimeError, MemoryError) as error:
+                    if cfg.deterministic and "deterministic" in str(error):
+                        raise UserError(f"--deterministic: {str(error).split('.')[0]}; leave it out") from error
                     if not is_out_of_memory(error):
                         raise
                     error.with_traceback(None)  # it holds the frames whose tensors fill the memory
@@ -107,7 +109,8 @@ def fit(
     if over and artefacts.artefact(out, state.step) and (out / "report.html").exists():
         log(f"{out}: trained for {state.step} steps already; --steps trains on, --overwrite starts anew")
         return
-    log(plan(cfg, stream, total, world, peaks, sum(p.numel() for p in state.weights.values())))
+    trained, workers = sum(p.numel() for p in state.weights.values()), cfg.loader_workers(dataset.reads_images)
+    log(plan(cfg, stream, total, world, peaks, trained, workers))
     if state.step and (jump := optim.rate_jump(cfg, state.step, state.planned, total)):
         log(jump)
     if engine.summary:
@@ -118,11 +121,11 @@ def fit(
     metrics = Metrics(cfg, accelerator, state.step, total)
     sampler = positions(state.step, total - state.step, batch_size, accumulation, rank, world)
     pinned = accelerator.device.type == "cuda"
-    loader = DataLoader(
-        cast(Dataset[Any], dataset), batch_sampler=sampler, num_workers=cfg.dataloader_num_workers, pin_memory=pinned
-    )
+    loader = DataLoader(cast(Dataset[Any], dataset), batch_sampler=sampler, num_workers=workers, pin_memory=pinned)
     batches = iter(loader)
     window = Window(accelerator, state.skipped, state.step)
+    repeated = RepeatedSteps(engine, recipe, cfg) if cfg.cuda_graphs else None
+    profile = Profile(cfg.profile if main else 0, out, log)
 
     def attempt(work: Callable[[], Any]) -> Any:
         return stop.attempt(work, engine.forward_alone)
@@ -177,15 +180,22 @@ def fit(
         for parameters, peak, end in zip(optimizer.param_groups, peaks, group_end_steps, strict=True):
             optim.set_rate(parameters, peak * scale * lr_factor(effective_step) * (state.step < end))
         for micro in range(accumulation):
-            with metrics.waiting():
+            with metrics.times.part("data_wait"):
                 batch = stop.attempt(batches.__next__, world == 1)
             if batch is None:
                 break
             samples = batch.pop("name")
             rng.seed_model(rng.key(cfg.seed, "dropout", state.step, rank * accumulation + micro), accelerator.device)
             with engine.local() if micro + 1 < accumulation else nullcontext():
-                loss, figures = engine(send_to_device(batch, accelerator.device, non_blocking=True))
-                engine.backward(loss.mean() * finite_or_nan(loss))
+                received = engine.receive(batch)
+                if repeated:
+                    with metrics.times.part("graph"):
+                        loss, figures = repeated(received)
+                else:
+                    with metrics.times.part("forward"):
+                        loss, figures = engine(received)
+                    with metrics.times.part("backward"):
+                        engine.backward(nan_unless_finite(loss.mean()))
             window.add(loss, figures, samples)
         if batch is None:  # a signal came while the batch was read; what was accumulated is dropped
             continue
@@ -193,12 +203,14 @@ def fit(
         for parameters, end in zip(optimizer.param_groups, group_end_steps, strict=True):
             if state.step >= end:
                 optim.drop_gradients(parameters)
-        norm = engine.step(optimizer, cfg.max_grad_norm)
-        window.end_step(norm)
-        recipe.step = state.step = state.step + 1
-        recipe.after_step()
-        if state.average:
-            state.average.update(state.step)
+        with metrics.times.part("optimizer"):
+            norm = engine.step(optimizer, cfg.max_grad_norm)
+            window.end_step(norm)
+            recipe.step = state.step = state.step + 1
+            recipe.after_step()
+            if state.average:
+                state.average.update(state.step)
+        profile.end_step()
         metrics.advance(state.step)
         evaluate()  # before saving: what a killed run has measured after its last checkpoint, it measures again
         over = state.step == total or best.exhausted
@@ -222,6 +234,7 @@ def fit(
 
     # Make way, or finish
     del batches  # and its workers
+    profile.close()
     if state.step < total and not best.exhausted:
         if window.steps:
             report()
@@ -241,22 +254,6 @@ def fit(
         if cfg.keep_best:
             log(artefacts.describe_best(out, state.step))
         log(f"wrote {', '.join(str(out / name) for name in artefacts.entries(out, files))}\nreport: {report_file}")
-
-
-def finite_or_nan(loss: Tensor) -> Tensor:
-    """1, or NaN where a loss is not finite, so that every process learns of it from the gradient."""
-    return torch.where(loss.detach().isfinite().all(), 1.0, torch.nan)
-
-
-def start(cfg: Run) -> Accelerator:
-    """Accelerate's part of a run: its processes, its device and its trackers; the engine sets the precision."""
-    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
-    precision_of(cfg)  # refuses before a model is read
-    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=cfg.ddp_timeout))
-    logs = cfg.output_dir / "logs"
-    return Accelerator(
-        mixed_precision="no", log_with=cfg.report_to or None, project_dir=logs, kwargs_handlers=[patience]
-    )
 
 
 @contextmanager

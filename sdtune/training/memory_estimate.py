@@ -5,8 +5,9 @@ own device (``torch._subclasses.fake_tensor``): each operation then tells the sh
 device's kernels, and allocates nothing. A dispatch mode counts the bytes of every storage from the moment it is made to
 the moment autograd or Python frees it, and remembers the largest sum.
 
-The estimate leaves out what an allocator loses to rounding, the scratch space of kernels, and what happens outside of
-steps (filling the cache, sample grids, checkpoints).
+Of a sample grid it counts the parts that are read for it and what the VAE needs to decode an image. It leaves out what
+an allocator loses to rounding, the scratch space of kernels, and what else happens outside of steps (filling the cache,
+denoising samples, checkpoints).
 """
 
 import math
@@ -26,11 +27,12 @@ from torch.utils.data import default_collate
 from sdtune.config.sections import Adapter
 from sdtune.models.quantize import require, sizes
 from sdtune.recipes.finetune import FineTune
-from sdtune.recipes.recipe import Recipe, RecipeDataset, TrainingConfig, split_loss
-from sdtune.run.precision import dtype_of
+from sdtune.recipes.recipe import Recipe, RecipeDataset, TrainingConfig
 from sdtune.training import optim
+from sdtune.training.engine import Engine
 from sdtune.training.peak_memory import PeakMemoryMode
 from sdtune.training.prepare import prepare_modules
+from sdtune.training.preview_memory import empty_modules, of_preview, parts_of_preview, size_of
 
 
 class MemoryEstimate(NamedTuple):
@@ -48,6 +50,8 @@ class MemoryEstimate(NamedTuple):
     """What the backward pass makes and frees."""
     reading: int
     """By how much more the process holds while it reads the base in 32 bits, to hold it in fewer, than in a step."""
+    preview: int
+    """By how much more it holds while the VAE decodes a sample image, than in a step."""
 
     @property
     def total(self) -> int:
@@ -86,6 +90,7 @@ def estimate(recipe: Recipe, dataset: RecipeDataset, device: torch.device, base:
     trained = [p for p in recipe.parameters() if p.requires_grad]
     with torch.no_grad(), as_frozen(recipe, trained):
         recipe(send_to_device(batch, "meta"))  # frozen parts are made when first used
+    frozen = parts_of_preview(recipe)
     codes, decoded = quantised(recipe, device)
     state = state_size(cfg, trained, device)
     if base is None:  # the libraries of fewer bits are part of the process by now
@@ -96,6 +101,7 @@ def estimate(recipe: Recipe, dataset: RecipeDataset, device: torch.device, base:
         shapes = {name: torch.empty_like(x, device=device) for name, x in batch.items() if isinstance(x, Tensor)}
         batch = shapes | captions
         worst = traced(recipe, batch, held)
+        decoding = of_preview(recipe, frozen, device)
     need = MemoryEstimate(
         base=base,
         weights=size_of(held) + codes,
@@ -105,9 +111,13 @@ def estimate(recipe: Recipe, dataset: RecipeDataset, device: torch.device, base:
         activations=worst["activations"] + size_of(shapes.values()),
         temporary=worst["temporary"] + decoded,
         reading=0,
+        preview=0,
     )
     read = base + need.weights + read_in_full(recipe) if device.type == "cpu" else 0
-    return need._replace(reading=max(0, read - need.total))
+    kept = need.weights + need.optimizer + 2 * need.average  # the average takes the place of what it is kept beside
+    return need._replace(
+        reading=max(0, read - need.total), preview=max(0, base + kept + decoding - max(read, need.total))
+    )
 
 
 @contextmanager
@@ -131,22 +141,28 @@ def traced(recipe: Recipe, batch: dict[str, Any], held: list[Tensor]) -> Counter
     for module in recipe.modules():
         if isinstance(module, LycorisLayer):
             module.training = False  # else it draws a number and looks at it, and there are no values here
+    device = next(x.device for x in batch.values() if isinstance(x, Tensor))
+    engine = Engine(recipe, recipe.cfg, Alone(device))
     with alive:
-        for alive.kind in passes(recipe, batch):
+        for alive.kind in passes(engine, batch):
             pass
     return alive.worst
 
 
-def passes(recipe: Recipe, batch: dict[str, Any]) -> Iterator[str]:
+class Alone(NamedTuple):
+    """What an engine reads of an Accelerator, of one process."""
+
+    device: torch.device
+    num_processes: int = 1
+
+
+def passes(engine: Engine, batch: dict[str, Any]) -> Iterator[str]:
     """A step's forward and backward passes; yields before each the kind of the tensors that it will make."""
-    cfg, dtype = recipe.cfg, dtype_of(recipe.cfg)
-    device = next(x.device for x in batch.values() if isinstance(x, Tensor))
-    for _ in range(min(cfg.gradient_accumulation_steps, 2)):  # the second meets the gradients of the first
+    for _ in range(min(engine.accumulation, 2)):  # the second meets the gradients of the first
         yield "activations"
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss, figures = split_loss(recipe(batch))
+        loss, figures = engine(batch)
         yield "temporary"
-        loss.mean().backward()
+        engine.backward(loss.mean())
         del loss, figures
 
 
@@ -164,12 +180,11 @@ def trial_step(kind: type[Recipe], cfg: TrainingConfig, device: torch.device, gr
     optimizer = optim.make_optimizer(cfg, recipe.parameter_groups())
     weights = {name: p for name, p in recipe.named_parameters() if p.requires_grad}
     average = optim.Average(cfg, weights) if cfg.use_ema else None
+    engine = Engine(recipe, cfg, Alone(device))
     for _ in range(2):  # the second meets the optimizer's state
-        for _ in passes(recipe, batch):
+        for _ in passes(engine, batch):
             pass
-        norm = torch.nn.utils.clip_grad_norm_(weights.values(), cfg.max_grad_norm)
-        optim.step_if_finite(optimizer, norm)
-        optimizer.zero_grad()
+        engine.step(optimizer, cfg.max_grad_norm)
         if average:
             average.update(1)
     return torch.cuda.max_memory_allocated(device)
@@ -181,15 +196,7 @@ def make_empty(recipe: Recipe, device: torch.device) -> list[Tensor]:
     if isinstance(recipe, FineTune):
         parts += recipe.family.parts.values()
         recipe.family.device = device
-    made: dict[Tensor, Tensor] = {}  # what is shared stays so
-    for module in dict.fromkeys(module for part in parts for module in part.modules()):
-        for name, old in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if old not in made:
-                # Not empty_like: it makes a fake tensor of the old one first, which takes as long as a forward pass
-                new = torch.empty(old.shape, dtype=old.dtype, device=device)
-                made[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-            setattr(module, name, made[old])
-    return list(made.values())
+    return empty_modules(parts, device)
 
 
 def quantised(recipe: Recipe, device: torch.device) -> tuple[int, int]:
@@ -215,12 +222,6 @@ def read_in_full(recipe: Recipe) -> int:
     return int(max(4 * sum(p.numel() for p in part.parameters()) for part in recipe.family.parts.values()))
 
 
-def size_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind some tensors, each counted once."""
-    storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}
-    return sum(storages.values())
-
-
 STAND_IN = 512
 """Side of the matrix that stands in for a larger weight."""
 
@@ -241,7 +242,7 @@ def state_size(cfg: TrainingConfig, weights: Iterable[Tensor], device: torch.dev
         w = nn.Parameter(torch.zeros(like, device=device))
         w.grad = torch.ones_like(w)
         optimizer = optim.make_optimizer(cfg, [{"params": [w], "lr": cfg.learning_rate}])
-        optim.step_if_finite(optimizer, torch.ones((), device=device))
+        optim.clipped_step(optimizer, torch.ones((), device=device), 1.0)
         kept, _ = optim.save_state(optimizer, {w: "w"})
         size = sum(t.nbytes for name, t in kept.items() if name.startswith("w|"))
         total += round(count * size * numel / w.numel())

@@ -1,12 +1,12 @@
 """Optimizer, learning rate and moving average."""
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -135,17 +135,24 @@ def drop_gradients(group: dict[str, Any]) -> None:
         p.grad = None
 
 
-def step_if_finite(optimizer: Any, norm: Tensor) -> None:
-    """Take the step unless the gradient's norm is infinite or not a number.
+def clip(weights: Sequence[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scale gradients of this norm down to ``max_norm``, if it is less."""
+    nn.utils.clip_grads_with_norm_(weights, max_norm, norm)
 
-    The fused optimizers read ``found_inf`` on the device, so the host does not wait for it; the others do.
+
+def clipped_step(optimizer: Any, norm: Tensor, max_norm: float) -> None:
+    """Clip gradients and take the step, unless their norm is infinite or not a number.
+
+    The fused optimizers divide each gradient while they read it, and read ``found_inf`` on the device: so the gradients
+    are gone through once, and the host does not wait. With the others it does.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.found_inf = (~norm.isfinite()).float()
-        optimizer.grad_scale = None
+        optimizer.found_inf = (norm - norm != 0).float()
+        optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1)
         optimizer.step()
         del optimizer.found_inf, optimizer.grad_scale
     elif norm.isfinite():
+        clip([p for group in optimizer.param_groups for p in group["params"]], norm, max_norm)
         with eager(norm.device):
             optimizer.step()
 

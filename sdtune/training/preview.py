@@ -6,12 +6,12 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import gather_object
 from PIL.Image import Image
 from torch.utils.data import DataLoader, Dataset
 
 from sdtune.data.further import ImagePrompt
-from sdtune.recipes.recipe import Recipe, RecipeDataset, split_loss
+from sdtune.recipes.recipe import Recipe, RecipeDataset
 from sdtune.run.contact_sheet import side_by_side
 from sdtune.training.engine import Engine
 from sdtune.training.log_window import Figures
@@ -71,8 +71,7 @@ def holdout(engine: Engine, dataset: RecipeDataset, accelerator: Accelerator, at
     def measure() -> None:
         for part, batch in zip(parts, loader, strict=True):
             batch.pop("name")
-            with engine.autocast():
-                loss, more = split_loss(engine.recipe(send_to_device(batch, accelerator.device)))
+            loss, more = engine.without_training(engine.receive(batch))
             loss = loss.float().nan_to_num(torch.inf, posinf=torch.inf)  # a loss that is not finite still counts
             if part:
                 named = {"holdout_loss": loss.expand(len(part))} | {f"holdout_{name}": v for name, v in more.items()}

@@ -80,7 +80,7 @@ class State:
         """
         self.check_weights()
         moments, numbers = self.engine.save_optimizer(self.optimizer, self.names)
-        tensors = {"weights": self.gather_tensors(self.weights), "optimizer": moments}
+        tensors = {"weights": self.gather_tensors(self.weights), "optimizer": self.gather_tensors(moments)}
         if self.average:
             tensors["average"] = self.gather_tensors(self.average.mean)
         if self.moved:
@@ -114,12 +114,16 @@ class State:
             )
 
     def gather_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Full tensors in main memory on the first process, nothing on the others. Every process must call this."""
+        """Full tensors in main memory on the first process, nothing on the others. Every process must call this.
+
+        One at a time is whole on the device, where those of a large model would not fit together.
+        """
         kept = {}
         for name, tensor in tensors.items():
             full = self.engine.weight(tensor)
             if self.accelerator.is_main_process:
                 kept[name] = full.cpu()
+            del full  # before the next one is gathered
         return kept
 
     @torch.no_grad()

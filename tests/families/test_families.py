@@ -27,6 +27,9 @@ from sdtune.recipes.lora import Lora
 from sdtune.recipes.reflow import Reflow
 from sdtune.recipes.text_to_image import TextToImage
 from sdtune.run.usage import EMBEDDING
+from sdtune.training.engine import Engine
+from sdtune.training.memory_estimate import Alone
+from sdtune.training.prepare import prepare_modules
 from tests import ranks
 from tests.conftest import status
 from tests.families import plain
@@ -166,6 +169,23 @@ def test_cached_and_uncached_agree(base, bases, pictures, tmp_path):
         with torch.no_grad():
             losses.append(recipe(batch))
     assert (losses[0] - losses[1]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("base", ["sd3", "chroma"])
+def test_without_autocast_the_gradients_in_half_precision_are_near_those_in_full(base, bases, pictures, tmp_path):
+    """In fp16: transformers round the timestep to the precision of their weights, and bf16 has 8 bits for it."""
+    full = recipe_of(bases(base), pictures, tmp_path)
+    full(batch_of(full)).mean().backward()
+    half = recipe_of(bases(base), pictures, tmp_path, mixed_precision="fp16")
+    prepare_modules(half, half.cfg, torch.device("cpu"))
+    engine = Engine(half, half.cfg, Alone(torch.device("cpu")))
+    loss, _ = engine(batch_of(half))
+    engine.backward(loss.mean())
+    assert engine.halves
+    grads = {name: p.grad for name, p in full.named_parameters() if p.grad is not None}
+    found = {name: p.grad / engine.scaler.get_scale() for name, p in half.named_parameters() if name in grads}
+    errors = sorted(((found[name] - g).norm() / g.norm()).item() for name, g in grads.items())
+    assert errors[len(errors) // 2] < 0.1
 
 
 def command(method: str, base: Path, pictures: Path, out: Path, *options: str) -> list[str]:

@@ -160,9 +160,20 @@ class LatentFamily(TextFamily):
         side = self.denoiser.config.get("sample_size")
         return side * self.downscale if side else stated_size(self.vae_config) or self.native_resolution
 
+    of_videos: ClassVar[bool] = False
+    """Whether the VAE is one of videos, of which an image is one frame."""
+
     def moments(self, pixels: Tensor) -> Tensor:
         """Mean and log-variance of the VAE's posterior, ``[B, 2C, h, w]`` in fp32, of pixels in [-1, 1]."""
-        return self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.parameters.float()
+        pixels = pixels.to(self.device, self.vae.dtype)
+        found: Tensor = self.vae.encode(pixels.unsqueeze(2) if self.of_videos else pixels).latent_dist.parameters
+        return (found.squeeze(2) if self.of_videos else found).float()
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pixels ``[B, 3, H, W]`` of the VAE's own latents ``[B, C, h, w]``, which are not normalised."""
+        z = z.to(self.vae.dtype)
+        pixels: Tensor = self.vae.decode(z.unsqueeze(2) if self.of_videos else z).sample
+        return pixels.squeeze(2) if self.of_videos else pixels
 
     def latents(self, batch: Mapping[str, Tensor]) -> Tensor:
         """A sample of each image's posterior, normalised: ``[B, C, h, w]`` in fp32."""

@@ -1,6 +1,7 @@
 """Qwen-Image (2025): Qwen2.5-VL reads a template, a VAE of videos, packed latents of 16 channels."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from sdtune.diffusion.objective import Objective
 from sdtune.diffusion.rectified_flow import RectifiedFlow
+from sdtune.diffusion.tables import Table
 from sdtune.models.families.latent import FLOW_ONLY, LatentFamily, pack, unpack
 
 
@@ -16,6 +18,7 @@ class QwenImage(LatentFamily):
     pipeline_class: ClassVar[Any] = QwenImagePipeline
     options: ClassVar[frozenset[str]] = FLOW_ONLY | {"max_sequence_length"}
     encode_options: ClassVar[dict[str, Any]] = {}
+    of_videos: ClassVar[bool] = True
     max_tokens: ClassVar[int | None] = 512
 
     def unused_layers(self, part: str) -> str | None:
@@ -36,12 +39,14 @@ class QwenImage(LatentFamily):
     def downscale(self) -> int:
         return 2 ** len(self.vae_config["temperal_downsample"])
 
-    def moments(self, pixels: Tensor) -> Tensor:
-        return super().moments(pixels.unsqueeze(2)).squeeze(2)  # a video of one frame
-
     def normalise(self, z: Tensor) -> Tensor:
-        mean, std = (z.new_tensor(self.vae_config[f"latents_{name}"])[:, None, None] for name in ("mean", "std"))
+        mean, std = (table.on(z.device, z.dtype) for table in self.statistics)
         return (z - mean) / std
+
+    @cached_property
+    def statistics(self) -> list[Table]:
+        """Mean and deviation of each channel, ``[C, 1, 1]``."""
+        return [Table(torch.tensor(self.vae_config[f"latents_{name}"])[:, None, None]) for name in ("mean", "std")]
 
     def text_tensors(self, encoded: Any) -> dict[str, Tensor]:
         embeds, mask = encoded  # no mask where it would be full

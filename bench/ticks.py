@@ -1,0 +1,43 @@
+"""Runs a training script, or ``-m module``, and notes the CPU seconds of the process at each optimizer step.
+
+    python bench/ticks.py ticks.json -m sdtune lora ...
+    python bench/ticks.py ticks.json train_text_to_image_lora.py ...
+
+The steps are those of torch's AdamW, which sdtune and diffusers' scripts have in common.
+"""
+
+import json
+import runpy
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+clock: list[float] = []
+original = torch.optim.AdamW.step
+
+
+def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+    out = original(self, *args, **kwargs)
+    clock.append(time.process_time())
+    return out
+
+
+if __name__ == "__main__":
+    torch.optim.AdamW.step = step  # type: ignore[method-assign]
+    _, file, *words = sys.argv
+    try:
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words
+            sys.path[0] = str(Path(words[0]).parent)
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as done:
+        if done.code:
+            raise
+    finally:
+        Path(file).write_text(json.dumps(clock), encoding="utf-8")

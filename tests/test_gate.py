@@ -1,0 +1,154 @@
+"""The gate of speed: what makes a step faster gives the loss and each gradient of eager float64.
+
+The loss alone is no test: a compiler has returned wrong gradients beside a loss that was right to the bit.
+"""
+
+import pytest
+import torch
+from torch.utils.data import default_collate
+
+from sdtune.cli import imported
+from sdtune.models.fused_lora import FusedLinear
+from sdtune.recipes.recipe import split_loss
+from sdtune.training import memory_estimate, repeated
+from sdtune.training.engine import Engine
+from sdtune.training.prepare import prepare_modules
+from tests import contract
+from tests.conftest import status
+from tests.test_gpu_ready import settings
+
+CPU = torch.device("cpu")
+
+
+def made(words):
+    """A recipe whose adapters have moved from their start, and a batch of two images."""
+    cfg = settings(words)
+    torch.manual_seed(0)
+    recipe = imported(cfg.entry)(cfg, CPU)
+    dataset = recipe.dataset(2, lambda line: None)
+    for name, p in recipe.named_parameters():
+        if p.requires_grad and "lora_B" in name:
+            p.data.normal_(0, 0.05)
+    batch = default_collate([dataset[0], dataset[1]])
+    return cfg, recipe, {name: x for name, x in batch.items() if name != "name"}
+
+
+def exact(words):
+    """Loss and gradients by name in eager float64, with PEFT's own layers."""
+    _, recipe, batch = made(words)
+    recipe.double()
+    recipe.family.dtype = torch.float64
+    return passed(recipe, lambda: split_loss(recipe({n: wide(x) for n, x in batch.items()}))[0])
+
+
+def wide(x):
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def passed(recipe, forward, backward=torch.Tensor.backward):
+    loss = forward()
+    backward(loss.mean())
+    return loss.detach(), {name: p.grad for name, p in recipe.named_parameters() if p.grad is not None}
+
+
+def stepped(words):
+    """The same by the engine of a run."""
+    cfg, recipe, batch = made(words)
+    prepare_modules(recipe.train(), cfg, CPU)
+    engine = Engine(recipe, cfg, memory_estimate.Alone(CPU))
+    return passed(recipe, lambda: engine(engine.receive(batch))[0], engine.backward), engine
+
+
+def errors(found, wanted):
+    """The relative error of the loss, and of each gradient."""
+    (loss, grads), (right, right_grads) = found, wanted
+    assert grads.keys() == right_grads.keys()
+    of_loss = ((loss - right).norm() / right.norm()).item()
+    return of_loss, [((grads[name] - g).norm() / g.norm()).item() for name, g in right_grads.items()]
+
+
+FAST = {
+    "fused adapters": ["lora"],
+    "scaled, in the text encoder too": ["lora", "--alpha", "3", "--train-text-encoder"],
+    "recomputed": ["lora", "--gradient-checkpointing"],
+    "computed anew": ["lora", "--no-cache"],
+    "all weights": ["text-to-image"],
+    "of two kinds": ["dreambooth, adapters and a word"],
+}
+
+
+@pytest.mark.parametrize("option", FAST)
+def test_each_gradient_is_that_of_eager_float64(option, places, tmp_path):
+    recipe, *more = FAST[option]
+    words = contract.command(recipe, places, tmp_path / "run", *more)
+    found, _ = stepped(words)
+    of_loss, of_grads = errors(found, exact(words))
+    assert of_loss < 1e-6
+    assert max(of_grads) < 1e-4
+
+
+def test_adapters_are_fused_to_the_bits_of_peft(places, tmp_path, monkeypatch):
+    words = contract.command("lora", places, tmp_path / "run", "--alpha", "3")
+    fused, engine = stepped(words)
+    assert all(isinstance(layer, FusedLinear) for name, layer in engine.recipe.named_modules() if name.endswith("to_q"))
+    monkeypatch.setattr("sdtune.training.prepare.fuse_adapters", lambda recipe: None)
+    plain, _ = stepped(words)
+    assert torch.equal(fused[0], plain[0])
+    assert all(torch.equal(grad, plain[1][name]) for name, grad in fused[1].items())
+
+
+HALF = {"bf16": (5e-3, 3e-2), "fp16": (1e-3, 5e-3)}
+"""Bounds of the loss, and of half of the gradients, in each precision."""
+
+
+@pytest.mark.parametrize("precision", HALF)
+@pytest.mark.parametrize("more", [[], ["--gradient-checkpointing", "--train-text-encoder", "--no-cache"]])
+def test_half_precision_without_autocast_is_as_near_as_with_it(precision, more, places, tmp_path, monkeypatch):
+    words = contract.command("lora", places, tmp_path / "run", *more)
+    wanted = exact(words)
+    found, engine = stepped([*words, "--mixed-precision", precision])
+    assert engine.halves and not torch.is_autocast_enabled("cpu")
+    assert {g.dtype for g in found[1].values()} == {torch.float32}
+    found = found[0], {name: g / engine.scaler.get_scale() for name, g in found[1].items()}
+    of_loss, of_grads = errors(found, wanted)
+    monkeypatch.setattr(Engine, "adapters_in_half", lambda self: None)
+    cast, engine = stepped([*words, "--mixed-precision", precision])
+    cast = cast[0], {name: g / engine.scaler.get_scale() for name, g in cast[1].items()}
+    of_cast_loss, of_cast = errors(cast, wanted)
+    print(precision, of_loss, of_cast_loss, sorted(of_grads)[::8], sorted(of_cast)[::8])
+    for of_one, grads in ((of_loss, of_grads), (of_cast_loss, of_cast)):
+        assert of_one < HALF[precision][0]
+        assert sorted(grads)[len(grads) // 2] < HALF[precision][1]
+    assert sum(of_grads) < 1.5 * sum(of_cast)
+
+
+@pytest.mark.parametrize("recipe", ["lora", "ddpm"])
+def test_a_repeated_step_leaves_the_bits_of_the_ordinary_one(recipe, trained, monkeypatch, places, tmp_path, capsys):
+    """What a GPU records is one function of tensors in fixed places; here it is called again each time."""
+    options = [
+        "--steps",
+        "3",
+        "--gradient-accumulation-steps",
+        "2",
+        "--train-batch-size",
+        "1",
+        "--lr-scheduler",
+        "linear",
+    ]
+    one = trained(recipe, "one", *options)
+    assert status(contract.command(recipe, places, tmp_path / "refused", "--cuda-graphs")) == 2
+    assert "--cuda-graphs: needs a GPU" in capsys.readouterr().err
+    monkeypatch.setattr(repeated, "DEVICES", {"cpu"})
+    other = trained(recipe, "other", *options, "--cuda-graphs")
+    wanted, found = (contract.RECIPES[recipe].artefact(run) for run in (one, other))
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_a_repeated_step_refuses_what_changes(places, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(repeated, "DEVICES", {"cpu"})
+    for recipe, more, told in (
+        ("lora", ["--no-cache"], "a step encodes each caption anew"),
+        ("progressive", [], "the steps of progressive change during the run"),
+    ):
+        assert status(contract.command(recipe, places, tmp_path / recipe, "--cuda-graphs", *more)) == 2
+        assert told in capsys.readouterr().err
