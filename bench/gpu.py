@@ -32,7 +32,7 @@ HERE = Path(__file__).parent
 GPU = torch.cuda.is_available()
 SMALL = "--steps 2 --num-validation-images 0 --log-steps 1 --overwrite --train-batch-size 2 --dataloader-num-workers 0"
 LORA = f"lora --model tiny --dataset tiny-hearts --resolution 64 {SMALL}"
-PIXELS = f"ddpm --dataset digits --resolution 8 --block-out-channels 16 32 --layers-per-block 1 {SMALL}"
+PIXELS = f"ddpm --dataset digits --resolution 8 --block-out-channels 32 64 --layers-per-block 1 {SMALL}"
 
 
 class Skipped(Exception):
@@ -203,7 +203,7 @@ def memory_of_a_step(work: Path) -> str:
 def full_size(shape: str, peer: Path | None) -> Callable[[Path], str]:
     def measure(work: Path) -> str:
         needs_gpu()
-        line = [sys.executable, str(HERE / "cuda.py"), "--work", str(work.parent / "full-size"), "--shape", shape]
+        line = [sys.executable, str(HERE / "cuda_step.py"), "--work", str(work.parent / "full-size"), "--shape", shape]
         line += ["--bf16", "--rounds", "1", *(["--peer", str(peer)] if peer else [])]
         done = subprocess.run(line, capture_output=True, text=True)
         assert done.returncode == 0, (done.stdout + done.stderr)[-800:]

@@ -1,7 +1,7 @@
 """Measures the steps of `sdtune lora` on a GPU: each option that makes them faster, with memory and a trace.
 
-    python bench/cuda.py --work runs/bench --shape sd15 --bf16
-    python bench/cuda.py --work runs/bench --shape sdxl --bf16 --peer ~/diffusers
+    python bench/cuda_step.py --work runs/bench --shape sd15 --bf16
+    python bench/cuda_step.py --work runs/bench --shape sdxl --bf16 --peer ~/diffusers
 
 Seconds of a step are wall-clock time, of steps in the middle of a run. The parts of a step are those of its line of
 metrics, between marks in the GPU's own queue. ``trace.json`` of the run without further options is for
