@@ -228,7 +228,7 @@ COMMON = {
 def test_names_that_people_know_lead_to_the_option(capsys):
     for given, meant in COMMON.items():
         assert refused(capsys, "--dataset=d", given, "1") == [f"{given}: no such option; did you mean {meant}?"]
-    for given, answer_ in (("--lora-rank", "--rank"), ("--fp16", "--mixed-precision fp16"), ("--bf16", "bf16")):
+    for given, answer_ in (("--network-dim", "--rank"), ("--fp16", "--mixed-precision fp16"), ("--bf16", "bf16")):
         (line,) = refused(capsys, "--dataset=d", given)
         assert f"use {answer_}" in line or line.endswith(answer_)
 

@@ -366,7 +366,7 @@ def test_an_empty_file_is_defaults_and_a_byte_order_mark_is_ignored(written):
     ("text", "told"),
     {
         "rank: 1\n\nragk: 2": "x.yaml:3: unknown key ragk; did you mean rank?",
-        "lora_rank: 2": "x.yaml:1: unknown key lora_rank; use --rank",
+        "network_dim: 2": "x.yaml:1: unknown key network_dim; use --rank",
         "hub_token: secret": "HF_TOKEN",
         "qqqqqq: 2": "x.yaml:1: unknown key qqqqqq; --help lists them",
         "num_processes: 2": "x.yaml:1: unknown key num_processes",
