@@ -49,15 +49,7 @@ def main() -> None:
     images = shapes.pictures(given.work / f"pictures-{side}", 8, side)
     model = shapes.base(given.shape, given.work)
     words = ["-m", "sdtune", "lora", "--model", model, "--dataset", str(images), "--resolution", str(side)]
-    words += [
-        "--train-batch-size",
-        str(given.batch),
-        "--num-validation-images",
-        "0",
-        "--overwrite",
-        "--log-steps",
-        "10",
-    ]
+    words += f"--train-batch-size {given.batch} --num-validation-images 0 --overwrite --log-steps 10".split()
     words += ["--checkpointing-steps", "0", "--mixed-precision", "bf16" if given.bf16 else "no"]
     shares: dict[str, list[float]] = {}
     peaks: dict[str, float] = {}

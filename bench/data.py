@@ -42,18 +42,7 @@ def main() -> None:
     folders = {count: shapes.pictures(given.work / f"pictures-{count}", count, 32) for count in given.images}
 
     def start(folder: Path) -> float:
-        words = [
-            "-m",
-            "sdtune",
-            "lora",
-            "--model",
-            "tiny",
-            "--dataset",
-            str(folder),
-            "--resolution",
-            "32",
-            "--no-cache",
-        ]
+        words = ["-m", "sdtune", *"lora --model tiny --resolution 32 --no-cache".split(), "--dataset", str(folder)]
         words += ["--steps", "1", "--num-validation-images", "0", "--overwrite", "--dataloader-num-workers", "0"]
         return run([*words, "--output-dir", str(given.work / "run")]).cpu
 

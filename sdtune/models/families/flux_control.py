@@ -7,18 +7,13 @@ from diffusers import FluxControlNetModel, FluxControlNetPipeline
 from torch import Tensor
 
 from sdtune.config.fields import flag
-from sdtune.models.families.latent import LatentFamily, pack
-from sdtune.models.families.transformer_control import check_layers, copied_blocks
+from sdtune.models.families.latent import pack
+from sdtune.models.families.transformer_control import TransformerControl, check_layers, copied_blocks
 
 
-class FluxControl(LatentFamily):
+class FluxControl(TransformerControl):
     control_pipelines: ClassVar[dict[str, Any]] = {"controlnet": FluxControlNetPipeline}
     controlnet_class: ClassVar[str] = "FluxControlNetModel"
-    control_of_latents: ClassVar[bool] = True
-
-    def inputs(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Arguments of the denoiser, and of networks made from it."""
-        raise NotImplementedError
 
     def new_controlnet(self, layers: int | None = None, single_layers: int | None = None) -> FluxControlNetModel:
         """Four blocks of each kind, as in diffusers' script."""
@@ -33,11 +28,8 @@ class FluxControl(LatentFamily):
         return copied_blocks(FluxControlNetModel, self.denoiser, found)
 
     def unread_layers(self, controlnet: Any) -> str | None:
-        """Without single blocks, the last block gives text that nothing reads, and what makes it."""
-        if controlnet.config.num_single_layers:
-            return None
-        last = rf"transformer_blocks\.{controlnet.config.num_layers - 1}"
-        return rf"{last}\.(attn\.(add_q_proj|norm_added_q|to_add_out)|ff_context)"
+        """Without single blocks, those of the last block; else the single ones read its text."""
+        return None if controlnet.config.num_single_layers else super().unread_layers(controlnet)
 
     def control(
         self, controlnet: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], image: Tensor

@@ -7,18 +7,12 @@ from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
 from torch import Tensor
 
 from sdtune.config.sections import UserError
-from sdtune.models.families.latent import LatentFamily
-from sdtune.models.families.transformer_control import check_layers, copied_blocks
+from sdtune.models.families.transformer_control import TransformerControl, check_layers, copied_blocks
 
 
-class StableDiffusion3Control(LatentFamily):
+class StableDiffusion3Control(TransformerControl):
     control_pipelines: ClassVar[dict[str, Any]] = {"controlnet": StableDiffusion3ControlNetPipeline}
     controlnet_class: ClassVar[str] = "SD3ControlNetModel"
-    control_of_latents: ClassVar[bool] = True
-
-    def inputs(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Arguments of the denoiser, and of networks made from it."""
-        raise NotImplementedError
 
     def new_controlnet(self, layers: int | None = None, single_layers: int | None = None) -> SD3ControlNetModel:
         """Half of the blocks, as diffusers takes 12 of the 24 of Stable Diffusion 3 medium."""
@@ -32,11 +26,6 @@ class StableDiffusion3Control(LatentFamily):
         # As the stock pipeline reads it: the pooled text, and latents with the VAE's shift, as it was trained with
         changes = {"num_layers": layers, "extra_conditioning_channels": 0, "force_zeros_for_pooled_projection": False}
         return copied_blocks(SD3ControlNetModel, self.denoiser, changes)
-
-    def unread_layers(self, controlnet: Any) -> str | None:
-        """The last block gives text that nothing reads, and what makes it."""
-        last = rf"transformer_blocks\.{controlnet.config.num_layers - 1}"
-        return rf"{last}\.(attn\.(add_q_proj|norm_added_q|to_add_out)|ff_context)"
 
     def control(
         self, controlnet: Any, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], image: Tensor

@@ -1,11 +1,28 @@
 """ControlNets of transformers: copies of the base's first blocks, each with a layer behind it that starts at zero."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from sdtune.config.sections import UserError
+from sdtune.models.families.latent import LatentFamily
+
+
+class TransformerControl(LatentFamily):
+    """A family whose ControlNets follow the latents of an image."""
+
+    control_of_latents: ClassVar[bool] = True
+
+    def inputs(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Arguments of the denoiser, and of networks made from it."""
+        raise NotImplementedError
+
+    def unread_layers(self, controlnet: Any) -> str | None:
+        """Where text and image meet in the last block: it gives text that nothing reads, and what makes it."""
+        last = rf"transformer_blocks\.{controlnet.config.num_layers - 1}"
+        return rf"{last}\.(attn\.(add_q_proj|norm_added_q|to_add_out)|ff_context)"
 
 
 def copied_blocks(kind: Any, transformer: Any, changes: Mapping[str, Any]) -> Any:
