@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdtune.diffusion.moving_average import move_average
 from sdtune.diffusion.objective import DDPM, per_image
 from sdtune.diffusion.rectified_flow import RectifiedFlow
 from sdtune.diffusion.tables import widest_float
@@ -132,10 +133,9 @@ def same_dropout(like: Tensor) -> Iterator[None]:
         yield
 
 
-@torch.no_grad()
 def follow(target: nn.Module, live: nn.Module, decay: float) -> None:
     """Move a network towards the live one: ``decay target + (1 - decay) live``; at 0 it is a copy."""
-    torch._foreach_lerp_(list(target.parameters()), list(live.parameters()), 1 - decay)
+    move_average(target.parameters(), live.parameters(), decay)
 
 
 def guidance_embedding(w: Tensor, size: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sdtune.config.sections import RATE_FREE, Optim, UserError
+from sdtune.diffusion.moving_average import move_average
 
 NAMED = {
     "adamw": ("torch.optim:AdamW", ""),
@@ -180,11 +181,10 @@ class Average:
         warm_up: float = 1 - (1 + step / self.cfg.ema_inv_gamma) ** -self.cfg.ema_power
         return min(self.cfg.ema_decay, warm_up)
 
-    @torch.no_grad()
     def update(self, step: int) -> None:
         """Move towards the weights that step ``step`` (counted from 1) has left."""
         # the first update counts as step 0 of the warm-up: its decay is 0, so the start is forgotten
-        torch._foreach_lerp_(list(self.mean.values()), list(self.live.values()), 1 - self.decay(step - 1))
+        move_average(self.mean.values(), self.live.values(), self.decay(step - 1))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
