@@ -15,7 +15,7 @@ from sdtune.config.sections import UserError
 from sdtune.config.verbs import EvaluateConfig
 from sdtune.evaluation.inputs import plan_of
 from sdtune.models import attach
-from sdtune.models.formats import AdapterFile, Embedding, Module, embedding, read, write
+from sdtune.models.formats import AdapterFile, Embedding, Module, embedding, peft_settings, read, write
 from sdtune.models.loading import load_adapters, load_embeddings
 from sdtune.sampling.sample import generate
 from tests.conftest import status
@@ -338,6 +338,13 @@ def test_settings_in_metadata_are_read_or_refused_in_a_moment(config, words, com
         with pytest.raises(UserError, match=words):
             load_adapters(pipe, [str(file)])
     assert time.process_time() - began < 5
+
+
+def test_the_patterns_of_a_file_have_a_few_seconds_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(peft_settings, "SECONDS", -1)
+    read(save(tmp_path / "a.safetensors", alpha_pattern={"to_q": 4}))  # a plain name takes none of them
+    with pytest.raises(UserError, match="its patterns take more than -1 seconds to match"):
+        read(save(tmp_path / "a.safetensors", alpha_pattern={".*attn1.*": 4}))
 
 
 def test_patterns_of_peft_still_count(tmp_path):

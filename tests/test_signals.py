@@ -1,7 +1,10 @@
 """Whatever is long ends within seconds when a signal asks for it, and the handlers before are put back."""
 
+import errno
 import os
 import signal
+import socket
+import sys
 import threading
 import time
 
@@ -213,27 +216,77 @@ def test_a_signal_ends_a_process_that_waits_for_one_that_hangs(places, tmp_path)
     assert started.all[1].exit_code(0) == -signal.SIGKILL
 
 
+class Store(dict):
+    """The store of a process group, of which one process is a thread."""
+
+    def set(self, key, value):
+        self[key] = value.encode()
+
+    def get(self, key):
+        while key not in self:
+            time.sleep(0.01)
+        return self[key]
+
+
+def listened(monkeypatch, address, machines):
+    """Where the first of two processes, on one machine or two, got its socket; the second has reached it there."""
+    servers, serve = [], socket.create_server
+
+    def create_server(*given, **options):
+        servers.append(serve(*given, **options))
+        where.append(servers[-1].getsockname()[:2])
+        return servers[-1]
+
+    where = []
+    monkeypatch.setattr(processes.socket, "create_server", create_server)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 // machines))
+    monkeypatch.setenv("MASTER_ADDR", address)
+    watches, store = [ProcessGroupWatch(rank, 2, folder.Path(), "", 5, None) for rank in range(2)], Store()
+    for watch in watches:
+        watch.store = store
+    accepted = []
+    first = threading.Thread(target=lambda: accepted.extend(watches[0]._accept()), daemon=True)
+    first.start()
+    ((_, connection),) = watches[1]._connect()
+    first.join(10)
+    ((rank, other),) = accepted
+    assert rank == 1 and connection.getpeername() == other.getsockname() and connection.getpeername()[:2] == where[0]
+    connection.close()
+    other.close()
+    return where[0][0]
+
+
 def test_the_watch_listens_on_the_loopback_alone_on_one_machine(monkeypatch):
-    bound = []
+    assert listened(monkeypatch, "192.0.2.7", machines=1) == "127.0.0.1"
 
-    class Store:
-        def set(self, key, value):
-            bound.append(value)
 
-    class Server:
-        def __enter__(self):
-            return self
+@pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is an address of every machine only there")
+def test_the_watch_listens_on_one_interface_on_several_machines(monkeypatch):
+    """On that of the address by which the others know the first machine, also of a name with several."""
+    look_up, names = socket.getaddrinfo, {"first": ["127.0.0.2", "127.0.0.3"], "any": ["0.0.0.0"]}
 
-        def __exit__(self, *_):
-            return None
+    def getaddrinfo(name, *given, **options):
+        return [found for each in names.get(name, [name]) for found in look_up(each, *given, **options)]
 
-        def getsockname(self):
-            return ("127.0.0.1", 7)
+    monkeypatch.setattr(processes.socket, "getaddrinfo", getaddrinfo)
+    assert listened(monkeypatch, "first", machines=2) == "127.0.0.2"
+    assert listened(monkeypatch, "127.0.0.3", machines=2) == "127.0.0.3"
+    assert listened(monkeypatch, "any", machines=2) == "127.0.0.1"  # it leads to this machine, and means all interfaces
 
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    monkeypatch.setattr(processes.socket, "create_server", lambda where, **_: bound.append(where) or Server())
-    with StopSignals() as stop:
-        watch = ProcessGroupWatch(0, 1, folder.Path(), "", 5, stop)
-        watch.store = Store()
-        assert list(watch._accept()) == []
-    assert bound[0] == ("127.0.0.1", 0) and bound[1].startswith("127.0.0.1 7 ")
+
+@pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is an address of every machine only there")
+def test_where_the_address_is_a_translated_one_the_watch_listens_on_the_way_to_it(monkeypatch):
+    serve, asked, elsewhere = socket.create_server, [], ["127.0.0.2"]
+
+    def create_server(where, **options):
+        asked.append(where[0])
+        if where[0] in elsewhere:
+            raise OSError(errno.EADDRNOTAVAIL, "no interface has this address")
+        return serve(where, **options)
+
+    monkeypatch.setattr(processes.socket, "create_server", create_server)
+    with processes.listen("127.0.0.2") as server:
+        assert server.getsockname()[0] == "127.0.0.1" and asked == ["127.0.0.2", "127.0.0.1"]
+    elsewhere.append("127.0.0.1")
+    with pytest.raises(RunFailed, match=r"MASTER_ADDR means 127.0.0.2, to which no interface here leads: no interface"):
+        processes.listen("127.0.0.2")

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from ipaddress import ip_address
 from multiprocessing import active_children
 from pathlib import Path
 from types import TracebackType
@@ -99,6 +100,25 @@ def describe_checkpoint(out: Path) -> str:
     return f"the last checkpoint, {found[-1].name}, is complete" if found else "there is no checkpoint yet"
 
 
+def listen(host: str) -> socket.socket:
+    """A server on one interface: that with the address ``host``, by which the other processes reach this machine.
+
+    Where none has it, since it is translated on its way here, or where it means all: that by which packets to it leave.
+    Raises: RunFailed if none leads there.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with suppress(OSError):
+        if not ip_address(host).is_unspecified:
+            return socket.create_server((host, 0), family=family)
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 1))  # which sends nothing
+            own = probe.getsockname()[0]
+        return socket.create_server((own, 0), family=family)
+    except OSError as error:
+        raise RunFailed(f"MASTER_ADDR means {host}, to which no interface here leads: {error.strerror}") from None
+
+
 class ProcessGroupWatch:
     """Context in which the first error of any process, or a signal to stop, ends all processes of the run.
 
@@ -180,12 +200,8 @@ class ProcessGroupWatch:
     def _accept(self) -> Iterator[tuple[int, socket.socket]]:
         """The first process: accept a connection from each other rank, on the one interface that they can reach."""
         host = LOOPBACK if self._one_machine else self.store.get("sdtune/host").decode()
-        secret, family = secrets.token_hex(8), socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            server = socket.create_server((host, 0), family=family)
-        except OSError:  # the others know this machine by a translated address
-            server = socket.create_server(("", 0))
-        with server:
+        secret = secrets.token_hex(8)
+        with listen(host) as server:
             self.store.set("sdtune/watch", f"{host} {server.getsockname()[1]} {secret}")
             waiting = self.world - 1
             while waiting:
