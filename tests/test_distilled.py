@@ -1,7 +1,9 @@
 """Distilled models: their artefacts in stock diffusers, what `sdtune sample` takes from them, and what is refused."""
 
 import json
+import re
 import shlex
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from sdtune.config.foreign_flags import ANSWERS
 from sdtune.models import families
 from sdtune.models.networks import reshaped
 from sdtune.run.sampling_file import Sampling
+from sdtune.training import memory_estimate
 from tests.conftest import status
 from tests.contract import command
 from tests.families import pipelines
@@ -166,16 +169,36 @@ def test_a_phase_ends_with_the_student_as_the_teacher(trained, places):
     assert all(torch.equal(weight, teacher[1][name]) for name, weight in teacher[2].items())
 
 
-def test_check_counts_teacher_and_target(places, tmp_path, capsys):
-    """The weights of a run with a teacher are those of two networks, with a target as well those of three."""
-    unet = DDPMPipeline.from_pretrained(places.pixels).unet
-    size = sum(p.numel() * p.element_size() for p in unet.parameters()) / 1e6
-    for target, networks in (("0", 2), ("0.9", 3)):
-        words = command("consistency, distilled", places, tmp_path / "run", "--target-decay", target)
-        code, out, err = answer(capsys, "check", *words)
+def held(modules):
+    """Megabytes of the weights and buffers of networks."""
+    return sum(x.nbytes for module in modules for x in [*module.parameters(), *module.buffers()]) / 1e6
+
+
+def test_check_counts_teacher_and_target(places, tmp_path, capsys, monkeypatch):
+    """A copy of the network for the student, and one for the target, beside what the base holds; none for adapters."""
+    # Seconds each, of which weights are no part
+    monkeypatch.setattr(memory_estimate, "traced", lambda *step: Counter())
+    monkeypatch.setattr(memory_estimate, "of_preview", lambda *preview: 0)
+    pixels = [DDPMPipeline.from_pretrained(places.pixels).unet]
+    sd = DiffusionPipeline.from_pretrained(places.sd, safety_checker=None)
+    flow = DiffusionPipeline.from_pretrained(families.resolve_model("tiny-flow"))
+    told = reshaped(sd.unet, time_cond_proj_dim=256)
+    parts = {pipe: [x for x in pipe.components.values() if isinstance(x, torch.nn.Module)] for pipe in (sd, flow)}
+    cases = {
+        "consistency, distilled": (["--target-decay", "0"], [*pixels, *pixels]),
+        "consistency, distilled, with a target": (["--target-decay", "0.9"], [*pixels, *pixels, *pixels]),
+        "lcm": ([], [*parts[sd], told, told]),
+        "lcm, adapters": ([], parts[sd]),
+        "reflow": ([], [*parts[flow], flow.transformer]),
+    }
+    for name, (options, networks) in cases.items():
+        row = name.removesuffix(", with a target")
+        code, out, err = answer(capsys, "check", *command(row, places, tmp_path / "run", *options))
         assert code == 0, err
-        line = next(line for line in out.splitlines() if "weights, trained and frozen" in line)
-        assert float(line.split()[0]) == pytest.approx(networks * size, abs=0.06)
+        counted = float(re.search(r"([\d.]+) MB  weights, trained and frozen", out)[1])
+        adapters = re.search(r"([\d,]+) parameters train", out)[1] if name.endswith("adapters") else "0"
+        expected = held(networks) + 4e-6 * int(adapters.replace(",", ""))
+        assert counted == pytest.approx(expected, rel=0.025, abs=0.06), name  # rotary tables are no buffers
 
 
 @pytest.mark.parametrize("name", ["lcm", "guidance-distillation", "reflow", "progressive", "consistency, distilled"])
