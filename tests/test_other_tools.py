@@ -317,6 +317,8 @@ def test_half_of_the_modules_missing_is_told(pipe, tmp_path):
     [
         ({"alpha_pattern": {"(a+)+b|(.*)*x": 4}}, "too complex"),
         ({"alpha_pattern": {"(.*a){25}": 4}}, "too complex"),
+        ({"alpha_pattern": {".*a" * 8: 4}}, "too complex"),
+        ({"alpha_pattern": {"[a]" * 101: 4}}, "too complex"),
         ({"lora_alpha": 10**400}, "cannot be read"),
         ({"lora_alpha": "1" * 400}, "do not match"),
         ({"lora_alpha": "x"}, "do not match"),
@@ -383,6 +385,19 @@ def test_changes_that_are_not_low_rank_are_named(end, tmp_path):
     save_file({f"{K}.{end}": torch.ones(16, 16)}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="change norms, biases or complete weights"):
         read(tmp_path / "a.safetensors")
+
+
+def test_modules_of_the_text_encoder_that_no_adapter_goes_on_are_named(pipe, tmp_path):
+    modules = ["final_layer_norm", "embeddings_token_embedding", "encoder_layers_0_layer_norm1"]
+    for module in ["text_projection", *(f"text_model_{name}" for name in modules)]:
+        name = f"lora_te_{module}"
+        ends = {f"{name}.lora_down.weight": torch.ones(4, 32), f"{name}.lora_up.weight": torch.ones(32, 4)}
+        save_file(ends, tmp_path / "a.safetensors")
+        with pytest.raises(
+            UserError, match=r"0 of its 1 modules are layers of the base; it has no text_encoder\."
+        ) as said:
+            load_adapters(copy.deepcopy(pipe), [str(tmp_path / "a.safetensors")])
+        assert "\n" not in str(said.value)
 
 
 # ---- what other readers do not read ---------------------------------------------------------------------
