@@ -12,9 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sdtune.config.methods.autoencoder import AutoencoderConfig
+from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import UserError
 from sdtune.config.verbs import SampleConfig
-from sdtune.models import perceptual
+from sdtune.models import families, perceptual
 from sdtune.models.discriminator import PatchDiscriminator, adaptive_weights, hinge
 from sdtune.models.perceptual import perceptual_distance
 from sdtune.recipes.autoencoder import Autoencoder
@@ -95,6 +96,14 @@ def test_an_image_is_judged_alone():
     assert torch.allclose(adaptive_weights(h, wanted, got, 3)[1:2], alone, rtol=1e-4)
 
 
+def test_a_held_out_loss_is_not_lowered_by_the_discriminator(sd, pictures):
+    recipe = recipe_of(sd, pictures, **GAME).eval()
+    with torch.no_grad():
+        loss, figures = recipe(batch_of(recipe))
+    assert torch.allclose(loss, figures["reconstruction"] + 0.1 * figures["perceptual"])
+    assert {"disc_loss", "real", "fake"} <= figures.keys()
+
+
 def test_the_game_begins_at_its_step(sd, pictures):
     recipe = recipe_of(sd, pictures, **GAME, disc_start=3)
     loss, figures = recipe(batch_of(recipe))
@@ -172,6 +181,18 @@ def test_the_decoder_alone_trains_and_the_stock_pipeline_draws_with_it(sd, share
     assert torch.equal(known["pipe"].vae.decoder.conv_out.weight, after["decoder.conv_out.weight"])
 
 
+def test_other_verbs_take_it_for_the_bases_own(sd, shared, tmp_path):
+    """A merged pipeline holds it, and a method that trains on latents reads it."""
+    run, adapter = shared("autoencoder", "--steps", "4"), shared("lora")
+    words = ["merge", "--model", str(sd), "--vae", str(run), "--adapter", str(adapter)]
+    assert status([*words, "--output-dir", str(tmp_path / "merged")]) == 0
+    merged = AutoencoderKL.from_pretrained(tmp_path / "merged", subfolder="vae").state_dict()
+    ours = load_file(run / WEIGHTS)
+    assert all(torch.equal(weight, ours[name]) for name, weight in merged.items())
+    family = families.load(LoraConfig(model=str(sd), vae=str(run), dataset="d"), torch.device("cpu"), torch.float32)
+    assert torch.equal(family.part("vae").decoder.conv_out.weight, ours["decoder.conv_out.weight"])
+
+
 def test_a_vae_that_is_given_is_not_replaced_by_that_of_a_run(tmp_path):
     (tmp_path / "config.yaml").write_text("model: base\nvae: old\n")
     cfg = SampleConfig(prompt=["x"], adapter=[str(tmp_path)])
@@ -181,7 +202,12 @@ def test_a_vae_that_is_given_is_not_replaced_by_that_of_a_run(tmp_path):
 
 
 def test_with_the_encoder_the_latents_are_scaled_anew(sd, pictures, tmp_path, capsys):
-    words = ["autoencoder", "--model", str(sd), "--dataset", str(pictures), "--resolution", "32", "--steps", "3"]
+    old = AutoencoderKL.from_pretrained(sd, subfolder="vae")
+    channels = [1.0] * old.config.latent_channels
+    old.register_to_config(latents_mean=channels, latents_std=channels)  # as some bases have them
+    old.save_pretrained(tmp_path / "old")
+    words = ["autoencoder", "--vae", str(tmp_path / "old"), "--dataset", str(pictures), "--resolution", "32"]
+    words += ["--steps", "3"]
     words += ["--train-encoder", "--learning-rate", "1e-2", "--num-validation-images", "0", "--no-use-ema"]
     assert status([*words, "--output-dir", str(tmp_path / "run")]) == 0
     assert "scaling factor of the new latents" in capsys.readouterr().out
@@ -189,8 +215,9 @@ def test_with_the_encoder_the_latents_are_scaled_anew(sd, pictures, tmp_path, ca
     recipe = recipe_of(sd, pictures, vae=str(tmp_path / "run"))
     x = torch.stack([recipe.data[k]["pixels"] for k in range(11)])
     with torch.no_grad():
-        z = vae.encode(x).latent_dist.mean * vae.config.scaling_factor
-    assert z.std().item() == pytest.approx(1, rel=0.05)
+        seen = vae.encode(x).latent_dist.sample(torch.Generator().manual_seed(0)) * vae.config.scaling_factor
+    assert seen.std().item() == pytest.approx(1, rel=0.05)
+    assert (vae.config.latents_mean, vae.config.latents_std) == (None, None)
     kind = usage.artefact_kind({path.name: path for path in (tmp_path / "run").iterdir()})
     Image.new("RGB", (32, 32), "red").save(tmp_path / "picture.png")
     code = stock_lines.lines(kind, str(tmp_path / "run"), None, "", None, "", None)

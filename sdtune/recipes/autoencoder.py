@@ -84,7 +84,9 @@ class Autoencoder(Recipe):
         loss = hinge(real, fake)
         figures = {"disc_loss": loss, "real": real.flatten(1).mean(1), "fake": fake.flatten(1).mean(1)}
         features, self.features = self.features, None
-        if not torch.is_grad_enabled() or self.step < self.cfg.disc_start:
+        if not torch.is_grad_enabled():
+            return torch.zeros_like(loss), figures  # a held-out loss that the discriminator lowers says nothing
+        if self.step < self.cfg.disc_start:
             return loss, figures
         wanted, got = (torch.autograd.grad(part.sum(), y, retain_graph=True)[0] for part in (reconstruction, fooled))
         weights = adaptive_weights(features, wanted, got, self.vae.decoder.conv_out.kernel_size[0])
@@ -119,10 +121,16 @@ class Autoencoder(Recipe):
 
     @torch.no_grad()
     def scale_latents(self):
-        """Have pipelines scale the new latents to a variance of 1, as denoisers want them (Rombach et al. 2022)."""
+        """Have pipelines scale the new latents to a variance of 1, as denoisers want them (Rombach et al. 2022).
+
+        Denoisers see samples: the variance of the means, and that around them.
+        """
         count = min(MEASURED, self.data.stream.epoch_length)
         items = (self.data[k]["pixels"][None].to(self.vae.device) for k in range(count))
-        z = torch.cat([self.vae.encode(x).latent_dist.mean.flatten() for x in items])
+        found = [self.vae.encode(x).latent_dist for x in items]
+        z, around = torch.cat([d.mean.flatten() for d in found]), torch.cat([d.var.flatten() for d in found])
         shift = None if self.vae.config.shift_factor is None else z.mean().item()
-        self.vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=shift)
-        echo(f"scaling factor of the new latents: {self.vae.config.scaling_factor:.5f}, of {count} images")
+        factor = (z.var() + around.mean()).rsqrt().item()
+        # those of each channel, which a base may have, were those of the old latents
+        self.vae.register_to_config(scaling_factor=factor, shift_factor=shift, latents_mean=None, latents_std=None)
+        echo(f"scaling factor of the new latents: {factor:.5f}, of {count} images")
