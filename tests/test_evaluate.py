@@ -18,9 +18,10 @@ from sdtune.config.sections import Data, UserError
 from sdtune.data import load_images, toy_pairs, toy_world
 from sdtune.evaluation import features, inception
 from sdtune.evaluation.distances import frechet
-from sdtune.evaluation.features import BATCH, RandomConv, embed, features_of, load_network, square
+from sdtune.evaluation.features import BATCH, RandomConv, embed, embed_each, features_of, load_network, square
 from sdtune.evaluation.judges import named
 from sdtune.models.noisy_classifier import NoisyClassifier
+from sdtune.models.vision import load_clip
 from tests.conftest import status
 
 SHAPES = ("disc", "box")
@@ -552,3 +553,46 @@ def test_the_overlap_of_edges_is_one_for_what_was_followed(reference, tmp_path, 
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"file_name": f"{k}.png"}) + "\n" for k in range(8)))
     assert status([*words, "--output-dir", str(tmp_path / "no")]) == 2
     assert "has no `image` for each image" in capsys.readouterr().err
+
+
+def test_the_direction_of_an_edit_turns_with_its_captions(reference, clip, tmp_path, capsys):
+    """Discs that became boxes; with the captions the other way round the same cosine is negative."""
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    (tmp_path / "discs").mkdir()
+    before, after = ([shape(kind, 60 + k) for k in range(8)] for kind in ("disc", "box"))
+    for k in range(8):
+        before[k].save(tmp_path / "discs" / f"{k}.png")
+        after[k].save(folder / f"{k}.png")
+    words = ["evaluate", str(folder), "--reference", str(reference), "--resamples", "0", "--condition", "edit"]
+    assert status([*words, "--output-dir", str(tmp_path / "blind")]) == 2
+    assert "give clip_model" in capsys.readouterr().err
+    words += ["--clip-model", str(clip)]
+    found = []
+    for texts in (("a disc", "a box"), ("a box", "a disc"), ("a disc", None)):
+        lines = [
+            {"file_name": f"{k}.png", "image": str(tmp_path / "discs" / f"{k}.png"), "text": "box"}
+            | dict(zip(("text_before", "text_after"), texts, strict=True))
+            for k in range(8)
+        ]
+        (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        out = tmp_path / f"out-{len(found)}"
+        if None in texts:
+            assert status([*words, "--output-dir", str(out)]) == 2
+            assert "--before and --after" in capsys.readouterr().err
+        else:
+            assert status([*words, "--output-dir", str(out)]) == 0
+            found.append(json.loads((out / "evaluation.json").read_text())["figures"]["edit_direction"]["value"])
+    model = transformers.CLIPModel.from_pretrained(clip)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(clip)
+    read = [
+        model.get_text_features(**tokenizer(text, return_tensors="pt")).pooler_output for text in ("a disc", "a box")
+    ]
+    network = load_clip(str(clip))[0]
+    seen = [
+        embed_each([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for image in images], network)
+        for images in (before, after)
+    ]
+    expected = torch.nn.functional.cosine_similarity(seen[1] - seen[0], read[1] - read[0]).mean().item()
+    assert found[0] == pytest.approx(expected, abs=1e-5)
+    assert found[1] == pytest.approx(-expected, abs=1e-5)

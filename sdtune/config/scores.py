@@ -25,6 +25,7 @@ SCORES = {
     "memorisation": Score("lower", 0, 1, "Memorisation", of_network=True),
     "clip_score": Score("higher", 0, 2.5, "CLIP score"),
     "edge_overlap": Score("higher", 0, 1, "Overlap of edges"),
+    "edit_direction": Score("higher", -1, 1, "Direction of edits"),
     "class_accuracy": Score("higher", 0, 1, "Class accuracy"),
     "holdout_loss": Score("lower", 0, INFINITE, "Holdout loss"),
 }

@@ -175,8 +175,8 @@ class EvaluateConfig(TextEncoding, Source, Verb):
     """CLIP model, folder or Hub id, that compares images with their prompts. Leave out for no CLIP score."""
     classifier: PathOrId | None = None
     """Run of `sdtune classifier`, or a transformers image classifier, to check the classes. Leave out for no check."""
-    condition: Literal["edges"] | None = None
-    """What the images followed, by their prompts.jsonl: edges compares their edges with it. Leave out for nothing."""
+    condition: Literal["edges", "edit"] | None = None
+    """Compare with the `image` of prompts.jsonl: edges, or an edit's direction in CLIP. Leave out for neither."""
     trained_on: PathOrId | None = None
     """Images that the model was trained on, to see whether SAMPLES copy them. Leave out for no memorisation."""
     neighbours: Count = 3
@@ -198,6 +198,8 @@ class EvaluateConfig(TextEncoding, Source, Verb):
     def _some_spread(self) -> Self:
         if self.resamples == 1:
             raise ValueError("resamples 1: a single one has no spread; give 0 for no intervals, or 200")
+        if self.condition == "edit" and self.clip_model is None:
+            raise ValueError("condition edit: CLIP measures the direction of an edit; give clip_model as well")
         return self
 
 

@@ -11,6 +11,8 @@ from torch.nn import functional
 from sdtune.data import Images
 from sdtune.data.conditions import edges
 from sdtune.data.images import decode, to_tensor
+from sdtune.evaluation.features import embed_each
+from sdtune.evaluation.judges import Clip
 from sdtune.models.controls import read_image
 
 
@@ -23,6 +25,25 @@ def edge_overlaps(images: Images, rows: Sequence[int], followed: Sequence[Path])
     Raises: UserError for a file that cannot be read.
     """
     return torch.stack([_overlap(images, row, file) for row, file in zip(rows, followed, strict=True)])
+
+
+def edit_directions(
+    clip: Clip, seen: Tensor, edited: Sequence[Path], before: Sequence[str], after: Sequence[str]
+) -> Tensor:
+    """How far each image changed as its captions say: [N] in [-1, 1]; see `Clip.directions`.
+
+    Args:
+        seen: features of the images by the network of ``clip`` [N, D].
+        edited: the image that each was made from.
+        before, after: captions of the image before the edit, and of what the edit was to show.
+
+    Raises: UserError for a file that cannot be read.
+    """
+    vectors: dict[Path, Tensor] = {}
+    for file in dict.fromkeys(edited):  # one at a time, since photographs are large
+        pixels = torch.from_numpy(np.array(read_image(file, f"--condition: {file}"))).permute(2, 0, 1)
+        vectors[file] = embed_each([pixels.float() / 127.5 - 1], clip.network)[0]
+    return clip.directions(torch.stack([vectors[file] for file in edited]), seen, before, after)
 
 
 def _overlap(images: Images, row: int, file: Path) -> Tensor:

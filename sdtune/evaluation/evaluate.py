@@ -22,11 +22,12 @@ from sdtune.config.sections import UserError
 from sdtune.config.verbs import EvaluateConfig
 from sdtune.data import Images
 from sdtune.data.cache import digest
-from sdtune.evaluation.agreement import edge_overlaps
+from sdtune.evaluation.agreement import edge_overlaps, edit_directions
 from sdtune.evaluation.features import features_of, load_network, progress
 from sdtune.evaluation.inputs import (
     Plan,
     Samples,
+    captions_of_edits,
     check_count,
     check_output_outside,
     followed_by,
@@ -75,14 +76,17 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     with less_memory_with(["`sdtune sample --batch-size 1`, whose folder is then SAMPLES"]):
         samples = collect(cfg, judges)
     prompts, classes = judges.questions(cfg, samples)
-    overlaps = edge_overlaps(samples.images, samples.rows, followed_by(samples)) if cfg.condition else None
+    followed = followed_by(samples) if cfg.condition else []
+    captions = captions_of_edits(samples) if cfg.condition == "edit" else None
+    overlaps = edge_overlaps(samples.images, samples.rows, followed) if cfg.condition == "edges" else None
     x = features_of(samples.images, judges.features, samples.rows)
     y = features_of(reference, judges.features)
     trained_on = features_of(read("--trained-on", cfg.trained_on, cfg), judges.features) if cfg.trained_on else None
-    clip_scores, right, by_class = None, None, {}
+    clip_scores, directions, right, by_class = None, None, None, {}
     if judges.clip:
         seen = features_of(samples.images, judges.clip.network, samples.rows)
         clip_scores = judges.clip.scores(seen, prompts)
+        directions = edit_directions(judges.clip, seen, followed, *captions) if captions else None
     if judges.classifier:
         logits = features_of(samples.images, judges.classifier.network, samples.rows)
         right = judges.classifier.right(logits, classes)
@@ -97,6 +101,8 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
             found |= mean_of("clip_score", clip_scores, bootstrap)
         if overlaps is not None:
             found |= mean_of("edge_overlap", overlaps, bootstrap)
+        if directions is not None:
+            found |= mean_of("edit_direction", directions, bootstrap)
         if right is not None:
             found |= mean_of("class_accuracy", right, bootstrap)
     network = judges.features

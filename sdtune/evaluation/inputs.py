@@ -38,6 +38,8 @@ class Samples:
     classes: list[str | None]
     followed: Sequence[str | None] = ()
     """The image that each followed or edited, if it did."""
+    edits: Sequence[tuple[str | None, str | None]] = ()
+    """Captions of that image, and of what the edit was to show, if ``prompts.jsonl`` tells them."""
     option: str = "SAMPLES"
     """Option that sets the number of images, for error messages."""
     source: str = "prompts.jsonl of SAMPLES"
@@ -93,6 +95,7 @@ def samples_of(folder: Path, cfg: EvaluateConfig | None = None) -> Samples:
         [entry.get("text") or None for entry in entries.values()],
         [None if entry.get("class") is None else str(entry["class"]) for entry in entries.values()],
         [str(entry["image"]) if entry.get("image") else None for entry in entries.values()],
+        [(entry.get("text_before"), entry.get("text_after")) for entry in entries.values()],
     )
 
 
@@ -197,6 +200,17 @@ def followed_by(samples: Samples) -> list[Path]:
             "--condition: prompts.jsonl of SAMPLES has no `image` for each image; sdtune sample --image writes it"
         )
     return files
+
+
+def captions_of_edits(samples: Samples) -> tuple[list[str], list[str]]:
+    """Captions of the images before and after their edits. Raises: UserError if one is not known."""
+    pairs = [(before, after) for before, after in samples.edits if before and after]
+    if len(pairs) < len(samples.rows):
+        raise UserError(
+            "--condition edit: prompts.jsonl of SAMPLES has no `text_before` and `text_after` for each image; "
+            "--before and --after on the lines of sdtune sample --prompt-file write them"
+        )
+    return [before for before, _ in pairs], [after for _, after in pairs]
 
 
 def values_of(of: Samples | Plan, field: str) -> list[str]:

@@ -25,20 +25,37 @@ class Clip:
     def __init__(self, name: str):
         self.network, self.tokenizer = load_clip(name)
 
-    @torch.inference_mode()
     def scores(self, seen: Tensor, prompts: Sequence[str]) -> Tensor:
         """CLIPScore of each image and its prompt [N] (Hessel et al. 2021, equation 1): w max(cos(image, text), 0).
 
         Args:
             seen: features of the images by ``network`` [N, D].
         """
+        return WEIGHT * functional.cosine_similarity(seen, self.read(prompts)).clamp(min=0)
+
+    def directions(
+        self, before: Tensor, after: Tensor, text_before: Sequence[str], text_after: Sequence[str]
+    ) -> Tensor:
+        """Whether edits change images as their captions change: [N], the cosine of both changes, 0 where nothing did.
+
+        Args:
+            before, after: features of the images by ``network`` [N, D].
+
+        Gal et al. 2022 (StyleGAN-NADA), equation 2, without the ``1 -``.
+        """
+        asked = self.read(text_after) - self.read(text_before)
+        return functional.cosine_similarity(after - before, asked)
+
+    @torch.inference_mode()
+    def read(self, texts: Sequence[str]) -> Tensor:
+        """The embeddings of texts, which are cut where they are too long: [N, D]."""
         longest = self.network.model.config.text_config.max_position_embeddings
         vectors = []
-        for start in range(0, len(prompts), BATCH):
-            texts = list(prompts[start : start + BATCH])
-            words = self.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        for start in range(0, len(texts), BATCH):
+            part = list(texts[start : start + BATCH])
+            words = self.tokenizer(part, padding=True, truncation=True, max_length=longest, return_tensors="pt")
             vectors.append(self.network.model.get_text_features(**words.to(device())).pooler_output.float().cpu())
-        return WEIGHT * functional.cosine_similarity(seen, torch.cat(vectors)).clamp(min=0)
+        return torch.cat(vectors)
 
 
 class Classifier:

@@ -1,7 +1,8 @@
 """The prompts of ``sdtune sample``: those of the command line, and a file with one on each line.
 
 A line may end in options for its own image, written as in kohya's sd-scripts: ``a red car --n blurry --w 512 --h 768
---d 7 --l 7.5 --s 30``. Lines that begin with ``#`` are comments.
+--d 7 --l 7.5 --s 30``. ``--before`` and ``--after`` are captions of an edit, for ``sdtune evaluate`` alone. Lines that
+begin with ``#`` are comments.
 """
 
 import re
@@ -20,6 +21,8 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "l": ("guidance_scale", float, "a number from 0 on"),
     "s": ("steps", int, "a whole number from 1 on"),
     "cn": ("image", str, "an image file"),
+    "before": ("text_before", str, "a caption of that image"),
+    "after": ("text_after", str, "a caption of what the edit is to show"),
 }
 """Option of a line to the field that it sets, its type, and what it takes in words."""
 LEAST = {"width": 8, "height": 8, "seed": 0, "guidance_scale": 0, "steps": 1}
