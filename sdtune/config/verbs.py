@@ -102,7 +102,7 @@ class SampleConfig(Pixels, TextEncoding, Model, Verb):
     control: Annotated[PathOrIds, aliases("controlnet")] = []
     """Networks that follow an image: run of `sdtune controlnet` or folder or Hub id, each with an optional =SCALE."""
     image: Annotated[list[Path], aliases("control_image")] = []
-    """Images to follow, one for each of --control, or to edit: once for all prompts, or for each prompt."""
+    """Images to follow, one for each of --control, to edit, or to enlarge: once for all prompts, or for each prompt."""
     mask_image: list[Path] = []
     """Masks, one for each of --image: an inpainting model paints where they are white. Default: it paints all."""
     image_guidance_scale: NonNegative | None = None

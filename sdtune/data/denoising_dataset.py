@@ -66,6 +66,10 @@ class DenoisingDataset(Dataset[dict[str, Any]]):
     def draw_normal(self, purpose: str, position: Position, *size: int) -> Tensor:
         return torch.randn(size, generator=rng.generator(self.seed, purpose, position))
 
+    def draw_uniform(self, purpose: str, position: Position) -> Tensor:
+        """In [0, 1), float64."""
+        return torch.rand((), generator=rng.generator(self.seed, purpose, position), dtype=torch.float64)
+
     def draw_noise(self, position: Position, *shape: int) -> dict[str, Tensor]:
         """``noise`` ``[C, H, W]``; with input perturbation also ``input_noise``, from which x_t is made."""
         noise = self.draw_normal("noise", position, *shape)

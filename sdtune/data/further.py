@@ -1,11 +1,12 @@
 """What the items of a method hold beside picture, caption and noise: further images, and further random numbers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from sdtune.config.sections import Preview, UserError, ValidationImages
 from sdtune.data.conditions import Condition, hole, make_condition
@@ -99,14 +100,36 @@ def hole_of(stream: Stream, sample: Sample, position: object) -> Tensor:
 
 def hole_prompts(stream: Stream, given: Sequence[str]) -> list[ImagePrompt]:
     """Images of the dataset with a hole in each, and the ``given`` prompts, else their captions."""
+
+    def shown(sample: Sample, k: int) -> tuple[Tensor, ...]:
+        return stream.pixels(sample), hole_of(stream, sample, ("preview", k)).mul(2).sub(1).expand(3, -1, -1)
+
+    return _prompts_with(stream, given, shown)
+
+
+def shrunk(pixels: Tensor, times: int) -> Tensor:
+    """A picture ``[3, H, W]`` in [-1, 1] at the ``times``-th part of each side: bicubic, without aliases."""
+    sides = [side // times for side in pixels.shape[-2:]]
+    small = functional.interpolate(pixels[None], size=sides, mode="bicubic", antialias=True)
+    return small[0].clamp(-1, 1)
+
+
+def small_prompts(stream: Stream, given: Sequence[str], times: int) -> list[ImagePrompt]:
+    """Images of the dataset to enlarge, `shrunk`, and the ``given`` prompts, else their captions."""
+    return _prompts_with(stream, given, lambda sample, k: (shrunk(stream.pixels(sample), times),))
+
+
+def _prompts_with(
+    stream: Stream, given: Sequence[str], shown: Callable[[Sample, int], tuple[Tensor, ...]]
+) -> list[ImagePrompt]:
+    """The ``given`` prompts, else captions, with what is ``shown`` of a sample of the dataset beside prompt k."""
     assert isinstance(stream.cfg, Preview)
     samples = stream.examples(max(1, stream.cfg.num_validation_images))
     found = []
     for k in range(max(len(samples), len(given))):
         sample = samples[k % len(samples)]
-        white = hole_of(stream, sample, ("preview", k)).mul(2).sub(1).expand(3, -1, -1)
-        shown = to_image(stream.pixels(sample)), to_image(white)
-        found.append(ImagePrompt(given[k % len(given)] if given else sample.caption, shown))
+        images = tuple(map(to_image, shown(sample, k)))
+        found.append(ImagePrompt(given[k % len(given)] if given else sample.caption, images))
     return found
 
 

@@ -15,8 +15,17 @@ from sdtune.config.sections import Latents, UserError
 from sdtune.data import Sample, ShardStream, Stream, cache, summarize
 from sdtune.data.denoising_dataset import DenoisingDataset, Position
 from sdtune.data.encoded_shards import EncodedShards, encode_shards
-from sdtune.data.further import NOTHING, Further, ImagePrompt, further_pixels, hole_of, hole_prompts, image_prompts
-from sdtune.run import rng
+from sdtune.data.further import (
+    NOTHING,
+    Further,
+    ImagePrompt,
+    further_pixels,
+    hole_of,
+    hole_prompts,
+    image_prompts,
+    shrunk,
+    small_prompts,
+)
 
 
 class TextToImageDataset(DenoisingDataset):
@@ -30,6 +39,8 @@ class TextToImageDataset(DenoisingDataset):
             ``None``, items hold pixels ``[3, H, W]`` and the caption instead.
         further: what else items hold.
         holes: whether items hold a hole to paint, ``hole`` ``[1, H, W]``, and the picture without it, ``kept``.
+        small: whether items hold the picture at the size of a latent, ``small`` ``[3, h, w]``, and the draws from which
+            it is noised: ``small_noise`` like it, and ``small_u``, uniform in [0, 1).
         pictures: the same samples with their pixels, where ``stream`` has moments alone.
     """
 
@@ -43,10 +54,11 @@ class TextToImageDataset(DenoisingDataset):
         texts: cache.Store | cache.MetaStore | None = None,
         further: Further = NOTHING,
         holes: bool = False,
+        small: bool = False,
         pictures: Stream | None = None,
     ):
         super().__init__(stream)
-        self.holes, self.pictures = holes, pictures or stream
+        self.holes, self.small, self.pictures = holes, small, pictures or stream
         self.latent, self.given_prompts, self.sizes = latent, list(prompts), sizes
         self.moments, self.texts, self.further = moments, texts, further
         self.longest = 0 if texts is None else texts.longest(map(text_key, stream.texts()), "mask")
@@ -58,12 +70,14 @@ class TextToImageDataset(DenoisingDataset):
             return image_prompts(self.pictures, self.further, self.given_prompts)
         if self.holes:
             return hole_prompts(self.stream, self.given_prompts)
+        if self.small:
+            return small_prompts(self.stream, self.given_prompts, self.latent[1])
         return self.given_prompts or [text for text in self.stream.texts() if text] or [""]
 
     @property
     def reads_images(self) -> bool:
         anew = any(not image.cached for image in self.further.images.values())
-        return self.moments is None or self.stream.masked or anew
+        return self.moments is None or self.stream.masked or self.holes or self.small or anew
 
     def make_item(self, sample: Sample, u: Tensor, position: Position) -> dict[str, Any]:
         channels, downscale = self.latent
@@ -82,13 +96,18 @@ class TextToImageDataset(DenoisingDataset):
         if self.holes:
             hole = hole_of(self.stream, sample, position)
             item |= {"hole": hole, "kept": self.stream.pixels(sample) * (hole < 0.5)}
+        if self.small:
+            pixels = item["pixels"] if "pixels" in item else self.stream.pixels(sample)
+            item["small"] = shrunk(pixels, downscale)
+            item["small_noise"] = self.draw_normal("small noise", position, *item["small"].shape)
+            item["small_u"] = self.draw_uniform("small level", position)
         for name, image in self.further.images.items():
             if image.cached and self.moments is not None:
                 item[name] = self.moments[self.stream.pixel_key(sample, image.column)]
             else:
                 item[name] = further_pixels(self.stream, image, sample, position)
         for name in self.further.draws:
-            item[name] = torch.rand((), generator=rng.generator(self.seed, name, position), dtype=torch.float64)
+            item[name] = self.draw_uniform(name, position)
         if self.texts is None:
             item["caption"] = sample.caption
         else:
@@ -123,6 +142,9 @@ class Family(Protocol):
     """Whether the denoiser is told the sizes of image and crop."""
     paints_holes: bool
     """Whether the denoiser is told a hole, and what is around it."""
+
+    enlarges: bool
+    """Whether the denoiser enlarges a small picture."""
 
     @property
     def resolution(self) -> int:
@@ -232,8 +254,9 @@ def text_to_image_dataset(
         texts = cache.cached_tensors("texts", all_text, captions, embed, "Encoding captions")
     if cfg.cache:
         family.unload_frozen()
-    latent, sizes, holes = (family.latent_channels, family.downscale), family.conditions_on_size, family.paints_holes
-    return TextToImageDataset(stream, latent, cfg.validation_prompt, sizes, moments, texts, further, holes)
+    latent, sizes = (family.latent_channels, family.downscale), family.conditions_on_size
+    holes, small, prompts = family.paints_holes, family.enlarges, cfg.validation_prompt
+    return TextToImageDataset(stream, latent, prompts, sizes, moments, texts, further, holes, small)
 
 
 def _streamed_dataset(
@@ -247,12 +270,11 @@ def _streamed_dataset(
     if shard_cache is None:
         if cfg.cache:
             log("nothing of a streamed dataset is cached; --shard-cache FOLDER stores its VAE moments")
-        return TextToImageDataset(
-            stream, latent, cfg.validation_prompt, sizes, further=further, holes=family.paints_holes
-        )
+        holes, small, prompts = family.paints_holes, family.enlarges, cfg.validation_prompt
+        return TextToImageDataset(stream, latent, prompts, sizes, further=further, holes=holes, small=small)
     as_pixels = any(not image.cached for image in further.images.values())
-    if as_pixels or stream.masked or family.paints_holes:
-        what = "masks" if stream.masked else "pixels" if family.paints_holes else "images to follow"
+    if as_pixels or stream.masked or family.paints_holes or family.enlarges:
+        what = "masks" if stream.masked else "images to follow" if as_pixels else "pixels"
         raise UserError(f"--shard-cache: stores no {what}, which this run needs; leave it out")
     if not cfg.center_crop:
         raise UserError("--shard-cache: random crops differ each time; use --center-crop, or leave --shard-cache out")

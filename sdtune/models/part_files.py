@@ -143,7 +143,8 @@ def has_part(index: Mapping[str, Any], part: str) -> bool:
 def check_channels(unet: Mapping[str, Any], vae: Mapping[str, Any], where: str, kind: str = "") -> None:
     """Raises: UserError for a UNet that takes other channels than a pipeline of class ``kind`` gives it."""
     latent = vae["latent_channels"]
-    given = 2 * latent if "InstructPix2Pix" in kind else 2 * latent + 1 if "Inpaint" in kind else latent
+    beside = {"InstructPix2Pix": latent, "Inpaint": latent + 1, "Upscale": 3}
+    given = latent + next((more for name, more in beside.items() if name in kind), 0)
     if unet["in_channels"] != given:
         raise UserError(
             f"{where}: its UNet takes {unet['in_channels']} channels, its VAE gives {vae['latent_channels']}: "

@@ -13,6 +13,7 @@ from sdtune.run.settings import RunSettings
 FAMILY_TAGS = {
     "StableDiffusionPipeline": ["stable-diffusion", "stable-diffusion-diffusers"],
     "StableDiffusionInpaintPipeline": ["stable-diffusion", "stable-diffusion-diffusers"],
+    "StableDiffusionUpscalePipeline": ["stable-diffusion", "stable-diffusion-diffusers"],
     "StableDiffusionXLInpaintPipeline": ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"],
     "StableDiffusionXLPipeline": ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"],
     "StableDiffusionXLImg2ImgPipeline": ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"],

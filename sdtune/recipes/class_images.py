@@ -52,6 +52,11 @@ def class_images(cfg: Prior, family: Any, subject: Images, within: str = "") -> 
     found = find_images(folder, Path(cfg.dataset))
     own = [p for p in found if not NUMBERED.fullmatch(p.name)]
     missing_count = cfg.num_class_images - len(own)
+    if family.enlarges and missing_count > 0:
+        raise UserError(
+            f"--class-data {folder}: {len(own)} of --num-class-images {cfg.num_class_images}, and {cfg.model} enlarges "
+            "pictures, but makes none from a prompt; add pictures, or ask for fewer"
+        )
     if family.device.type == "meta" and len(found) < cfg.num_class_images:
         can_be_made(cfg, folder, own)
         return stand_ins(cfg, folder, subject, cfg.num_class_images - len(found))

@@ -12,7 +12,7 @@ PEFT = "adapter"
 """The folder into which the lines of a LoHa or LoKr have it converted."""
 CONTROLS_OF_LATENTS = ("SD3ControlNetModel", "FluxControlNetModel")
 """Networks that follow the latents of an image, whose pipelines do not take the size from it."""
-FROM_PICTURES = ("StableDiffusionXLImg2ImgPipeline",)
+FROM_PICTURES = ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionUpscalePipeline")
 """Classes of pipelines that are called with a picture beside the prompt."""
 INPAINTING = ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline")
 """Those that are called with a picture and a mask."""

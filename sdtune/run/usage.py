@@ -74,8 +74,8 @@ class ArtefactKind(NamedTuple):
 
     @property
     def edits(self) -> bool:
-        """Whether it is a pipeline that edits an image."""
-        return "InstructPix2Pix" in (self.pipeline or "")
+        """Whether it is a pipeline that edits an image, or enlarges it."""
+        return any(name in (self.pipeline or "") for name in ("InstructPix2Pix", "Upscale"))
 
 
 def artefact_kind(files: Mapping[str, Path]) -> ArtefactKind:

@@ -86,7 +86,9 @@ def generate(
             m.training = False
         # Prompts of one length at a time: an image does not depend on those that are drawn with it
         lengths = [parts.windows(without_weights(text)) if parts else 1 for text in prompts]
-        for rows in _batches(lengths, batch_size):
+        # and images of one size, to which a stock call would bring them all
+        sizes = [[image.size for image in own] for own in images] or [[]] * len(prompts)
+        for rows in _batches(list(zip(lengths, sizes, strict=True)), batch_size):
             if progress and "callback_on_step_end" in accepted:
                 options["callback_on_step_end"] = _reporter(progress, len(drawn), len(rows), len(prompts))
             if any(images):
@@ -135,7 +137,7 @@ def seeded(seed: int, device: torch.device | None) -> Iterator[None]:
         yield
 
 
-def _batches(kinds: Sequence[int], size: int) -> Iterator[list[int]]:
+def _batches(kinds: Sequence[Any], size: int) -> Iterator[list[int]]:
     """Neighbouring places of one kind, at most ``size`` of them at a time."""
     for start in range(0, len(kinds), size):
         for _, run in itertools.groupby(range(start, min(start + size, len(kinds))), kinds.__getitem__):

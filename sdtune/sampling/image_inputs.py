@@ -53,11 +53,12 @@ def check_images(pipe: DiffusionPipeline, cfg: SampleConfig, images: Sequence[Se
             raise UserError("--image: give one for all prompts, or one for each prompt, each with its --mask-image")
     if paints:
         return
-    takes = bool(cfg.control) or "InstructPix2Pix" in kind
+    does = "enlarges" if "Upscale" in kind else "edits"
+    takes = bool(cfg.control) or "InstructPix2Pix" in kind or does == "enlarges"
     if any(given) and not takes:
         raise UserError(
             f"--image: {cfg.model} follows no image and edits none; give the network that does with --control"
         )
     if not all(given) and takes:
-        what = "each network of --control follows an image" if cfg.control else f"a {kind} edits an image"
+        what = "each network of --control follows an image" if cfg.control else f"a {kind} {does} an image"
         raise UserError(f"--image: {what}; give one, or one for each prompt")

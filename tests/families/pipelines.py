@@ -92,6 +92,37 @@ def sdxl_refiner() -> Any:
     )
 
 
+def upscaler() -> Any:
+    """The VAE divides by 4, and the first layers of each block read the text too, as in the published one."""
+    tokenizer = tiny_tokenizer()
+    vae = tiny_vae(32, 3)
+    vae.register_to_config(scaling_factor=0.08333)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=7,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        num_class_embeds=400,
+        only_cross_attention=True,
+        use_linear_projection=True,
+    )
+    return diffusers.StableDiffusionUpscalePipeline(
+        vae=vae,
+        text_encoder=clip(tokenizer, False),
+        tokenizer=tokenizer,
+        unet=unet,
+        low_res_scheduler=diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        scheduler=diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False),
+        max_noise_level=350,
+    )
+
+
 def sd3() -> Any:
     tokenizer, tokenizer_3 = tiny_tokenizer(), t5_tokenizer()
     transformer = diffusers.SD3Transformer2DModel(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, Flux2KleinPipeline, FluxPipeline
 from torch import Tensor
+from torch.nn import functional
 
 
 def squares(pred: Tensor, target: Tensor) -> Tensor:
@@ -48,6 +49,19 @@ def sdxl_refiner(pipe: Any, batch: Mapping[str, Any]) -> Tensor:
     sizes = [[*size[:4], 6.0] for size in batch["size"].tolist()]
     told = {"time_ids": torch.tensor(sizes), "text_embeds": pooled}
     return squares(pipe.unet(x_t, t, hidden[-2], added_cond_kwargs=told).sample, batch["noise"])
+
+
+def upscaler(pipe: Any, batch: Mapping[str, Any]) -> Tensor:
+    x0 = posterior(pipe, batch) * 0.08333
+    t, schedule = (batch["u"] * 1000).long(), DDPMScheduler.from_config(pipe.scheduler.config)
+    small = functional.interpolate(batch["pixels"], scale_factor=0.25, mode="bicubic", antialias=True).clamp(-1, 1)
+    level = (batch["small_u"] * (pipe.config.max_noise_level + 1)).long()
+    noised = pipe.low_res_scheduler.add_noise(small, batch["small_noise"], level)
+    x_t = schedule.add_noise(x0, batch["noise"], t)
+    with torch.no_grad():
+        embeds, _ = pipe.encode_prompt(list(batch["caption"]), "cpu", 1, False)
+    pred = pipe.unet(torch.cat([x_t, noised], 1), t, embeds, class_labels=level).sample
+    return squares(pred, schedule.get_velocity(x0, batch["noise"], t))
 
 
 def sigmas(u: Tensor, shift: float = 1.0) -> Tensor:

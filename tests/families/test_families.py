@@ -38,6 +38,8 @@ FILE = "pytorch_lora_weights.safetensors"
 
 
 SMALL = {"height": 32, "width": 32}
+SMALL_PICTURE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+"""What an upscaler enlarges."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ BASES = {
     "sdxl-refiner": Base(
         plain.sdxl_refiner, {"guidance_scale": 3.0}, {"image": torch.zeros(1, 4, 16, 16), "strength": 1.0}
     ),
+    "upscaler": Base(plain.upscaler, {"guidance_scale": 3.0}, {"image": SMALL_PICTURE}),
     "sd3": Base(plain.sd3, {"guidance_scale": 3.0}),
     "z-image": Base(plain.z_image, {"guidance_scale": 2.0}),
     "flux-2-klein": Base(plain.flux_2_klein, {"guidance_scale": 3.0}),
@@ -71,7 +74,7 @@ BASES = {
 }
 
 
-TEXT_TRAINS = ("sdxl", "sdxl-refiner", "sd3", "flux", "flux-kontext")
+TEXT_TRAINS = ("sdxl", "sdxl-refiner", "upscaler", "sd3", "flux", "flux-kontext")
 
 
 @pytest.fixture(params=BASES)
@@ -137,7 +140,7 @@ def test_every_weight_that_trains_gets_a_gradient(base, bases, pictures, tmp_pat
 
 def test_reflow_learns_where_the_base_alone_goes(base, bases, pictures, tmp_path):
     """Whatever its adapters say; every flow is straightened by the same recipe."""
-    if base.startswith("sdxl"):
+    if base.startswith(("sdxl", "upscaler")):
         pytest.skip("no flow")
     options = {"resolution": 32, "cache": False, "lora": True, "rank": 2, "teacher_steps": 2}
     cfg = ReflowConfig(model=str(bases(base)), dataset=str(pictures), **options)
@@ -196,6 +199,14 @@ def command(method: str, base: Path, pictures: Path, out: Path, *options: str) -
     return [method, "--model", str(base), "--dataset", str(pictures), "--output-dir", str(out), *words, *options]
 
 
+def asked_size(base: str, folder: Path) -> list[str]:
+    """The words of ``sdtune sample`` for an image of 32 x 32 pixels."""
+    if BASES[base].size.get("image") is not SMALL_PICTURE:
+        return ["--width", "32", "--height", "32"]
+    SMALL_PICTURE.save(folder / "small.png")
+    return ["--image", str(folder / "small.png")]
+
+
 def train(method: str, base: Path, pictures: Path, out: Path, *options: str) -> None:
     assert status(command(method, base, pictures, out, *options)) == 0
 
@@ -217,7 +228,7 @@ def test_the_adapter_gives_the_stock_image(base, bases, pictures, tmp_path):
     folder, run = bases(base), tmp_path / "run"
     train("lora", folder, pictures, run, "--learning-rate", "0.3", "--alpha", "16")
     words = ["sample", "--model", str(folder), "--adapter", str(run), "--prompt", "a red circle", "--steps", "2"]
-    words += ["--seed", "5", "--guidance-scale", "3", "--width", "32", "--height", "32"]
+    words += ["--seed", "5", "--guidance-scale", "3", *asked_size(base, tmp_path)]
     assert status([*words, "--output-dir", str(tmp_path / "images")]) == 0
     ours = pixels(Image.open(tmp_path / "images" / "00000.png"))
     assert np.array_equal(ours, stock_pixels(folder, base, run))
@@ -286,6 +297,7 @@ WORD = ["--placeholder-token", "<thing>", "--num-vectors", "2", "--initializer-t
 RUNS = {
     "sdxl": ["lora", "--train-text-encoder", "--random-flip", "--no-center-crop", "--snr-gamma", "5"],
     "sdxl, a word": ["textual-inversion", *WORD],
+    "upscaler": ["lora", "--random-flip", "--no-center-crop"],
     "sd3": ["lora", "--train-text-encoder", "--random-flip"],
     "z-image": ["lora", *FLOW, "--adapter", "lokr", "--decompose-factor", "2", "--rank", "2"],
     "flux-2-klein": ["lora", *FLOW],

@@ -28,6 +28,7 @@ CLASSES = {
     "StableDiffusionXLInpaintPipeline": (
         "sdtune.models.families.stable_diffusion_xl_inpainting:StableDiffusionXLInpainting"
     ),
+    "StableDiffusionUpscalePipeline": "sdtune.models.families.stable_diffusion_upscale:StableDiffusionUpscale",
     "StableDiffusionXLPipeline": "sdtune.models.families.stable_diffusion_xl:StableDiffusionXL",
     "StableDiffusionXLImg2ImgPipeline": "sdtune.models.families.stable_diffusion_xl_refiner:StableDiffusionXLRefiner",
     "StableDiffusion3Pipeline": "sdtune.models.families.stable_diffusion_3:StableDiffusion3",

@@ -32,9 +32,3 @@ class Inpaints(UNetFamily):
 
     def inputs(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Any]:
         return super().inputs(torch.cat([x_t, cond["hole"].to(x_t)], 1), t, cond)
-
-    def new_controlnet(self, layers: int | None = None, single_layers: int | None = None) -> Any:
-        raise self.lacks("ControlNet")
-
-    def new_t2i_adapter(self, num_res_blocks: int) -> Any:
-        raise self.lacks("T2I-Adapter")

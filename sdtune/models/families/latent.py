@@ -52,6 +52,8 @@ class LatentFamily(TextFamily):
     """Whether the denoiser is a UNet whose layers ``attn2`` read the text, and nothing else does."""
     paints_holes: ClassVar[bool] = False
     """Whether the denoiser is told a hole, and what is around it, as ``hole`` and ``kept`` of a batch."""
+    enlarges: ClassVar[bool] = False
+    """Whether the denoiser enlarges a small picture, ``small`` of a batch; ``small_noise`` and ``small_u`` noise it."""
     conditions_on_size: ClassVar[bool] = False
     """Whether the denoiser is told the sizes of the image and of its crop, as ``size`` of a batch."""
 

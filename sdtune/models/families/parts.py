@@ -93,7 +93,7 @@ class ModelParts:
         what = f"{getattr(kind, '__name__', ConfigOnly.__name__)} {asked}"
         if what in self.downloaded:
             where["local_files_only"] = True
-        read = read_scheduler if part == "scheduler" else read_part
+        read = read_scheduler if part.endswith("scheduler") else read_part
         found = read(kind, folder, asked, cache_dir=self.cfg.cache_dir, **where, **more)
         self.downloaded.add(what)
         return found
@@ -240,9 +240,9 @@ class ModelParts:
                 given[name] = self._new_scheduler() if name == "scheduler" else move(self.part(name), self.device)
             else:
                 given[name] = self.tokenizers.get(name)
-        if "safety_checker" in self.index:
-            given["requires_safety_checker"] = False
         accepted = inspect.signature(kind.__init__).parameters
+        if "safety_checker" in self.index and "requires_safety_checker" in accepted:
+            given["requires_safety_checker"] = False
         absent = {name for name, value in given.items() if value is None and name not in accepted}
         given |= instead
         try:

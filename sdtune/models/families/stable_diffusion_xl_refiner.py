@@ -22,12 +22,6 @@ class StableDiffusionXLRefiner(StableDiffusionXL):
     control_pipelines: ClassVar[dict[str, Any]] = {}
     edit_pipeline: ClassVar[Any] = None
 
-    def new_controlnet(self, layers: int | None = None, single_layers: int | None = None) -> Any:
-        raise self.lacks("ControlNet")
-
-    def new_t2i_adapter(self, num_res_blocks: int) -> Any:
-        raise self.lacks("T2I-Adapter")
-
     def time_ids(self, size: Tensor) -> Tensor:
         """Sizes of image and crop, and the score in the place of the target's."""
         if not self.index.get("requires_aesthetics_score"):

@@ -29,6 +29,8 @@ class UNetFamily(LatentFamily):
 
     def new_controlnet(self, layers: int | None = None, single_layers: int | None = None) -> ControlNetModel:
         """A ControlNet with the weights of the denoiser's encoder, which is copied whole."""
+        if "controlnet" not in self.control_pipelines:
+            raise self.lacks("ControlNet")
         if layers is not None or single_layers is not None:
             raise UserError("--num-layers, --num-single-layers: the encoder of a UNet is copied whole; leave them out")
         unet, halvings = self.denoiser, self.downscale.bit_length() - 1
@@ -40,6 +42,8 @@ class UNetFamily(LatentFamily):
 
     def new_t2i_adapter(self, num_res_blocks: int) -> T2IAdapter:
         """A T2I-Adapter whose features have the sizes of the denoiser's."""
+        if "adapter" not in self.control_pipelines:
+            raise self.lacks("T2I-Adapter")
         widths = list(self.denoiser.config.block_out_channels)
         with self.device:
             return T2IAdapter(3, widths, num_res_blocks, self.downscale, "full_adapter")
