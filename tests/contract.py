@@ -266,8 +266,9 @@ RECIPES = {
             "classes, dropout": [
                 *(*TOGETHER, "--class-column", "text", "--class-dropout", "0.3", "--dropout", "0.1"),
             ],
-            "random crops, flips, velocity, no average": [
+            "random crops, flips, velocity, learned variance, no average": [
                 *("--no-use-ema", "--no-center-crop", "--random-flip", "--prediction-type", "v_prediction"),
+                *("--variance-type", "learned_range"),
             ],
         },
         draws=[

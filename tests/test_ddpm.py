@@ -200,7 +200,7 @@ def test_a_file_describes_the_network(shared, bare, tmp_path, capsys, refused):
     assert "leave out block_out_channels" in refused("--unet-config", str(file))
     mistakes = {
         '{"_class_name": "UNet2DConditionModel", "block_out_channels": [8]}': "not a UNet2DModel",
-        '{"block_out_channels": [8], "in_channels": 3, "out_channels": 6}': "a learnt variance is not trained here",
+        '{"block_out_channels": [8], "in_channels": 3, "out_channels": 6}': "learned its variance, which only",
         '{"block_out_channels": [8, 8], "down_block_types": ["DownBlock2D"]}': "Must provide the same number",
         '{"block_out_channels": [8], "class_embed_type": "timestep"}': "class_embed_type timestep",
         "[]": "wants the config.json of a UNet2DModel",

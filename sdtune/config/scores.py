@@ -27,6 +27,9 @@ SCORES = {
     "edge_overlap": Score("higher", 0, 1, "Overlap of edges"),
     "edit_direction": Score("higher", -1, 1, "Direction of edits"),
     "class_accuracy": Score("higher", 0, 1, "Class accuracy"),
+    "bound_fixed_small": Score("lower", 0, INFINITE, "Bits a dimension, variance fixed small"),
+    "bound_fixed_large": Score("lower", 0, INFINITE, "Bits a dimension, variance fixed large"),
+    "bound_learned": Score("lower", 0, INFINITE, "Bits a dimension, variance learned"),
     "holdout_loss": Score("lower", 0, INFINITE, "Holdout loss"),
 }
 """By name; what each measures is in docs/evaluate.md."""

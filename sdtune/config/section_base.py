@@ -14,6 +14,8 @@ from sdtune.config.untrusted import PASSWORD, REDACTED, texts_of
 
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
+Levels = Annotated[int, Ge(2)]
+"""Values that a pixel can have."""
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Seed = Annotated[int, Interval(ge=-(2**63), lt=2**63)]

@@ -11,6 +11,7 @@ from sdtune.config.section_base import (
     Count,
     Counts,
     DrawingPrecision,
+    Levels,
     Natural,
     NonNegative,
     PathOrId,
@@ -179,6 +180,12 @@ class EvaluateConfig(TextEncoding, Source, Verb):
     """Compare with the `image` of prompts.jsonl: edges, or an edit's direction in CLIP. Leave out for neither."""
     trained_on: PathOrId | None = None
     """Images that the model was trained on, to see whether SAMPLES copy them. Leave out for no memorisation."""
+    bound: bool = False
+    """Measure only the variational bound of SAMPLES, a model of pixels, on the reference (bits a dimension)."""
+    levels: Annotated[Levels, requires("bound")] = 256
+    """Values that a pixel of the reference can have: 256 in files of 8 bits, 17 of the digits that are built in."""
+    num_holdout_images: Annotated[Natural, requires("bound")] = 0
+    """Of a reference that a run trained on, take only the images that it held out: its number, and its seed."""
     neighbours: Count = 3
     """Neighbours k of precision and recall (Kynkäänniemi et al. 2019)."""
     resamples: Annotated[Natural, aliases("bootstrap")] = 200
@@ -200,6 +207,17 @@ class EvaluateConfig(TextEncoding, Source, Verb):
             raise ValueError("resamples 1: a single one has no spread; give 0 for no intervals, or 200")
         if self.condition == "edit" and self.clip_model is None:
             raise ValueError("condition edit: CLIP measures the direction of an edit; give clip_model as well")
+        return self
+
+    @model_validator(mode="after")
+    def _only_the_bound(self) -> Self:
+        used = {"samples", "reference", "bound", "levels", "num_holdout_images", "resamples", "seed", "output_dir"}
+        fields = {
+            name: f for name, f in type(self).model_fields.items() if name not in used | Source.model_fields.keys()
+        }
+        given = [name for name, f in fields.items() if getattr(self, name) != f.get_default(call_default_factory=True)]
+        if self.bound and given:
+            raise ValueError(f"{given[0]}: bound draws no images and compares none; leave it out")
         return self
 
 

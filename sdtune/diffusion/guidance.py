@@ -56,7 +56,7 @@ def shifted(
     return pred + {"epsilon": -a / s, "v_prediction": -1 / s, "sample": 1.0}[prediction] * (wanted - x0)
 
 
-def shifted_mean(mean: Tensor, gradient: Tensor, variance: float) -> Tensor:
+def shifted_mean(mean: Tensor, gradient: Tensor, variance: float | Tensor) -> Tensor:
     """``mu + Sigma gradient``, of an ancestral step (Dhariwal & Nichol 2021, algorithm 1).
 
     A sample of the step is shifted like its mean. For ``gradient`` see `shifted`.

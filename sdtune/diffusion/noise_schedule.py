@@ -33,7 +33,8 @@ def noise_scheduler(cfg: DdpmConfig, base: Mapping[str, Any] | None = None) -> S
         base: ``scheduler_config.json`` of the model that is continued.
 
     Raises:
-        UserError: betas that do not grow; a zero terminal SNR with a network that regresses the noise.
+        UserError: betas that do not grow; a zero terminal SNR with a network that regresses the noise; a learned
+            variance with one that regresses the image.
     """
     asked: dict[str, Any] = {"prediction_type": cfg.prediction_type, "variance_type": cfg.variance_type}
     if cfg.out_of_range:
@@ -42,6 +43,11 @@ def noise_scheduler(cfg: DdpmConfig, base: Mapping[str, Any] | None = None) -> S
     if scheduler.config.rescale_betas_zero_snr and scheduler.config.prediction_type == "epsilon":
         raise UserError(
             "--rescale-betas-zero-snr: pure noise says nothing of the image; add --prediction-type v_prediction"
+        )
+    if scheduler.config.variance_type == "learned_range" and scheduler.config.prediction_type == "sample":
+        raise UserError(
+            "--variance-type learned_range: with --prediction-type sample all samples become alike; "
+            "take epsilon or v_prediction"
         )
     return scheduler
 

@@ -3,10 +3,14 @@
 Image k is a function of the k-th seed alone: it starts from ``torch.Generator("cpu").manual_seed(seed)``, and the noise
 of every step comes from the same generator. So stock ``DDPMPipeline`` and ``DDIMPipeline``, given that generator and
 a batch of one, draw the same picture.
+
+A network that learned its variance (Nichol & Dhariwal 2021) says the prediction in the first half of its channels and
+the variance in the second. DDPM's sampler reads both; of every other, and of a fixed variance, only the first is used.
 """
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -22,6 +26,7 @@ from sdtune.diffusion.guidance import classifier_free, rescaled, reverse_varianc
 from sdtune.diffusion.guides import Guide
 from sdtune.diffusion.objective import DDPM
 from sdtune.diffusion.schedulers import Scheduler, alpha_bars
+from sdtune.diffusion.variational_bound import LEARNED
 
 
 class PixelNetwork(Protocol):
@@ -77,6 +82,7 @@ def draw(
     bars = alpha_bars(scheduler)
     process = DDPM(bars, scheduler.config.prediction_type)  # by number of the step, not by timestep
     ancestral = isinstance(scheduler, DDPMScheduler)
+    learned = ancestral and scheduler.config.variance_type == LEARNED
     first = _first_step(scheduler, start[1]) if start else 0
     limit = scheduler.config.get("clip_sample_range", 1.0) if scheduler.config.get("clip_sample") else None
     through_network = any(guide.sees_x0 for guide in guides)
@@ -95,7 +101,7 @@ def draw(
                 t = scheduler.timesteps[k]
                 with torch.set_grad_enabled(through_network):
                     x_t = scheduler.scale_model_input(x, t).detach().requires_grad_(bool(guides))
-                    pred = predict(x_t, t)
+                    pred, v = predict(x_t, t).tensor_split([x.shape[1]], dim=1)
                     x0 = process.x0(x_t, pred, torch.full((len(x),), k))
                 gradient = _gradient(guides, x_t, t, x0, rows) if guides else None
                 pred, x0 = pred.detach(), x0.detach()
@@ -103,9 +109,10 @@ def draw(
                     watch(int(t), x0)
                 if gradient is not None and not ancestral:
                     pred = shifted(pred, x0, gradient, float(bars[k]), process.prediction, limit)
-                x = scheduler.step(pred, t, x, **options).prev_sample
+                said = torch.cat([pred, v.detach()], 1) if learned else pred
+                x = scheduler.step(said, t, x, **options).prev_sample
                 if gradient is not None and ancestral:
-                    x = shifted_mean(x, gradient, _variance(scheduler, bars, k))
+                    x = shifted_mean(x, gradient, _variance(scheduler, bars, k, v.detach()))
                 if progress:
                     progress((done + len(x) * (k + 1 - first) / (len(bars) - first)) / len(seeds))
             drawn.append(x.float().cpu().clamp(-1, 1))
@@ -173,8 +180,11 @@ def _predictor(
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
         unconditional, conditional = unet(torch.cat([x_t, x_t]), t, class_labels=both).sample.chunk(2)
-        guided = classifier_free(unconditional, conditional, scale)
-        return rescaled(guided, conditional, share) if share else guided
+        channels = x_t.shape[1]  # a learned variance is not guided
+        asked = conditional[:, :channels]
+        guided = classifier_free(unconditional[:, :channels], asked, scale)
+        guided = rescaled(guided, asked, share) if share else guided
+        return torch.cat([guided, conditional[:, channels:]], 1)
 
     return predict
 
@@ -199,10 +209,14 @@ def _gradient(guides: Sequence[Guide], x_t: Tensor, t: Tensor, x0: Tensor, rows:
     return torch.autograd.grad(log_likelihood, x_t)[0].to(x_t)
 
 
-def _variance(scheduler: Scheduler, bars: Tensor, k: int) -> float:
-    """What the ``k``-th step of a DDPM scheduler adds noise of."""
+def _variance(scheduler: Scheduler, bars: Tensor, k: int, v: Tensor) -> float | Tensor:
+    """What the ``k``-th step of a DDPM scheduler adds noise of; of a learned variance for each pixel, by ``v``."""
     previous = float(bars[k + 1]) if k + 1 < len(bars) else 1.0
-    return reverse_variance(float(bars[k]), previous, large="large" in scheduler.config.variance_type)
+    small, large = (reverse_variance(float(bars[k]), previous, large=of) for of in (False, True))
+    if scheduler.config.variance_type == LEARNED:
+        share = (v + 1) / 2
+        return (share * math.log(large) + (1 - share) * math.log(max(small, 1e-20))).exp()
+    return large if "large" in scheduler.config.variance_type else small
 
 
 def _first_step(scheduler: Scheduler, timestep: int) -> int:
@@ -222,8 +236,7 @@ def _check(unet: PixelNetwork, scheduler: Scheduler, steps: int, labels: Tensor 
     """Raise `UserError` for what cannot be drawn, and set the timesteps."""
     if labels is not None and unet.config.num_class_embeds is None:
         raise UserError("this model has no classes to choose from")
-    if unet.config.out_channels != unet.config.in_channels:
-        raise UserError("this model predicts its variance as well, which is not sampled here")
+    check_output(unet, scheduler)
     if not hasattr(scheduler, "alphas_cumprod"):
         raise UserError(f"{type(scheduler).__name__} knows no betas, so it is no sampler of this model")
     if steps > scheduler.config.num_train_timesteps:
@@ -234,6 +247,16 @@ def _check(unet: PixelNetwork, scheduler: Scheduler, steps: int, labels: Tensor 
         scheduler.set_timesteps(steps)
     except ValueError as error:
         raise UserError(f"--steps {steps}: {str(error).splitlines()[0]}") from error
+
+
+def check_output(unet: PixelNetwork, scheduler: Scheduler) -> None:
+    """Raises: UserError for a network whose output is neither the prediction nor that and a learned variance."""
+    variance, out = scheduler.config.get("variance_type"), unet.config.out_channels / unet.config.in_channels
+    if out not in (1, 2) or variance == "learned" or (variance == LEARNED and out == 1):
+        raise UserError(
+            f"a network of {unet.config.in_channels} channels with {unet.config.out_channels} of output, and a "
+            f"scheduler whose variance_type is {variance}: only twice the channels and {LEARNED} is sampled here"
+        )
 
 
 @contextmanager

@@ -81,12 +81,16 @@ def make_scheduler(name: str, base: Scheduler, clip: bool = False) -> Scheduler:
         given |= {"timestep_spacing": "leading"}
     if karras:
         given |= {"use_karras_sigmas": True}
+    learned = given.get("variance_type") == "learned_range"
+    if learned and name != "ddpm":  # the others have no use for it, and DPM-Solver takes three channels for the image
+        del given["variance_type"]
     scheduler: Scheduler = chosen.from_config({**usual, **given, **process})
     try:  # what a class can predict from, only its step tells
         probe = torch.zeros(1, 1, 1, 1)
+        said = torch.zeros(1, 2, 1, 1) if learned and name == "ddpm" else probe
         trial = chosen.from_config(scheduler.config)
         trial.set_timesteps(4)
-        trial.step(probe, trial.timesteps[0], trial.scale_model_input(probe, trial.timesteps[0]))
+        trial.step(said, trial.timesteps[0], trial.scale_model_input(probe, trial.timesteps[0]))
     except (ValueError, NotImplementedError) as error:
         predicts = process["prediction_type"]
         raise UserError(f"--scheduler {name} cannot sample a model that predicts {predicts}") from error

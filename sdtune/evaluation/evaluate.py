@@ -23,6 +23,7 @@ from sdtune.config.verbs import EvaluateConfig
 from sdtune.data import Images
 from sdtune.data.cache import digest
 from sdtune.evaluation.agreement import edge_overlaps, edit_directions
+from sdtune.evaluation.bound import measure
 from sdtune.evaluation.features import features_of, load_network, progress
 from sdtune.evaluation.inputs import (
     Plan,
@@ -138,6 +139,11 @@ def validate(cfg: EvaluateConfig, reference: Images) -> None:
         UserError: too few images in the reference, or an output folder among them or that cannot be written.
     """
     check_count(cfg, "--reference", len(reference.rows))
+    make_output(cfg)
+
+
+def make_output(cfg: EvaluateConfig) -> None:
+    """Make the output folder. Raises: UserError if it is among the images, or cannot be written."""
     check_output_outside(cfg, "--reference", Path(cfg.reference).expanduser())
     try:
         cfg.output_dir.mkdir(parents=True, exist_ok=True)
@@ -174,22 +180,45 @@ def warnings_of(images: int, dimension: int) -> list[str]:
 
 
 def write(folder: Path, result: dict[str, Any], picture: str) -> None:
+    write_json(folder, result)
+    (folder / "evaluation.svg").write_text(picture, encoding="utf-8")
+
+
+def write_json(folder: Path, result: dict[str, Any]) -> None:
     text = json.dumps(result, indent=2, ensure_ascii=False)
     (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "evaluation.svg").write_text(picture, encoding="utf-8")
 
 
 def main(cfg: EvaluateConfig) -> str:
     """The figures as a small table; of several numbers of steps, a line for each."""
+    if cfg.bound:
+        return bound_alone(cfg)
     with less_memory_with(["a smaller network as --features"]):
         if len(cfg.steps) > 1:
             return compare_steps(cfg)
         result = evaluate(cfg)
+    lines = table_of(result["figures"])
+    return "\n".join([heading(result), *lines, f"in {cfg.output_dir}: evaluation.json, evaluation.svg"])
+
+
+def bound_alone(cfg: EvaluateConfig) -> str:
+    """The variational bound as such a table; writes ``evaluation.json``."""
+    make_output(cfg)
+    found, count = measure(cfg)
+    asked = {"model": cfg.samples, "reference": cfg.reference, "images": count, "levels": cfg.levels}
+    figures_of = {name: asdict(e) for name, e in found.items()}
+    write_json(cfg.output_dir, asked | {"resamples": cfg.resamples, "seed": cfg.seed, "figures": figures_of})
+    title = f"{cfg.samples} on {count} images of {cfg.reference} with {cfg.levels} levels: bits a dimension"
+    return "\n".join([title, *table_of(figures_of), f"in {cfg.output_dir}: evaluation.json"])
+
+
+def table_of(figures_of: dict[str, Any]) -> list[str]:
+    """Lines of names, values and intervals."""
     lines = [f"{'':<28} {'value':>10}   95 % interval"]
-    for name, e in result["figures"].items():
+    for name, e in figures_of.items():
         interval = "" if e["low"] is None else f"{e['low']:.4g} to {e['high']:.4g}"
         lines.append(f"{name:<28} {e['value']:>10.4g}   {interval}".rstrip())
-    return "\n".join([heading(result), *lines, f"in {cfg.output_dir}: evaluation.json, evaluation.svg"])
+    return lines
 
 
 def compare_steps(cfg: EvaluateConfig) -> str:

@@ -38,6 +38,11 @@ class PixelModel(NamedTuple):
         """Channels of its input; ``None`` where the data decides."""
         return self.network.get("in_channels")
 
+    @property
+    def learned_variance(self) -> bool:
+        """Whether its output has a second half, the variance."""
+        return self.network.get("out_channels", 3) == 2 * self.network.get("in_channels", 3)
+
 
 def plan(cfg: Any) -> PixelModel:
     """What ``--model``, ``--unet-config`` or the options of Network describe.
@@ -50,14 +55,25 @@ def plan(cfg: Any) -> PixelModel:
     return PixelModel(_described(cfg.unet_config) if cfg.unet_config else levels(cfg))
 
 
-def build(cfg: Any, model: PixelModel, channels: int, classes: list[str]) -> UNet2DModel:
+def build(
+    cfg: Any, model: PixelModel, channels: int, classes: list[str], learned_variance: bool = False
+) -> UNet2DModel:
     """The network, with its weights where it is continued.
 
+    Args:
+        learned_variance: its output has as many channels again, for the variance.
+
     Raises:
-        UserError: it cannot be made, or halves the images to a fraction of a pixel.
+        UserError: it cannot be made, halves the images to a fraction of a pixel, or is not made for such a variance.
     """
     check_halvings(cfg, len(model.network["block_out_channels"]))
-    chosen = model.network | {"sample_size": sample_size(cfg), "in_channels": channels, "out_channels": channels}
+    if model.learned_variance and not learned_variance:
+        told = f"--model {cfg.model}" if cfg.model else f"--unet-config {cfg.unet_config}"
+        raise UserError(f"{told}: learned its variance, which only sdtune ddpm --variance-type learned_range trains")
+    if learned_variance and model.weights is not None and not model.learned_variance:
+        raise UserError(f"--variance-type learned_range: --model {cfg.model} has no channels for it; leave it out")
+    out = channels * (1 + learned_variance)
+    chosen = model.network | {"sample_size": sample_size(cfg), "in_channels": channels, "out_channels": out}
     if classes:
         chosen["num_class_embeds"] = len(classes) + 1
     try:
@@ -142,9 +158,10 @@ def describe(unet: UNet2DModel) -> str:
     shapes = [(width >> level, height >> level) for level in range(len(unet.config.block_out_channels))]
     sides = [str(w) if w == h else f"{w} x {h}" for w, h in shapes]
     attends = [side for side, kind in zip(sides, unet.config.down_block_types, strict=True) if "Attn" in kind]
+    doubled = unet.config.out_channels > unet.config.in_channels
+    channels = f"{unet.config.in_channels} channels in{', twice as many out' if doubled else ' and out'}"
     return (
-        f"network: {unet.config.in_channels} channels in and out, levels of {', '.join(sides)} pixels, "
-        f"attention at {', '.join(attends) or 'none of them'}"
+        f"network: {channels}, levels of {', '.join(sides)} pixels, attention at {', '.join(attends) or 'none of them'}"
     )
 
 
@@ -273,8 +290,8 @@ def _checked(config: dict[str, Any], asked: str) -> dict[str, Any]:
     kind = config.get("_class_name", "UNet2DModel")
     if kind != "UNet2DModel":
         raise UserError(f"{asked}: a {kind}, not a UNet2DModel")
-    if config.get("out_channels", 3) != config.get("in_channels", 3):
-        raise UserError(f"{asked}: its output has other channels than its input; a learnt variance is not trained here")
+    if config.get("out_channels", 3) / config.get("in_channels", 3) not in (1, 2):
+        raise UserError(f"{asked}: its output has neither the channels of its input nor, for a variance, twice as many")
     if config.get("class_embed_type"):
         raise UserError(f"{asked}: class_embed_type {config['class_embed_type']}; classes are an embedding here (none)")
     return {k: v for k, v in config.items() if not k.startswith("_")}

@@ -9,12 +9,14 @@ from pydantic import model_validator
 from sdtune.config.section_base import (
     Count,
     Description,
+    Levels,
     Natural,
     NonNegative,
     PathOrId,
     Positive,
     Share,
     aliases,
+    requires,
 )
 from sdtune.config.sections import (
     Denoising,
@@ -51,8 +53,10 @@ class DdpmConfig(
     """Continue this model: a run's folder, or the folder or Hub id of a DDPMPipeline. Default: start from scratch."""
     unet_config: Annotated[Path | None, aliases("model_config_name_or_path")] = None
     """JSON file that describes the network, as diffusers' unet/config.json. Default: use the network options."""
-    variance_type: Literal["fixed_small", "fixed_large"] | None = None
-    """Variance of a sampling step: beta-tilde, or beta. Default: the model's; from scratch, fixed_small."""
+    variance_type: Literal["fixed_small", "fixed_large", "learned_range"] | None = None
+    """Variance of a step: beta-tilde, beta, or learned between. Default: the model's; from scratch, fixed_small."""
+    levels: Annotated[Levels, requires("variance_type", "learned_range")] = 256
+    """Values that a pixel can have, for the bound that a learned variance trains on: 256 in 8 bits, 17 of digits."""
     out_of_range: Literal["clip", "keep"] | None = None
     """What sampling does with image estimates outside [-1, 1]. Default: as the model says; from scratch, clip."""
 
