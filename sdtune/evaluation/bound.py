@@ -6,6 +6,7 @@ scored with beta-tilde and beta as the variance, and with the learned one if the
 """
 
 import math
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
@@ -48,16 +49,16 @@ def measure(cfg: EvaluateConfig) -> tuple[dict[str, Estimate], int]:
     check_output(unet, scheduler)
     bound = VariationalBound(DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type), cfg.levels)
     limit = scheduler.config.clip_sample_range if scheduler.config.clip_sample else math.inf
+    learned = scheduler.config.variance_type == LEARNED
     shown = pictures(cfg, unet)
     found: dict[str, list[float]] = {}
     with evaluating(unet), progress() as bar:
         for k, x0 in enumerate(bar.track(shown, description="Bound")):
             noise = generator(cfg.seed, "bound", k)
-            learned = scheduler.config.variance_type == LEARNED
             for name, bits in bits_of(unet, bound, x0.to(unet.device), noise, limit, learned).items():
                 found.setdefault(name, []).append(bits)
     bootstrap = Bootstrap(cfg.resamples, cfg.seed)
-    scores = {}
+    scores: dict[str, Estimate] = {}
     for name, values in found.items():
         scores |= mean_of(name, torch.tensor(values, dtype=torch.float64), bootstrap)
     return scores, len(shown)
@@ -73,10 +74,10 @@ def pictures(cfg: EvaluateConfig, unet: PixelNetwork) -> list[Tensor]:
     if lossy := [row.name for row in images.rows if lost_channels(row, mode)]:
         raise UserError(f"--reference {cfg.reference}: {lossy[0]} has other channels than {mode}, those of the model")
     height, width = sides_of(unet.config.sample_size)
-    size = {"width": width, "height": height, "resolution": min(width, height)}
-    held = {"num_holdout_images": cfg.num_holdout_images, "seed": cfg.seed}
-    source = {name: getattr(cfg, name) for name in Source.model_fields if name in DdpmConfig.model_fields}
-    stream = Stream(DdpmConfig(dataset=cfg.reference, **size, **held, **source), images, 1, mode)
+    options: dict[str, Any] = {name: getattr(cfg, name) for name in Source.model_fields}
+    options |= {"width": width, "height": height, "resolution": min(width, height)}
+    options |= {"num_holdout_images": cfg.num_holdout_images, "seed": cfg.seed}
+    stream = Stream(DdpmConfig(dataset=cfg.reference, **options), images, 1, mode)
     samples = stream.holdout or stream.examples(len(images.rows))
     found = [stream.pixels(sample) for sample in samples]
     rounding = 0.5 * (cfg.levels - 1) / 255 + 1e-3  # of a level that a file in 8 bits holds
