@@ -1,4 +1,4 @@
-"""``sdtune evaluate --bound``: the variational bound of a model of pixels, in bits a dimension.
+"""``--bound`` of ``sdtune evaluate``: the variational bound of a model of pixels, in bits a dimension.
 
 It says how well the model compresses pictures that it has not seen, and draws none. Every timestep of each picture is
 looked at once. The noise of a picture follows from the seed and its place in the reference. The same predictions are
