@@ -9,12 +9,14 @@ checkpointing, AdamW, and captions as long as are read. The process itself is le
 """
 
 import argparse
+import inspect
 import json
 import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import transformers
 from PIL import Image
@@ -41,7 +43,8 @@ def write_base(folder: Path, shape: dict[str, Any]) -> Path:
         index[part] = [library, kind]
         (folder / part).mkdir(parents=True)
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        (folder / part / name).write_text(json.dumps({"_class_name": kind, **config}), encoding="utf-8")
+        stated = {"_class_name": kind, **(defaults(kind) if library == "diffusers" else {}), **config}
+        (folder / part / name).write_text(json.dumps(stated), encoding="utf-8")
         if part.startswith("text_encoder"):
             tokenizer = part.replace("text_encoder", "tokenizer")
             made = tokenizer_for(kind)
@@ -49,6 +52,12 @@ def write_base(folder: Path, shape: dict[str, Any]) -> Path:
             index[tokenizer] = ["transformers", type(made).__name__]
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
+
+
+def defaults(kind: str) -> dict[str, Any]:
+    """What a class of diffusers takes where nothing is said: its published configurations state these too."""
+    parameters = inspect.signature(getattr(diffusers, kind)).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def tokenizer_for(encoder: str) -> Any:
@@ -71,8 +80,6 @@ def weight_bytes(shape: dict[str, Any], part: str) -> int:
     library, kind, config = shape["parts"][part]
     with torch.device("meta"):
         if library == "diffusers":
-            import diffusers
-
             module = getattr(diffusers, kind).from_config(config)
         else:
             made = getattr(transformers, kind)
