@@ -449,14 +449,14 @@ def test_bad_input_is_one_line(folders, tmp_path, capsys, words, told):
 def test_what_cannot_be_drawn_from_code():
     with pytest.raises(UserError, match="no classes"):
         draw(tiny_unet(), DDPMScheduler(), [0], steps=2, labels=torch.tensor([0]))
-    both = UNet2DModel(
+    three = UNet2DModel(
         8,
         1,
-        2,
+        3,
         block_out_channels=(8,),
         down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
         norm_num_groups=4,
     )
-    with pytest.raises(UserError, match="predicts its variance"):
-        draw(both, DDPMScheduler(), [0], steps=2)
+    with pytest.raises(UserError, match="only twice the channels"):
+        draw(three, DDPMScheduler(), [0], steps=2)
