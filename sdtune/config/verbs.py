@@ -205,6 +205,10 @@ class EvaluateConfig(TextEncoding, Source, Verb):
     def _some_spread(self) -> Self:
         if self.resamples == 1:
             raise ValueError("resamples 1: a single one has no spread; give 0 for no intervals, or 200")
+        return self
+
+    @model_validator(mode="after")
+    def _clip_for_edits(self) -> Self:
         if self.condition == "edit" and self.clip_model is None:
             raise ValueError("condition edit: CLIP measures the direction of an edit; give clip_model as well")
         return self

@@ -26,7 +26,7 @@ from sdtune.diffusion.guidance import classifier_free, rescaled, reverse_varianc
 from sdtune.diffusion.guides import Guide
 from sdtune.diffusion.objective import DDPM
 from sdtune.diffusion.schedulers import Scheduler, alpha_bars
-from sdtune.diffusion.variational_bound import LEARNED
+from sdtune.diffusion.variational_bound import LEARNED, between
 
 
 class PixelNetwork(Protocol):
@@ -214,8 +214,7 @@ def _variance(scheduler: Scheduler, bars: Tensor, k: int, v: Tensor) -> float | 
     previous = float(bars[k + 1]) if k + 1 < len(bars) else 1.0
     small, large = (reverse_variance(float(bars[k]), previous, large=of) for of in (False, True))
     if scheduler.config.variance_type == LEARNED:
-        share = (v + 1) / 2
-        return (share * math.log(large) + (1 - share) * math.log(max(small, 1e-20))).exp()
+        return between(v, math.log(max(small, 1e-20)), math.log(large)).exp()
     return large if "large" in scheduler.config.variance_type else small
 
 

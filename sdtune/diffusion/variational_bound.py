@@ -23,6 +23,12 @@ SCALE = 1e-3
 """Weight of the bound in the hybrid loss: lambda of Nichol & Dhariwal 2021, section 3.1."""
 
 
+def between(v: Tensor, log_small: Tensor | float, log_large: Tensor | float) -> Tensor:
+    """log Sigma at ``v``: -1 is the first end, 1 the second (Nichol & Dhariwal 2021, equation 15)."""
+    share = (v + 1) / 2
+    return share * log_large + (1 - share) * log_small
+
+
 class VariationalBound:
     """The terms of the bound in nats a dimension, the mean over the values of each image: ``[B]``.
 
@@ -44,9 +50,7 @@ class VariationalBound:
 
     def log_variance(self, v: Tensor, t: Tensor) -> Tensor:
         """log Sigma of what the network says, 2 v - 1 ``[B, C, H, W]``. At 1 it is fixed large, at -1 fixed small."""
-        share = (v + 1) / 2
-        small, large = (per_image(table.at(t, v.dtype), v) for table in (self.log_small, self.log_large))
-        return share * large + (1 - share) * small
+        return between(v, *(per_image(table.at(t, v.dtype), v) for table in (self.log_small, self.log_large)))
 
     def term(self, x0: Tensor, x_t: Tensor, estimate: Tensor, log_variance: Tensor, t: Tensor) -> Tensor:
         """L_t of each image, and L_0 at t = 0. The means of q and p differ only in x_0 and the ``estimate`` of it."""

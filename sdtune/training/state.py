@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from sdtune.config.sections import RunFailed, UserError
+from sdtune.diffusion.moving_average import own_slice
 from sdtune.recipes.recipe import Recipe, TrainingConfig
 from sdtune.run import checkpoints
 from sdtune.run.environment import environment
@@ -104,7 +104,7 @@ class State:
         Raises:
             RunFailed: on every process.
         """
-        parts = [w.to_local() if isinstance(w, DTensor) else w for w in self.weights.values()]
+        parts = [own_slice(w) for w in self.weights.values()]
         largest = torch.stack([part.abs().max() for part in parts if part.numel()]).max()
         beyond = (~(largest <= FP16_MAX)).float()  # also where it is NaN
         if self.accelerator.reduce(beyond, "sum") > 0:
