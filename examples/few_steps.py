@@ -7,6 +7,7 @@ tables are those of docs/few-steps.md. Of digits the Frechet distance tells (fea
 of `tiny` and `tiny-flow` what a reader of their shapes and colours sees.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -50,7 +51,8 @@ Rows = list[tuple[str, float, str, bool]]
 def distil(name: str, *words: str) -> None:
     """Run a recipe in a process of its own, and show what it printed if it fails."""
     line = [sys.executable, "-m", "sdtune", name.partition("/")[0], "--config", name, *words]
-    ended = subprocess.run(line, capture_output=True, text=True)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # two runs of two threads each would wait for one another
+    ended = subprocess.run(line, env=one_thread, capture_output=True, text=True)
     if ended.returncode:
         sys.exit(f"{' '.join(line)}\n{ended.stdout}{ended.stderr}")
     print(f"{name}: trained", flush=True)
