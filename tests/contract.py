@@ -332,6 +332,9 @@ RECIPES = {
     ),
 }
 
+METHODS = {contract.method or name: name for name, contract in RECIPES.items()}
+"""Each method, and one of its rows."""
+
 
 def command(recipe: str, places: Places, out: Path, *options: str) -> list[str]:
     """The command line of a short run of ``recipe`` into ``out``; later options win over its own."""

@@ -6,6 +6,7 @@ A fresh Python spends five seconds on imports; a fork spends none. What has to b
 
 import fcntl
 import os
+import pkgutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from threading import Thread
@@ -22,7 +24,16 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 
+import sdtune
 from sdtune.cli import main
+
+
+@cache
+def import_everything() -> None:
+    """So that no fork has to: what is imported when it is first needed would be imported in each of them."""
+    for module in pkgutil.walk_packages(sdtune.__path__, "sdtune."):
+        if module.name != "sdtune.__main__":
+            import_module(module.name)
 
 
 class Forked:
@@ -33,6 +44,7 @@ class Forked:
     """
 
     def __init__(self, work: Callable[[], Any], name: Path, python: Path | None = None, **environment: str):
+        import_everything()
         AcceleratorState._reset_state(reset_partial_state=True)
         self.name = name
         name.parent.mkdir(exist_ok=True)

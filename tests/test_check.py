@@ -33,7 +33,7 @@ def steady(monkeypatch):
     monkeypatch.setattr(batch_size, "estimate", once)
 
 
-@pytest.mark.parametrize("recipe", contract.RECIPES)
+@pytest.mark.parametrize("recipe", contract.METHODS.values())
 def test_a_check_tells_what_a_run_does_and_needs_and_leaves_nothing(recipe, places, tmp_path, capsys):
     words = contract.command(recipe, places, tmp_path / "run", *contract.RECIPES[recipe].draws)
     assert status(["check", *words]) == 0, capsys.readouterr().err

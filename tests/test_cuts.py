@@ -7,7 +7,7 @@ import torch
 
 from tests import ranks
 from tests.compare import difference
-from tests.contract import RECIPES, command
+from tests.contract import METHODS, RECIPES, command
 
 WHOLE = ["--train-batch-size", "8", "--steps", "4"]
 FOUR = ["dreambooth", "ddpm"]
@@ -51,7 +51,7 @@ def test_two_processes_then_one_then_four(recipe, whole, places, trained, tmp_pa
     assert difference(whole, contract.artefact(trained(recipe, "cut", *contract.draws, *one))) < 1e-6
 
 
-@pytest.mark.parametrize("recipe", {contract.method or name: name for name, contract in RECIPES.items()}, indirect=True)
+@pytest.mark.parametrize("recipe", METHODS.values(), indirect=True)
 def test_another_seed_is_another_run(recipe, whole, trained):
     other = trained(recipe, "other", *RECIPES[recipe].draws, *WHOLE, "--seed", "1")
     assert difference(whole, RECIPES[recipe].artefact(other)) > 1e-5
