@@ -91,11 +91,8 @@ def latent() -> Rows:
     ]
     load_adapters(teacher, [RECIPES["lcm/tiny-lora"]])
     found = {steps: measured("LCM-LoRA", teacher, steps, 1.0) for steps in (1, 2, 4)}
-    rows.append(at_least("LCM-LoRA, 4 steps: all right", found[4]["all"], LORA_BAR))
+    rows.append(at_least("LCM-LoRA, 4 steps: all right", found[4]["all"], 0.8))
     return rows
-
-
-LORA_BAR = 0.8
 
 
 def flow() -> Rows:
