@@ -34,6 +34,7 @@ class Contract:
         draws: options that draw whatever the recipe can draw; however a step is cut, it has to end the same.
         previews: options that make it draw samples on the way, which must change nothing.
         method: its command, where that is not the name of the row.
+        chunks: whether it sees a batch in chunks, and refuses to accumulate gradients.
     """
 
     settings: dict[str, object]
@@ -42,6 +43,13 @@ class Contract:
     draws: list[str] = field(default_factory=list)
     previews: list[str] = field(default_factory=list)
     method: str = ""
+    chunks: bool = False
+
+    def cut(self, size: int, times: int) -> list[str]:
+        """Options that have a process see ``size`` pictures at a time, ``times`` in a step."""
+        if self.chunks:
+            return ["--train-batch-size", str(size * times), "--chunk-size", str(size)]
+        return ["--train-batch-size", str(size), "--gradient-accumulation-steps", str(times)]
 
     def artefact(self, out: Path) -> dict[str, Tensor]:
         """Its tensors, without the empty ones that mark what did not train."""
@@ -323,6 +331,25 @@ RECIPES = {
             *("--perceptual-scale", "0.1"),
         ],
         previews=PREVIEWS,
+    ),
+    "clip": Contract(
+        settings={
+            "--resolution": 16,
+            "--hidden-size": 32,
+            "--image-layers": 1,
+            "--text-layers": 1,
+            "--projection-dim": 16,
+        },
+        weights="model.safetensors",
+        variants={
+            "chunks, average, flips": [
+                *("--dataloader-num-workers", "2", "--chunk-size", "1"),
+                "--use-ema",
+                "--random-flip",
+            ]
+        },
+        draws=[*STEADY, "--random-flip", "--no-center-crop", "--use-ema"],
+        chunks=True,
     ),
     "classifier": Contract(
         settings=SMALL | {"--class-column": "text", "--attention-head-dim": 8},

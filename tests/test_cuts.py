@@ -32,7 +32,7 @@ def test_two_processes_then_one_then_four(recipe, whole, places, trained, tmp_pa
     By the real launcher for one recipe, without one for the others.
     """
     contract, cut = RECIPES[recipe], tmp_path / "cut"
-    two = [*contract.previews, "--train-batch-size", "2", "--gradient-accumulation-steps", "2", "--steps", "2"]
+    two = [*contract.previews, *contract.cut(2, 2), "--steps", "2"]
     words = command(recipe, places, cut, *contract.draws, *two)
     if recipe == "lora":
         done = ranks.launch([*words, "--num-processes", "2"])
@@ -41,13 +41,14 @@ def test_two_processes_then_one_then_four(recipe, whole, places, trained, tmp_pa
         printed = done.stdout
     else:
         printed = ranks.train(2, words, tmp_path / "output")
-    assert "2 a process x 2 accumulated x 2 processes = 8 a step" in printed
+    told = "4 a process x 1 accumulated" if contract.chunks else "2 a process x 2 accumulated"
+    assert f"{told} x 2 processes = 8 a step" in printed
     if recipe in FOUR:
         shutil.copytree(cut, tmp_path / "copied")
         words = command(recipe, places, tmp_path / "copied", *contract.draws, "--train-batch-size", "2", *WHOLE[2:])
         ranks.train(4, words, tmp_path / "four")
         assert difference(whole, contract.artefact(tmp_path / "copied")) < 1e-6
-    one = ["--train-batch-size", "2", "--gradient-accumulation-steps", "4", *WHOLE[2:]]
+    one = [*contract.cut(2, 4), *WHOLE[2:]]
     assert difference(whole, contract.artefact(trained(recipe, "cut", *contract.draws, *one))) < 1e-6
 
 

@@ -14,6 +14,7 @@ from sdtune.config.commands import METHODS, config_class, methods
 from sdtune.config.foreign_flags import ANSWERS, COMMON_NAMES
 from sdtune.config.methods.autoencoder import AutoencoderConfig
 from sdtune.config.methods.classifier import ClassifierConfig
+from sdtune.config.methods.clip import ClipConfig
 from sdtune.config.methods.custom_diffusion import CustomDiffusionConfig
 from sdtune.config.methods.dreambooth import DreamBoothConfig
 from sdtune.config.methods.lora import LoraConfig
@@ -71,6 +72,7 @@ ONLY = {
     "bucket_max_aspect": [1.5],
     "channels": [2],
     "disc_channels": [72],
+    "hidden_size": [64],
     "time_cond_proj_dim": [128],
     "sampling_steps": [[4, 2, 1]],
     "sigma_max": [40.0],
@@ -89,7 +91,11 @@ ONLY = {
     "placeholder_token": ["<größer>", "1e-4", "--rank", "'"],
     "validation_prompt": [["a <x> b", "c"], ["<x>", *TEXTS]],
 }
-REFUSED = {(ClassifierConfig, name) for name in ("buckets", "bucket_step", "bucket_max_aspect")}
+REFUSED = {
+    (config, name)
+    for config in (ClassifierConfig, ClipConfig)
+    for name in ("buckets", "bucket_step", "bucket_max_aspect")
+}
 REFUSED |= {
     (METHODS[method].load(), name)
     for method in ("controlnet", "t2i-adapter", "instruct-pix2pix")

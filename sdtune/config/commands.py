@@ -85,6 +85,10 @@ METHODS = {
         "methods.autoencoder:AutoencoderConfig",
         "The autoencoder (VAE) of a base, its decoder alone or both halves (AutoencoderKL; Rombach et al. 2022).",
     ),
+    "clip": Command(
+        "methods.clip:ClipConfig",
+        "A CLIP of pictures and captions, from nothing or continued (Radford et al. 2021).",
+    ),
     "classifier": Command(
         "methods.classifier:ClassifierConfig",
         "A classifier of noised images, which guides a diffusion model (Dhariwal & Nichol 2021).",

@@ -10,7 +10,7 @@ from PIL import Image
 from sdtune.config.sections import UserError
 from sdtune.data.cache_folder import cache_root
 from sdtune.data.toy_hearts import draw_hearts
-from sdtune.data.toy_pairs import draw_edges, draw_edits, draw_shapes
+from sdtune.data.toy_pairs import draw_captioned, draw_edges, draw_edits, draw_shapes
 from sdtune.data.toy_subjects import draw_subjects
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -61,6 +61,7 @@ BUILT_IN: dict[str, Callable[[], Path]] = {
     "tiny-edges": lambda: _drawn("tiny-edges", draw_edges),
     "tiny-edits": lambda: _drawn("tiny-edits", draw_edits),
     "tiny-shapes": lambda: _drawn("tiny-shapes", draw_shapes),
+    "many-shapes": lambda: _drawn("many-shapes", draw_captioned),
     "digits": digits,
 }
 """Name of a dataset -> function that gives its folder."""

@@ -18,7 +18,7 @@ from sdtune.data import toy_world
 from sdtune.data.conditions import edges
 from sdtune.data.toy_world import Scene
 
-EDGES, EDITS, ALL_SHAPES = 800, 700, 1200
+EDGES, EDITS, ALL_SHAPES, CAPTIONED = 800, 700, 1200, 20000
 """How many pictures, or pairs, each set has."""
 
 
@@ -83,6 +83,17 @@ def draw_shapes(folder: Path) -> None:
         scene = toy_world.random_scene(rng, toy_world.NEW_SHAPES if k % 2 else toy_world.SHAPES)
         _save(folder / f"{k:04}.png", toy_world.render(scene))
         rows.append({"file_name": f"{k:04}.png", "text": toy_world.random_caption(scene, rng)})
+    _list(folder, rows)
+
+
+def draw_captioned(folder: Path) -> None:
+    """Pictures that the base was trained on, with full captions: many, for a CLIP from nothing."""
+    rows = []
+    for k in range(CAPTIONED):
+        scene = toy_world.random_scene(np.random.default_rng([5, k]))
+        name = f"{k // 1000:02}/{k % 1000:03}.png"
+        _save(folder / name, toy_world.render(scene))
+        rows.append({"file_name": name, "text": toy_world.caption(scene)})
     _list(folder, rows)
 
 

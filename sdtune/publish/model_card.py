@@ -59,7 +59,7 @@ def model_card(
     holdout = [line["holdout_loss"] for line in lines if isinstance(line.get("holdout_loss"), float)]
     data = ModelCardData(
         base_model=about.base if origin.base_on_hub else None,
-        base_model_relation=("finetune" if kind.pipeline or kind.autoencoder else "adapter")
+        base_model_relation=("finetune" if kind.pipeline or kind.autoencoder or kind.clip else "adapter")
         if origin.base_on_hub
         else None,
         license=hub.license or origin.license,
@@ -109,6 +109,8 @@ def _task(kind: ArtefactKind) -> str:
     """The pipeline tag, under which the Hub files it."""
     if kind.classifier:
         return "image-classification"
+    if kind.clip:
+        return "zero-shot-image-classification"
     if kind.control or kind.edits or kind.autoencoder:
         return "image-to-image"
     return "text-to-image" if kind.takes_text else "unconditional-image-generation"
@@ -128,6 +130,8 @@ def _tags(settings: RunSettings, kind: ArtefactKind, task: str, base_class: str)
         tags.append(CONTROL_NAMES[kind.control].lower())
     if kind.autoencoder:
         tags.append("autoencoder")
+    if kind.clip:
+        tags.append("clip")
     if kind.classifier:
         tags.append("classifier-guidance")
     return [*tags, *FAMILY_TAGS.get(kind.pipeline or base_class, []), "sdtune"]
@@ -158,6 +162,8 @@ def _article(about: Description, kind: ArtefactKind) -> str:
         return f"A {CONTROL_NAMES[kind.control]}"
     if kind.autoencoder:
         return "An autoencoder (VAE)"
+    if kind.clip:
+        return "A CLIP of pictures and captions"
     adapter = f"A {about.adapter or 'LoRA'} adapter" + (f" of rank {about.rank}" if about.rank else "")
     if kind.attention:
         words = f" and of {'new words' if len(kind.embeddings) > 1 else 'a new word'}" if kind.embeddings else ""

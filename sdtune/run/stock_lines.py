@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdtune.run.sampling_file import Sampling
-from sdtune.run.usage import AUTOENCODER, CONTROLS, ENCODERS, ArtefactKind
+from sdtune.run.usage import AUTOENCODER, CLIP, CONTROLS, ENCODERS, ArtefactKind
 
 PEFT = "adapter"
 """The folder into which the lines of a LoHa or LoKr have it converted."""
@@ -51,6 +51,8 @@ def lines(
         return _control(what.control, what.of_sdxl, repo, at, base, base_at, prompt)
     if what.autoencoder:
         return _autoencoder(repo, at, base, base_at, prompt)
+    if what.clip:
+        return _clip(repo, at, prompt)
     reader = "DiffusionPipeline.from_pretrained"
     if base.endswith(".safetensors"):
         reader = f"{base_class or 'StableDiffusionPipeline'}.from_single_file"
@@ -180,6 +182,18 @@ image = VaeImageProcessor().postprocess(vae.decode(latents / vae.config.scaling_
 {load}
 pipe = DiffusionPipeline.from_pretrained({arguments(base, revision=base_at)}, vae=vae)
 image = pipe({text(prompt)}).images[0]"""
+
+
+def _clip(repo: str, at: str | None, prompt: str) -> str:
+    where = arguments(repo, revision=at)
+    return f"""from diffusers.utils import load_image
+from transformers import {CLIP}, CLIPProcessor
+
+clip = {CLIP}.from_pretrained({where})
+processor = CLIPProcessor.from_pretrained({where})
+texts = [{text(prompt)}, "something else"]
+inputs = processor(text=texts, images=load_image("picture.png"), return_tensors="pt", padding=True)
+shares = clip(**inputs).logits_per_image.softmax(1)"""
 
 
 def _classifier(config: Mapping[str, Any], repo: str, at: str | None) -> str:

@@ -36,13 +36,15 @@ CONTROLS = {
 }
 """Class of a network that follows an image -> what pipelines call this part."""
 AUTOENCODER, CLASSIFIER = "AutoencoderKL", "NoisyClassifier"
+CLIP = "CLIPModel"
+"""Class of transformers, of a model that compares pictures with captions."""
 MANY = 30
 """At most this many classes are listed; for more, the file with their names is named."""
 
 
 class ArtefactKind(NamedTuple):
     """An adapter or weights of the cross-attention, new words, or both; a pipeline; a network that follows an image; an
-    autoencoder; or a classifier of noised images.
+    autoencoder; a CLIP; or a classifier of noised images.
     """
 
     adapter: str | None = None
@@ -63,6 +65,7 @@ class ArtefactKind(NamedTuple):
     control: str | None = None
     """Class of diffusers, of a network that follows an image."""
     autoencoder: bool = False
+    clip: bool = False
     of_sdxl: bool = False
     """Whether it is a T2I-Adapter of SDXL, for which the pipeline has another name."""
     classes: tuple[str, ...] = ()
@@ -102,6 +105,8 @@ def artefact_kind(files: Mapping[str, Path]) -> ArtefactKind:
         if kind in CONTROLS:
             return ArtefactKind(control=kind, of_sdxl=config.get("adapter_type") == "full_adapter_xl")
         return ArtefactKind(autoencoder=kind == AUTOENCODER)
+    if "model.safetensors" in files and CLIP in ((read_json("config.json") or {}).get("architectures") or ()):
+        return ArtefactKind(clip=True)
     words = word_files(files)
     tables = _tables(files[words[0]]) if words else ()
     if ATTENTION in files:
@@ -150,6 +155,9 @@ def sample(what: ArtefactKind, folder: str, prompt: str) -> list[str]:
         return ["sdtune", "sample", "--control", folder, "--image", "FILE", "--prompt", prompt]
     if what.autoencoder:
         return ["sdtune", "sample", "--vae", folder, "--prompt", prompt]
+    if what.clip:
+        asked = ["--clip-model", folder, "--clip-guidance-scale", "1", "--prompt", prompt]
+        return ["sdtune", "sample", "--model", "...", *asked]
     if what.edits:
         return ["sdtune", "sample", "--model", folder, "--image", "FILE", "--prompt", prompt]
     word_alone = what.embeddings and not (what.adapter or what.attention)

@@ -96,7 +96,7 @@ class Estimates:
     def fitting_batch(self, limit: int) -> dict[str, int] | None:
         """The largest batch that fits and is smaller than the run's own."""
         smaller = (cut for cut in self.batches() if cut["train_batch_size"] < self.cfg.train_batch_size)
-        return next((cut for cut in smaller if self.of(**cut).total <= limit), None)
+        return next((cut for cut in smaller if (need := self.attempt(cut)) and need.total <= limit), None)
 
 
 def savings(cfg: TrainingConfig) -> Iterator[dict[str, Any]]:

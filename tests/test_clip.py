@@ -1,0 +1,161 @@
+"""``sdtune clip``: its loss, steps cut into chunks, and its artefact in transformers, scores and guidance."""
+
+import json
+import re
+
+import pytest
+import torch
+from transformers import CLIPModel
+
+from sdtune.config.methods.clip import ClipConfig
+from sdtune.config.sections import UserError
+from sdtune.data import toy_world
+from sdtune.evaluation import toy_clip
+from sdtune.evaluation.judges import Clip as Judge
+from sdtune.models.vision import load_pretrained
+from sdtune.recipes.clip import MAX_SCALE, Clip, contrastive_loss
+from sdtune.run import stock_lines, usage
+from tests.conftest import status
+
+SMALL = {"resolution": 16, "hidden_size": 32, "image_layers": 1, "text_layers": 1, "projection_dim": 16}
+
+
+def recipe_of(pictures, **settings):
+    torch.manual_seed(0)
+    return Clip(ClipConfig(**{"dataset": str(pictures)} | SMALL | settings), torch.device("cpu")).train()
+
+
+def gradients(recipe, positions=range(6)):
+    data = recipe.dataset(6, lambda line: None)
+    items = [data[p] for p in positions]
+    loss, _ = recipe({name: torch.stack([item[name] for item in items]) for name in ("pixels", "tokens")})
+    loss.mean().backward()
+    return loss, {name: p.grad for name, p in recipe.named_parameters()}
+
+
+# ---- the loss --------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_that_of_transformers_where_all_captions_differ():
+    from transformers.models.clip.modeling_clip import clip_loss
+
+    unit = torch.nn.functional.normalize(torch.randn(5, 2, 8, generator=torch.Generator().manual_seed(0)), dim=2)
+    tokens, scale = torch.arange(5)[:, None], torch.tensor(7.0)
+    loss, figures = contrastive_loss(unit, unit, tokens, tokens, scale)
+    torch.testing.assert_close(loss.mean(), clip_loss(scale * unit[:, 1] @ unit[:, 0].T))
+    assert figures["scale"].tolist() == [7.0] * 5
+
+
+def test_equal_captions_are_no_negatives():
+    """Two pictures of one caption: perfect embeddings have the least loss there is, the entropy of the target."""
+    own = torch.eye(3)[[0, 0, 1]][:, None].expand(-1, 2, -1)
+    tokens = torch.tensor([[1, 2], [1, 2], [1, 3]])
+    loss, figures = contrastive_loss(own, own, tokens, tokens, torch.tensor(100.0))
+    torch.testing.assert_close(loss, torch.tensor([2.0, 2.0, 1.0]).log())
+    assert figures["text_of_image"].tolist() == figures["image_of_text"].tolist() == [1.0] * 3
+
+
+def test_chunks_give_the_gradient_of_the_whole_batch(pictures):
+    """Its pictures are all compared, so that chunks alone would give another one."""
+    loss, whole = gradients(recipe_of(pictures))
+    chunked, parts = gradients(recipe_of(pictures, chunk_size=4))
+    torch.testing.assert_close(chunked, loss)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_the_temperature_is_clamped_and_does_not_decay(pictures):
+    recipe = recipe_of(pictures)
+    recipe.clip.logit_scale.data.fill_(9.0)
+    recipe.after_step()
+    assert recipe.clip.logit_scale.exp().item() == pytest.approx(MAX_SCALE)
+    decaying, flat = recipe.parameter_groups()
+    assert any(p is recipe.clip.logit_scale for p in flat["params"])
+    assert flat["weight_decay"] == 0.0
+    assert all(p.ndim > 1 for p in decaying["params"])
+    assert len(decaying["params"]) + len(flat["params"]) == len(list(recipe.parameters()))
+
+
+# ---- what is refused -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"gradient_accumulation_steps": 4, "train_batch_size": 8},
+            "--gradient-accumulation-steps 4: .*--train-batch-size 32 --chunk-size 8",
+        ),
+        ({"patch_size": 5}, "--patch-size 5: does not divide --resolution 16"),
+        ({"tokenizer": "{tmp}/none"}, "--tokenizer .*none: "),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(settings, said, pictures, tmp_path):
+    filled = {k: v.format(tmp=tmp_path) if isinstance(v, str) else v for k, v in settings.items()}
+    with pytest.raises(UserError, match=said) as told:
+        recipe_of(pictures, **filled)
+    assert "\n" not in str(told.value)
+
+
+def test_a_step_of_one_picture_is_refused(pictures):
+    with pytest.raises(UserError, match=r"--train-batch-size 1: .*at least 2"):
+        recipe_of(pictures).dataset(1, lambda line: None)
+
+
+def test_it_is_not_cut_into_slices(pictures, monkeypatch):
+    recipe = recipe_of(pictures)
+    monkeypatch.setattr("sdtune.recipes.clip.DTensor", torch.nn.Parameter)  # as FSDP makes of every weight
+    with pytest.raises(UserError, match="a CLIP is not cut into slices"):
+        recipe.parameter_groups()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--model m --patch-size 4", "patch_size describes a new CLIP"),
+        ("--hidden-size 40", "hidden_size 40 is no multiple of 32"),
+        ("--buckets", "a CLIP sees squares"),
+    ],
+)
+def test_options_that_do_not_go_together(words, said, capsys):
+    assert status(["clip", "--dataset", "d", "--dry-run", *words.split()]) == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+# ---- the artefact ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(shared):
+    return shared("clip", "--steps", "4")
+
+
+def test_it_is_continued_and_judged_and_told(run, pictures):
+    """As `sdtune evaluate` and CLIP guidance read it; a run that goes on from it starts with its weights."""
+    assert json.loads((run / "config.json").read_text())["architectures"] == ["CLIPModel"]
+    judge = Judge(str(run))
+    assert judge.network.side == 16
+    seen = judge.network(torch.rand(2, 3, 16, 16).to(judge.network.mean.device)).cpu()
+    assert judge.scores(seen, ["a red circle", "a blue square"]).shape == (2,)
+    recipe = Clip(ClipConfig(dataset=str(pictures), model=str(run), resolution=16), torch.device("cpu"))
+    for name, tensor in CLIPModel.from_pretrained(run).state_dict().items():
+        assert torch.equal(tensor, recipe.clip.state_dict()[name])
+    torch.testing.assert_close(recipe.mean.flatten(), load_pretrained(str(run), "--model").mean.flatten().cpu())
+    assert "--clip-guidance-scale" in (run / "report.html").read_text()
+    with pytest.raises(UserError, match="--resolution 64: this CLIP sees pictures of 16"):
+        Clip(ClipConfig(dataset=str(pictures), model=str(run)), torch.device("cpu"))
+
+
+def test_it_is_not_taken_for_an_adapter_or_a_classifier(run):
+    files = {path.name: path for path in run.iterdir() if path.is_file()}
+    kind = usage.artefact_kind(files)
+    assert kind == usage.ArtefactKind(clip=True)
+    compile(stock_lines.lines(kind, "runs/clip", None, "", None, "a red star", None), "lines", "exec")
+
+
+def test_scores_of_the_toy_world(run):
+    """Of a CLIP that has learnt nothing, near chance; captions are distinct, and of triples that are held out."""
+    pairs = toy_clip.distinct(64, 0)
+    assert len(pairs) == len({caption for caption, _ in pairs}) == 64
+    assert all(toy_world.is_held_out(s.colour, s.shape, s.ground) for _, s in pairs)
+    assert all(0 <= value <= 0.7 for value in toy_clip.knows_pictures(str(run), 16).values())
