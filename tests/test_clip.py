@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import CLIPModel
 
 from sdtune.config.methods.clip import ClipConfig
@@ -36,13 +37,14 @@ def gradients(recipe, positions=range(6)):
 # ---- the loss --------------------------------------------------------------------------------------------
 
 
-def test_the_loss_is_that_of_transformers_where_all_captions_differ():
-    from transformers.models.clip.modeling_clip import clip_loss
-
+def test_the_loss_is_that_of_the_paper_where_all_captions_differ():
+    """Figure 3: cross entropy along both axes, the right pair on the diagonal."""
     unit = torch.nn.functional.normalize(torch.randn(5, 2, 8, generator=torch.Generator().manual_seed(0)), dim=2)
     tokens, scale = torch.arange(5)[:, None], torch.tensor(7.0)
     loss, figures = contrastive_loss(unit, unit, tokens, tokens, scale)
-    torch.testing.assert_close(loss.mean(), clip_loss(scale * unit[:, 1] @ unit[:, 0].T))
+    logits, labels = scale * unit[:, 0] @ unit[:, 1].T, torch.arange(5)
+    paper = (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
+    torch.testing.assert_close(loss.mean(), paper)
     assert figures["scale"].tolist() == [7.0] * 5
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sdtune.data import toy_world
-from sdtune.diffusion.guides import embedded
+from sdtune.diffusion.guides import embedded, opaque_squares
 from sdtune.evaluation.toy_autoencoder import pixels
 from sdtune.evaluation.toy_score import share
 from sdtune.models.vision import load_clip
@@ -30,7 +30,7 @@ def knows_pictures(folder: str, n: int = 64, seed: int = 0) -> dict[str, float]:
     pairs = distinct(n, seed)
     scenes = [scene for _, scene in pairs]
     device = next(network.parameters()).device
-    seen = torch.stack([pixels(scene) for scene in scenes]).to(device) / 2 + 0.5
+    seen = opaque_squares(torch.stack([pixels(scene) for scene in scenes]).to(device), network.side)
     images = normalize(network(seen).float(), dim=1)
 
     def cosines(captions: Sequence[str]) -> Tensor:
