@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 
 from sdtune.config.scores import score_of, title
 from sdtune.config.section_base import Description
-from sdtune.publish.origin import FAMILY_TAGS, Origin
+from sdtune.publish.origin import FAMILY_TAGS, Origin, pipeline_class
 from sdtune.publish.redact import redact
 from sdtune.run import checkpoints, stock_lines, usage
 from sdtune.run.artefacts import best
@@ -48,7 +48,7 @@ def model_card(
     """
     shown, about, hub = redact(settings), settings.about, settings.hub
     name, kind = out.resolve().name, usage.artefact_kind(weights)
-    base_class = _pipeline_class(settings, origin)
+    base_class = pipeline_class(settings, origin)
     kept = best(out)
     step = kept[0] if kept and any(file.is_relative_to(kept[1]) for file in weights.values()) else None
     lines = [line for line in read_lines(out / "metrics.jsonl") if step is None or line["step"] <= step]
@@ -135,24 +135,6 @@ def _tags(settings: RunSettings, kind: ArtefactKind, task: str, base_class: str)
     if kind.classifier:
         tags.append("classifier-guidance")
     return [*tags, *FAMILY_TAGS.get(kind.pipeline or base_class, []), "sdtune"]
-
-
-def _pipeline_class(settings: RunSettings, origin: Origin) -> str:
-    """From the base's ``model_index.json``, or from the tensors of a single file, if it is on this machine."""
-    base, cache = settings.about.base, settings.values.get("cache_dir")
-    if not base:
-        return ""
-    if base in ("tiny", "tiny-flow"):
-        return "StableDiffusionPipeline" if base == "tiny" else "ZImagePipeline"
-    if base.endswith(".safetensors"):
-        return usage.single_file_class(Path(settings.values.get("model") or base).expanduser())
-    file: Any = Path(base).expanduser() / "model_index.json"
-    if origin.base_on_hub:
-        file = try_to_load_from_cache(base, "model_index.json", cache, settings.about.revision)
-    try:
-        return str(json.loads(Path(file).read_text(encoding="utf-8")).get("_class_name", ""))
-    except (TypeError, OSError, ValueError, RecursionError):
-        return ""
 
 
 def _article(about: Description, kind: ArtefactKind) -> str:
