@@ -339,6 +339,7 @@ RECIPES = {
             "--image-layers": 1,
             "--text-layers": 1,
             "--projection-dim": 16,
+            "--lr-scheduler": "constant",
         },
         weights="model.safetensors",
         variants={

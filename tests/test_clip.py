@@ -62,8 +62,10 @@ def test_chunks_give_the_gradient_of_the_whole_batch(pictures):
     loss, whole = gradients(recipe_of(pictures))
     chunked, parts = gradients(recipe_of(pictures, chunk_size=4))
     torch.testing.assert_close(chunked, loss)
+    # Sums in another order: a few units in the last place of the largest numbers that are added
+    rounding = 16 * torch.finfo(torch.float32).eps * max(gradient.abs().max().item() for gradient in whole.values())
     for name, gradient in whole.items():
-        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(parts[name], gradient, rtol=0, atol=rounding)
 
 
 def test_the_temperature_is_clamped_and_does_not_decay(pictures):

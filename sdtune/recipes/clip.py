@@ -62,7 +62,8 @@ class Clip(Recipe):
         own = torch.cat(made)
         together = self.training and distributed.is_initialized() and distributed.get_world_size() > 1
         every, all_tokens = (Gathered.apply(own), gathered(tokens)) if together else (own, tokens)
-        with torch.autocast(own.device.type, enabled=False):
+        # shapes without values have no autocast of their own
+        with torch.autocast("cpu" if own.is_meta else own.device.type, enabled=False):
             return contrastive_loss(own, every, tokens, all_tokens, self.clip.logit_scale.exp())
 
     def embeddings(self, x, tokens):
