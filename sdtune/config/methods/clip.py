@@ -22,7 +22,7 @@ class ClipConfig(Captions, Data, Optim, Hub, Run):
     sdtune clip --config clip/tiny-shapes
     sdtune clip --model openai/clip-vit-base-patch32 --dataset photos --resolution 224 \
         --train-batch-size 256 --chunk-size 32 --learning-rate 1e-5 --mixed-precision bf16
-    sdtune evaluate --images samples --clip-model runs/clip
+    sdtune evaluate samples --reference photos --clip-model runs/clip
     """
     num_validation_images: ClassVar[int] = 0
     """It draws none."""
