@@ -285,6 +285,17 @@ RECIPES = {
         ],
         previews=PREVIEWS,
     ),
+    "super-resolution": Contract(
+        settings=SMALL | NO_PREVIEWS,
+        weights="unet/diffusion_pytorch_model.safetensors",
+        variants={
+            "dropout, heads, crops, flips": [
+                *(*TOGETHER, "--dropout", "0.1", "--attention-head-dim", "4", "--no-center-crop", "--random-flip"),
+            ],
+        },
+        draws=[*STEADY, "--random-flip", "--noise-offset", "0.05", "--snr-gamma", "5", "--max-noise-level", "900"],
+        previews=PREVIEWS,
+    ),
     "progressive": Contract(
         settings={
             "--model": "{pixels}",

@@ -71,6 +71,7 @@ TEXTS += ["- a", "#x: y", "'", '"', "{a: b}", "%x", "", "a=b", "-5 degrees", "--
 ONLY = {
     "bucket_max_aspect": [1.5],
     "channels": [2],
+    "sample_max_value": [1.5, 0.1 + 1.2],
     "disc_channels": [72],
     "hidden_size": [64],
     "time_cond_proj_dim": [128],

@@ -61,6 +61,10 @@ METHODS = {
         "methods.ddpm:DdpmConfig",
         "A diffusion model of pixels, from scratch or continued, with classes or without (DDPM; Ho et al. 2020).",
     ),
+    "super-resolution": Command(
+        "methods.super_resolution:SuperResolutionConfig",
+        "A diffusion model of pixels that enlarges small images, a stage of a cascade (Ho et al. 2021).",
+    ),
     "lcm": Command(
         "methods.lcm:LcmConfig",
         "Pictures in one to eight steps, learnt from the base itself (LCM; Luo et al. 2023), all weights or as LoRA.",

@@ -219,6 +219,15 @@ class Schedule(Section):
     """Last beta. Default: the model's; from scratch, 0.02. Not used by squaredcos_cap_v2."""
 
 
+class OutOfRange(Section):
+    out_of_range: Literal["clip", "keep", "threshold"] | None = None
+    """What sampling does with image estimates outside [-1, 1]. Default: as the model says; from scratch, clip."""
+    dynamic_thresholding_ratio: Annotated[Share, requires("out_of_range", "threshold")] = 0.995
+    """`threshold` clips an estimate to this quantile of its absolute values and divides by it (Saharia et al. 2022)."""
+    sample_max_value: Annotated[Annotated[float, Ge(1)], requires("out_of_range", "threshold")] = 100.0
+    """Largest value that `threshold` clips to and divides by. At 1 it does what `clip` does."""
+
+
 class Network(Section):
     channels: Annotated[int | None, Interval(ge=1, le=4)] = None
     """Channels of every image: 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha. Default: what the images have."""
@@ -240,6 +249,13 @@ class Network(Section):
         if odd := [n for n in self.block_out_channels if n % self.norm_num_groups]:
             raise ValueError(f"norm_num_groups {self.norm_num_groups} does not divide {odd[0]} of block_out_channels")
         return self
+
+
+class ResidualBlocks(Section):
+    resblock_updown: bool = False
+    """Halve and double the sides inside residual blocks, as guided-diffusion does. Leave out for convolutions."""
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
+    """The timestep is added in a residual block (default), or scales and shifts it (Dhariwal & Nichol 2021)."""
 
 
 class Denoising(Section):

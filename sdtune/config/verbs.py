@@ -24,7 +24,7 @@ from sdtune.config.section_base import (
     positional,
     requires,
 )
-from sdtune.config.sections import Model, Repository, Source, TextEncoding
+from sdtune.config.sections import Model, OutOfRange, Repository, Source, TextEncoding
 
 Sampler = Annotated[
     Literal[
@@ -77,7 +77,7 @@ class Pixels(Section):
         return self
 
 
-class SampleConfig(Pixels, TextEncoding, Model, Verb):
+class SampleConfig(Pixels, OutOfRange, TextEncoding, Model, Verb):
     """Images from a base model, any adapters, and prompts; or from a model of pixels, and classes."""
 
     method: ClassVar[str] = "sample"
@@ -86,6 +86,7 @@ class SampleConfig(Pixels, TextEncoding, Model, Verb):
     sdtune sample --adapter runs/lora --prompt "a red heart"
     sdtune sample --model runs/ddpm --num-images-per-prompt 16
     sdtune sample --control runs/controlnet=0.8 --image edges.png --prompt "a red star"
+    sdtune sample --model runs/ddpm --then runs/super-resolution
     sdtune sample --adapter runs/lora=0.8 --prompt-file prompts.txt --seed 7 \
         --scheduler dpm++ --steps 20
     """
@@ -108,6 +109,10 @@ class SampleConfig(Pixels, TextEncoding, Model, Verb):
     """Masks, one for each of --image: an inpainting model paints where they are white. Default: it paints all."""
     image_guidance_scale: NonNegative | None = None
     """How closely an edit keeps to its image (Brooks et al. 2023). Default: that of the stock pipeline, 1.5."""
+    noise_level: Natural | None = None
+    """Timestep to which a model that enlarges noises a small image, to hide its flaws. Default: the model's own."""
+    then: PathOrIds = []
+    """Models that enlarge what was drawn, one after another: runs of `sdtune super-resolution`. Default: none."""
     prompt: Annotated[StrList, aliases("prompts")] = []
     """What to show. Several prompts give one image each."""
     prompt_file: Path | None = None
@@ -152,8 +157,14 @@ class SampleConfig(Pixels, TextEncoding, Model, Verb):
             raise ValueError("width and height: give both, or neither for the base's own")
         return self
 
+    @model_validator(mode="after")
+    def _tables_of_one_model(self) -> Self:
+        if self.xy and self.then:
+            raise ValueError("xy and then: a table shows what one model draws; leave one of them out")
+        return self
 
-class EvaluateConfig(TextEncoding, Source, Verb):
+
+class EvaluateConfig(OutOfRange, TextEncoding, Source, Verb):
     """How close images are to a reference, and to their prompts and classes: FID and the like, with intervals."""
 
     method: ClassVar[str] = "evaluate"

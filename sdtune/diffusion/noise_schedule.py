@@ -7,8 +7,9 @@ from diffusers import DDPMScheduler
 
 from sdtune.config.methods.classifier import ClassifierConfig
 from sdtune.config.methods.ddpm import DdpmConfig
+from sdtune.config.methods.super_resolution import SuperResolutionConfig
 from sdtune.config.sections import Schedule, UserError
-from sdtune.diffusion.schedulers import Scheduler
+from sdtune.diffusion.schedulers import Scheduler, range_settings
 
 FROM_SCRATCH: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -26,7 +27,7 @@ Samples of fewer steps than timesteps begin at the last timestep (Lin et al. 202
 """
 
 
-def noise_scheduler(cfg: DdpmConfig, base: Mapping[str, Any] | None = None) -> Scheduler:
+def noise_scheduler(cfg: DdpmConfig | SuperResolutionConfig, base: Mapping[str, Any] | None = None) -> Scheduler:
     """The forward process of a model of pixels: what ``cfg`` asks for, else that of ``base``, else the paper's.
 
     Args:
@@ -37,8 +38,7 @@ def noise_scheduler(cfg: DdpmConfig, base: Mapping[str, Any] | None = None) -> S
             variance with one that regresses the image.
     """
     asked: dict[str, Any] = {"prediction_type": cfg.prediction_type, "variance_type": cfg.variance_type}
-    if cfg.out_of_range:
-        asked["clip_sample"] = cfg.out_of_range == "clip"
+    asked |= range_settings(cfg)
     scheduler = _scheduler(cfg, cfg.rescale_betas_zero_snr, base, asked)
     if scheduler.config.rescale_betas_zero_snr and scheduler.config.prediction_type == "epsilon":
         raise UserError(

@@ -84,7 +84,8 @@ def draw(
     ancestral = isinstance(scheduler, DDPMScheduler)
     learned = ancestral and scheduler.config.variance_type == LEARNED
     first = _first_step(scheduler, start[1]) if start else 0
-    limit = scheduler.config.get("clip_sample_range", 1.0) if scheduler.config.get("clip_sample") else None
+    clips = scheduler.config.get("clip_sample") and not scheduler.config.get("thresholding")
+    limit = scheduler.config.get("clip_sample_range", 1.0) if clips else None
     through_network = any(guide.sees_x0 for guide in guides)
     drawn = []
     with evaluating(unet):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdtune.config.sections import UserError
+from sdtune.config.sections import OutOfRange, UserError
 
 
 class Scheduler(Protocol):
@@ -71,6 +71,8 @@ def make_scheduler(name: str, base: Scheduler, clip: bool = False) -> Scheduler:
         if "rescale_betas_zero_snr" not in inspect.signature(chosen.__init__).parameters:
             raise UserError(f"--scheduler {name} knows no zero-terminal-SNR schedule, which this base has")
         process["rescale_betas_zero_snr"] = True
+    if base.config.get("thresholding") and "thresholding" not in inspect.signature(chosen.__init__).parameters:
+        raise UserError(f"--scheduler {name} knows no dynamic thresholding; add --out-of-range keep, or take ddim")
     if name == "lms" and find_spec("scipy") is None:
         raise UserError("--scheduler lms needs scipy: pip install scipy")
     defaults = base.config.get("_use_default_values", ())
@@ -95,6 +97,40 @@ def make_scheduler(name: str, base: Scheduler, clip: bool = False) -> Scheduler:
         predicts = process["prediction_type"]
         raise UserError(f"--scheduler {name} cannot sample a model that predicts {predicts}") from error
     return scheduler
+
+
+def range_settings(cfg: OutOfRange) -> dict[str, Any]:
+    """What diffusers' schedulers call the options of ``cfg``; empty where the model's own are kept."""
+    if cfg.out_of_range is None:
+        return {}
+    if cfg.out_of_range != "threshold":
+        return {"clip_sample": cfg.out_of_range == "clip", "thresholding": False}
+    ratio, most = cfg.dynamic_thresholding_ratio, cfg.sample_max_value
+    return {"thresholding": True, "dynamic_thresholding_ratio": ratio, "sample_max_value": most}
+
+
+def choose_scheduler(name: str | None, base: Scheduler, cfg: OutOfRange) -> Scheduler:
+    """The sampler ``name`` of a model of pixels, by default its own, ``base``; estimates out of range as ``cfg`` says.
+
+    Raises:
+        UserError: the sampler, or that, is not for this model.
+    """
+    settings, kind = range_settings(cfg), type(base)
+    if settings:
+        base = kind.from_config(base.config, **settings)  # type: ignore[attr-defined]
+    chosen = make_scheduler(name, base, clip=True) if name else base
+    unknown = settings.keys() - inspect.signature(type(chosen).__init__).parameters.keys()
+    if unknown and cfg.out_of_range != "keep":
+        raise UserError(f"--out-of-range {cfg.out_of_range}: {type(chosen).__name__} does not; --scheduler ddim does")
+    return chosen
+
+
+def with_variance(scheduler: Scheduler, kind: str) -> Scheduler:
+    """DDPM's sampler with another variance; `UserError` for every other sampler."""
+    if not isinstance(scheduler, diffusers.DDPMScheduler):
+        raise UserError(f"--variance-type: is for --scheduler ddpm; {type(scheduler).__name__} sets its own noise")
+    chosen: Scheduler = diffusers.DDPMScheduler.from_config(scheduler.config, variance_type=kind)
+    return chosen
 
 
 def lcm_scheduler(base: Scheduler, **settings: Any) -> Scheduler:

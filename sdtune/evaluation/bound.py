@@ -25,7 +25,7 @@ from sdtune.evaluation.features import progress
 from sdtune.evaluation.inputs import classes_of_pixels, read
 from sdtune.evaluation.scores import Bootstrap, mean_of
 from sdtune.models.loading import load_pipeline
-from sdtune.models.pixel_models import sides_of
+from sdtune.models.pixel_networks import sides_of
 from sdtune.run.rng import generator
 
 BATCH = 250

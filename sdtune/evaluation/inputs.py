@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sdtune.config.fields import flag
-from sdtune.config.sections import Captions, Data, TextEncoding, UserError
+from sdtune.config.sections import Captions, Data, OutOfRange, TextEncoding, UserError
 from sdtune.config.verbs import EvaluateConfig, SampleConfig
 from sdtune.data import Images, load_images
 from sdtune.evaluation.features import BATCH
@@ -21,6 +21,7 @@ from sdtune.models.formats.tensor_file import FILE
 from sdtune.models.pixel_models import read_classes
 from sdtune.run.rng import generator
 from sdtune.run.usage import ATTENTION
+from sdtune.sampling.enlarge import is_enlarger
 from sdtune.sampling.sample_pixels import of_pixels
 
 
@@ -112,7 +113,8 @@ def plan_of(cfg: EvaluateConfig) -> Plan | None:
         if cfg.steps:
             raise UserError(f"--steps: {cfg.samples} is a folder of images, which are there already; leave it out")
         check_output_outside(cfg, "SAMPLES", folder)
-        if drawn := [name for name in ("steps", "guidance_scale", *TextEncoding.model_fields) if getattr(cfg, name)]:
+        named = ("steps", "guidance_scale", "out_of_range", *TextEncoding.model_fields)
+        if drawn := [name for name in named if getattr(cfg, name)]:
             raise UserError(
                 f"{flag(drawn[0])}: for images that are drawn, and SAMPLES is a folder of them; leave it out"
             )
@@ -132,6 +134,8 @@ def plan_of(cfg: EvaluateConfig) -> Plan | None:
     options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     options |= {"model": model} if model else {"adapter": [str(folder)]}
     options |= {name: value for name in TextEncoding.model_fields if (value := getattr(cfg, name))}
+    if cfg.out_of_range:
+        options |= {name: getattr(cfg, name) for name in OutOfRange.model_fields}
     if classes is None:
         prompts = captions(cfg)
         return Plan(SampleConfig(prompt=prompts, **options), [*prompts], [None] * len(prompts))
@@ -154,15 +158,15 @@ def classes_of_pixels(model: str) -> list[str] | None:
     """The names in ``classes.json`` of a pixel model, empty without that file; None for a text-to-image model."""
     try:
         source = families.resolve_model(model)
-        where = SampleConfig(model=source)
-        if not of_pixels(families.model_index(source, where)):
-            return None
+        index = families.model_index(source, SampleConfig(model=source))
     except UserError as error:
         why = str(error).removeprefix(f"--model {model}: ")
         raise UserError(
             f"SAMPLES {model}: {why if why.startswith('no such') else f'no such folder, and as a Hub id: {why}'}"
         ) from error
-    return read_classes(source, f"SAMPLES {model}") or []
+    if is_enlarger(index):
+        raise UserError(f"SAMPLES {model}: enlarges images, and draws none; give a folder of what it enlarged")
+    return (read_classes(source, f"SAMPLES {model}") or []) if of_pixels(index) else None
 
 
 def captions(cfg: EvaluateConfig) -> list[str]:

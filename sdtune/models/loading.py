@@ -34,7 +34,8 @@ from sdtune.models.part_files import (
     reason,
     refuse_broken,
 )
-from sdtune.models.pixel_models import read_classes, sides_of
+from sdtune.models.pixel_models import read_classes
+from sdtune.models.pixel_networks import sides_of
 from sdtune.run.device import best_device
 from sdtune.run.precision import DTYPES
 from sdtune.run.sampling_file import SAMPLING, Sampling

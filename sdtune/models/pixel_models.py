@@ -5,7 +5,6 @@ has an embedding of K + 1, the last of which is the null class, and ``classes.js
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +12,12 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from sdtune.config.sections import ImageSize, UserError
+from sdtune.config.sections import UserError
 from sdtune.models import families
 from sdtune.models.noisy_classifier import NoisyClassifier
 from sdtune.models.part_files import BROKEN, check_scheduler, has_part, read_part, reason
 from sdtune.models.pipeline_folder import verify_module, write_folder, write_pipeline
+from sdtune.models.pixel_networks import check_halvings, levels, residual_blocks, sample_size, sides_of
 from sdtune.run.sampling_file import SAMPLING, Sampling
 from sdtune.run.usage import CLASSES
 
@@ -52,7 +52,7 @@ def plan(cfg: Any) -> PixelModel:
     """
     if cfg.model:
         return _saved(cfg)
-    return PixelModel(_described(cfg.unet_config) if cfg.unet_config else levels(cfg))
+    return PixelModel(_described(cfg.unet_config) if cfg.unet_config else levels(cfg) | residual_blocks(cfg))
 
 
 def build(
@@ -90,56 +90,6 @@ def classifier(cfg: Any, channels: int, classes: int) -> NoisyClassifier:
     check_halvings(cfg, len(cfg.block_out_channels))
     given = {k: v for k, v in levels(cfg).items() if k in NoisyClassifier.__init__.__annotations__}
     return NoisyClassifier(sample_size(cfg), channels, classes, **given)
-
-
-def sample_size(cfg: ImageSize) -> int | tuple[int, int]:
-    """The size of the images as a network records it: the side of a square, or (height, width)."""
-    width, height = cfg.image_size
-    return width if width == height else (height, width)
-
-
-def sides_of(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of the images of a network, from what it records."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def levels(cfg: Any) -> dict[str, Any]:
-    """The options of Network as arguments of ``UNet2DModel``, the rest as in the networks of Ho et al. 2020."""
-    sides = [min(cfg.image_size) >> level for level in range(len(cfg.block_out_channels))]
-    attends = ["Attn" if side in cfg.attention_resolutions else "" for side in sides]
-    widths = [n for n, kind in zip(cfg.block_out_channels, attends, strict=True) if kind]
-    widths.append(cfg.block_out_channels[-1])  # the block in the middle attends as well
-    if odd := [n for n in widths if n % (cfg.attention_head_dim or n)]:
-        raise UserError(
-            f"--attention-head-dim {cfg.attention_head_dim} does not divide {odd[0]} of --block-out-channels"
-        )
-    return {
-        "block_out_channels": tuple(cfg.block_out_channels),
-        "down_block_types": tuple(f"{kind}DownBlock2D" for kind in attends),
-        "up_block_types": tuple(f"{kind}UpBlock2D" for kind in reversed(attends)),
-        "layers_per_block": cfg.layers_per_block,
-        "attention_head_dim": cfg.attention_head_dim,
-        "norm_num_groups": cfg.norm_num_groups,
-        "dropout": cfg.dropout,
-        "norm_eps": 1e-6,
-        "downsample_padding": 0,
-        "flip_sin_to_cos": False,
-        "freq_shift": 1,
-    }
-
-
-def check_halvings(cfg: Any, count: int) -> None:
-    """Raises: UserError when the images cannot be halved from level to level of ``count``."""
-    least = 2 ** (count - 1)
-    sizes = {"width": cfg.width, "height": cfg.height} if cfg.width else {"resolution": cfg.resolution}
-    if cfg.buckets:
-        sizes["bucket_step"] = cfg.bucket_step
-    for option, pixels in sizes.items():
-        if pixels % least:
-            raise UserError(
-                f"--{option.replace('_', '-')} {pixels}: this network halves it {count - 1} times, so it wants a "
-                f"multiple of {least}, or fewer --block-out-channels"
-            )
 
 
 def require_resolution(cfg: Any, model: PixelModel) -> None:

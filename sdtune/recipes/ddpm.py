@@ -57,7 +57,8 @@ class Ddpm(Recipe):
         c = torch.tensor([self.classes.index(name) for name in prompts]) if self.classes else None
         ddim = make_scheduler("ddim", self.scheduler)
         steps = min(self.cfg.validation_inference_steps, len(self.scheduler.alphas_cumprod))
-        return to_images(draw(self.unet, ddim, list(seeds), steps=steps, labels=c))
+        guidance = self.cfg.validation_guidance_scale if self.classes else 1.0
+        return to_images(draw(self.unet, ddim, list(seeds), steps=steps, labels=c, guidance_scale=guidance))
 
     def export(self, out):
         return pixel_models.save(out, self.unet, self.scheduler, self.classes)

@@ -1,4 +1,4 @@
-"""``sampling.json`` beside an artefact: in how many steps, and how guided, a distilled model is sampled.
+"""``sampling.json`` beside an artefact: in how many steps, and how, a distilled model or one that enlarges is sampled.
 
 ``sdtune sample`` takes these where its options say nothing, and the card and the report show them.
 """
@@ -20,9 +20,15 @@ class Sampling(NamedTuple):
     guidance_scale: float | None = None
     """Of a text-to-image pipeline's call; 1 is none."""
     call: dict[str, float] | None = None
-    """What the stock call takes for that guidance, where it counts it otherwise or under another name."""
+    """What the stock call takes for that guidance, where it counts it otherwise or under another name; and its noise
+    level, if it enlarges.
+    """
     lcm: dict[str, float] | None = None
     """For an adapter that wants diffusers' LCMScheduler: what its configuration says otherwise than the base's."""
+    factor: int | None = None
+    """How many times larger a model that enlarges makes a side."""
+    max_noise_level: int | None = None
+    """The highest level of noise that such a model was trained to be told."""
 
     def to_bytes(self) -> bytes:
         fields = {name: value for name, value in self._asdict().items() if value is not None}
@@ -58,8 +64,10 @@ class Sampling(NamedTuple):
 LCM = {"original_inference_steps": int, "timestep_scaling": float}
 """Settings of an LCMScheduler that an adapter may ask for."""
 
-GUIDANCE = ("guidance_scale", "true_cfg_scale")
-"""What stock pipelines call their guidance."""
+CALL = ("guidance_scale", "true_cfg_scale", "noise_level")
+"""What stock pipelines call their guidance, and the level to which they noise what they enlarge."""
+WHOLE = {"steps": 1, "factor": 2, "max_noise_level": 0}
+"""Fields that are whole numbers, each with its least value."""
 
 
 def _valid(fields: Any) -> bool:
@@ -70,11 +78,11 @@ def _valid(fields: Any) -> bool:
         return False
     lcm, call = fields.get("lcm", {}), fields.get("call", {})
     return (
-        isinstance(fields.get("steps"), int)
-        and number(fields["steps"], 1)
+        "steps" in fields
+        and all(isinstance(fields[k], int) and number(fields[k], least) for k, least in WHOLE.items() if k in fields)
         and number(fields.get("guidance_scale", 1), 0)
         and isinstance(call, dict)
-        and all(name in GUIDANCE and number(value, 0) for name, value in call.items())
+        and all(name in CALL and number(value, 0) for name, value in call.items())
         and isinstance(lcm, dict)
         and all(name in LCM and isinstance(value, LCM[name] | int) and number(value, 0) for name, value in lcm.items())
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdtune.run.sampling_file import Sampling
-from sdtune.run.usage import AUTOENCODER, CLIP, CONTROLS, ENCODERS, ArtefactKind
+from sdtune.run.usage import AUTOENCODER, CLIP, CONTROLS, ENCODERS, SUPER_RESOLUTION, ArtefactKind
 
 PEFT = "adapter"
 """The folder into which the lines of a LoHa or LoKr have it converted."""
@@ -129,6 +129,8 @@ def _pipeline(what: ArtefactKind, repo: str, at: str | None, prompt: str) -> str
     if what.classes and what.pipeline == CONSISTENCY:  # its call takes the class, which the others do not
         given.append("class_labels=[0]")
     draw = f"image = pipe({', '.join([*given, *_call(what.sampling)])}).images[0]"
+    if what.pipeline == SUPER_RESOLUTION and not what.takes_text:
+        return _super_resolution(load, what.sampling)
     if what.pipeline in INPAINTING:
         head = "from diffusers import DiffusionPipeline\nfrom diffusers.utils import load_image\n"
         return "\n".join([head, load, *LOADED, f"image = pipe({text(prompt)}, {PAINTED}).images[0]"])
@@ -146,6 +148,20 @@ from diffusers import DiffusionPipeline
 labels = torch.tensor([0])  # {json.dumps(what.classes[0], ensure_ascii=False)}
 pipe.unet.forward = partial(pipe.unet.forward, class_labels=labels)
 {draw}"""
+
+
+def _super_resolution(load: str, sampling: Sampling | None) -> str:
+    factor = sampling.factor if sampling else None
+    size = f"width={factor} * small.width, height={factor} * small.height" if factor else ""
+    options = ", ".join(filter(None, ["image=small", "prompt_embeds=no_text", size, *_call(sampling)]))
+    return f"""import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import load_image
+
+{load}
+no_text = torch.zeros(1, 1, pipe.unet.config.cross_attention_dim)
+small = load_image("...")
+image = pipe({options}).images[0]"""
 
 
 def _control(kind: str, of_sdxl: bool, repo: str, at: str | None, base: str, base_at: str | None, prompt: str) -> str:

@@ -35,6 +35,8 @@ CONTROLS = {
     "T2IAdapter": "adapter",
 }
 """Class of a network that follows an image -> what pipelines call this part."""
+SUPER_RESOLUTION = "IFSuperResolutionPipeline"
+"""Class of the pipeline of a model of pixels that enlarges."""
 AUTOENCODER, CLASSIFIER = "AutoencoderKL", "NoisyClassifier"
 CLIP = "CLIPModel"
 """Class of transformers, of a model that compares pictures with captions."""
@@ -78,7 +80,7 @@ class ArtefactKind(NamedTuple):
     @property
     def edits(self) -> bool:
         """Whether it is a pipeline that edits an image, or enlarges it."""
-        return any(name in (self.pipeline or "") for name in ("InstructPix2Pix", "Upscale"))
+        return any(name in (self.pipeline or "") for name in ("InstructPix2Pix", "Upscale", SUPER_RESOLUTION))
 
 
 def artefact_kind(files: Mapping[str, Path]) -> ArtefactKind:
@@ -93,7 +95,7 @@ def artefact_kind(files: Mapping[str, Path]) -> ArtefactKind:
         labels = (read_json("unet/config.json") or {}).get("num_class_embeds") or 0
         return ArtefactKind(
             pipeline=index["_class_name"],
-            takes_text=any(part.startswith("text_encoder") for part in index),
+            takes_text=any(part.startswith("text_encoder") and value[0] for part, value in index.items()),
             classes=classes if labels else (),
             open_label=labels - 1 if labels == len(classes) + 1 else None,
             sampling=sampling,
@@ -159,7 +161,8 @@ def sample(what: ArtefactKind, folder: str, prompt: str) -> list[str]:
         asked = ["--clip-model", folder, "--clip-guidance-scale", "1", "--prompt", prompt]
         return ["sdtune", "sample", "--model", "...", *asked]
     if what.edits:
-        return ["sdtune", "sample", "--model", folder, "--image", "FILE", "--prompt", prompt]
+        told = ["--prompt", prompt] if what.takes_text else []
+        return ["sdtune", "sample", "--model", folder, "--image", "FILE", *told]
     word_alone = what.embeddings and not (what.adapter or what.attention)
     kind = "--model" if what.pipeline else "--embedding" if word_alone else "--adapter"
     options = ["--steps", str(what.sampling.steps)] if what.sampling else []

@@ -43,6 +43,7 @@ def generate(
     images: Sequence[Sequence[Image.Image]] = (),
     control_scales: Sequence[float] = (),
     image_guidance_scale: float | None = None,
+    noise_level: int | None = None,
 ) -> list[Image.Image]:
     """One image for each prompt, in order; image k has the noise of ``seeds[k]``.
 
@@ -53,6 +54,7 @@ def generate(
         images: those that go with each prompt, one for each control network, or the one that is edited; or none.
         control_scales: how closely each control network is followed; none for 1.
         image_guidance_scale: how closely an edit keeps to its image; ``None`` for the pipeline's own.
+        noise_level: timestep to which an upscaler noises its image first; ``None`` for the pipeline's own.
 
     Raises:
         UserError: a size, a rescale or a number of steps that this pipeline cannot do.
@@ -63,7 +65,7 @@ def generate(
     family = families.family_class(type(pipe).__name__)
     options: dict[str, Any] = {"num_inference_steps": steps} | family.guidance(guidance_scale, negative_prompt)
     options |= family.picture_size(pipe, width, height) | {"guidance_rescale": guidance_rescale or None}
-    options |= {"image_guidance_scale": image_guidance_scale}
+    options |= {"image_guidance_scale": image_guidance_scale, "noise_level": noise_level}
     if control_scales:
         name = next((name for name in CONTROL_SCALES if name in accepted), CONTROL_SCALES[0])
         options[name] = list(control_scales) if len(control_scales) > 1 else control_scales[0]
@@ -88,7 +90,7 @@ def generate(
         lengths = [parts.windows(without_weights(text)) if parts else 1 for text in prompts]
         # and images of one size, to which a stock call would bring them all
         sizes = [[image.size for image in own] for own in images] or [[]] * len(prompts)
-        for rows in _batches(list(zip(lengths, sizes, strict=True)), batch_size):
+        for rows in batches(list(zip(lengths, sizes, strict=True)), batch_size):
             if progress and "callback_on_step_end" in accepted:
                 options["callback_on_step_end"] = _reporter(progress, len(drawn), len(rows), len(prompts))
             if any(images):
@@ -137,7 +139,7 @@ def seeded(seed: int, device: torch.device | None) -> Iterator[None]:
         yield
 
 
-def _batches(kinds: Sequence[Any], size: int) -> Iterator[list[int]]:
+def batches(kinds: Sequence[Any], size: int) -> Iterator[list[int]]:
     """Neighbouring places of one kind, at most ``size`` of them at a time."""
     for start in range(0, len(kinds), size):
         for _, run in itertools.groupby(range(start, min(start + size, len(kinds))), kinds.__getitem__):

@@ -35,6 +35,7 @@ from sdtune.models.prompts import check_negative, check_prompts, takes_guidance_
 from sdtune.run.artefacts import of_best
 from sdtune.run.contact_sheet import grid, save_sheet
 from sdtune.run.sampling_file import Sampling
+from sdtune.sampling.enlarge import Cascade, EnlargeJob, is_enlarger
 from sdtune.sampling.generate import generate
 from sdtune.sampling.image_inputs import check_images, images_of
 from sdtune.sampling.image_text import parameters
@@ -49,8 +50,15 @@ OF_LATENTS = (
     "adapter embedding unet vae control image mask_image image_guidance_scale negative_prompt width height clip_skip "
     "long_prompts prompt_weights"
 )
+OUT_OF_RANGE = "out_of_range dynamic_thresholding_ratio sample_max_value"
 OF_PIXELS = "classes classifier clip_model eta variance_type strip interpolate"
 """Options that only one kind of model uses."""
+NOT_OF_ENLARGERS = " ".join(
+    name
+    for name in f"guidance_scale guidance_rescale {OF_PIXELS} {OF_LATENTS}".split()
+    if name not in ("image", "variance_type")
+)
+"""Options that a model that enlarges has no use for."""
 
 
 def sample(cfg: SampleConfig) -> list[Path]:
@@ -63,11 +71,9 @@ def sample(cfg: SampleConfig) -> list[Path]:
     prompts = read_prompts(cfg)
     cfg = with_base(best_of_runs(cfg))
     source = families.resolve_model(cfg.model)
-    pixels = of_pixels(families.model_index(source, cfg))
-    refuse_options(cfg, *((OF_LATENTS, "a model of pixels") if pixels else (OF_PIXELS, "a text-to-image model")))
-    if pixels and any(prompt.settings for prompt in prompts):
-        raise UserError(f"--prompt-file: its lines have options, which a model of pixels, as {cfg.model}, does not use")
-    job: Job = PixelJob(cfg, [prompt.text for prompt in prompts]) if pixels else PromptJob(cfg, prompts)
+    job = job_of(cfg, families.model_index(source, cfg), prompts)
+    if cfg.then:
+        job = Cascade(cfg, job)
     try:
         cfg.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -96,6 +102,27 @@ def sample(cfg: SampleConfig) -> list[Path]:
     for name, sheet in job.sheets(shown).items():
         save_sheet(sheet, cfg.output_dir / name)
     return files
+
+
+def job_of(cfg: SampleConfig, index: dict[str, Any], prompts: Sequence[Prompt]) -> "Job":
+    """What draws the images of a call, by the ``model_index.json`` of its model.
+
+    Raises:
+        UserError: an option that this kind of model does not use, among much else.
+    """
+    pixels, enlarges = of_pixels(index), is_enlarger(index)
+    if cfg.noise_level is not None and pixels and not cfg.then:
+        raise UserError(f"--noise-level: is for models that enlarge, which {cfg.model} is not; leave it out")
+    if enlarges:
+        refuse_options(cfg, NOT_OF_ENLARGERS, "a model that enlarges")
+        if prompts:
+            raise UserError(f"--prompt: {cfg.model} enlarges an image, and reads no text; leave it out")
+        return EnlargeJob(cfg)
+    of_others = OF_LATENTS if pixels else f"{OF_PIXELS} {OUT_OF_RANGE}"
+    refuse_options(cfg, of_others, "a model of pixels" if pixels else "a text-to-image model")
+    if pixels and any(prompt.settings for prompt in prompts):
+        raise UserError(f"--prompt-file: its lines have options, which a model of pixels, as {cfg.model}, does not use")
+    return PixelJob(cfg, [prompt.text for prompt in prompts]) if pixels else PromptJob(cfg, prompts)
 
 
 class Job(Protocol):
@@ -189,6 +216,7 @@ class PromptJob:
                 images=[[read_image(file, f"--image {file}") for file in files] for files in given],
                 control_scales=self.control_scales,
                 image_guidance_scale=self.cfg.image_guidance_scale,
+                noise_level=None if self.cfg.then else self.cfg.noise_level,
             )
         return images
 

@@ -17,7 +17,7 @@ from sdtune.config.sections import UserError
 from sdtune.config.verbs import SampleConfig
 from sdtune.diffusion.guides import ByClassifier, ByClip, Guide, embedded
 from sdtune.diffusion.pixel_sampler import draw, draw_consistency, to_images
-from sdtune.diffusion.schedulers import make_scheduler
+from sdtune.diffusion.schedulers import choose_scheduler, with_variance
 from sdtune.models.families import resolve_model
 from sdtune.models.loading import class_labels, load_classifier, load_pipeline, read_sampling
 from sdtune.models.pixel_models import named_classes
@@ -89,12 +89,6 @@ def validate(cfg: SampleConfig, classes: int | None) -> None:
         raise UserError("--guidance-rescale: reduces the effect of --guidance-scale; give one other than 1")
 
 
-def choose_scheduler(cfg: SampleConfig, own: SchedulerMixin) -> SchedulerMixin:
-    """The sampler of ``cfg``, by default the model's ``own``."""
-    scheduler = make_scheduler(cfg.scheduler, own, clip=True) if cfg.scheduler else own
-    return with_variance(scheduler, cfg.variance_type) if cfg.variance_type else scheduler
-
-
 def default_steps(cfg: SampleConfig, scheduler: SchedulerMixin) -> int:
     """Steps of a call that names none: a distilled model's own, all timesteps of DDPM, or 50."""
     if own := read_sampling(cfg, cfg.model):
@@ -105,7 +99,7 @@ def default_steps(cfg: SampleConfig, scheduler: SchedulerMixin) -> int:
     return timesteps if isinstance(scheduler, DDPMScheduler) else min(STEPS, timesteps)
 
 
-STEERING = "classifier clip_model eta strip interpolate guidance_rescale"
+STEERING = "classifier clip_model eta strip interpolate guidance_rescale out_of_range"
 """Options of sampling through many steps."""
 
 
@@ -132,7 +126,9 @@ class PixelJob:
         request = request_of(cfg, prompts)
         pipe = load_pipeline(cfg)
         self.cfg, self.unet, self.seeds, self.records = cfg, pipe.unet, request.seeds, request.records
-        self.scheduler = choose_scheduler(cfg, pipe.scheduler)
+        self.scheduler: Any = choose_scheduler(cfg.scheduler, pipe.scheduler, cfg)
+        if cfg.variance_type:
+            self.scheduler = with_variance(self.scheduler, cfg.variance_type)
         self.consistency = isinstance(self.scheduler, CMStochasticIterativeScheduler)
         if self.consistency:
             refuse_steering(cfg)
@@ -183,6 +179,8 @@ class PixelJob:
             }
         if cfg.variance_type:
             facts["Variance"] = cfg.variance_type
+        if cfg.out_of_range:
+            facts["Out of range"] = cfg.out_of_range
         return facts | ({"Eta": cfg.eta} if cfg.eta else {})
 
     def draw(self, rows: slice, progress: Callable[[float], None]) -> list[Image.Image]:
@@ -248,13 +246,6 @@ class PixelJob:
     def _watch(self, t: int, x0: Tensor) -> None:
         if t in self.frames:
             self.frames[t] = to_images(x0[:1])[0]
-
-
-def with_variance(scheduler: SchedulerMixin, kind: str) -> DDPMScheduler:
-    """DDPM's sampler with another variance; `UserError` for every other sampler."""
-    if not isinstance(scheduler, DDPMScheduler):
-        raise UserError(f"--variance-type: is for --scheduler ddpm; {type(scheduler).__name__} sets its own noise")
-    return DDPMScheduler.from_config(scheduler.config, variance_type=kind)
 
 
 def read_image(path: Path, unet: UNet2DModel) -> Tensor:

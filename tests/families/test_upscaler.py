@@ -32,10 +32,10 @@ def picture(file, side, seed):
     return file
 
 
-def stock(pipe, image, seed):
+def stock(pipe, image, seed, **more):
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 2, "guidance_scale": 5.0, "generator": torch.Generator("cpu").manual_seed(seed)}
-    return np.asarray(pipe(PROMPT, image=image, **options).images[0])
+    return np.asarray(pipe(PROMPT, image=image, **options, **more).images[0])
 
 
 def test_each_sample_draws_its_own_level_and_noise(bases, pictures, tmp_path):
@@ -75,9 +75,11 @@ def test_pictures_of_two_sizes_keep_theirs(bases, tmp_path):
     """A stock call brings all images of a batch to the size of the first."""
     pipe = diffusers.DiffusionPipeline.from_pretrained(bases("upscaler"))
     given = [Image.open(picture(tmp_path / f"{side}.png", side, side)) for side in (8, 12)]
-    drawn = generate(pipe, [PROMPT] * 2, [5, 6], steps=2, guidance_scale=5.0, images=[[image] for image in given])
-    assert [image.size for image in drawn] == [(32, 32), (48, 48)]
-    assert np.array_equal(np.asarray(drawn[1]), stock(pipe, given[1], 6))
+    for level in ({}, {"noise_level": 0}):  # without one, that of the stock call
+        options = {"steps": 2, "guidance_scale": 5.0, "images": [[image] for image in given], **level}
+        drawn = generate(pipe, [PROMPT] * 2, [5, 6], **options)
+        assert [image.size for image in drawn] == [(32, 32), (48, 48)]
+        assert np.array_equal(np.asarray(drawn[1]), stock(pipe, given[1], 6, **level))
 
 
 def test_what_it_cannot_do_is_refused(bases, pictures, tmp_path, capsys):

@@ -29,6 +29,7 @@ from sdtune.config.sections import (
     Phases,
     Plain,
     Preview,
+    ResidualBlocks,
     Run,
     SavedModel,
     Streaming,
@@ -36,7 +37,7 @@ from sdtune.config.sections import (
 
 
 class ConsistencyConfig(
-    Network, DroppedClasses, SavedModel, Phases, Streaming, ImageSize, Optim, Preview, Hub, Run, Plain
+    Network, ResidualBlocks, DroppedClasses, SavedModel, Phases, Streaming, ImageSize, Optim, Preview, Hub, Run, Plain
 ):
     """A model of pixels in one or a few steps, distilled or from scratch (consistency models; Song et al. 2023)."""
 

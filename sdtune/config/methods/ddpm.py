@@ -26,7 +26,9 @@ from sdtune.config.sections import (
     LrSchedule,
     Network,
     Optim,
+    OutOfRange,
     Preview,
+    ResidualBlocks,
     Run,
     SavedModel,
     Schedule,
@@ -35,7 +37,19 @@ from sdtune.config.sections import (
 
 
 class DdpmConfig(
-    Network, Schedule, Denoising, DroppedClasses, SavedModel, Streaming, ImageSize, Optim, Preview, Hub, Run
+    Network,
+    ResidualBlocks,
+    Schedule,
+    OutOfRange,
+    Denoising,
+    DroppedClasses,
+    SavedModel,
+    Streaming,
+    ImageSize,
+    Optim,
+    Preview,
+    Hub,
+    Run,
 ):
     """A diffusion model of pixels, from scratch or continued, with classes or without (DDPM; Ho et al. 2020)."""
 
@@ -57,8 +71,9 @@ class DdpmConfig(
     """Variance of a step: beta-tilde, beta, or learned between. Default: the model's; from scratch, fixed_small."""
     levels: Annotated[Levels, requires("variance_type", "learned_range")] = 256
     """Values that a pixel can have, for the bound that a learned variance trains on: 256 in 8 bits, 17 of digits."""
-    out_of_range: Literal["clip", "keep"] | None = None
-    """What sampling does with image estimates outside [-1, 1]. Default: as the model says; from scratch, clip."""
+
+    validation_guidance_scale: Annotated[NonNegative, requires("class_column")] = 1.0
+    """Classifier-free guidance of the samples towards their classes (Ho & Salimans 2022). 1 means no guidance."""
 
     resolution: Annotated[int, Ge(8)] = 64
     train_batch_size: Count = 16
@@ -80,6 +95,12 @@ class DdpmConfig(
         refuse_two_networks(self)
         return self
 
+    @model_validator(mode="after")
+    def _a_null_class(self) -> Self:
+        if self.validation_guidance_scale != 1 and self.class_dropout == 0:
+            raise ValueError("validation_guidance_scale with class_dropout 0: guidance needs the null class, untrained")
+        return self
+
     def describe(self) -> Description:
         return super().describe()._replace(base=self.model, revision=self.revision)
 
@@ -87,7 +108,7 @@ class DdpmConfig(
 def refuse_two_networks(cfg: Any) -> None:
     """Raises: ValueError where a model or a file describes the network, and options do too."""
     given = [name for name in ("model", "unet_config") if getattr(cfg, name)]
-    fields = [name for name in Network.model_fields if name != "channels"]
-    given += [name for name in fields if getattr(cfg, name) != Network.model_fields[name].default]
+    fields = Network.model_fields | ResidualBlocks.model_fields
+    given += [name for name, f in fields.items() if name != "channels" and getattr(cfg, name) != f.default]
     if len(given) > 1 and given[0] in ("model", "unet_config"):
         raise ValueError(f"{given[0]} describes the whole network: leave out {' and '.join(given[1:])}")
