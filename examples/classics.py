@@ -1,24 +1,28 @@
-"""The classics, trained on the built-in world: scores before and after, and their bars. So far autoencoder and CLIP.
+"""The classics, trained on the built-in world: scores before and after, and their bars: autoencoder, CLIP and prior.
 
-python examples/classics.py [autoencoder] [clip] [--overwrite]
+python examples/classics.py [autoencoder] [clip] [prior] [--overwrite]
 
-Without a name, all. Ends with 1 if a score is below its bar.
+Without a name, all. Ends with 1 if a score is below its bar. The prior reads the CLIP of the row before it.
 """
 
 import sys
 import time
+from pathlib import Path
 
 from diffusers import AutoencoderKL
 
 from sdtune.cli import main
 from sdtune.evaluation.toy_autoencoder import keeps_pictures
 from sdtune.evaluation.toy_clip import knows_pictures
+from sdtune.evaluation.toy_prior import finds_embeddings
 from sdtune.models.families import resolve_model
 
+CLIP_RUN = "runs/tiny-clip"
 GAINS = {"PSNR of stars": 0.3, "stars read": 0.08}
 """By how much a score of the autoencoder has to rise: decibels, and a share."""
 LEAST = {"known shapes read": 0.95}
 CLIP_LEAST = {"caption of a picture": 0.8, "picture of a caption": 0.8, "colour": 0.95, "ground": 0.95}
+PRIOR_LEAST = {"cosine to its picture": 0.93, "picture of a caption": 0.7}
 CHANCE = {
     "caption of a picture": 1 / 64,
     "picture of a caption": 1 / 64,
@@ -48,9 +52,18 @@ def autoencoder(words: list[str]) -> list[str]:
 
 def clip(words: list[str]) -> list[str]:
     """From nothing, on 20,000 drawn pictures; the scores below their bars."""
-    out = "runs/tiny-clip"
-    train("clip", "clip/tiny-shapes", out, words)
-    return table("clip", CHANCE, knows_pictures(out), CLIP_LEAST)
+    train("clip", "clip/tiny-shapes", CLIP_RUN, words)
+    return table("clip", CHANCE, knows_pictures(CLIP_RUN), CLIP_LEAST)
+
+
+def prior(words: list[str]) -> list[str]:
+    """On the CLIP of the row before; beside the mean of all embeddings, which no caption changes."""
+    out = "runs/tiny-prior"
+    if not Path(CLIP_RUN, "model.safetensors").is_file():
+        train("clip", "clip/tiny-shapes", CLIP_RUN, words)
+    train("prior", "prior/tiny-shapes", out, words)
+    mean, after = finds_embeddings(out)
+    return table("prior", mean, after, PRIOR_LEAST)
 
 
 def table(method: str, before: dict[str, float], after: dict[str, float], bars: dict[str, float]) -> list[str]:
@@ -63,10 +76,12 @@ def table(method: str, before: dict[str, float], after: dict[str, float], bars: 
 
 
 def shown(name: str, value: float) -> str:
+    if name.startswith("cosine"):
+        return f"{value:9.3f}  "
     return f"{value:8.2f} dB" if name.startswith("PSNR") else f"{value:9.1%}  "
 
 
-ROWS = {"autoencoder": autoencoder, "clip": clip}
+ROWS = {"autoencoder": autoencoder, "clip": clip, "prior": prior}
 
 if __name__ == "__main__":
     began = time.monotonic()

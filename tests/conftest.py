@@ -26,6 +26,7 @@ from sdtune.publish import hub
 from tests import contract, quick_sdtune, ranks
 from tests.tinyhub import TinyHub
 from tests.tinysd import save_tiny_sd
+from tests.tinyunclip import save_tiny_clip, save_tiny_prior
 
 torch.set_num_threads(1)
 
@@ -114,8 +115,20 @@ def pixels(once) -> Path:
 
 
 @pytest.fixture(scope="session")
-def places(sd, pictures, pixels) -> contract.Places:
-    return contract.Places(sd, pictures, pixels)
+def clip(once) -> Path:
+    """A CLIP of transformers that sees 16 x 16 pixels, with random weights."""
+    return once("tiny-clip", save_tiny_clip)
+
+
+@pytest.fixture(scope="session")
+def prior(once, clip) -> Path:
+    """A pipeline of Kandinsky 2.2's prior on that CLIP, with random weights."""
+    return once("tiny-prior", lambda folder: save_tiny_prior(folder, clip))
+
+
+@pytest.fixture(scope="session")
+def places(sd, pictures, pixels, clip, prior) -> contract.Places:
+    return contract.Places(sd, pictures, pixels, clip, prior)
 
 
 @pytest.fixture

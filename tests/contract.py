@@ -16,11 +16,13 @@ from torch import Tensor
 
 
 class Places(NamedTuple):
-    """Where the tests have a small pipeline, a folder of captioned pictures, and a small model of pixels."""
+    """Where the tests have a small pipeline, captioned pictures, and small models: of pixels, a CLIP, and a prior."""
 
     sd: Path
     pictures: Path
     pixels: Path
+    clip: Path = Path()
+    prior: Path = Path()
 
 
 @dataclass(frozen=True)
@@ -362,6 +364,19 @@ RECIPES = {
         },
         draws=[*STEADY, "--random-flip", "--no-center-crop", "--use-ema"],
         chunks=True,
+    ),
+    "prior": Contract(
+        settings={"--clip-model": "{clip}", "--resolution": 16, "--num-layers": 1, "--lr-scheduler": "constant"},
+        weights="prior/diffusion_pytorch_model.safetensors",
+        variants={"flips, crops, no cache": [*TOGETHER, "--random-flip", "--no-center-crop", "--snr-gamma", "5"]},
+        draws=[*STEADY, "--random-flip", "--use-ema"],
+    ),
+    "prior, adapters": Contract(
+        method="prior",
+        settings={"--model": "{prior}", "--resolution": 16, "--lora": "", "--lr-scheduler": "constant"},
+        weights="pytorch_lora_weights.safetensors",
+        variants={"dropout, workers, accumulation": ["--dropout", "0.1", *WORKERS]},
+        draws=[*STEADY, "--random-flip"],
     ),
     "classifier": Contract(
         settings=SMALL | {"--class-column": "text", "--attention-head-dim": 8},

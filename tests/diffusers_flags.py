@@ -412,6 +412,24 @@ FLAGS = {
         vae_encode_batch_size validation_steps w_max w_min
         """,
     ),
+    "kandinsky2_2/text_to_image/train_text_to_image_prior.py": (
+        "prior",
+        """
+        allow_tf32 cache_dir caption_column dataset_config_name dataset_name image_column max_grad_norm
+        max_train_samples max_train_steps num_train_epochs pretrained_decoder_model_name_or_path
+        pretrained_prior_model_name_or_path report_to seed snr_gamma tracker_project_name train_data_dir use_8bit_adam
+        use_ema validation_epochs validation_prompts
+        """,
+    ),
+    "kandinsky2_2/text_to_image/train_text_to_image_lora_prior.py": (
+        "prior",
+        """
+        allow_tf32 cache_dir caption_column dataset_config_name dataset_name image_column max_grad_norm
+        max_train_samples max_train_steps num_train_epochs num_validation_images
+        pretrained_decoder_model_name_or_path pretrained_prior_model_name_or_path rank report_to seed snr_gamma
+        train_data_dir use_8bit_adam validation_epochs validation_prompt
+        """,
+    ),
     "research_projects/autoencoderkl/train_autoencoderkl.py": (
         "autoencoder",
         """

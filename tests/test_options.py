@@ -20,6 +20,7 @@ from sdtune.config.methods.dreambooth import DreamBoothConfig
 from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.methods.progressive import ProgressiveConfig
 from sdtune.config.methods.textual_inversion import TextualInversionConfig
+from sdtune.config.methods.unclip_prior import PriorConfig
 from sdtune.config.sections import Run, UserError
 from sdtune.config.verbs import SampleConfig
 from sdtune.run import folder
@@ -30,6 +31,7 @@ CONFIGS = (*methods(), SampleConfig)
 LEAST = {config: {"dataset": "d"} if issubclass(config, Run) else {"prompt": ["x"]} for config in CONFIGS}
 LEAST[ClassifierConfig] |= {"class_column": "c"}
 LEAST[ProgressiveConfig] |= {"model": "m"}
+LEAST[PriorConfig] |= {"model": "m"}
 LEAST[TextualInversionConfig] |= {"placeholder_token": "<x>"}
 LEAST_WITH = {
     **{(config, "width"): {"height": 64} for config in CONFIGS},
@@ -42,6 +44,9 @@ LEAST_WITH = {
     (CustomDiffusionConfig, "prior_preservation"): {"class_prompt": ["p"]},
     (DreamBoothConfig, "unet_frac"): {"train_text_encoder": True},
     (AutoencoderConfig, "vae_config"): {"train_encoder": True},
+    (PriorConfig, "clip_model"): {"model": None},
+    (PriorConfig, "num_layers"): {"model": None, "clip_model": "c"},
+    (PriorConfig, "attention_head_dim"): {"model": None, "clip_model": "c"},
 }
 """What an option cannot do without, besides what it says of itself that it requires."""
 ON = {
@@ -53,6 +58,7 @@ ON = {
     "keep_best": "likeness",
     "model": "m",
     "placeholder_token": "<x>",
+    "prior": "p",
     "report_to": ["tensorboard"],
 }
 """A value of each required option that is no switch."""
@@ -94,7 +100,7 @@ ONLY = {
 }
 REFUSED = {
     (config, name)
-    for config in (ClassifierConfig, ClipConfig)
+    for config in (ClassifierConfig, ClipConfig, PriorConfig)
     for name in ("buckets", "bucket_step", "bucket_max_aspect")
 }
 REFUSED |= {
@@ -164,15 +170,17 @@ def together(config, names, k=-1):
     """Settings whose fields have the k-th of their values, as many at once as go together, until each was in one."""
     waiting = [name for name in names if len(others(config, name)) > k]
     while waiting:
-        settings, left = dict(LEAST[config]), []
+        settings, left, chosen = dict(LEAST[config]), [], set()
         for name in waiting:
-            more = least(config, name) | settings | {name: others(config, name)[k]}
+            needed = {n: v for n, v in LEAST_WITH.get((config, name), {}).items() if n not in chosen}
+            more = least(config, name) | settings | needed | {name: others(config, name)[k]}
             try:
                 config.model_validate(more)
             except ValueError:
                 left.append(name)
             else:
                 settings = more
+                chosen.add(name)
         assert left != waiting, left
         yield settings
         waiting = left
@@ -317,9 +325,10 @@ def test_every_flag_of_diffusers_scripts_is_an_option_or_has_an_answer():
     launch = {"num_processes", "overwrite"}
     unknown = []
     for script, (command, flags) in FLAGS.items():
-        names = fields.names_of(METHODS[command].load())
+        config = METHODS[command].load()
+        names = fields.names_of(config)
         meant = {name for name, options in COMMON_NAMES.items() if any(option in names for option in options)}
-        known = {*names, *meant, *ANSWERS, *launch}
+        known = {*names, *meant, *ANSWERS, *config.answers, *launch}
         unknown += [(script, flag) for flag in (*IN_EACH, *flags.split()) if flag not in known]
     assert unknown == []
 

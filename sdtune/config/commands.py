@@ -93,6 +93,10 @@ METHODS = {
         "methods.clip:ClipConfig",
         "A CLIP of pictures and captions, from nothing or continued (Radford et al. 2021).",
     ),
+    "prior": Command(
+        "methods.unclip_prior:PriorConfig",
+        "From captions to CLIP embeddings of pictures: the prior of unCLIP and Kandinsky 2.2 (Ramesh et al. 2022).",
+    ),
     "classifier": Command(
         "methods.classifier:ClassifierConfig",
         "A classifier of noised images, which guides a diffusion model (Dhariwal & Nichol 2021).",

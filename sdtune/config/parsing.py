@@ -125,8 +125,8 @@ def advice(config: type[Section], name: str, dash: str, more: Iterable[str] = ()
     """What to write in place of an unknown name."""
     name = name.replace("-", "_")
     known = [*names_of(config), *(["config", "dry_run"] if dash else []), *more]
-    if name in ANSWERS:
-        return f"; {ANSWERS[name]}"
+    if answer := config.answers.get(name) or ANSWERS.get(name):
+        return f"; {answer}"
     meant = next((other for other in COMMON_NAMES.get(name, ()) if other in known), None) or alike(name, known)
     shown = meant.replace("_", "-") if dash and meant else meant
     return f"; did you mean {dash}{shown}?" if shown else "; --help lists them"

@@ -134,6 +134,8 @@ class Section(BaseModel):
                     field.description = field.description or first.description
                     field.json_schema_extra = _both(field.json_schema_extra, first.json_schema_extra)
 
+    answers: ClassVar[dict[str, str]] = {}
+    """Options that other methods have and this one does not, with underscores, to what it says in reply."""
     section_requires: ClassVar[dict[str, str]] = {}
     """Sections whose options have no effect without an option of this class: the section's name, and the option."""
 

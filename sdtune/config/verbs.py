@@ -60,7 +60,7 @@ class Pixels(Section):
     strip: Natural = 0
     """Save strip.png: the estimate of the first image at this many of its steps. 0 saves no strip."""
     interpolate: list[Path] = []
-    """Two images to reconstruct from noise, and others between them (Ho et al. 2020, figure 8)."""
+    """Two images, and others between them: from noise (Ho et al. 2020, figure 8), or of what CLIP sees with --prior."""
     interpolate_timestep: Annotated[Natural, aliases("interpolate_steps"), requires("interpolate")] = 500
     """Timestep to which the two are noised: higher strays further from them."""
     interpolate_count: Annotated[Count, requires("interpolate")] = 9
@@ -77,7 +77,16 @@ class Pixels(Section):
         return self
 
 
-class SampleConfig(Pixels, OutOfRange, TextEncoding, Model, Verb):
+class Unclip(Section):
+    prior: PathOrId | None = None
+    """Prior for a decoder of unCLIP, such as Kandinsky 2.2: folder or Hub id. Leave out for all other models."""
+    prior_steps: Annotated[Count, requires("prior")] = 25
+    """Denoising steps of the prior."""
+    prior_guidance_scale: Annotated[NonNegative, requires("prior")] = 4.0
+    """Classifier-free guidance of the prior. 1 means no guidance."""
+
+
+class SampleConfig(Unclip, Pixels, OutOfRange, TextEncoding, Model, Verb):
     """Images from a base model, any adapters, and prompts; or from a model of pixels, and classes."""
 
     method: ClassVar[str] = "sample"
@@ -104,7 +113,7 @@ class SampleConfig(Pixels, OutOfRange, TextEncoding, Model, Verb):
     control: Annotated[PathOrIds, aliases("controlnet")] = []
     """Networks that follow an image: run of `sdtune controlnet` or folder or Hub id, each with an optional =SCALE."""
     image: Annotated[list[Path], aliases("control_image")] = []
-    """Images to follow, one for each of --control, to edit, or to enlarge: once for all prompts, or for each prompt."""
+    """Images to follow, one a --control, to edit, to enlarge, or with --prior to vary: one for all prompts, or each."""
     mask_image: list[Path] = []
     """Masks, one for each of --image: an inpainting model paints where they are white. Default: it paints all."""
     image_guidance_scale: NonNegative | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sdtune.config.sections import Captions, Data, Model, UserError
+from sdtune.config.sections import Captions, Data, Model, SavedModel, UserError
 from sdtune.data.builtin import BUILT_IN
 from sdtune.data.cache_folder import local_stamp
 from sdtune.data.images import EXTENSIONS
@@ -68,7 +68,7 @@ def read_dataset(
             table = datasets.load_from_disk(str(folder))
         else:
             at = "parquet" if is_file else str(folder) if folder.is_dir() else cfg.dataset
-            cache_dir = cfg.cache_dir if isinstance(cfg, Model) else None
+            cache_dir = cfg.cache_dir if isinstance(cfg, Model | SavedModel) else None
             options = {"data_files": str(folder)} if is_file else {"revision": cfg.dataset_revision}
             table = datasets.load_dataset(
                 at, cfg.dataset_config_name, cache_dir=cache_dir and str(cache_dir), **options

@@ -47,6 +47,7 @@ def write_pipeline(out: Path, pipeline: Any, extra: Mapping[str, bytes] = {}) ->
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             (new / name).write_bytes(content)
         forget_machine(new)
+        name_processors(new / INDEX)
         verify(new, pipeline)
 
     return write_folder(out, save)
@@ -113,6 +114,20 @@ def forget_machine(folder: Path) -> None:
         if isinstance(config, dict) and not config.keys().isdisjoint(OF_THIS_MACHINE):
             kept = {name: value for name, value in config.items() if name not in OF_THIS_MACHINE}
             file.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def name_processors(index: Path) -> None:
+    """Name image processors as all versions of transformers know them.
+
+    Where there is no torchvision, transformers 5 calls its class by Pillow, as in CLIPImageProcessorPil.
+    """
+    parts = json.loads(index.read_text(encoding="utf-8"))
+    named = {
+        name: part for name, part in parts.items() if isinstance(part, list) and str(part[1]).endswith("ProcessorPil")
+    }
+    if named:
+        parts |= {name: [library, kind.removesuffix("Pil")] for name, (library, kind) in named.items()}
+        index.write_text(json.dumps(parts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_tables(tokenizer: Any, folder: Path) -> None:

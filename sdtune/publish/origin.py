@@ -26,6 +26,7 @@ FAMILY_TAGS = {
     "Flux2KleinPipeline": ["flux2-klein", "flux2-klein-diffusers"],
     "QwenImagePipeline": ["qwen-image", "qwen-image-diffusers"],
     "ZImagePipeline": ["z-image", "z-image-diffusers"],
+    "KandinskyV22PriorPipeline": ["kandinsky"],
 }
 """Pipeline class of a base to the tags under which the Hub files its adapters."""
 

@@ -38,6 +38,8 @@ CONTROLS = {
 SUPER_RESOLUTION = "IFSuperResolutionPipeline"
 """Class of the pipeline of a model of pixels that enlarges."""
 AUTOENCODER, CLASSIFIER = "AutoencoderKL", "NoisyClassifier"
+PRIOR = "KandinskyV22PriorPipeline"
+"""Class of diffusers, of a pipeline that draws embeddings and no pictures."""
 CLIP = "CLIPModel"
 """Class of transformers, of a model that compares pictures with captions."""
 MANY = 30
@@ -62,6 +64,8 @@ class ArtefactKind(NamedTuple):
     peft_parts: tuple[str, ...] = ()
     """Parts that a LoHa or LoKr adapts, which PEFT loads; none for a LoRA, which diffusers loads."""
     takes_text: bool = True
+    of_prior: bool = False
+    """Whether it is a prior of unCLIP, whole or as an adapter: a decoder draws what it says."""
     classifier: dict[str, Any] | None = None
     """Its settings, from config.json."""
     control: str | None = None
@@ -96,6 +100,7 @@ def artefact_kind(files: Mapping[str, Path]) -> ArtefactKind:
         return ArtefactKind(
             pipeline=index["_class_name"],
             takes_text=any(part.startswith("text_encoder") and value[0] for part, value in index.items()),
+            of_prior=index["_class_name"] == PRIOR,
             classes=classes if labels else (),
             open_label=labels - 1 if labels == len(classes) + 1 else None,
             sampling=sampling,
@@ -116,7 +121,8 @@ def artefact_kind(files: Mapping[str, Path]) -> ArtefactKind:
     adapter = next((name for name in files if name.endswith(".safetensors") and name not in words), None)
     parts = _lycoris_parts(files[adapter]) if adapter else ()
     if not words:
-        return ArtefactKind(adapter=adapter, peft_parts=parts, sampling=sampling)
+        of_prior = adapter is not None and any(key.startswith("prior.") for key in _keys(files[adapter]))
+        return ArtefactKind(adapter=adapter, peft_parts=parts, sampling=sampling, of_prior=of_prior)
     return ArtefactKind(adapter=adapter, embeddings=words, tables=tables, peft_parts=parts)
 
 
@@ -139,14 +145,19 @@ def _tables(file: Path) -> tuple[str, ...]:
 
 def _lycoris_parts(file: Path) -> tuple[str, ...]:
     """The parts that a file in LyCORIS' layout adapts; none if it holds no LoHa and no LoKr."""
-    try:
-        with safe_open(file, framework="np") as tensors:
-            keys = list(tensors.keys())
-    except (OSError, SafetensorError):  # a report is made of a damaged folder too
-        return ()
+    keys = _keys(file)
     if not any(".hada_" in key or ".lokr_" in key for key in keys):
         return ()
     return tuple(dict.fromkeys(p for prefix, p in LYCORIS_PREFIXES.items() if any(k.startswith(prefix) for k in keys)))
+
+
+def _keys(file: Path) -> list[str]:
+    """The names of the tensors in a file; none if it cannot be read."""
+    try:
+        with safe_open(file, framework="np") as tensors:
+            return list(tensors.keys())
+    except (OSError, SafetensorError):  # a report is made of a damaged folder too
+        return []
 
 
 def sample(what: ArtefactKind, folder: str, prompt: str) -> list[str]:
@@ -160,6 +171,9 @@ def sample(what: ArtefactKind, folder: str, prompt: str) -> list[str]:
     if what.clip:
         asked = ["--clip-model", folder, "--clip-guidance-scale", "1", "--prompt", prompt]
         return ["sdtune", "sample", "--model", "...", *asked]
+    if what.of_prior:
+        used = ["--prior", folder] if what.pipeline else ["--prior", "...", "--adapter", folder]
+        return ["sdtune", "sample", "--model", "...", *used, "--prompt", prompt]
     if what.edits:
         told = ["--prompt", prompt] if what.takes_text else []
         return ["sdtune", "sample", "--model", folder, "--image", "FILE", *told]

@@ -41,6 +41,7 @@ from sdtune.sampling.image_inputs import check_images, images_of
 from sdtune.sampling.image_text import parameters
 from sdtune.sampling.prompts import Prompt, read_prompts
 from sdtune.sampling.sample_pixels import PixelJob, of_pixels
+from sdtune.sampling.sample_unclip import DECODER, PRIOR, UnclipJob
 
 STEPS, GUIDANCE = 25, 5.0
 """Where neither the options nor the ``sampling.json`` of a distilled model say otherwise."""
@@ -52,13 +53,19 @@ OF_LATENTS = (
 )
 OUT_OF_RANGE = "out_of_range dynamic_thresholding_ratio sample_max_value"
 OF_PIXELS = "classes classifier clip_model eta variance_type strip interpolate"
+OF_UNCLIP = "prior prior_steps prior_guidance_scale"
 """Options that only one kind of model uses."""
 NOT_OF_ENLARGERS = " ".join(
     name
-    for name in f"guidance_scale guidance_rescale {OF_PIXELS} {OF_LATENTS}".split()
+    for name in f"guidance_scale guidance_rescale {OF_PIXELS} {OF_LATENTS} {OF_UNCLIP}".split()
     if name not in ("image", "variance_type")
 )
 """Options that a model that enlarges has no use for."""
+NOT_OF_UNCLIP = (
+    "embedding unet vae control mask_image image_guidance_scale clip_skip long_prompts prompt_weights "
+    "guidance_rescale classes classifier clip_model eta variance_type strip interpolate_timestep " + OUT_OF_RANGE
+)
+"""Options that a decoder of unCLIP has no use for."""
 
 
 def sample(cfg: SampleConfig) -> list[Path]:
@@ -110,6 +117,11 @@ def job_of(cfg: SampleConfig, index: dict[str, Any], prompts: Sequence[Prompt]) 
     Raises:
         UserError: an option that this kind of model does not use, among much else.
     """
+    if index.get("_class_name") == PRIOR:
+        raise UserError(f"--model {cfg.model}: a prior, which draws nothing; give it as --prior, and its decoder here")
+    if index.get("_class_name") == DECODER:
+        refuse_options(cfg, NOT_OF_UNCLIP if cfg.then else f"{NOT_OF_UNCLIP} noise_level", "a decoder of unCLIP")
+        return UnclipJob(cfg, prompts)
     pixels, enlarges = of_pixels(index), is_enlarger(index)
     if cfg.noise_level is not None and pixels and not cfg.then:
         raise UserError(f"--noise-level: is for models that enlarge, which {cfg.model} is not; leave it out")
@@ -118,7 +130,7 @@ def job_of(cfg: SampleConfig, index: dict[str, Any], prompts: Sequence[Prompt]) 
         if prompts:
             raise UserError(f"--prompt: {cfg.model} enlarges an image, and reads no text; leave it out")
         return EnlargeJob(cfg)
-    of_others = OF_LATENTS if pixels else f"{OF_PIXELS} {OUT_OF_RANGE}"
+    of_others = f"{OF_LATENTS if pixels else f'{OF_PIXELS} {OUT_OF_RANGE}'} {OF_UNCLIP}"
     refuse_options(cfg, of_others, "a model of pixels" if pixels else "a text-to-image model")
     if pixels and any(prompt.settings for prompt in prompts):
         raise UserError(f"--prompt-file: its lines have options, which a model of pixels, as {cfg.model}, does not use")
@@ -266,6 +278,8 @@ def with_base(cfg: SampleConfig) -> SampleConfig:
         record = Path(split_weight(text)[0]) / "config.yaml"
         if record.is_file():
             run = yaml.safe_load(record.read_text(encoding="utf-8"))
+            if run.get("method") == "prior":  # its model is no base
+                return cfg.model_copy(update={"model": "tiny", "prior": cfg.prior or run["model"]})
             base = {k: run[k] for k in ("model", "revision", "variant", "vae") if run.get(k) is not None}
             if cfg.vae:
                 base["vae"] = cfg.vae

@@ -18,8 +18,8 @@ from sdtune.models.formats.names import denoiser_of, published_name
 from sdtune.models.formats.neutral import DENOISERS, PARTS, AdapterFile, Module
 from sdtune.models.formats.peft_settings import Scales, errors_of, settings_of, targets_of
 
-KEYS = {"unet": ("lora.down", "lora.up"), "transformer": ("lora_A", "lora_B")}
-"""What the two factors of a module of the denoiser are called."""
+KEYS = {"unet": ("lora.down", "lora.up"), "transformer": ("lora_A", "lora_B"), "prior": ("lora_A", "lora_B")}
+"""What the two factors of a module of the denoiser, or of a prior, are called."""
 OF_TEXT = ("lora_linear_layer.down", "lora_linear_layer.up")
 SUFFIXES = LYCORIS | {
     "lora.down.weight": "lora.down",

@@ -1,7 +1,8 @@
 """The common form of an adapter, which every file format is read into and written from.
 
-A part is the denoiser, ``unet`` or ``transformer``, or ``text_encoder`` or ``text_encoder_2``. Modules go by the dotted
-names of the published diffusers and transformers checkpoints, those of text encoders with their ``text_model.``.
+A part is the denoiser, ``unet`` or ``transformer``, the ``prior`` of unCLIP, or a text encoder, ``text_encoder`` or
+``text_encoder_2``. Modules go by the dotted names of the published diffusers and transformers checkpoints, those of
+text encoders with their ``text_model.``.
 """
 
 import math
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 DENOISERS = ("unet", "transformer")
-PARTS = (*DENOISERS, "text_encoder", "text_encoder_2")
+PARTS = (*DENOISERS, "prior", "text_encoder", "text_encoder_2")
 Kind = Literal["lora", "loha", "lokr"]
 
 
