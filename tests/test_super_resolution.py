@@ -37,7 +37,7 @@ def batch_of(data, positions=(0, 1)):
 
 @pytest.fixture(scope="module")
 def run(shared):
-    return shared("super-resolution", "--steps", "2", "--validation-inference-steps", "3")
+    return shared("super-resolution", "--steps", "2", "--validation-inference-steps", "2")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def small(tmp_path_factory):
     return folder
 
 
-def stock(run, image, seed, level=0, steps=3):
+def stock(run, image, seed, level=0, steps=2):
     pipe = IFSuperResolutionPipeline.from_pretrained(run)
     pipe.set_progress_bar_config(disable=True)
     call = {"prompt_embeds": torch.zeros(1, 1, 1), "guidance_scale": 1.0, "noise_level": level}
@@ -152,15 +152,18 @@ def test_the_card_tells_how(run, small):
 
 
 def test_a_cascade_enlarges_what_was_drawn(run, pixels, tmp_path):
-    words = ["sample", "--model", str(pixels), "--steps", "2", "--seed", "5", "--num-images", "2", "--batch-size", "1"]
-    assert status([*words, "--then", str(run), str(run), "--noise-level", "9", "--output-dir", str(tmp_path)]) == 0
+    words = ["sample", "--model", str(pixels), "--steps", "2", "--seed", "5", "--batch-size", "1", "--noise-level", "9"]
     first = DDPMPipeline.from_pretrained(pixels)
-    for k in range(2):
-        image = to_images(draw(first.unet, first.scheduler, [5 + k], steps=2))[0]
-        for further in (1, 2):
-            image = stock(run, image, 5 + k + further * NEXT, level=9)
-        assert image.size == (256, 256)
-        assert np.array_equal(pixels_of(tmp_path / f"{k:05d}.png"), pixels_of(image))
+    for stages, count, side in ((1, 2, 64), (2, 1, 256)):
+        out = tmp_path / str(side)
+        more = ["--then", *[str(run)] * stages, "--num-images", str(count), "--output-dir", str(out)]
+        assert status([*words, *more]) == 0
+        for k in range(count):
+            image = to_images(draw(first.unet, first.scheduler, [5 + k], steps=2))[0]
+            for further in range(stages):
+                image = stock(run, image, 5 + k + (further + 1) * NEXT, level=9)
+            assert image.size == (side, side)
+            assert np.array_equal(pixels_of(out / f"{k:05d}.png"), pixels_of(image))
 
 
 def test_other_samplers_and_variances(run, small, tmp_path):
