@@ -20,7 +20,7 @@ control: $(READY)  ## networks that follow edges, a model that edits, new words;
 few-steps: $(READY)  ## after digits: both models in four, two and one steps, in each way of distillation, measured
 	$(BIN)/python examples/few_steps.py
 
-classics: $(READY)  ## the decoder of the built-in model learns stars and hearts, a CLIP learns shapes, a prior its space; fails under their bars
+classics: $(READY)  ## the decoder of the built-in model learns stars and hearts, a CLIP learns shapes, a prior and a decoder its space; fails under their bars
 	$(BIN)/python examples/classics.py
 
 test: $(READY)  ## the tests: offline, on the CPU

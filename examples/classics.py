@@ -1,8 +1,8 @@
-"""The classics, trained on the built-in world: scores before and after, and their bars: autoencoder, CLIP and prior.
+"""The classics, trained on the built-in world: scores before and after, and their bars: autoencoder, CLIP, unCLIP.
 
-python examples/classics.py [autoencoder] [clip] [prior] [--overwrite]
+python examples/classics.py [autoencoder] [clip] [prior] [image-decoder] [--overwrite]
 
-Without a name, all. Ends with 1 if a score is below its bar. The prior reads the CLIP of the row before it.
+Without a name, all. Ends with 1 if a score is below its bar. The rows of unCLIP read the runs of those before them.
 """
 
 import sys
@@ -14,14 +14,16 @@ from diffusers import AutoencoderKL
 from sdtune.cli import main
 from sdtune.evaluation.toy_autoencoder import keeps_pictures
 from sdtune.evaluation.toy_clip import knows_pictures
+from sdtune.evaluation.toy_decoder import draws_captions
 from sdtune.evaluation.toy_prior import finds_embeddings
 from sdtune.models.families import resolve_model
 
-CLIP_RUN = "runs/tiny-clip"
+CLIP_RUN, PRIOR_RUN = "runs/tiny-clip", "runs/tiny-prior"
 GAINS = {"PSNR of stars": 0.3, "stars read": 0.08}
 """By how much a score of the autoencoder has to rise: decibels, and a share."""
 LEAST = {"known shapes read": 0.95}
 CLIP_LEAST = {"caption of a picture": 0.8, "picture of a caption": 0.8, "colour": 0.95, "ground": 0.95}
+DECODER_LEAST = {"colour": 0.9, "ground": 0.9}
 PRIOR_LEAST = {"cosine to its picture": 0.93, "picture of a caption": 0.7}
 CHANCE = {
     "caption of a picture": 1 / 64,
@@ -58,12 +60,20 @@ def clip(words: list[str]) -> list[str]:
 
 def prior(words: list[str]) -> list[str]:
     """On the CLIP of the row before; beside the mean of all embeddings, which no caption changes."""
-    out = "runs/tiny-prior"
     if not Path(CLIP_RUN, "model.safetensors").is_file():
         train("clip", "clip/tiny-shapes", CLIP_RUN, words)
-    train("prior", "prior/tiny-shapes", out, words)
-    mean, after = finds_embeddings(out)
+    train("prior", "prior/tiny-shapes", PRIOR_RUN, words)
+    mean, after = finds_embeddings(PRIOR_RUN)
     return table("prior", mean, after, PRIOR_LEAST)
+
+
+def image_decoder(words: list[str]) -> list[str]:
+    """From `tiny`, on the CLIP of its row; what it draws for captions through the prior of its row."""
+    out = "runs/tiny-decoder"
+    if not Path(PRIOR_RUN, "model_index.json").is_file():
+        prior(words)
+    train("image-decoder", "image-decoder/tiny-shapes", out, words)
+    return table("image-decoder", CHANCE, draws_captions(out, PRIOR_RUN), DECODER_LEAST)
 
 
 def table(method: str, before: dict[str, float], after: dict[str, float], bars: dict[str, float]) -> list[str]:
@@ -81,7 +91,7 @@ def shown(name: str, value: float) -> str:
     return f"{value:8.2f} dB" if name.startswith("PSNR") else f"{value:9.1%}  "
 
 
-ROWS = {"autoencoder": autoencoder, "clip": clip, "prior": prior}
+ROWS = {"autoencoder": autoencoder, "clip": clip, "prior": prior, "image-decoder": image_decoder}
 
 if __name__ == "__main__":
     began = time.monotonic()

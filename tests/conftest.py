@@ -26,7 +26,7 @@ from sdtune.publish import hub
 from tests import contract, quick_sdtune, ranks
 from tests.tinyhub import TinyHub
 from tests.tinysd import save_tiny_sd
-from tests.tinyunclip import save_tiny_clip, save_tiny_prior
+from tests.tinyunclip import save_tiny_clip, save_tiny_decoder, save_tiny_prior
 
 torch.set_num_threads(1)
 
@@ -127,8 +127,14 @@ def prior(once, clip) -> Path:
 
 
 @pytest.fixture(scope="session")
-def places(sd, pictures, pixels, clip, prior) -> contract.Places:
-    return contract.Places(sd, pictures, pixels, clip, prior)
+def decoder(once) -> Path:
+    """A pipeline of Kandinsky 2.2's decoder, with random weights; 32 x 32 pictures, 16 x 16 latents."""
+    return once("tiny-decoder", save_tiny_decoder)
+
+
+@pytest.fixture(scope="session")
+def places(sd, pictures, pixels, clip, prior, decoder) -> contract.Places:
+    return contract.Places(sd, pictures, pixels, clip, prior, decoder)
 
 
 @pytest.fixture

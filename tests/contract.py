@@ -16,13 +16,14 @@ from torch import Tensor
 
 
 class Places(NamedTuple):
-    """Where the tests have a small pipeline, captioned pictures, and small models: of pixels, a CLIP, and a prior."""
+    """Where the tests have a small pipeline, captioned pictures, and small models of pixels, CLIP, and unCLIP."""
 
     sd: Path
     pictures: Path
     pixels: Path
     clip: Path = Path()
     prior: Path = Path()
+    decoder: Path = Path()
 
 
 @dataclass(frozen=True)
@@ -377,6 +378,21 @@ RECIPES = {
         weights="pytorch_lora_weights.safetensors",
         variants={"dropout, workers, accumulation": ["--dropout", "0.1", *WORKERS]},
         draws=[*STEADY, "--random-flip"],
+    ),
+    "image-decoder": Contract(
+        settings={"--model": "{sd}", "--clip-model": "{clip}", "--resolution": 32, **NO_PREVIEWS},
+        weights="unet/diffusion_pytorch_model.safetensors",
+        variants={"flips, crops, no cache": [*TOGETHER, "--random-flip", "--no-center-crop", "--snr-gamma", "5"]},
+        draws=[*STEADY, "--random-flip", "--use-ema", "--embedding-dropout", "0.3", "--noise-offset", "0.05"],
+        previews=PREVIEWS,
+    ),
+    "image-decoder, adapters": Contract(
+        method="image-decoder",
+        settings={"--model": "{decoder}", "--clip-model": "{prior}", "--resolution": 32, "--lora": "", **NO_PREVIEWS},
+        weights="pytorch_lora_weights.safetensors",
+        variants={"dropout, workers, accumulation": ["--dropout", "0.1", *WORKERS]},
+        draws=[*STEADY, "--random-flip"],
+        previews=PREVIEWS,
     ),
     "classifier": Contract(
         settings=SMALL | {"--class-column": "text", "--attention-head-dim": 8},

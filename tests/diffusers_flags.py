@@ -430,6 +430,24 @@ FLAGS = {
         train_data_dir use_8bit_adam validation_epochs validation_prompt
         """,
     ),
+    "kandinsky2_2/text_to_image/train_text_to_image_decoder.py": (
+        "image-decoder",
+        """
+        allow_tf32 cache_dir dataset_config_name dataset_name enable_xformers_memory_efficient_attention
+        gradient_checkpointing image_column max_grad_norm max_train_samples max_train_steps num_train_epochs
+        pretrained_decoder_model_name_or_path pretrained_prior_model_name_or_path report_to seed snr_gamma
+        tracker_project_name train_data_dir use_8bit_adam use_ema validation_epochs validation_prompts
+        """,
+    ),
+    "kandinsky2_2/text_to_image/train_text_to_image_lora_decoder.py": (
+        "image-decoder",
+        """
+        allow_tf32 cache_dir dataset_config_name dataset_name gradient_checkpointing image_column max_grad_norm
+        max_train_samples max_train_steps num_train_epochs num_validation_images
+        pretrained_decoder_model_name_or_path pretrained_prior_model_name_or_path rank report_to seed snr_gamma
+        train_data_dir use_8bit_adam validation_epochs validation_prompt
+        """,
+    ),
     "research_projects/autoencoderkl/train_autoencoderkl.py": (
         "autoencoder",
         """

@@ -17,6 +17,7 @@ from sdtune.config.methods.classifier import ClassifierConfig
 from sdtune.config.methods.clip import ClipConfig
 from sdtune.config.methods.custom_diffusion import CustomDiffusionConfig
 from sdtune.config.methods.dreambooth import DreamBoothConfig
+from sdtune.config.methods.image_decoder import ImageDecoderConfig
 from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.methods.progressive import ProgressiveConfig
 from sdtune.config.methods.textual_inversion import TextualInversionConfig
@@ -32,6 +33,7 @@ LEAST = {config: {"dataset": "d"} if issubclass(config, Run) else {"prompt": ["x
 LEAST[ClassifierConfig] |= {"class_column": "c"}
 LEAST[ProgressiveConfig] |= {"model": "m"}
 LEAST[PriorConfig] |= {"model": "m"}
+LEAST[ImageDecoderConfig] |= {"clip_model": "c"}
 LEAST[TextualInversionConfig] |= {"placeholder_token": "<x>"}
 LEAST_WITH = {
     **{(config, "width"): {"height": 64} for config in CONFIGS},

@@ -16,12 +16,6 @@ from sdtune.recipes.prior import Prior
 from sdtune.run import stock_lines, usage
 from sdtune.sampling.sample_unclip import spherical
 from tests.conftest import status
-from tests.tinyunclip import save_tiny_decoder
-
-
-@pytest.fixture(scope="module")
-def decoder(once):
-    return once("tiny-decoder", save_tiny_decoder)
 
 
 @pytest.fixture

@@ -97,6 +97,10 @@ METHODS = {
         "methods.unclip_prior:PriorConfig",
         "From captions to CLIP embeddings of pictures: the prior of unCLIP and Kandinsky 2.2 (Ramesh et al. 2022).",
     ),
+    "image-decoder": Command(
+        "methods.image_decoder:ImageDecoderConfig",
+        "From CLIP embeddings of pictures to pictures: the decoder of unCLIP and Kandinsky 2.2 (Ramesh et al. 2022).",
+    ),
     "classifier": Command(
         "methods.classifier:ClassifierConfig",
         "A classifier of noised images, which guides a diffusion model (Dhariwal & Nichol 2021).",

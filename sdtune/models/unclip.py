@@ -103,6 +103,11 @@ class Towers:
         embeds: Tensor = encoder((x / 2 + 0.5 - mean) / std).image_embeds
         return embeds
 
+    def blank(self, like: Tensor) -> Tensor:
+        """Pictures of CLIP's mean colour, which are all zeros to it, shaped as ``like`` ``[B, 3, side, side]``."""
+        mean = like.new_tensor(self.image_processor.image_mean).view(1, 3, 1, 1)
+        return (2 * mean - 1).expand_as(like)
+
     def read(self, ids: Tensor) -> dict[str, Tensor]:
         out = self.text_encoder(ids.to(self.text_encoder.device))
         return {"embeds": out.text_embeds, "states": out.last_hidden_state}

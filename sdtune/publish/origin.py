@@ -27,6 +27,7 @@ FAMILY_TAGS = {
     "QwenImagePipeline": ["qwen-image", "qwen-image-diffusers"],
     "ZImagePipeline": ["z-image", "z-image-diffusers"],
     "KandinskyV22PriorPipeline": ["kandinsky"],
+    "KandinskyV22Pipeline": ["kandinsky"],
 }
 """Pipeline class of a base to the tags under which the Hub files its adapters."""
 

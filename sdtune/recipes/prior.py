@@ -21,6 +21,7 @@ from sdtune.models.pipeline_folder import write_pipeline
 from sdtune.models.unclip import prior_pipeline, read_prior
 from sdtune.recipes.recipe import Recipe
 from sdtune.run.public_name import public_name
+from sdtune.run.usage import PRIOR
 
 
 class Prior(Recipe):
@@ -73,6 +74,7 @@ class Prior(Recipe):
         if self.cfg.lora:
             base = public_name(self.cfg.model)
             provenance = {"version": __version__, "base": base, "revision": self.cfg.revision, "seed": self.cfg.seed}
+            provenance["pipeline"] = PRIOR
             # the pipeline of a prior has no loader of its own; this one takes any part's keys as they are
             loader, parts = SD3LoraLoaderMixin, {"prior": self.prior}
             return [adapters.save_adapter(out, parts, provenance, loader, self.starts)]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdtune.run.sampling_file import Sampling
-from sdtune.run.usage import AUTOENCODER, CLIP, CONTROLS, ENCODERS, PRIOR, SUPER_RESOLUTION, ArtefactKind
+from sdtune.run.usage import AUTOENCODER, CLIP, CONTROLS, ENCODERS, SUPER_RESOLUTION, ArtefactKind
 
 PEFT = "adapter"
 """The folder into which the lines of a LoHa or LoKr have it converted."""
@@ -45,8 +45,8 @@ def lines(
     """
     if what.classifier:
         return _classifier(what.classifier, repo, at)
-    if what.of_prior:
-        return _prior(what.adapter, repo, at, base, base_at, prompt)
+    if what.of_prior or what.of_decoder:
+        return _unclip(what, repo, at, base, base_at, prompt)
     if what.pipeline:
         return _pipeline(what, repo, at, prompt)
     if what.control:
@@ -202,22 +202,17 @@ pipe = DiffusionPipeline.from_pretrained({arguments(base, revision=base_at)}, va
 image = pipe({text(prompt)}).images[0]"""
 
 
-def _prior(adapter: str | None, repo: str, at: str | None, base: str, base_at: str | None, prompt: str) -> str:
-    """With its decoder, which draws what it says."""
-    where = arguments(base, revision=base_at) if adapter else arguments(repo, revision=at)
-    loads = [f"prior = {PRIOR}.from_pretrained({where})"]
-    if adapter:
-        weights = arguments(repo, prefix="prior", weight_name=adapter, revision=at)
-        loads.append(f"prior.prior.load_lora_adapter({weights})")
-    return "\n".join(
-        [
-            f"from diffusers import DiffusionPipeline, {PRIOR}",
-            "",
-            *loads,
-            'decoder = DiffusionPipeline.from_pretrained("...")',
-            f"image = decoder(**prior({text(prompt)})).images[0]",
-        ]
-    )
+def _unclip(what: ArtefactKind, repo: str, at: str | None, base: str, base_at: str | None, prompt: str) -> str:
+    """A prior or a decoder, with the other one, without which there is no picture."""
+    own = arguments(base, revision=base_at) if what.adapter else arguments(repo, revision=at)
+    loads = {name: f'{name} = DiffusionPipeline.from_pretrained("...")' for name in ("prior", "decoder")}
+    name, part = ("prior", "prior") if what.of_prior else ("decoder", "unet")
+    loads[name] = f"{name} = DiffusionPipeline.from_pretrained({own})"
+    if what.adapter:
+        weights = arguments(repo, prefix=part, weight_name=what.adapter, revision=at)
+        loads[name] += f"\n{name}.{part}.load_lora_adapter({weights})"
+    draw = f"image = decoder(**prior({text(prompt)})).images[0]"
+    return "\n".join(["from diffusers import DiffusionPipeline", "", *loads.values(), draw])
 
 
 def _clip(repo: str, at: str | None, prompt: str) -> str:

@@ -38,8 +38,8 @@ CONTROLS = {
 SUPER_RESOLUTION = "IFSuperResolutionPipeline"
 """Class of the pipeline of a model of pixels that enlarges."""
 AUTOENCODER, CLASSIFIER = "AutoencoderKL", "NoisyClassifier"
-PRIOR = "KandinskyV22PriorPipeline"
-"""Class of diffusers, of a pipeline that draws embeddings and no pictures."""
+PRIOR, DECODER = "KandinskyV22PriorPipeline", "KandinskyV22Pipeline"
+"""Classes of diffusers, of the pipelines of unCLIP: one draws embeddings, and the other pictures of embeddings."""
 CLIP = "CLIPModel"
 """Class of transformers, of a model that compares pictures with captions."""
 MANY = 30
@@ -66,6 +66,8 @@ class ArtefactKind(NamedTuple):
     takes_text: bool = True
     of_prior: bool = False
     """Whether it is a prior of unCLIP, whole or as an adapter: a decoder draws what it says."""
+    of_decoder: bool = False
+    """Whether it is a decoder of unCLIP, whole or as an adapter: it draws what a prior says."""
     classifier: dict[str, Any] | None = None
     """Its settings, from config.json."""
     control: str | None = None
@@ -101,6 +103,7 @@ def artefact_kind(files: Mapping[str, Path]) -> ArtefactKind:
             pipeline=index["_class_name"],
             takes_text=any(part.startswith("text_encoder") and value[0] for part, value in index.items()),
             of_prior=index["_class_name"] == PRIOR,
+            of_decoder=index["_class_name"] == DECODER,
             classes=classes if labels else (),
             open_label=labels - 1 if labels == len(classes) + 1 else None,
             sampling=sampling,
@@ -121,8 +124,9 @@ def artefact_kind(files: Mapping[str, Path]) -> ArtefactKind:
     adapter = next((name for name in files if name.endswith(".safetensors") and name not in words), None)
     parts = _lycoris_parts(files[adapter]) if adapter else ()
     if not words:
-        of_prior = adapter is not None and any(key.startswith("prior.") for key in _keys(files[adapter]))
-        return ArtefactKind(adapter=adapter, peft_parts=parts, sampling=sampling, of_prior=of_prior)
+        found = ArtefactKind(adapter=adapter, peft_parts=parts, sampling=sampling)
+        base = _base_class(files[adapter]) if adapter else None
+        return found._replace(of_prior=base == PRIOR, of_decoder=base == DECODER)
     return ArtefactKind(adapter=adapter, embeddings=words, tables=tables, peft_parts=parts)
 
 
@@ -151,6 +155,16 @@ def _lycoris_parts(file: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(p for prefix, p in LYCORIS_PREFIXES.items() if any(k.startswith(prefix) for k in keys)))
 
 
+def _base_class(file: Path) -> str | None:
+    """The class of the pipeline that an adapter is for, if its file says so."""
+    try:
+        with safe_open(file, framework="np") as tensors:
+            found: str | None = json.loads((tensors.metadata() or {}).get("sdtune", "{}")).get("pipeline")
+            return found
+    except (OSError, SafetensorError, ValueError, AttributeError):
+        return None
+
+
 def _keys(file: Path) -> list[str]:
     """The names of the tensors in a file; none if it cannot be read."""
     try:
@@ -174,6 +188,9 @@ def sample(what: ArtefactKind, folder: str, prompt: str) -> list[str]:
     if what.of_prior:
         used = ["--prior", folder] if what.pipeline else ["--prior", "...", "--adapter", folder]
         return ["sdtune", "sample", "--model", "...", *used, "--prompt", prompt]
+    if what.of_decoder:
+        used = ["--model", folder] if what.pipeline else ["--adapter", folder]
+        return ["sdtune", "sample", *used, "--prior", "...", "--prompt", prompt]
     if what.edits:
         told = ["--prompt", prompt] if what.takes_text else []
         return ["sdtune", "sample", "--model", folder, "--image", "FILE", *told]

@@ -35,13 +35,14 @@ from sdtune.models.prompts import check_negative, check_prompts, takes_guidance_
 from sdtune.run.artefacts import of_best
 from sdtune.run.contact_sheet import grid, save_sheet
 from sdtune.run.sampling_file import Sampling
+from sdtune.run.usage import DECODER, PRIOR
 from sdtune.sampling.enlarge import Cascade, EnlargeJob, is_enlarger
 from sdtune.sampling.generate import generate
 from sdtune.sampling.image_inputs import check_images, images_of
 from sdtune.sampling.image_text import parameters
 from sdtune.sampling.prompts import Prompt, read_prompts
 from sdtune.sampling.sample_pixels import PixelJob, of_pixels
-from sdtune.sampling.sample_unclip import DECODER, PRIOR, UnclipJob
+from sdtune.sampling.sample_unclip import UnclipJob
 
 STEPS, GUIDANCE = 25, 5.0
 """Where neither the options nor the ``sampling.json`` of a distilled model say otherwise."""

@@ -29,7 +29,6 @@ from sdtune.run.device import best_device
 from sdtune.run.precision import DTYPES
 from sdtune.sampling.prompts import Prompt
 
-DECODER, PRIOR = "KandinskyV22Pipeline", "KandinskyV22PriorPipeline"
 STEPS, GUIDANCE = 25, 4.0
 
 
