@@ -1,5 +1,10 @@
 """Gradient checkpointing and compilation reach the parts that can do it, and leave the others alone."""
 
+import multiprocessing
+import os
+import signal
+import time
+
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -8,9 +13,10 @@ from torch import nn
 from sdtune.cli import main
 from sdtune.config.sections import UserError
 from sdtune.models.memory_options import checkpoint_gradients, compile_blocks
+from sdtune.run import processes
 from sdtune.run.device import is_out_of_memory
 from sdtune.training import batch_size, engine
-from tests import contract
+from tests import contract, ranks, tars
 from tests.conftest import status
 from tests.contract import RECIPES
 
@@ -60,7 +66,9 @@ def test_a_run_out_of_memory_names_the_options_that_save_enough(places, tmp_path
 
     monkeypatch.setattr(engine.Engine, "backward", backward)
     monkeypatch.setattr(batch_size, "savings", lambda cfg: iter([{"gradient_checkpointing": True}]))
-    assert status(contract.command("lora", places, tmp_path / "run", "--train-batch-size", "4")) == 1
+    words = contract.command("lora", places, tmp_path / "run", "--train-batch-size", "4")
+    assert status([*words, "--dataloader-num-workers", "1"]) == 1
+    assert not multiprocessing.active_children()
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
     assert len(lines) == 1
     assert "out of memory" in lines[0] and "it needs less with --" in lines[0]
@@ -102,3 +110,54 @@ def test_other_commands_that_are_out_of_memory_name_what_needs_less(places, tmp_
     assert "a smaller network as --features" in failed(capsys, words)
     monkeypatch.setattr("sdtune.conversion.inspect.inspect", full)
     assert failed(capsys, ["inspect", str(places.sd)]).startswith("failed: out of memory on the machine (")
+
+
+FAILS = """
+import os
+
+import torch
+
+from sdtune.recipes.lora import Lora
+
+
+class Full(Lora):
+    '''LoRA that has no memory left in the second process, in its second batch.'''
+
+    seen = 0
+
+    def forward(self, batch):
+        Full.seen += 1  # those of the estimates count on
+        if os.environ["RANK"] == "1" and Full.seen == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().forward(batch)
+"""
+
+
+@pytest.mark.fault(
+    "The memory of one of several processes is full", "It says so, with what would fit, and the others end with it."
+)
+@pytest.mark.processes
+def test_out_of_memory_in_one_process_ends_all(places, tmp_path, monkeypatch):
+    """With loader workers, of a dataset in shards, which processes index together when they begin."""
+    monkeypatch.setattr(batch_size, "savings", lambda cfg: iter([{"gradient_checkpointing": True}]))
+    (tmp_path / "full.py").write_text(FAILS)
+    shards = str(tars.unequal(tmp_path / "shards") / "{000000..000004}.tar")
+    words = contract.command("lora", places, tmp_path / "run", "--dataset", shards, "--dataloader-num-workers", "1")
+    started = ranks.Ranks(2, ["run", str(tmp_path / "full.py"), *words[1:]], tmp_path / "output")
+    assert [rank.exit_code(120) for rank in reversed(started.all)] == [1, processes.EXIT_PEER_DIED]
+    told = [line for line in started.output("err").splitlines() if line.startswith("failed: ")]
+    assert len(told) == 1 and "out of memory" in told[0] and "it needs less with --" in told[0]
+
+
+def test_a_signal_ends_the_search_for_what_would_fit(places, tmp_path, monkeypatch):
+    def backward(self, loss):
+        raise FULL
+
+    def killed(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+        pytest.fail("the signal was not heeded")
+
+    monkeypatch.setattr(engine.Engine, "backward", backward)
+    monkeypatch.setattr("sdtune.training.out_of_memory.Estimates", killed)
+    assert status(contract.command("lora", places, tmp_path / "run")) == 128 + signal.SIGTERM

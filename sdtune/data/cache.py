@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from sdtune.config.sections import RunFailed, UserError
 from sdtune.data import cache_root
+from sdtune.run.barrier import store_barrier
 from sdtune.run.files import save_tensors, sweep
-from sdtune.run.processes import store_barrier
 
 CHUNK = 64
 """Tensors in a file. A run that dies loses at most this many."""

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sdtune.config.sections import RunFailed, UserError
 from sdtune.data import Record, Shards, ShardStream, cache
-from sdtune.run.processes import store_barrier
+from sdtune.run.barrier import store_barrier
 
 BATCH = 8
 """Images that are encoded together. Another number would change the last bits of the moments."""

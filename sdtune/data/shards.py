@@ -23,7 +23,7 @@ from sdtune.data.files import file_stamp, is_remote
 from sdtune.data.metadata import listed_error
 from sdtune.data.shard_order import IntArray
 from sdtune.data.sources import Row
-from sdtune.run.processes import store_barrier
+from sdtune.run.barrier import apart, store_barrier
 
 _VERSION = 1
 READERS = 16
@@ -216,10 +216,11 @@ def _stamps(urls: list[str]) -> tuple[list[str], list[str]]:
 
     asked = [ask(url) for url in urls if not is_remote(url)]
     if remote := [url for url in urls if is_remote(url)]:
-        if state.is_main_process:
+        alone = state.num_processes == 1 or apart.is_set()
+        if state.is_main_process or alone:
             with ThreadPoolExecutor(READERS) as pool:
                 asked += pool.map(ask, remote)
         store_barrier()
-        if state.num_processes > 1:
+        if not alone:
             (asked,) = broadcast_object_list([asked])
     return [when for when, _ in asked], [problem for _, problem in asked if problem]

@@ -27,8 +27,8 @@ from sdtune.data.folder_files import find_images
 from sdtune.models.prompt_embeddings import Reading
 from sdtune.models.prompts import check_prompts
 from sdtune.run import rng
+from sdtune.run.barrier import store_barrier
 from sdtune.run.folder import CLASS_IMAGES
-from sdtune.run.processes import store_barrier
 from sdtune.run.public_name import public_name
 from sdtune.sampling.generate import generate
 

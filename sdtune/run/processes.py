@@ -5,7 +5,6 @@ process keeps a connection open to the first one. It breaks when the process at 
 A process that is alive sends a beat over it; one that is stopped (a debugger, a dead file system) does not.
 """
 
-import math
 import os
 import re
 import secrets
@@ -27,6 +26,7 @@ from sdtune.config.parsing import same_command
 from sdtune.config.sections import Run, RunFailed, UserError
 from sdtune.config.untrusted import echo
 from sdtune.run import checkpoints
+from sdtune.run.barrier import in_barrier
 from sdtune.run.signals import Interrupted, StopSignals
 
 RESUME_COMMAND = "SDTUNE_RESUME_COMMAND"
@@ -49,42 +49,6 @@ STOP_SILENCE = 5.0
 CONNECT = 60.0
 """Seconds for which a process tries to reach the first one."""
 LOOPBACK = "127.0.0.1"
-POLL = 0.05
-"""Seconds between two reads of a counter in the store."""
-
-
-def store_barrier() -> None:
-    """Wait until all processes have called this, however long one of them works alone (writes, encodes, samples).
-
-    A collective would fail after `--ddp-timeout`; this polls counters in the store. A process that dies or hangs
-    meanwhile is noticed by the threads that watch it (see `ProcessGroupWatch`).
-    """
-    if not distributed.is_initialized():
-        return
-    in_barrier.set()
-    try:
-        _meet_in_store()
-    finally:
-        in_barrier.clear()
-
-
-in_barrier = threading.Event()
-"""Set while this process waits in `store_barrier`."""
-
-
-def _meet_in_store() -> None:
-    world, store = distributed.get_world_size(), distributed.distributed_c10d._get_default_store()
-    # No process enters the next barrier before all have entered this one, so the count gives the barrier's number
-    number = math.ceil(store.add("sdtune/entered", 1) / world)
-    wait_for(store, "sdtune/entered", number * world)
-    store.add("sdtune/left", 1)
-    if distributed.get_rank() == 0:  # it may host the store, which must outlive the others' reads
-        wait_for(store, "sdtune/left", number * world)
-
-
-def wait_for(store: Any, key: str, count: int) -> None:
-    while store.add(key, 0) < count:
-        time.sleep(POLL)
 
 
 def resume_command(cfg: Run, words: list[str]) -> str:

@@ -16,12 +16,13 @@ from sdtune.data import positions
 from sdtune.publish.publish import Publisher
 from sdtune.recipes.recipe import Recipe, TrainingConfig
 from sdtune.run import artefacts, checkpoints, folder, rng
+from sdtune.run.barrier import store_barrier
 from sdtune.run.device import is_out_of_memory
 from sdtune.run.environment import environment
 from sdtune.run.live_report import recorded
 from sdtune.run.metrics import Metrics, check_trackers
 from sdtune.run.plan import plan, steps_of
-from sdtune.run.processes import ProcessGroupWatch, resume_command, store_barrier
+from sdtune.run.processes import ProcessGroupWatch, resume_command
 from sdtune.run.signals import StopSignals
 from sdtune.training import optim, out_of_memory, preview
 from sdtune.training.accelerator import start_accelerator
@@ -65,6 +66,7 @@ def train(
                     if not is_out_of_memory(error):
                         raise
                     error.with_traceback(None)  # it holds the frames whose tensors fill the memory
+                    stop.defer(False)  # no step is left to finish, and the estimates may take a minute
                     raise out_of_memory.failure(kind, cfg, accelerator.device, world, error) from None
                 watch.leave()
                 accelerator.end_training()

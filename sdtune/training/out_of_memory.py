@@ -3,7 +3,9 @@
 import torch
 
 from sdtune.config.sections import RunFailed
+from sdtune.config.untrusted import echo
 from sdtune.recipes.recipe import Recipe, TrainingConfig
+from sdtune.run.barrier import parted
 from sdtune.run.device import out_of_memory
 from sdtune.training.batch_size import Estimates, fitting_changes, flags, human_bytes, limit_of
 
@@ -18,11 +20,13 @@ def failure(
 ) -> RunFailed:
     """The error of a run whose memory was full, with the options that save enough, each estimated on shapes alone."""
     message = out_of_memory(error, device)
+    echo(f"{message}; looking for options with which it fits", err=True)
     try:
-        estimates = Estimates(kind, cfg, device, world)
-        needed = estimates.of().total
-        limit = min(limit_of(None, device), int(SHARE * needed))
-        found = [(changed, need) for changed, need in fitting_changes(estimates, limit) if changed]
+        with parted():
+            estimates = Estimates(kind, cfg, device, world)
+            needed = estimates.of().total
+            limit = min(limit_of(None, device), int(SHARE * needed))
+            found = [(changed, need) for changed, need in fitting_changes(estimates, limit) if changed]
     except Exception:  # an estimate fails for reasons of its own, and the first error is the one to tell
         return RunFailed(f"{message}; `sdtune check`, with the same options, says what makes it fit")
     if not found:

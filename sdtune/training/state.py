@@ -16,8 +16,8 @@ from sdtune.config.sections import RunFailed, UserError
 from sdtune.diffusion.moving_average import own_slice
 from sdtune.recipes.recipe import Recipe, TrainingConfig
 from sdtune.run import checkpoints
+from sdtune.run.barrier import store_barrier
 from sdtune.run.environment import environment
-from sdtune.run.processes import store_barrier
 from sdtune.training import optim
 from sdtune.training.engine import Engine
 
@@ -73,7 +73,7 @@ class State:
     def save(self) -> None:
         """Called by every process; the first one writes full tensors, which any number of processes can read.
 
-        It may take longer than the others would wait in a collective; see `processes.store_barrier`.
+        It may take longer than the others would wait in a collective; see `barrier.store_barrier`.
 
         Raises:
             RunFailed: training has diverged; see `check_weights`.
