@@ -309,6 +309,15 @@ def test_half_of_the_modules_missing_is_told(pipe, tmp_path):
         load_adapters(copy.deepcopy(pipe), [str(file)])
 
 
+@pytest.mark.parametrize("shapes", [((4, 24), (16, 4)), ((4, 16), (24, 4))], ids=["narrower", "wider"])
+def test_a_module_of_another_shape_is_named(shapes, pipe, tmp_path):
+    down, up = shapes
+    save_file({f"{K}.lora_down.weight": normal(*down), f"{K}.lora_up.weight": normal(*up)}, tmp_path / "a.safetensors")
+    told = rf"attn1.to_q is 16x16 in the base, {up[0]}x{down[1]} in the adapter"
+    with pytest.raises(UserError, match=told):
+        load_adapters(copy.deepcopy(pipe), [str(tmp_path / "a.safetensors")])
+
+
 @pytest.mark.fault(
     "Metadata of an adapter holds nonsense, or patterns that take forever", "Refused in one line, in a moment."
 )
