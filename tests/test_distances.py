@@ -9,7 +9,7 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 
 from sdtune.evaluation.distances import estimates, frechet, kernel_distance, mean, precision_recall
-from sdtune.evaluation.scores import figures
+from sdtune.evaluation.scores import Bootstrap, figures, of_subject
 
 
 def normal(*shape, seed=0):
@@ -207,6 +207,16 @@ def test_resamples_of_a_handful():
     x, y = torch.from_numpy(normal(4, 2)), torch.from_numpy(normal(4, 2, seed=1))
     found = estimates(lambda *sets: figures(*sets, neighbours=1), [x, y], 300)
     assert all(np.isfinite([e.low, e.high]).all() for e in found.values())
+
+
+def test_references_that_do_not_differ_have_no_diversity():
+    """A resample of two images is one of them half of the time."""
+    x, y = torch.rand(4, 3, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64)
+    bootstrap = Bootstrap(100)
+    found = bootstrap(of_subject, x, y)
+    assert found["diversity"].low < found["diversity"].value < found["diversity"].high
+    alike = bootstrap(of_subject, x, y[[0, 0]])
+    assert list(alike) == ["likeness"]
 
 
 def test_intervals_cover():

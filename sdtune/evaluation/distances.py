@@ -6,6 +6,7 @@ and has no precision and recall. scipy's matrix square root is not needed: its t
 is exact even if a covariance has no full rank.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -71,8 +72,12 @@ def likeness(x: Tensor, y: Tensor, n_x: Tensor | None = None, n_y: Tensor | None
 
 
 def diversity(x: Tensor, y: Tensor, n_x: Tensor | None = None, n_y: Tensor | None = None) -> float:
-    """Mean distance of two samples x over that of two references y: 1 is as diverse, 0 is one image again and again."""
-    return _mean_distance(x.double(), _counts(x, n_x)) / _mean_distance(y.double(), _counts(y, n_y))
+    """Mean distance of two samples x over that of two references y: 1 is as diverse, 0 is one image again and again.
+
+    NaN where the references do not differ, as in a resample of few.
+    """
+    usual = _mean_distance(y.double(), _counts(y, n_y))
+    return _mean_distance(x.double(), _counts(x, n_x)) / usual if usual else math.nan
 
 
 def nearest_distances(x: Tensor, trained_on: Tensor, without_itself: bool = False) -> Tensor:
@@ -113,7 +118,7 @@ def estimates(
     The bootstrap (Efron 1979): each set is drawn anew from itself, as many rows with replacement, and the interval is
     1.96 standard deviations of the figure among the resamples to either side of its value. Percentiles would not do:
     resamples hold fewer different images, and a Fréchet distance of fewer images is larger. The interval holds
-    chance, not the bias that a Fréchet distance of few images has.
+    chance, not the bias that a Fréchet distance of few images has. Resamples for which a figure is NaN do not count.
 
     Args:
         figures: from tensors with n rows each, and how often each of their rows counts, to figures by name. The
@@ -133,7 +138,9 @@ def estimates(
         return {name: Estimate(value) for name, value in values.items()}
     found = {}
     for name, value in values.items():
-        away = 1.96 * float(torch.tensor(drawn[name], dtype=torch.float64).std())
+        resampled = torch.tensor(drawn[name], dtype=torch.float64)
+        resampled = resampled[~resampled.isnan()]
+        away = 1.96 * float(resampled.std()) if len(resampled) > 1 else math.nan
         found[name] = Estimate(value, value - away, value + away)
     return found
 

@@ -1,5 +1,6 @@
 """Scores of a set of images, with 95 % intervals: of `sdtune evaluate`, and of a run while it trains."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,15 +31,21 @@ class Bootstrap:
     tick: Callable[[], object] = lambda: None
 
     def __call__(self, measure: Callable[..., dict[str, float]], *sets: Tensor) -> dict[str, Estimate]:
-        """``measure(*sets)``, each with an interval that is clipped to the range of the score."""
+        """``measure(*sets)`` without what is NaN, each with an interval that is clipped to the range of the score.
+
+        An interval that cannot be told, since too few resamples have the figure, is left out.
+        """
         found = estimates(measure, [s.double().to(device()) for s in sets], self.resamples, self.seed, self.tick)
-        return {name: clipped(e, SCORES[name].least, SCORES[name].greatest) for name, e in found.items()}
+        known = {name: e for name, e in found.items() if not math.isnan(e.value)}
+        return {name: clipped(e, SCORES[name].least, SCORES[name].greatest) for name, e in known.items()}
 
 
 def clipped(e: Estimate, least: float, greatest: float) -> Estimate:
     """The estimate with its interval clipped to the range of the score."""
     if e.low is None or e.high is None:
         return e
+    if math.isnan(e.low):
+        return Estimate(e.value)
     return Estimate(e.value, max(e.low, least), min(e.high, greatest))
 
 
