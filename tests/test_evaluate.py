@@ -23,6 +23,7 @@ from sdtune.evaluation.judges import named
 from sdtune.models.noisy_classifier import NoisyClassifier
 from sdtune.models.vision import load_clip
 from tests.conftest import status
+from tests.tinyclip import save_tiny_clip, write_preprocessor
 
 SHAPES = ("disc", "box")
 
@@ -65,23 +66,9 @@ def samples(tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """A CLIP of random weights whose tokenizer knows the words of a few prompts."""
-    out = tmp_path_factory.mktemp("models") / "clip"
-    torch.manual_seed(5)
-    parts = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    config = transformers.CLIPConfig(
-        text_config=parts | ends | {"vocab_size": 8, "max_position_embeddings": 12, "projection_dim": 16},
-        vision_config=parts | {"image_size": 24, "patch_size": 8, "projection_dim": 16},
-        projection_dim=16,
-    )
-    transformers.CLIPModel(config).save_pretrained(out)
-    words = {w: k for k, w in enumerate(["<|startoftext|>", "<|endoftext|>", "a</w>", "disc</w>", "box</w>"])}
-    transformers.CLIPTokenizer(vocab=words, merges=[]).save_pretrained(out)
-    write_preprocessor(out, 24)
-    return out
+@pytest.fixture(scope="session")
+def clip(once) -> Path:
+    return once("clip-of-words", save_tiny_clip)
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +82,6 @@ def judge(tmp_path_factory):
     transformers.ResNetForImageClassification(config).save_pretrained(out)
     write_preprocessor(out, 16)
     return out
-
-
-def write_preprocessor(out: Path, side: int):
-    told = {"size": {"height": side, "width": side}, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
-    (out / "preprocessor_config.json").write_text(json.dumps(told))
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,12 @@ from sdtune.config.methods.clip import ClipConfig
 from sdtune.config.methods.custom_diffusion import CustomDiffusionConfig
 from sdtune.config.methods.dreambooth import DreamBoothConfig
 from sdtune.config.methods.image_decoder import ImageDecoderConfig
+from sdtune.config.methods.instruct_pix2pix import InstructPix2PixConfig
 from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.methods.progressive import ProgressiveConfig
 from sdtune.config.methods.textual_inversion import TextualInversionConfig
 from sdtune.config.methods.unclip_prior import PriorConfig
+from sdtune.config.scores import OF_AGREEMENT, Criterion
 from sdtune.config.sections import Run, UserError
 from sdtune.config.verbs import SampleConfig
 from sdtune.run import folder
@@ -49,11 +51,14 @@ LEAST_WITH = {
     (PriorConfig, "clip_model"): {"model": None},
     (PriorConfig, "num_layers"): {"model": None, "clip_model": "c"},
     (PriorConfig, "attention_head_dim"): {"model": None, "clip_model": "c"},
+    (InstructPix2PixConfig, "original_caption_column"): {"edited_caption_column": "after"},
+    (InstructPix2PixConfig, "edited_caption_column"): {"original_caption_column": "before"},
 }
 """What an option cannot do without, besides what it says of itself that it requires."""
 ON = {
     "class_column": "c",
     "classifier": "c",
+    "clip_model": "c",
     "evaluate_steps": 5,
     "initializer_token": ["x"],
     "interpolate": ["a", "b"],
@@ -87,6 +92,7 @@ ONLY = {
     "sigma_max": [40.0],
     "w_max": [20.0],
     "norm_num_groups": [16],
+    "keep_best": [score for score in typing.get_args(Criterion) if score not in OF_AGREEMENT.values()],
     "init_lora_weights": ["olora", "pissa", "pissa_niter_16"],
     "decompose_factor": [1, 4],
     "attention_head_dim": [32],
@@ -150,10 +156,10 @@ def others(config, name):
     """Values of a field that are not its default."""
     field = config.model_fields[name]
     kind, default = fields.inner_type(field.annotation), field.get_default()
-    if typing.get_origin(kind) is typing.Literal:
-        return [choice for choice in typing.get_args(kind) if choice != default]
     if name in ONLY:
         return ONLY[name]
+    if typing.get_origin(kind) is typing.Literal:
+        return [choice for choice in typing.get_args(kind) if choice != default]
     if fields.is_list(field):
         return [[64], [32, 64, 96]] if fields.metavar(field) == "INTEGER" else [["a b", "c"], TEXTS]
     if typing.get_origin(kind) is dict:
@@ -300,7 +306,8 @@ def test_an_option_that_cannot_have_an_effect_is_refused(config, name, option, c
     if chosen is None or on.is_required() or on.default in choices:
         return
     off = {option: False} if config.model_fields[option].annotation is bool else {}
-    with pytest.raises(UserError, match=f"^({name}|class_prompt|adapter|initializer_token) has no effect with"):
+    first = f"{name}|class_prompt|adapter|initializer_token|original_caption_column"
+    with pytest.raises(UserError, match=f"^({first}) has no effect with"):
         parsing.resolve(config, None, base | off | {name: chosen}, [])
 
 

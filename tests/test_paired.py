@@ -125,7 +125,7 @@ def test_a_paired_image_has_the_crop_and_flip_of_its_picture(build, fields, tmp_
         grey = (stream.pixels(sample) + 1).mul(torch.tensor([299, 587, 114])[:, None, None] / 2000).sum(0, True)
         assert torch.allclose(stream.mask(sample), grey, atol=2 / 255)
     stream = open_stream(cfg, open_images(cfg, paired=PAIRED), 2, paired=PAIRED)
-    prompts = image_prompts(stream, FURTHER, ["one", "two", "three"])
+    prompts = image_prompts(stream, FURTHER, stream.examples(2), ["one", "two", "three"], [])
     assert [str(p) for p in prompts] == ["one", "two", "three"]
     assert all(image.size == (16, 16) for p in prompts for image in p.images)
 

@@ -34,8 +34,12 @@ def run(shared) -> Path:
 
 def scored(out: Path) -> dict[int, dict[str, float]]:
     """The scores of each step that has them."""
-    lines = [line for line in read_lines(out / "metrics.jsonl") if any(score_of(name) for name in line)]
-    return {line["step"]: {n: v for n, v in line.items() if score_of(n)} for line in lines}
+    found: dict[int, dict[str, float]] = {}
+    for line in read_lines(out / "metrics.jsonl"):
+        of_score = [name for name in line if score_of(name.removesuffix("_low").removesuffix("_high"))]
+        if scores := {name: line[name] for name in of_score}:
+            found.setdefault(line["step"], {}).update(scores)
+    return found
 
 
 def test_scores_of_a_run(run):

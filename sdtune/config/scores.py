@@ -38,9 +38,24 @@ OF_INCEPTION = {"frechet": "fid", "kernel": "kid"}
 """Names of two of them if they are measured in the features of FID's Inception network, and only then."""
 
 Criterion = Literal[
-    "holdout_loss", "frechet", "kernel", "precision", "recall", "likeness", "clip_score", "class_accuracy"
+    "holdout_loss",
+    "frechet",
+    "kernel",
+    "precision",
+    "recall",
+    "likeness",
+    "clip_score",
+    "class_accuracy",
+    "edge_overlap",
+    "edit_direction",
 ]
 """Scores by which one step is better than another. Memorisation is not: a model that learnt nothing has none."""
+
+Agreement = Literal["edges", "edit"]
+"""What images can have in common with those that they followed, or edited."""
+
+OF_AGREEMENT: dict[Agreement, Criterion] = {"edges": "edge_overlap", "edit": "edit_direction"}
+"""The score of each."""
 
 
 def score_name(score: str, network: str) -> str:

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from sdtune.config.errors import RunFailed as RunFailed
 from sdtune.config.errors import UserError as UserError
-from sdtune.config.scores import Criterion
+from sdtune.config.scores import OF_AGREEMENT, Agreement, Criterion
 from sdtune.config.section_base import (
     Count,
     Counts,
@@ -187,6 +187,26 @@ class Masks(Section):
     """Weigh the loss at each place by the image's mask (`a-mask.png` or `masks/a.png`), where it has one."""
     mask_column: Annotated[str | None, requires("masked_loss")] = None
     """Column that holds the mask of each image; in a folder `mask_file_name` for mask. Leave out for files of masks."""
+
+
+class EditCaptions(Section):
+    original_caption_column: Annotated[str | None, requires("clip_model")] = None
+    """Column with a caption of the image before the edit, to score edits by CLIP. Leave out for no such score."""
+    edited_caption_column: Annotated[str | None, requires("clip_model")] = None
+    """Column with a caption of the image after the edit; give both. Leave out for no such score."""
+
+    @property
+    def edit_columns(self) -> dict[str, str]:
+        """The two columns, each with the name of its option; empty if they are not read."""
+        names = {self.original_caption_column: "original_caption_column"}
+        names |= {self.edited_caption_column: "edited_caption_column"}
+        return {column: name for column, name in names.items() if column is not None}
+
+    @model_validator(mode="after")
+    def _two_captions(self) -> Self:
+        if len(self.edit_columns) == 1:
+            raise ValueError("original_caption_column and edited_caption_column: give two columns, or neither")
+        return self
 
 
 class Classes(Section):
@@ -478,7 +498,7 @@ class Scores(Section):
     evaluate_steps: Natural = 0
     """Steps between scores of drawn images, which are measured at the start and the end too. 0 measures none."""
     num_evaluation_images: Annotated[Count, requires("evaluate_steps")] = 32
-    """Images to draw for the scores, with the prompts of the sample grids."""
+    """Images to draw for the scores: held-out images that are followed or edited, else as in the sample grids."""
     features: Annotated[PathOrId, requires("evaluate_steps")] = "random-conv"
     """Network that compares images: random-conv (built in), inception, or a CLIP or DINO folder or Hub id."""
     clip_model: Annotated[PathOrId | None, requires("evaluate_steps")] = None
@@ -489,6 +509,26 @@ class Scores(Section):
     """Also keep the artefact of the step that is best by this score, in best/. Leave out for the last step alone."""
     patience: Annotated[Natural, requires("keep_best")] = 0
     """End the run after this many scores in a row that are not better. 0 trains all steps."""
+
+    @property
+    def agreement(self) -> Agreement | None:
+        """In what the drawn images are compared with those that go with their prompts."""
+        return None
+
+    @model_validator(mode="after")
+    def _agreement_is_measured(self) -> Self:
+        measured = OF_AGREEMENT[self.agreement] if self.agreement else None
+        if self.keep_best == "edge_overlap" != measured:
+            raise ValueError(
+                "keep_best edge_overlap: only where images follow edges, which is for controlnet and t2i-adapter with "
+                "condition edges, or with evaluate_condition edges"
+            )
+        if self.keep_best == "edit_direction" != measured:
+            raise ValueError(
+                "keep_best edit_direction: only where CLIP judges edits, which is for instruct-pix2pix with "
+                "clip_model, original_caption_column and edited_caption_column"
+            )
+        return self
 
 
 class Preview(Scores):
@@ -507,6 +547,11 @@ class Prompts(Section):
     """What the samples should not show."""
     validation_guidance_scale: NonNegative = 5.0
     """Classifier-free guidance of the samples (Ho & Salimans 2022). 1 means no guidance."""
+
+    @property
+    def passes_per_step(self) -> int:
+        """Passes of the denoiser for each step of a sample."""
+        return 1 if self.validation_guidance_scale == 1 else 2
 
 
 class ValidationImages(Preview):

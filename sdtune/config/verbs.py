@@ -7,6 +7,7 @@ from annotated_types import Ge, Interval
 from pydantic import BeforeValidator, model_validator
 
 from sdtune.config.foreign_flags import SAMPLERS
+from sdtune.config.scores import Agreement
 from sdtune.config.section_base import (
     Count,
     Counts,
@@ -196,7 +197,7 @@ class EvaluateConfig(OutOfRange, TextEncoding, Source, Verb):
     """CLIP model, folder or Hub id, that compares images with their prompts. Leave out for no CLIP score."""
     classifier: PathOrId | None = None
     """Run of `sdtune classifier`, or a transformers image classifier, to check the classes. Leave out for no check."""
-    condition: Literal["edges", "edit"] | None = None
+    condition: Agreement | None = None
     """Compare with the `image` of prompts.jsonl: edges, or an edit's direction in CLIP. Leave out for neither."""
     trained_on: PathOrId | None = None
     """Images that the model was trained on, to see whether SAMPLES copy them. Leave out for no memorisation."""

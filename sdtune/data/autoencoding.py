@@ -58,6 +58,10 @@ class AutoencodingDataset(Dataset[dict[str, Any]]):
             pixels = [from_file(file, sample, stream) for file in shown]
         return [ImagePrompt("", (to_image(x),)) for x in pixels]
 
+    def scored_prompts(self, count: int) -> list[ImagePrompt]:
+        """Those of the sample grids."""
+        return self.prompts
+
 
 def check_shapes(cfg: Data, multiple: int) -> None:
     """Raises: UserError for images whose sides an autoencoder cannot halve as often as it does."""

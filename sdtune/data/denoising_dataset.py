@@ -1,5 +1,6 @@
 """Training items by position in the run: an image with the timestep and the noise of that position."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,15 @@ class DenoisingDataset(Dataset[dict[str, Any]]):
     @property
     def holdout(self) -> list[tuple[str, int]]:
         return [("holdout", k) for k in range(len(self.stream.holdout) * len(HOLDOUT_QUANTILES))]
+
+    @property
+    def prompts(self) -> Sequence[Any]:
+        """What the sample grids show."""
+        raise NotImplementedError
+
+    def scored_prompts(self, count: int) -> Sequence[Any]:
+        """What the scores of the run show, of which there are ``count``: prompts k, k + n, ... are alike."""
+        return self.prompts
 
     def make_item(self, sample: Sample, u: Tensor, position: Position) -> dict[str, Any]:
         """Tensors by name, and the ``name`` of the image.

@@ -17,7 +17,15 @@ from sdtune.data.folder_captions import (
     tables_of,
 )
 from sdtune.data.folder_files import FolderFiles, find_files
-from sdtune.data.metadata import Listing, caption_column, class_column, listed_error, parse_captions, parse_class
+from sdtune.data.metadata import (
+    Listing,
+    caption_column,
+    column_of,
+    edit_columns,
+    listed_error,
+    parse_captions,
+    parse_class,
+)
 from sdtune.data.paired import Paired, find_paired, set_paired_aside
 
 _REPEATED = re.compile(r"(\d{1,3})_(.+)")
@@ -63,7 +71,7 @@ def read_folder(
             f"--class-column {class_from}: {folder} has no metadata; `--class-column folder` takes the folders' names"
         )
     elif class_from:
-        choose = partial(class_column, class_from, dataset=cfg.dataset)
+        choose = partial(column_of, "--class-column", class_from, dataset=cfg.dataset)
         classes = read_tables(files, tables, cfg.image_column, choose, parse_class, [])
     names = sorted(files.images)
     masks = [files.masks.get(name) for name in names]
@@ -83,7 +91,19 @@ def read_folder(
         masks=masks if isinstance(cfg, Masks) and cfg.masked_loss and not cfg.mask_column else [],
         notes=notes,
         paired={column: _listing_of(files, [found[name] for name in names]) for column, found in pairs.items()},
+        edits=_edits(cfg, files, tables, names),
     )
+
+
+def _edits(cfg: Data, files: FolderFiles, tables: dict[str, Path], names: list[str]) -> list[tuple[str, str]]:
+    """The captions of each image before and after its edit, where they are asked for."""
+    texts = []
+    for column, option in edit_columns(cfg).items():
+        if not tables:
+            raise UserError(f"{option} {column}: {files.folder} has no metadata, which holds the captions of an edit")
+        choose = partial(column_of, option, column, dataset=cfg.dataset)
+        texts.append(read_tables(files, tables, cfg.image_column, choose, parse_captions, []))
+    return [(texts[0][name][0], texts[1][name][0]) for name in names] if texts else []
 
 
 def _listing_of(files: FolderFiles, names: list[str]) -> Listing:
@@ -117,7 +137,9 @@ def _captions(
             files,
             tables,
             cfg.image_column,
-            lambda columns: caption_column(captions, cfg.dataset, columns, file_columns(columns)),
+            lambda columns: caption_column(
+                captions, cfg.dataset, columns, [*file_columns(columns), *edit_columns(cfg)]
+            ),
             partial(parse_captions, default=default),
             notes,
             ", or give --caption",

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from sdtune.config.sections import Preview, UserError, ValidationImages
+from sdtune.config.sections import UserError, ValidationImages
 from sdtune.data.conditions import Condition, hole, make_condition
 from sdtune.data.images import decode, to_tensor
 from sdtune.data.stream import Sample, Stream
@@ -57,6 +57,8 @@ class ImagePrompt:
 
     text: str
     images: tuple[Image.Image, ...]
+    edit: tuple[str, str] | None = None
+    """Captions of the image before the edit and after it, if they are known."""
 
     def __str__(self) -> str:
         return self.text
@@ -73,21 +75,26 @@ def _made(stream: Stream, image: FurtherImage, pixels: Tensor, position: object)
     return make_condition(image.condition, pixels, rng.generator(stream.seed, "condition", position))
 
 
-def image_prompts(stream: Stream, further: Further, given: Sequence[str]) -> list[ImagePrompt]:
-    """The images of ``--validation-image``, else some of the dataset, with the ``given`` prompts, else its captions.
+def validation_images(stream: Stream) -> list[Path]:
+    """The files of ``--validation-image``, for methods that have it."""
+    return stream.cfg.validation_image if isinstance(stream.cfg, ValidationImages) else []
+
+
+def image_prompts(
+    stream: Stream, further: Further, samples: Sequence[Sample], given: Sequence[str], files: Sequence[Path]
+) -> list[ImagePrompt]:
+    """The images in ``files``, else those of ``samples``, with the ``given`` prompts, else their captions.
 
     Raises: UserError if a file cannot be read.
     """
-    cfg = stream.cfg
-    assert isinstance(cfg, ValidationImages)
-    samples, files = stream.examples(max(1, cfg.num_validation_images)), cfg.validation_image
     found = []
     for k in range(max(len(files), len(samples), len(given))):
         sample, shown = samples[k % len(samples)], []
         for image in further.images.values():
             read = from_file(files[k % len(files)], sample, stream) if files else stream.pixels(sample, image.column)
             shown.append(to_image(_made(stream, image, read, ("preview", k))))
-        found.append(ImagePrompt(given[k % len(given)] if given else sample.caption, tuple(shown)))
+        text = given[k % len(given)] if given else sample.caption
+        found.append(ImagePrompt(text, tuple(shown), None if files or given else sample.edit))
     return found
 
 
@@ -98,13 +105,13 @@ def hole_of(stream: Stream, sample: Sample, position: object) -> Tensor:
     return hole(sample.height, sample.width, rng.generator(stream.seed, "hole", position))
 
 
-def hole_prompts(stream: Stream, given: Sequence[str]) -> list[ImagePrompt]:
-    """Images of the dataset with a hole in each, and the ``given`` prompts, else their captions."""
+def hole_prompts(stream: Stream, samples: Sequence[Sample], given: Sequence[str]) -> list[ImagePrompt]:
+    """The images of ``samples`` with a hole in each, and the ``given`` prompts, else their captions."""
 
     def shown(sample: Sample, k: int) -> tuple[Tensor, ...]:
         return stream.pixels(sample), hole_of(stream, sample, ("preview", k)).mul(2).sub(1).expand(3, -1, -1)
 
-    return _prompts_with(stream, given, shown)
+    return _prompts_with(samples, given, shown)
 
 
 def shrunk(pixels: Tensor, times: int) -> Tensor:
@@ -114,17 +121,15 @@ def shrunk(pixels: Tensor, times: int) -> Tensor:
     return small[0].clamp(-1, 1)
 
 
-def small_prompts(stream: Stream, given: Sequence[str], times: int) -> list[ImagePrompt]:
-    """Images of the dataset to enlarge, `shrunk`, and the ``given`` prompts, else their captions."""
-    return _prompts_with(stream, given, lambda sample, k: (shrunk(stream.pixels(sample), times),))
+def small_prompts(stream: Stream, samples: Sequence[Sample], given: Sequence[str], times: int) -> list[ImagePrompt]:
+    """The images of ``samples`` to enlarge, `shrunk`, and the ``given`` prompts, else their captions."""
+    return _prompts_with(samples, given, lambda sample, k: (shrunk(stream.pixels(sample), times),))
 
 
 def _prompts_with(
-    stream: Stream, given: Sequence[str], shown: Callable[[Sample, int], tuple[Tensor, ...]]
+    samples: Sequence[Sample], given: Sequence[str], shown: Callable[[Sample, int], tuple[Tensor, ...]]
 ) -> list[ImagePrompt]:
-    """The ``given`` prompts, else captions, with what is ``shown`` of a sample of the dataset beside prompt k."""
-    assert isinstance(stream.cfg, Preview)
-    samples = stream.examples(max(1, stream.cfg.num_validation_images))
+    """The ``given`` prompts, else captions, with what is ``shown`` of a sample beside prompt k."""
     found = []
     for k in range(max(len(samples), len(given))):
         sample = samples[k % len(samples)]

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdtune.config.sections import Captions, UserError
+from sdtune.config.fields import flag
+from sdtune.config.sections import Captions, Data, EditCaptions, UserError
 
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.json")
 """Names of tables, in lower case."""
@@ -59,6 +60,8 @@ class Listing:
     """Where image files that the table only names may be; None if none is read."""
     paired: dict[str, "Listing"] = field(default_factory=dict)
     """Paired images of each image, by their column."""
+    edits: Sequence[tuple[str, str]] = ()
+    """Captions of each image before and after its edit; empty if they are not read."""
 
 
 def listed_error(head: str, problems: list[str]) -> UserError:
@@ -127,13 +130,18 @@ def parse_caption_text(text: str, per_line: bool, default: str | None = None) ->
     return parse_captions(lines if per_line and lines else " ".join(lines), default)
 
 
-def class_column(name: str, columns: list[str], dataset: str) -> str:
-    """``name``, the column of the class. Raises: UserError that lists the columns."""
+def edit_columns(cfg: Data) -> dict[str, str]:
+    """The columns of captions before and after an edit, each with its option; empty if they are not read."""
+    return {column: flag(name) for column, name in cfg.edit_columns.items()} if isinstance(cfg, EditCaptions) else {}
+
+
+def column_of(option: str, name: str, columns: list[str], dataset: str) -> str:
+    """``name``, the column that ``option`` asks for. Raises: UserError that lists the columns."""
     if name in columns:
         return name
     close = difflib.get_close_matches(name, columns, 1)
     hint = f"; did you mean {close[0]}?" if close else f"; it has {', '.join(columns) or 'none'}"
-    raise UserError(f"--class-column {name}: no such column in {dataset}{hint}")
+    raise UserError(f"{option} {name}: no such column in {dataset}{hint}")
 
 
 def parse_class(value: Any) -> str:

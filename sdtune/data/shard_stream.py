@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 from PIL import Image
 
-from sdtune.config.sections import Classes, Data, Latents, Masks, Streaming, UserError
+from sdtune.config.sections import Classes, Data, EditCaptions, Latents, Masks, Streaming, UserError
 from sdtune.config.untrusted import echo
 from sdtune.data.images import decode, inspect_image, to_tensor
 from sdtune.data.mixture import Mixture
@@ -73,6 +73,7 @@ def refuse_unsupported(cfg: Data) -> None:
         "class-column": isinstance(cfg, Classes) and cfg.class_column,
         "masked-loss": isinstance(cfg, Masks) and cfg.masked_loss and not cfg.mask_column,
         "folder-repeats": cfg.folder_repeats,
+        "original-caption-column": isinstance(cfg, EditCaptions) and cfg.original_caption_column,
     }
     if given := [name for name, asked in needs.items() if asked]:
         why = "images of a streamed dataset are not inspected before training"

@@ -46,6 +46,8 @@ class Row:
     """How often an epoch shows it, for each of ``--repeats``."""
     mask: str | None = None
     """Hash of its mask, if masks are used."""
+    edit: tuple[str, str] | None = None
+    """Captions of the image before its edit and after it, if they are read."""
 
 
 def with_captions(images: "Images", captions: Sequence[str]) -> "Images":
@@ -203,6 +205,7 @@ def _check_images(cfg: Data, found: Listing) -> Images:
             label=found.classes[i],
             repeats=found.repeats[i] if found.repeats else 1,
             mask=masks.get(i),
+            edit=found.edits[i] if found.edits else None,
         )
         for i, info in used.items()
     ]

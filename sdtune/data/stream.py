@@ -42,6 +42,8 @@ class Sample:
     caption: str
     part: int
     """The part of a ``Mixture`` that it is of, else 0."""
+    edit: tuple[str, str] | None = None
+    """Captions of the image before its edit and after it, if they are read."""
 
     @property
     def crop(self) -> tuple[int, int, float, float, bool]:
@@ -138,7 +140,7 @@ class Stream:
         """Centre crop, no flip, first caption."""
         row, (width, height) = self.images.rows[index], self.shapes[index]
         caption = without_separators(row.captions[0]) if row.captions else ""
-        return Sample(index, row.name, width, height, 0.5, 0.5, False, caption, self.part_of[index])
+        return Sample(index, row.name, width, height, 0.5, 0.5, False, caption, self.part_of[index], row.edit)
 
     def _caption(self, captions: tuple[str, ...], position: int) -> str:
         options = self.caption_options

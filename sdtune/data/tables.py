@@ -17,7 +17,8 @@ from sdtune.data.metadata import (
     TABLES,
     Listing,
     caption_column,
-    class_column,
+    column_of,
+    edit_columns,
     listed_error,
     parse_captions,
     parse_class,
@@ -131,16 +132,22 @@ def _list_table(
     elif captions is not None and default_caption is not None and not (captions.caption_column or "text" in columns):
         listing.captions = [(default_caption,)] * len(table)
     elif captions is not None:
-        column = caption_column(captions, cfg.dataset, columns, [name for name in columns if _has_images(table, name)])
+        others = [name for name in columns if _has_images(table, name) or name in edit_columns(cfg)]
+        column = caption_column(captions, cfg.dataset, columns, others)
         head = f"{cfg.dataset}: every image needs a caption; or give --caption for all"
         listing.captions = _parsed(table[column], partial(parse_captions, default=default_caption), head)
     if class_from:
-        column = class_column(class_from, columns, cfg.dataset)
+        column = column_of("--class-column", class_from, columns, cfg.dataset)
         cells, feature = table[column], table.features[column]
         if isinstance(feature, datasets.ClassLabel):
             # -1 stands for a missing class.
             cells = [feature.names[cell] if cell is not None and cell >= 0 else None for cell in cells]
         listing.classes = _parsed(cells, parse_class, f"{cfg.dataset}: every image needs a class in column {column}")
+    texts = []
+    for name, option in edit_columns(cfg).items():
+        head = f"{cfg.dataset}: every image needs a caption in column {name} ({option})"
+        texts.append(_parsed(table[column_of(option, name, columns, cfg.dataset)], parse_captions, head))
+    listing.edits = [(before[0], after[0]) for before, after in zip(*texts, strict=True)] if texts else ()
     return listing
 
 

@@ -1,125 +1,16 @@
-"""The training items of the text-to-image methods: position in the run -> image, caption and noise as tensors.
-
-Everything random of position ``p`` is drawn here, on the CPU, in the loader's workers, from ``(seed, purpose, p)``. So
-it does not depend on the process, worker or batch.
-"""
+"""Makes the dataset of a text-to-image method: what is the same each time an image is shown is cached."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from sdtune.config.sections import Latents, UserError
-from sdtune.data import Sample, ShardStream, Stream, cache, summarize
-from sdtune.data.denoising_dataset import DenoisingDataset, Position
-from sdtune.data.encoded_shards import EncodedShards, encode_shards
-from sdtune.data.further import (
-    NOTHING,
-    Further,
-    ImagePrompt,
-    further_pixels,
-    hole_of,
-    hole_prompts,
-    image_prompts,
-    shrunk,
-    small_prompts,
-)
-
-
-class TextToImageDataset(DenoisingDataset):
-    """Captioned images.
-
-    Args:
-        latent: (channels of a latent, pixels per element of it along a side).
-        prompts: of the sample grids; empty for the captions of the dataset.
-        sizes: whether items hold the ``size`` of image and crop (``Stream.sizes``).
-        moments, texts: cached VAE moments by pixel key, and by caption the tensors that the denoiser is told. If
-            ``None``, items hold pixels ``[3, H, W]`` and the caption instead.
-        further: what else items hold.
-        holes: whether items hold a hole to paint, ``hole`` ``[1, H, W]``, and the picture without it, ``kept``.
-        small: whether items hold the picture at the size of a latent, ``small`` ``[3, h, w]``, and the draws from which
-            it is noised: ``small_noise`` like it, and ``small_u``, uniform in [0, 1).
-        pictures: the same samples with their pixels, where ``stream`` has moments alone.
-    """
-
-    def __init__(
-        self,
-        stream: Stream,
-        latent: tuple[int, int],
-        prompts: Sequence[str],
-        sizes: bool = False,
-        moments: Mapping[str, Tensor] | EncodedShards | None = None,
-        texts: cache.Store | cache.MetaStore | None = None,
-        further: Further = NOTHING,
-        holes: bool = False,
-        small: bool = False,
-        pictures: Stream | None = None,
-    ):
-        super().__init__(stream)
-        self.holes, self.small, self.pictures = holes, small, pictures or stream
-        self.latent, self.given_prompts, self.sizes = latent, list(prompts), sizes
-        self.moments, self.texts, self.further = moments, texts, further
-        self.longest = 0 if texts is None else texts.longest(map(text_key, stream.texts()), "mask")
-
-    @property
-    def prompts(self) -> Sequence[str | ImagePrompt]:
-        """The prompts of the sample grids, with images where the method needs them; never empty."""
-        if self.further.images:
-            return image_prompts(self.pictures, self.further, self.given_prompts)
-        if self.holes:
-            return hole_prompts(self.stream, self.given_prompts)
-        if self.small:
-            return small_prompts(self.stream, self.given_prompts, self.latent[1])
-        return self.given_prompts or [text for text in self.stream.texts() if text] or [""]
-
-    @property
-    def reads_images(self) -> bool:
-        anew = any(not image.cached for image in self.further.images.values())
-        return self.moments is None or self.stream.masked or self.holes or self.small or anew
-
-    def make_item(self, sample: Sample, u: Tensor, position: Position) -> dict[str, Any]:
-        channels, downscale = self.latent
-        shape = (channels, sample.height // downscale, sample.width // downscale)
-        noise = self.draw_noise(position, *shape)
-        item: dict[str, Any] = {"name": sample.name, "part": sample.part, "u": u, **noise}
-        item["posterior_noise"] = self.draw_normal("posterior", position, *shape)
-        if self.moments is None:
-            item["pixels"] = self.stream.pixels(sample)
-        else:
-            item["moments"] = self.moments[self.stream.pixel_key(sample)]
-        if self.stream.masked:
-            item["mask"] = functional.avg_pool2d(self.stream.mask(sample), downscale)
-        if self.sizes:
-            item["size"] = torch.tensor(self.stream.sizes(sample))
-        if self.holes:
-            hole = hole_of(self.stream, sample, position)
-            item |= {"hole": hole, "kept": self.stream.pixels(sample) * (hole < 0.5)}
-        if self.small:
-            pixels = item["pixels"] if "pixels" in item else self.stream.pixels(sample)
-            item["small"] = shrunk(pixels, downscale)
-            item["small_noise"] = self.draw_normal("small noise", position, *item["small"].shape)
-            item["small_u"] = self.draw_uniform("small level", position)
-        for name, image in self.further.images.items():
-            if image.cached and self.moments is not None:
-                item[name] = self.moments[self.stream.pixel_key(sample, image.column)]
-            else:
-                item[name] = further_pixels(self.stream, image, sample, position)
-        for name in self.further.draws:
-            item[name] = self.draw_uniform(name, position)
-        if self.texts is None:
-            item["caption"] = sample.caption
-        else:
-            text = self.texts[text_key(sample.caption)]
-            if "mask" in text:
-                text = text | {name: self.padded(text[name]) for name in ("embeds", "mask")}
-            item |= {f"text.{name}": tensor for name, tensor in text.items()}
-        return item
-
-    def padded(self, tensor: Tensor) -> Tensor:
-        """A tensor of a caption ``[L, ...]``, as long as that of the longest caption of the run."""
-        return torch.cat([tensor, tensor.new_zeros(self.longest - len(tensor), *tensor.shape[1:])])
+from sdtune.data import ShardStream, Stream, cache, summarize
+from sdtune.data.encoded_shards import encode_shards
+from sdtune.data.further import NOTHING, Further
+from sdtune.data.text_to_image_dataset import TextToImageDataset, text_key
 
 
 class Config(Protocol):
@@ -189,10 +80,6 @@ class Family(Protocol):
 
     def unload_frozen(self) -> None:
         """Free the memory of the parts that are not trained."""
-
-
-def text_key(caption: str) -> str:
-    return cache.digest(caption)
 
 
 def text_to_image_dataset(

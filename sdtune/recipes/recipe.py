@@ -27,6 +27,9 @@ class RecipeDataset(Protocol):
     prompts: Sequence[Any]
     """What the sample grids show; ``str`` of each is its caption."""
 
+    def scored_prompts(self, count: int) -> Sequence[Any]:
+        """What the ``count`` images that are scored show, in turn."""
+
     @property
     def reads_images(self) -> bool:
         """Whether an image has to be decoded for an item."""
@@ -84,8 +87,8 @@ class Recipe(nn.Module):
     def dataset(self, group: int, log: Callable[[str], None]) -> RecipeDataset:
         """A dataset that gives for each position in the run a dict of tensors and a ``name``.
 
-        It has the attributes ``stream`` (see ``data.Stream``), ``holdout`` (the keys of the held-out samples) and
-        ``prompts`` (those of the sample grids).
+        It has the attributes ``stream`` (see ``data.Stream``), ``holdout`` (the keys of the held-out samples),
+        ``prompts`` (those of the sample grids) and ``scored_prompts`` (those of the scores).
 
         Args:
             group: images per optimizer step, over all processes.

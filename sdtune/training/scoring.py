@@ -11,10 +11,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 from PIL.Image import Image
 from torch import Tensor
 
-from sdtune.config.scores import SCORES, score_name, score_of
+from sdtune.config.scores import OF_AGREEMENT, SCORES, score_name, score_of
 from sdtune.config.sections import Prompts, UserError
 from sdtune.data.images import to_tensor
 from sdtune.evaluation import scores
+from sdtune.evaluation.agreement import edge_overlap
 from sdtune.evaluation.features import embed_each, load_network
 from sdtune.evaluation.judges import Classifier, Clip
 from sdtune.recipes.recipe import Recipe, RecipeDataset, TrainingConfig
@@ -27,6 +28,8 @@ RESAMPLES = 100
 """Of the bootstrap for each interval."""
 NEIGHBOURS = 3
 """Of precision and recall."""
+ALWAYS = ("likeness", "holdout_loss", *OF_AGREEMENT.values())
+"""Scores for which the config says whether they can be measured, or nothing is needed."""
 
 
 class Scorer:
@@ -40,7 +43,8 @@ class Scorer:
     """
 
     def __init__(self, cfg: TrainingConfig, dataset: RecipeDataset, accelerator: Accelerator):
-        self.cfg, self.accelerator, self.prompts = cfg, accelerator, dataset.prompts
+        self.cfg, self.accelerator = cfg, accelerator
+        self.prompts = dataset.scored_prompts(cfg.num_evaluation_images)
         if cfg.keep_best == "holdout_loss" and not cfg.num_holdout_images:
             raise UserError("--keep-best holdout_loss: nothing is held out; add --num-holdout-images 8, or so")
         self.network = load_network(cfg.features)
@@ -59,11 +63,12 @@ class Scorer:
             raise UserError("--evaluate-steps: two images of the dataset and --num-evaluation-images 2 are the least")
         if self.unseen is not None and cfg.num_evaluation_images < least:
             raise UserError(f"--num-evaluation-images {cfg.num_evaluation_images}: give at least {least}")
-        possible = {"clip_score": self.clip, "class_accuracy": self.judge, "likeness": True, "holdout_loss": True}
+        possible = {"clip_score": self.clip, "class_accuracy": self.judge} | dict.fromkeys(ALWAYS, True)
         if cfg.keep_best and not possible.get(cfg.keep_best, self.unseen is not None):
             needed = {"clip_score": "--clip-model", "class_accuracy": "--classifier"}
             missing = needed.get(cfg.keep_best, f"--num-holdout-images {least} or more")
             raise UserError(f"--keep-best {cfg.keep_best}: add {missing}, which it is measured with")
+        self.edits = self._edits() if cfg.agreement == "edit" else []
 
     def measure(self, recipe: Recipe, attempt: Attempt) -> dict[str, float] | None:
         """The scores by name, with the ends of their intervals, on every process; None if a signal came first."""
@@ -71,6 +76,9 @@ class Scorer:
         drawn = draw(recipe, self.prompts, count, self.accelerator, attempt)
         pixels = [pixels_of(image) for _, image in drawn]
         seen = [embed_each(pixels, network) for network in self.networks]
+        if self.cfg.agreement == "edges":
+            followed = (self._prompt(k).images[0] for k, _ in drawn)
+            seen.append([edge_overlap(image, other) for (_, image), other in zip(drawn, followed, strict=True)])
         mine = [(k, [features[i] for features in seen]) for i, (k, _) in enumerate(drawn)]
         gathered = sorted(gather_object(mine), key=lambda pair: pair[0])[:count]
         found: list[dict[str, float] | None] = [None]
@@ -88,12 +96,14 @@ class Scorer:
         """
         cfg = self.cfg
         times = 1 + math.ceil(total / cfg.evaluate_steps)
-        guided = isinstance(cfg, Prompts) and cfg.validation_guidance_scale != 1
-        passes = times * cfg.num_evaluation_images * cfg.validation_inference_steps * (1 + guided)
+        each = cfg.passes_per_step if isinstance(cfg, Prompts) else 1
+        passes = times * cfg.num_evaluation_images * cfg.validation_inference_steps * each
         held = "" if self.unseen is not None else "; without enough held-out images no distances"
+        shown = min(len(self.prompts), cfg.num_evaluation_images)
+        agreement = f"; agreement with {shown} images: {cfg.agreement}" if cfg.agreement else ""
         return (
             f"scores: {times} times {cfg.num_evaluation_images} images, {passes:,} passes of the denoiser, beside "
-            f"{samples:,} in training, each with a backward pass{held}"
+            f"{samples:,} in training, each with a backward pass{held}{agreement}"
         )
 
     def _figures(self, features: list[Tensor]) -> dict[str, float]:
@@ -103,12 +113,34 @@ class Scorer:
         found |= scores.of_copies(x, self.trained_on, self.unseen, bootstrap)
         if self.unseen is not None:
             found |= bootstrap(partial(scores.figures, neighbours=NEIGHBOURS), x, self.unseen)
-        prompts = [str(self.prompts[k % len(self.prompts)]) for k in range(len(x))]
+        prompts = [str(self._prompt(k)) for k in range(len(x))]
         if self.clip:
-            found |= scores.mean_of("clip_score", self.clip.scores(judged.pop(0), prompts), bootstrap)
+            by_clip = judged.pop(0)
+            found |= scores.mean_of("clip_score", self.clip.scores(by_clip, prompts), bootstrap)
+            if self.edits:
+                before, *texts = zip(*(self.edits[k % len(self.edits)] for k in range(len(x))), strict=True)
+                directions = self.clip.directions(torch.stack(before), by_clip, *texts)
+                found |= scores.mean_of("edit_direction", directions, bootstrap)
         if self.judge:
             found |= scores.mean_of("class_accuracy", self.judge.right(judged.pop(0), prompts), bootstrap)
+        if self.cfg.agreement == "edges":
+            found |= scores.mean_of("edge_overlap", judged.pop(0), bootstrap)
         return scores.flat(found, lambda score: score_name(score, str(self.network.label)))
+
+    def _prompt(self, k: int) -> Any:
+        """What image ``k`` shows."""
+        return self.prompts[k % len(self.prompts)]
+
+    def _edits(self) -> list[tuple[Tensor, str, str]]:
+        """For each prompt CLIP's features of the image before the edit, and the captions before and after it."""
+        assert self.clip
+        if any(prompt.edit is None for prompt in self.prompts):
+            raise UserError(
+                "--original-caption-column: the images that are scored are not those of the dataset with their own "
+                "instructions; add --num-holdout-images 8, or so, which are scored then"
+            )
+        seen = embed_each([pixels_of(prompt.images[0]) for prompt in self.prompts], self.clip.network)
+        return [(x, *prompt.edit) for x, prompt in zip(seen, self.prompts, strict=True)]
 
     def _features(self, stream: Any, samples: Sequence[Any]) -> Tensor:
         """Features of images of the dataset [N, D] on every process, each of which has computed its share."""

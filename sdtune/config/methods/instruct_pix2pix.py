@@ -7,11 +7,13 @@ from annotated_types import Ge, Interval
 from pydantic import model_validator
 
 from sdtune.config.methods.control import PlainCaptions
+from sdtune.config.scores import Agreement
 from sdtune.config.section_base import Count, NonNegative, aliases
 from sdtune.config.sections import (
     Captions,
     Data,
     Denoising,
+    EditCaptions,
     Hub,
     Latents,
     Masks,
@@ -26,6 +28,7 @@ from sdtune.config.sections import (
 
 
 class InstructPix2PixConfig(
+    EditCaptions,
     ValidationImages,
     Denoising,
     PlainCaptions,
@@ -71,3 +74,12 @@ class InstructPix2PixConfig(
         if self.original_image_column == self.image_column:
             raise ValueError(f"original_image_column and image_column are both {self.image_column}: name two columns")
         return self
+
+    @property
+    def agreement(self) -> Agreement | None:
+        return "edit" if self.original_caption_column else None
+
+    @property
+    def passes_per_step(self) -> int:
+        guided = self.validation_guidance_scale > 1 and self.validation_image_guidance_scale >= 1
+        return 3 if guided else 1
