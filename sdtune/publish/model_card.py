@@ -17,10 +17,11 @@ from PIL import Image
 
 from sdtune.config.scores import score_of, title
 from sdtune.config.section_base import Description
-from sdtune.publish.origin import FAMILY_TAGS, Origin, pipeline_class
+from sdtune.publish.origin import FAMILY_TAGS, Origin
 from sdtune.publish.redact import redact
 from sdtune.run import checkpoints, stock_lines, usage
 from sdtune.run.artefacts import best
+from sdtune.run.base_class import pipeline_class
 from sdtune.run.base_license import License
 from sdtune.run.contact_sheet import cells
 from sdtune.run.folder import sample_sheets, step_of_sheet
@@ -48,7 +49,8 @@ def model_card(
     """
     shown, about, hub = redact(settings), settings.about, settings.hub
     name, kind = out.resolve().name, usage.artefact_kind(weights)
-    base_class = pipeline_class(settings, origin)
+    base = str(settings.values.get("model") or about.base or "")
+    base_class = pipeline_class(base, about.revision, settings.values.get("cache_dir")) if base else ""
     kept = best(out)
     step = kept[0] if kept and any(file.is_relative_to(kept[1]) for file in weights.values()) else None
     lines = [line for line in read_lines(out / "metrics.jsonl") if step is None or line["step"] <= step]

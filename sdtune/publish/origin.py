@@ -1,14 +1,12 @@
 """What is known of a run's base model and dataset: by the Hub, and by the files of the base on this machine."""
 
-import json
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
 from sdtune.publish import hub
-from sdtune.run import base_license, usage
+from sdtune.run import base_license
 from sdtune.run.public_name import may_be_hub_id
 from sdtune.run.settings import RunSettings
 
@@ -71,21 +69,3 @@ def ask(api: HfApi, settings: RunSettings) -> Origin:
     except (RepositoryNotFoundError, HFValidationError) as error:
         return origin._replace(base_on_hub=isinstance(error, GatedRepoError))
     return origin._replace(**base_license.of_metadata(card.to_dict() if card else {})._asdict())
-
-
-def pipeline_class(settings: RunSettings, origin: Origin) -> str:
-    """From the base's ``model_index.json``, or from the tensors of a single file, if it is on this machine."""
-    base, cache = settings.about.base, settings.values.get("cache_dir")
-    if not base:
-        return ""
-    if base in ("tiny", "tiny-flow"):
-        return "StableDiffusionPipeline" if base == "tiny" else "ZImagePipeline"
-    if base.endswith(".safetensors"):
-        return usage.single_file_class(Path(settings.values.get("model") or base).expanduser())
-    file: Any = Path(base).expanduser() / "model_index.json"
-    if origin.base_on_hub:
-        file = try_to_load_from_cache(base, "model_index.json", cache, settings.about.revision)
-    try:
-        return str(json.loads(Path(file).read_text(encoding="utf-8")).get("_class_name", ""))
-    except (TypeError, OSError, ValueError, RecursionError):
-        return ""

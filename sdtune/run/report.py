@@ -17,6 +17,7 @@ from sdtune.config.scores import title, which_is_better
 from sdtune.config.sections import Run
 from sdtune.run import status, step_times, usage
 from sdtune.run.artefacts import BEST, artefact, best, by_path, entries
+from sdtune.run.base_class import pipeline_class
 from sdtune.run.curves import Points, chart, clock, smooth
 from sdtune.run.folder import FIRST_LINE, sample_sheets, step_of_sheet
 from sdtune.run.metrics_file import read_lines
@@ -209,9 +210,11 @@ def _with_interval(lines: list[dict[str, Any]], key: str) -> dict[str, Points]:
 def _commands(folder: Path, config: dict[str, Any], method: type[Run] | None) -> str:
     what = usage.artefact_kind(by_path(folder, artefact(folder)))
     prompt = (config.get("validation_prompt") or ["..."])[0]
+    base = str(config.get("model") or "")
+    base_class = pipeline_class(base, config.get("revision"), config.get("cache_dir")) if base else ""
     shown = [
         ("Continue the run, or check that it is complete", _resume_command(folder / "config.yaml", method)),
-        ("Make images with it", shlex.join(usage.sample(what, str(folder), str(prompt)))),
+        ("Make images with it", shlex.join(usage.sample(what, str(folder), str(prompt), base_class))),
         ("Publish it on the Hub", shlex.join(["sdtune", "push", str(folder)])),
     ]
     return (

@@ -174,8 +174,12 @@ def _keys(file: Path) -> list[str]:
         return []
 
 
-def sample(what: ArtefactKind, folder: str, prompt: str) -> list[str]:
-    """The words of the ``sdtune sample`` command that uses the artefact of a run in ``folder``."""
+def sample(what: ArtefactKind, folder: str, prompt: str, base_class: str = "") -> list[str]:
+    """The words of the ``sdtune sample`` command that uses the artefact of a run in ``folder``.
+
+    Args:
+        base_class: the pipeline class of the base, if it is known.
+    """
     if what.classifier:
         return ["sdtune", "sample", "--model", "...", "--classifier", folder, "--class", what.classes[0]]
     if what.control:
@@ -196,7 +200,8 @@ def sample(what: ArtefactKind, folder: str, prompt: str) -> list[str]:
         return ["sdtune", "sample", "--model", folder, "--image", "FILE", *told]
     word_alone = what.embeddings and not (what.adapter or what.attention)
     kind = "--model" if what.pipeline else "--embedding" if word_alone else "--adapter"
-    options = ["--steps", str(what.sampling.steps)] if what.sampling else []
+    options = ["--image", "FILE"] if "Upscale" in base_class else []
+    options += ["--steps", str(what.sampling.steps)] if what.sampling else []
     if what.sampling and what.sampling.guidance_scale is not None:
         options += ["--guidance-scale", f"{what.sampling.guidance_scale:g}"]
     return ["sdtune", "sample", kind, folder, *(["--prompt", prompt] if what.takes_text else []), *options]

@@ -12,6 +12,8 @@ from PIL import Image
 from sdtune.cli import imported
 from sdtune.config.commands import METHODS
 from sdtune.models import families
+from sdtune.run import usage
+from sdtune.run.base_class import pipeline_class
 from sdtune.sampling.generate import generate
 from tests.conftest import status
 
@@ -69,6 +71,12 @@ def test_a_run_with_previews_gives_the_picture_of_stock_diffusers(bases, picture
     ours = np.asarray(Image.open(tmp_path / "one" / "00000.png"))
     assert ours.shape == (48, 48, 3)
     assert np.array_equal(ours, stock(diffusers.DiffusionPipeline.from_pretrained(run), Image.open(small), 5))
+
+
+def test_the_command_for_its_adapter_takes_a_picture(bases):
+    kind = pipeline_class(str(bases("upscaler")), None, None)
+    words = usage.sample(usage.ArtefactKind(adapter="a.safetensors"), "runs/a", "a photo", kind)
+    assert words[2:] == ["--adapter", "runs/a", "--prompt", "a photo", "--image", "FILE"]
 
 
 def test_pictures_of_two_sizes_keep_theirs(bases, tmp_path):
