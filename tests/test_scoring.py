@@ -1,7 +1,9 @@
 """Runs that are scored while they train: figures, the best step, its resume, early ends, tables, comparisons."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from sdtune.models.noisy_classifier import NoisyClassifier
 from sdtune.run import artefacts, checkpoints
 from sdtune.run.contact_sheet import cells
 from sdtune.run.metrics_file import read_lines
+from sdtune.training import preview
 from sdtune.training.scoring import Best
 from tests import contract, ranks
 from tests.conftest import status
@@ -77,6 +80,28 @@ def test_a_killed_run_keeps_the_same_best_and_figures(run, places, tmp_path):
         assert (out / folder / weights).read_bytes() == (run / folder / weights).read_bytes()
 
 
+def test_scores_that_a_stop_cuts_short_are_measured_when_the_run_goes_on(places, tmp_path, monkeypatch):
+    options = (*SCORED[:10], "--num-holdout-images", "3", "--keep-best", "holdout_loss", "--num-validation-images", "0")
+    whole, cut = (contract.command("lora", places, tmp_path / name, *options) for name in ("whole", "cut"))
+    assert status(whole) == 0
+    calls, real = [], preview.holdout
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) != 3:  # after two at the start, the first one of step 2
+            return real(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"holdout_loss": 0.0}  # of the images so far
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preview, "holdout", stopped)
+        assert status(cut) == 128 + signal.SIGTERM
+    assert list(scored(tmp_path / "cut")) == [0]
+    assert status(cut) == 0
+    assert scored(tmp_path / "cut") == scored(tmp_path / "whole")
+    assert artefacts.best(tmp_path / "cut")[0] == artefacts.best(tmp_path / "whole")[0]
+
+
 @pytest.mark.processes
 def test_two_processes_score_as_one(run, shared):
     both = scored(shared("lora", *SCORED, "--train-batch-size", "1", world=2))
@@ -106,7 +131,7 @@ def test_a_classifier_looks_for_the_class_that_a_prompt_names(places, tmp_path, 
 
 
 def test_of_equal_scores_the_later_step_is_kept_and_counts_as_no_better(tmp_path):
-    cfg = SimpleNamespace(keep_best="likeness", patience=3, output_dir=tmp_path)
+    cfg = SimpleNamespace(keep_best="likeness", patience=3, output_dir=tmp_path, evaluate_steps=1)
     best = Best(cfg, 0)
     kept = [best.update(step, {"likeness_x": value}) for step, value in enumerate((0.5, 0.7, 0.7, 0.6, 0.7))]
     assert kept == [True, True, True, False, True]

@@ -14,6 +14,7 @@ from sdtune.cli import main
 from sdtune.config.sections import RunFailed
 from sdtune.recipes import class_images
 from sdtune.run import artefacts, checkpoints, folder, processes
+from sdtune.run.metrics_file import read_lines
 from sdtune.run.processes import ProcessGroupWatch
 from sdtune.run.signals import STOP, Interrupted, StopSignals
 from sdtune.training import loop, preview
@@ -64,6 +65,15 @@ def test_in_the_loop_a_signal_is_noted_and_a_second_ctrl_c_is_heeded():
             killing(signal.SIGINT)()
         with pytest.raises(Interrupted):
             stop.defer(False)
+
+
+def test_a_second_sigterm_leaves_the_time_to_save():
+    with StopSignals() as stop:
+        stop.defer(True)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed()
+        stop.number = 0  # so that it may leave
 
 
 def test_long_work_inside_the_loop_ends_early_without_ending_the_run():
@@ -134,6 +144,7 @@ def test_previews_in_the_middle_are_given_up_and_the_run_is_saved(lora, sd, pict
         patch.setattr(Lora, "sample", second)
         assert ended(words) == 128 + signal.SIGTERM
     assert "interrupted at step 5 of 6 and saved" in capfd.readouterr().out
+    assert [line["step"] for line in read_lines(out / "metrics.jsonl") if "loss" in line][-1] == 5
     assert not (out / "samples" / "step-000005.png").exists()
     assert status(words) == 0
     assert_same_bits(whole, out)
@@ -179,19 +190,20 @@ def test_class_images_are_given_up(sd, pictures, tmp_path, monkeypatch, capfd):
 )
 @pytest.mark.processes
 def test_a_process_that_is_stopped_around_a_save_is_named(places, tmp_path, monkeypatch):
-    """The first process waits for it in the barrier after the save."""
+    """The first process waits for it in the barrier after the save, where no collective times out."""
     monkeypatch.setattr(processes, "MIN_SILENCE", 4.0)
-    real = checkpoints.save
+    real, saving = checkpoints.save, tmp_path / "saving"
 
     def slow(*args):
-        threading.Event().wait(3)
+        saving.touch()
+        threading.Event().wait(1)
         return real(*args)
 
     monkeypatch.setattr(checkpoints, "save", slow)
     out = tmp_path / "run"
     words = command(*places[:2], out, "--steps", "400", "--checkpointing-steps", "3", "--train-batch-size", "1")
     started = ranks.Ranks(2, [*words, "--ddp-timeout", "4", "--num-validation-images", "0"], tmp_path / "output")
-    ranks.wait_until(lambda: ranks.reached(out, 1))
+    ranks.wait_until(saving.exists)
     os.kill(started.all[1].process.pid, signal.SIGSTOP)
     begun = time.monotonic()
     assert started.all[0].exit_code(60) == 1

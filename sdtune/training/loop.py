@@ -174,6 +174,7 @@ def fit(
     recipe.train()
     if state.step == 0:
         validate()
+    if not best.measured:
         evaluate()
     stop.defer(True)
     while state.step < total and not best.exhausted and not stop.agreed():

@@ -177,10 +177,13 @@ class Best:
     def __init__(self, cfg: TrainingConfig, step: int):
         self.score, self.patience = cfg.keep_best, cfg.patience
         self.value, self.step, self.since = math.nan, 0, 0
+        self.measured = False
+        """Whether the scores of this step are there; a stop cuts them short, and the step is saved."""
         metrics = cfg.output_dir / "metrics.jsonl"
-        for line in read_lines(metrics) if self.score and step else []:
+        for line in read_lines(metrics) if cfg.evaluate_steps and step else []:
             if line["step"] <= step:
                 self.update(line["step"], line)
+                self.measured |= line["step"] == step and any(score_of(name) == "likeness" for name in line)
 
     def update(self, step: int, figures: Mapping[str, Any]) -> bool:
         """Count the scores of a step; whether it is the one to keep.
