@@ -205,6 +205,12 @@ def test_what_cannot_be_drawn(words, said, prior, decoder, pictures, tmp_path, c
     assert re.search(said, capsys.readouterr().err)
 
 
+def test_an_adapter_of_a_prior_says_no_base(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("method: prior\nmodel: m\n")
+    assert status(["sample", "--adapter", str(tmp_path), "--prompt", "x", "--output-dir", str(tmp_path / "out")]) == 2
+    assert f"--model: {tmp_path} is of a prior; name the decoder that draws" in capsys.readouterr().err
+
+
 def test_what_it_is_called(run):
     kind = usage.artefact_kind(
         {str(p.relative_to(run)): p for p in run.rglob("*") if p.is_file() and p.parent != run / "checkpoints"}

@@ -279,8 +279,8 @@ def with_base(cfg: SampleConfig) -> SampleConfig:
         record = Path(split_weight(text)[0]) / "config.yaml"
         if record.is_file():
             run = yaml.safe_load(record.read_text(encoding="utf-8"))
-            if run.get("method") == "prior":  # its model is no base
-                return cfg.model_copy(update={"model": "tiny", "prior": cfg.prior or run["model"]})
+            if run.get("method") == "prior":
+                raise UserError(f"--model: {text} is of a prior; name the decoder that draws, and the prior as --prior")
             base = {k: run[k] for k in ("model", "revision", "variant", "vae") if run.get(k) is not None}
             if cfg.vae:
                 base["vae"] = cfg.vae
