@@ -1,6 +1,6 @@
-"""The classics, trained on the built-in world: scores before and after, and their bars: autoencoder, CLIP, unCLIP.
+"""The classics, trained on the built-in world: scores before and after, and their bars.
 
-python examples/classics.py [autoencoder] [clip] [prior] [image-decoder] [--overwrite]
+python examples/classics.py [autoencoder] [super-resolution] [clip] [prior] [image-decoder] [--overwrite]
 
 Without a name, all. Ends with 1 if a score is below its bar. The rows of unCLIP read the runs of those before them.
 """
@@ -15,6 +15,7 @@ from sdtune.cli import main
 from sdtune.evaluation.toy_autoencoder import keeps_pictures
 from sdtune.evaluation.toy_clip import knows_pictures
 from sdtune.evaluation.toy_decoder import draws_captions
+from sdtune.evaluation.toy_enlarging import enlarges_pictures
 from sdtune.evaluation.toy_prior import finds_embeddings
 from sdtune.models.families import resolve_model
 
@@ -22,6 +23,8 @@ CLIP_RUN, PRIOR_RUN = "runs/tiny-clip", "runs/tiny-prior"
 GAINS = {"PSNR of stars": 0.3, "stars read": 0.08}
 """By how much a score of the autoencoder has to rise: decibels, and a share."""
 LEAST = {"known shapes read": 0.95}
+OVER_BICUBIC = {"PSNR of clean pictures": 0.0, "PSNR of flawed pictures": 1.5}
+"""By how many decibels super-resolution has to be better than bicubic enlargement."""
 CLIP_LEAST = {"caption of a picture": 0.8, "picture of a caption": 0.8, "colour": 0.95, "ground": 0.95}
 DECODER_LEAST = {"colour": 0.9, "ground": 0.9}
 PRIOR_LEAST = {"cosine to its picture": 0.93, "picture of a caption": 0.7}
@@ -50,6 +53,14 @@ def autoencoder(words: list[str]) -> list[str]:
     after = keeps_pictures(AutoencoderKL.from_pretrained(out))
     gained = {name: before[name] + gain for name, gain in GAINS.items()}
     return table("autoencoder", before, after, LEAST | gained)
+
+
+def super_resolution(words: list[str]) -> list[str]:
+    """From nothing, 8 pixels a side to 32, beside bicubic enlargement; the scores below their bars."""
+    out = "runs/super-resolution"
+    train("super-resolution", "super-resolution/tiny-shapes", out, words)
+    bicubic, ours = enlarges_pictures(Path(out))
+    return table("super-resolution", bicubic, ours, {name: bicubic[name] + gain for name, gain in OVER_BICUBIC.items()})
 
 
 def clip(words: list[str]) -> list[str]:
@@ -91,7 +102,13 @@ def shown(name: str, value: float) -> str:
     return f"{value:8.2f} dB" if name.startswith("PSNR") else f"{value:9.1%}  "
 
 
-ROWS = {"autoencoder": autoencoder, "clip": clip, "prior": prior, "image-decoder": image_decoder}
+ROWS = {
+    "autoencoder": autoencoder,
+    "super-resolution": super_resolution,
+    "clip": clip,
+    "prior": prior,
+    "image-decoder": image_decoder,
+}
 
 if __name__ == "__main__":
     began = time.monotonic()

@@ -135,7 +135,9 @@ class EnlargeJob:
         files = [file for file in cfg.image for _ in range(cfg.num_images_per_prompt)]
         self.images = [read_image(file, f"--image {file}") for file in files]
         self.cfg, self.model = cfg, Enlarger(cfg, cfg.model, "--model")
-        self.records = [{"text": "", "seed": cfg.seed + k, "image": str(file)} for k, file in enumerate(files)]
+        self.records: list[dict[str, Any]] = [
+            {"text": "", "seed": cfg.seed + k, "image": str(file)} for k, file in enumerate(files)
+        ]
         sampler = type(self.model.pipe.scheduler).__name__
         self.facts = {"Steps": self.model.steps, "Sampler": sampler, "Noise level": self.model.noise_level}
 
@@ -146,6 +148,11 @@ class EnlargeJob:
 
     def sheets(self, images: Sequence[Image.Image]) -> dict[str, Image.Image]:
         return {"grid.png": grid(images, [Path(record["image"]).name for record in self.records[: len(images)]])}
+
+
+def _part_of(progress: Callable[[float], None], k: int, parts: int) -> Callable[[float], None]:
+    """The share done of part ``k``, told as that of the whole."""
+    return lambda share: progress((k + share) / parts)
 
 
 class Cascade:
@@ -167,10 +174,10 @@ class Cascade:
     def draw(self, rows: slice, progress: Callable[[float], None]) -> list[Image.Image]:
         """The images ``rows`` of the call."""
         parts = len(self.then) + 1
-        images = self.first.draw(rows, lambda share: progress(share / parts))
+        images: list[Image.Image] = self.first.draw(rows, _part_of(progress, 0, parts))
         for k, enlarger in enumerate(self.then, 1):
             seeds = [record["seed"] + k * NEXT for record in self.records[rows]]
-            images = enlarger(images, seeds, self.cfg.batch_size, lambda share, k=k: progress((k + share) / parts))
+            images = enlarger(images, seeds, self.cfg.batch_size, _part_of(progress, k, parts))
         return images
 
     def sheets(self, images: Sequence[Image.Image]) -> dict[str, Image.Image]:

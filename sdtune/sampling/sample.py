@@ -143,8 +143,10 @@ class Job(Protocol):
 
     records: list[dict[str, Any]]
     """``text`` and ``seed`` of each."""
-    facts: dict[str, Any]
-    """How all of them were made, for their text chunks."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """How all of them were made, for their text chunks."""
 
     def draw(self, rows: slice, progress: Callable[[float], None]) -> list[Image.Image]: ...
     def sheets(self, images: Sequence[Image.Image]) -> dict[str, Image.Image]: ...
