@@ -41,6 +41,11 @@ def pytest_configure(config):
     settings.load_profile("long" if config.option.markexpr == "fuzz" else "short")
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One more than there are cores: a seventh of the time a test waits, for a process, a lock or a server."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """A cache of the session's own."""
