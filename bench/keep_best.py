@@ -52,13 +52,13 @@ def train(out: Path, every: int, options: list[str]) -> None:
 
 
 def figures_of(out: Path) -> dict[int, dict[str, float]]:
-    """The scores by step, without their intervals."""
-    lines = [line for line in read_lines(out / "metrics.jsonl") if any(score_of(name) for name in line)]
-    ends = ("_low", "_high")
-    return {
-        line["step"]: {name: value for name, value in line.items() if score_of(name) and not name.endswith(ends)}
-        for line in lines
-    }
+    """The scores by step, without their intervals; a step may have several lines."""
+    figures: dict[int, dict[str, float]] = {}
+    for line in read_lines(out / "metrics.jsonl"):
+        found = {name: x for name, x in line.items() if score_of(name) and not name.endswith(("_low", "_high"))}
+        if found:
+            figures.setdefault(line["step"], {}).update(found)
+    return figures
 
 
 def concept(folder: Path | None, n: int) -> float:
@@ -101,11 +101,8 @@ def table(title: str, result: dict[str, Any]) -> None:
     names = list(figures[max(figures)])
     print(f"\n{title}\n| step | concept | " + " | ".join(names) + " |\n" + "| --- " * (len(names) + 2) + "|")
     for step, row in figures.items():
-        print(
-            f"| {step} | {shown[step]:.0%} | "
-            + " | ".join(f"{row.get(name, float('nan')):.4g}" for name in names)
-            + " |"
-        )
+        drawn = f"{shown[step]:.0%}" if step in shown else "-"
+        print(f"| {step} | {drawn} | " + " | ".join(f"{row.get(name, float('nan')):.4g}" for name in names) + " |")
     for name, (step, value) in result["kept"].items():
         print(f"best by {name}: step {step}, {value:.0%} hearts; last step: {result['last'][1]:.0%}")
     print(f"kept in {BEST}: step {result['best'][0]}, {result['best'][1]:.0%} hearts")
