@@ -676,6 +676,24 @@ class Adapter(Section):
         return super().describe()._replace(adapter=kind, rank=rank, alpha=alpha)
 
 
+class OptionalLora(Adapter):
+    """With ``lora``, an option of the method, a LoRA on its network; no other kind, and none on a text encoder.
+
+    For methods whose base is the teacher, which an adapter must leave as it is, or whose stock pipeline reads LoRA
+    alone.
+    """
+
+    section_requires: ClassVar[dict[str, str]] = {"Adapter": "lora"}
+    adapter: ClassVar[Literal["lora"]] = "lora"  # type: ignore[misc]
+    rank_dropout: ClassVar[float] = 0.0  # type: ignore[misc]
+    init_lora_weights: ClassVar[str] = "gaussian"  # type: ignore[misc]
+    use_effective_conv2d: ClassVar[bool] = False  # type: ignore[misc]
+    decompose_both: ClassVar[bool] = False  # type: ignore[misc]
+    decompose_factor: ClassVar[int] = -1  # type: ignore[misc]
+    train_text_encoder: ClassVar[bool] = False  # type: ignore[misc]
+    text_encoder_lr: ClassVar[None] = None  # type: ignore[misc]
+
+
 class Options(Section):
     """Options of every command."""
 

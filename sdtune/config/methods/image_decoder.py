@@ -1,7 +1,7 @@
 """Options of `sdtune image-decoder`."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from sdtune.config.section_base import (
     Description,
@@ -14,10 +14,10 @@ from sdtune.config.section_base import (
     aliases,
     requires,
 )
-from sdtune.config.sections import Adapter, Data, Denoising, Hub, Optim, Preview, Run, SavedModel
+from sdtune.config.sections import Data, Denoising, Hub, Optim, OptionalLora, Preview, Run, SavedModel
 
 
-class ImageDecoderConfig(Adapter, Denoising, SavedModel, Data, Optim, Preview, Hub, Run):
+class ImageDecoderConfig(OptionalLora, Denoising, SavedModel, Data, Optim, Preview, Hub, Run):
     """From CLIP embeddings of pictures to pictures: the decoder of unCLIP and Kandinsky 2.2 (Ramesh et al. 2022)."""
 
     method: ClassVar[str] = "image-decoder"
@@ -29,16 +29,7 @@ class ImageDecoderConfig(Adapter, Denoising, SavedModel, Data, Optim, Preview, H
     sdtune image-decoder --model tiny --clip-model runs/clip --dataset photos --resolution 64
     """
 
-    section_requires: ClassVar[dict[str, str]] = {"Adapter": "lora"}
-    # No options here: no text is read, and stock pipelines read LoRA alone
-    adapter: ClassVar[Literal["lora"]] = "lora"  # type: ignore[misc]
-    rank_dropout: ClassVar[float] = 0.0  # type: ignore[misc]
-    init_lora_weights: ClassVar[str] = "gaussian"  # type: ignore[misc]
-    use_effective_conv2d: ClassVar[bool] = False  # type: ignore[misc]
-    decompose_both: ClassVar[bool] = False  # type: ignore[misc]
-    decompose_factor: ClassVar[int] = -1  # type: ignore[misc]
-    train_text_encoder: ClassVar[bool] = False  # type: ignore[misc]
-    text_encoder_lr: ClassVar[None] = None  # type: ignore[misc]
+    # No options here
     quantize_base: ClassVar[None] = None  # type: ignore[misc]
     lora_plus_ratio: ClassVar[float] = 1.0  # type: ignore[misc]
     evaluate_steps: ClassVar[int] = 0  # type: ignore[misc]

@@ -18,13 +18,13 @@ from sdtune.config.section_base import (
     requires,
 )
 from sdtune.config.sections import (
-    Adapter,
     Captions,
     Data,
     Hub,
     Latents,
     Model,
     Optim,
+    OptionalLora,
     Plain,
     Preview,
     Prompts,
@@ -36,7 +36,7 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.
 CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"]
 
 
-class LcmConfig(Adapter, Model, Captions, Latents, Streaming, Data, Optim, Prompts, Preview, Hub, Run, Plain):
+class LcmConfig(OptionalLora, Model, Captions, Latents, Streaming, Data, Optim, Prompts, Preview, Hub, Run, Plain):
     """Pictures in one to eight steps, learnt from the base itself (LCM; Luo et al. 2023), all weights or as LoRA."""
 
     method: ClassVar[str] = "lcm"
@@ -48,17 +48,7 @@ class LcmConfig(Adapter, Model, Captions, Latents, Streaming, Data, Optim, Promp
     sdtune sample --model runs/lcm --prompt "a red bird" --steps 4
     """
 
-    section_requires: ClassVar[dict[str, str]] = {"Adapter": "lora"}
-    # No options here: an adapter takes nothing out of the base, which is the teacher; the text is the base's own, and
-    # the target is the average
-    adapter: ClassVar[Literal["lora"]] = "lora"  # type: ignore[misc]
-    rank_dropout: ClassVar[float] = 0.0  # type: ignore[misc]
-    init_lora_weights: ClassVar[str] = "gaussian"  # type: ignore[misc]
-    use_effective_conv2d: ClassVar[bool] = False  # type: ignore[misc]
-    decompose_both: ClassVar[bool] = False  # type: ignore[misc]
-    decompose_factor: ClassVar[int] = -1  # type: ignore[misc]
-    train_text_encoder: ClassVar[bool] = False  # type: ignore[misc]
-    text_encoder_lr: ClassVar[None] = None  # type: ignore[misc]
+    # No options here: the target is the average
     use_ema: ClassVar[bool] = False  # type: ignore[misc]
     ema_decay: ClassVar[float] = 0.0  # type: ignore[misc]
     ema_warmup: ClassVar[Literal["power"]] = "power"  # type: ignore[misc]

@@ -7,13 +7,13 @@ from annotated_types import Ge
 
 from sdtune.config.section_base import Count, Description, PathOrId, Positive, requires
 from sdtune.config.sections import (
-    Adapter,
     Captions,
     Data,
     Hub,
     Latents,
     Model,
     Optim,
+    OptionalLora,
     Plain,
     Preview,
     Prompts,
@@ -22,7 +22,7 @@ from sdtune.config.sections import (
 )
 
 
-class ReflowConfig(Adapter, Model, Captions, Latents, Streaming, Data, Optim, Prompts, Preview, Hub, Run, Plain):
+class ReflowConfig(OptionalLora, Model, Captions, Latents, Streaming, Data, Optim, Prompts, Preview, Hub, Run, Plain):
     """A flow-matching base in one or a few steps: its paths made straight (reflow; Liu et al. 2022), or as LoRA."""
 
     method: ClassVar[str] = "reflow"
@@ -34,16 +34,6 @@ class ReflowConfig(Adapter, Model, Captions, Latents, Streaming, Data, Optim, Pr
     sdtune sample --model runs/reflow --prompt "a red bird" --steps 2
     """
 
-    section_requires: ClassVar[dict[str, str]] = {"Adapter": "lora"}
-    # No options here: an adapter takes nothing out of the base, which is the teacher, and the text is the base's own
-    adapter: ClassVar[Literal["lora"]] = "lora"  # type: ignore[misc]
-    rank_dropout: ClassVar[float] = 0.0  # type: ignore[misc]
-    init_lora_weights: ClassVar[str] = "gaussian"  # type: ignore[misc]
-    use_effective_conv2d: ClassVar[bool] = False  # type: ignore[misc]
-    decompose_both: ClassVar[bool] = False  # type: ignore[misc]
-    decompose_factor: ClassVar[int] = -1  # type: ignore[misc]
-    train_text_encoder: ClassVar[bool] = False  # type: ignore[misc]
-    text_encoder_lr: ClassVar[None] = None  # type: ignore[misc]
     # What is shown is drawn without guidance, which is built in, or with that which the denoiser is told
     validation_guidance_scale: ClassVar[float] = 1.0  # type: ignore[misc]
     negative_prompt: ClassVar[str] = ""  # type: ignore[misc]

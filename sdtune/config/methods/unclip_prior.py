@@ -1,7 +1,7 @@
 """Options of `sdtune prior`."""
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from annotated_types import Ge
 from pydantic import model_validator
@@ -18,13 +18,13 @@ from sdtune.config.section_base import (
     aliases,
     requires,
 )
-from sdtune.config.sections import Adapter, Captions, Data, Hub, LrSchedule, Optim, Run, SavedModel
+from sdtune.config.sections import Captions, Data, Hub, LrSchedule, Optim, OptionalLora, Run, SavedModel
 
 NEW = ("clip_model", "num_layers", "attention_head_dim")
 """Options that describe a new prior."""
 
 
-class PriorConfig(Adapter, SavedModel, Captions, Data, Optim, Hub, Run):
+class PriorConfig(OptionalLora, SavedModel, Captions, Data, Optim, Hub, Run):
     """From captions to CLIP embeddings of pictures: the prior of unCLIP and Kandinsky 2.2 (Ramesh et al. 2022)."""
 
     method: ClassVar[str] = "prior"
@@ -36,16 +36,7 @@ class PriorConfig(Adapter, SavedModel, Captions, Data, Optim, Hub, Run):
     sdtune prior --clip-model runs/clip --dataset photos --resolution 64
     """
 
-    section_requires: ClassVar[dict[str, str]] = {"Adapter": "lora"}
-    # No options here: what reads the text is CLIP, which stays as it is, and stock pipelines read LoRA alone
-    adapter: ClassVar[Literal["lora"]] = "lora"  # type: ignore[misc]
-    rank_dropout: ClassVar[float] = 0.0  # type: ignore[misc]
-    init_lora_weights: ClassVar[str] = "gaussian"  # type: ignore[misc]
-    use_effective_conv2d: ClassVar[bool] = False  # type: ignore[misc]
-    decompose_both: ClassVar[bool] = False  # type: ignore[misc]
-    decompose_factor: ClassVar[int] = -1  # type: ignore[misc]
-    train_text_encoder: ClassVar[bool] = False  # type: ignore[misc]
-    text_encoder_lr: ClassVar[None] = None  # type: ignore[misc]
+    # No options here
     quantize_base: ClassVar[None] = None  # type: ignore[misc]
     lora_plus_ratio: ClassVar[float] = 1.0  # type: ignore[misc]
     answers: ClassVar[dict[str, str]] = dict.fromkeys(
