@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from sdtune.config.sections import Optim, UserError
+from sdtune.config.sections import Optim, UserError, finds_rate
 from sdtune.training import optim
 
 
@@ -28,7 +28,7 @@ def network(seed=0) -> nn.Module:
 
 def optimizer_of(module, cfg):
     """Its first layer at one rate and its last, where the optimizer can, at another."""
-    rates = (1e-2, 1e-2 if cfg.optimizer == "prodigy" else 5e-3)
+    rates = (1e-2, 1e-2 if finds_rate(cfg.optimizer) else 5e-3)
     parts = zip((module[0], module[2]), rates, strict=True)
     return optim.make_optimizer(cfg, [{"params": list(part.parameters()), "lr": rate} for part, rate in parts])
 
@@ -389,6 +389,16 @@ def named(module):
 
 @pytest.mark.parametrize("stop", [0, 1, 4])
 def test_a_run_put_back_goes_on_as_if_it_had_not_stopped(cfg, stop):
+    put_back(cfg, stop)
+
+
+def test_every_further_optimizer_goes_on_as_if_it_had_not_stopped():
+    pytest.importorskip("pytorch_optimizer")
+    for name in optim.FURTHER:
+        put_back(config(optimizer=name), 2)
+
+
+def put_back(cfg, stop):
     module = network()
     optimizer = optimizer_of(module, cfg)
     advance(module, optimizer, 0, stop)

@@ -315,6 +315,11 @@ def test_an_optimizer_that_finds_its_rate_takes_1_by_default(written):
     assert resolved(optimizer="prodigy").learning_rate == 1
     assert resolved(written("optimizer: prodigy\n")).learning_rate == 1
     assert resolved(optimizer="prodigy", learning_rate="0.5").learning_rate == 0.5
+    for name in ("dadaptadam", "prodigyopt:Prodigy", "pytorch_optimizer:DAdaptLion", "a.b:ProdigyPlusScheduleFree"):
+        assert resolved(optimizer=name).learning_rate == 1
+    assert (
+        resolved(optimizer="torch.optim:SGD").learning_rate == resolved(optimizer="prodigy:Adam").learning_rate == 1e-4
+    )
     assert resolved(config=DreamBoothConfig, optimizer="prodigy", lora=True).learning_rate == 1
     assert resolved(config=DreamBoothConfig, lora=True).learning_rate == 1e-4
     assert resolved().learning_rate == 1e-4

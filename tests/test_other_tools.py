@@ -156,25 +156,46 @@ def test_evaluate_samples_from_an_adapter_of_another_tool(tmp_path):
 # ---- training from other tools' files -------------------------------------------------------------------
 
 
-def trainable(pipe, rank=4, alpha=4.0):
+def trainable(pipe, rank=4, alpha=4.0, dora=False):
     from peft import LoraConfig
 
     unet = copy.deepcopy(pipe.unet)
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=r"down_blocks\.0.*attn1\.to_q"))
+    target = r"down_blocks\.0.*attn1\.to_q"
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=target, use_dora=dora))
     return unet
 
 
-def test_training_begins_with_the_effect_of_the_file(pipe, tmp_path):
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("to", FILES)
+def test_training_begins_with_the_effect_of_a_file_of_any_format(to, dora, pipe, tmp_path):
     torch.manual_seed(0)
     names = [n for n, _ in pipe.unet.named_modules() if n.startswith("down_blocks.0") and n.endswith("attn1.to_q")]
-    adapter = AdapterFile({"unet": {name: lora(16, 16, alpha=8.0) for name in names}})
-    write(tmp_path / "a.safetensors", adapter, "kohya")
+    adapter = AdapterFile({"unet": {name: lora(16, 16, alpha=8.0, dora=dora) for name in names}})
+    file = tmp_path / ("peft" if to == "peft" else "a.safetensors")
+    write(file, adapter, to)
+    x = torch.randn(3, 16)
     for alpha in (4.0, 8.0):
-        unet = trainable(pipe, alpha=alpha)
-        attach.initialise(tmp_path / "a.safetensors", {"unet": unet})
-        layer = dict(unet.named_modules())[names[0]]
-        want = adapter.parts["unet"][names[0]].delta().float()
-        torch.testing.assert_close(layer.get_delta_weight("default"), want)
+        unet = trainable(pipe, alpha=alpha, dora=dora)
+        attach.initialise(file, {"unet": unet})
+        for name, module in adapter.parts["unet"].items():
+            weight = dict(pipe.unet.named_modules())[name].weight.detach()
+            changed = weight + module.delta(base=weight).float()
+            torch.testing.assert_close(dict(unet.named_modules())[name](x), x @ changed.T, rtol=1e-4, atol=1e-5)
+
+
+def test_training_begins_with_eight_bit_floats_and_not_with_words(pipe, tmp_path):
+    torch.manual_seed(0)
+    tensors = {f"{K}.lora_{end}.weight": normal(*shape) for end, shape in {"down": (4, 16), "up": (16, 4)}.items()}
+    eight = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
+    save_file(eight, tmp_path / "eight.safetensors")
+    unet = trainable(pipe)
+    attach.initialise(tmp_path / "eight.safetensors", {"unet": unet})
+    layer = dict(unet.named_modules())[ATTENTION]
+    down, up = (eight[f"{K}.lora_{end}.weight"].float() for end in ("down", "up"))
+    torch.testing.assert_close(layer.get_delta_weight("default"), up @ down)
+    save_file(tensors | {"bundle_emb.zot.emb_params": torch.randn(2, 32)}, tmp_path / "words.safetensors")
+    with pytest.raises(UserError, match=r"also holds the words zot, which it would lose; sdtune convert writes"):
+        attach.initialise(tmp_path / "words.safetensors", {"unet": trainable(pipe)})
 
 
 @pytest.mark.fault("An adapter has another kind, rank or module than what trains", "Refused, with what does not match.")

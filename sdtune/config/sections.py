@@ -382,8 +382,13 @@ class Phases(Section):
     """Optimizer steps of a phase, to train on later with the same phases. Default: the run in equal parts."""
 
 
-RATE_FREE = ("prodigy", "dadaptadam")
-"""Optimizers that find the learning rate themselves, and take --learning-rate as a factor of it."""
+RATE_FREE = re.compile(r"(?:.*:)?(?:prodigy|dadapt)\w*", re.IGNORECASE)
+"""Names of optimizers, and of classes, that find the learning rate themselves and take --learning-rate as a factor."""
+
+
+def finds_rate(optimizer: object) -> bool:
+    """Whether the value of --optimizer names an optimizer that finds the learning rate itself."""
+    return RATE_FREE.fullmatch(str(optimizer)) is not None
 
 
 class Optim(Section):
@@ -431,7 +436,7 @@ class Optim(Section):
     @model_validator(mode="before")
     @classmethod
     def _rate_that_is_found(cls, values: Any) -> Any:
-        found = isinstance(values, dict) and values.get("optimizer") in RATE_FREE
+        found = isinstance(values, dict) and finds_rate(values.get("optimizer"))
         return {"learning_rate": 1.0} | values if found else values
 
 

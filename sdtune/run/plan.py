@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from sdtune.config.sections import RATE_FREE, WARMED, LrSchedule, UserError
+from sdtune.config.sections import WARMED, LrSchedule, UserError, finds_rate
 from sdtune.run import base_license
 
 
@@ -70,7 +70,7 @@ def plan(cfg: Planned, stream: Any, total: int, world: int, peaks: Sequence[floa
     if cfg.scale_lr:
         rates = [f"{short(rate)} x {group} = {short(rate * group)}" for rate in dict.fromkeys(peaks)]
     rate = f"learning rate {', '.join(rates)}"
-    if cfg.optimizer in RATE_FREE and set(peaks) != {1.0}:
+    if finds_rate(cfg.optimizer) and set(peaks) != {1.0}:
         rate += f" ({cfg.optimizer} finds the rate itself and multiplies it by this: 1 is usual)"
     if warms_up(cfg) and cfg.lr_warmup_steps >= total:
         rate += f" (not reached: its warm-up of {cfg.lr_warmup_steps} steps is longer than the run)"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from sdtune.config.sections import RATE_FREE, Optim, UserError
+from sdtune.config.sections import Optim, UserError, finds_rate
 from sdtune.diffusion.moving_average import move_average
 
 NAMED = {
@@ -71,7 +71,7 @@ def make_optimizer(cfg: Optim, groups: list[dict[str, Any]]) -> Optimizer:
         options |= {"weight_decay": cfg.adam_weight_decay} | FURTHER[chosen]
     if chosen == "adamw":
         options["fused"] = True  # one kernel, and the only one that can skip a step without asking the GPU
-    if chosen in RATE_FREE and len({group.get("lr") for group in groups}) > 1:
+    if finds_rate(chosen) and len({group.get("lr") for group in groups}) > 1:
         raise UserError(
             f"--optimizer {chosen}: finds one learning rate for all that trains; give no part one of its own"
         )

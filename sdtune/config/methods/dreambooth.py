@@ -9,7 +9,6 @@ from sdtune.config.methods.new_word import NewWord, says
 from sdtune.config.methods.prior import Prior
 from sdtune.config.section_base import Description, PathOrId, Positive, Share, aliases, requires
 from sdtune.config.sections import (
-    RATE_FREE,
     Adapter,
     BaseOptions,
     Captions,
@@ -22,6 +21,7 @@ from sdtune.config.sections import (
     Preview,
     Prompts,
     Run,
+    finds_rate,
 )
 
 
@@ -68,7 +68,7 @@ class DreamBoothConfig(
     @classmethod
     def _rate_of_adapters(cls, values: Any) -> Any:
         lora = isinstance(values, dict) and str(values.get("lora", False)).lower() in ("true", "1", "yes", "on")
-        return {"learning_rate": 1e-4} | values if lora and values.get("optimizer") not in RATE_FREE else values
+        return {"learning_rate": 1e-4} | values if lora and not finds_rate(values.get("optimizer")) else values
 
     @model_validator(mode="after")
     def _something_of_the_class(self) -> Self:
