@@ -7,6 +7,7 @@ import pickle
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -308,7 +309,7 @@ def test_an_unreachable_hub_dataset(monkeypatch):
     def unreachable(*args, **options):
         raise ConnectionError("Couldn't reach the Hub\nsecond line")
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     said = refusal("user/name")
     assert "user/name cannot be loaded: Couldn't reach the Hub, and there is no such folder" in said
     assert "\n" not in said
@@ -318,13 +319,15 @@ def test_a_hub_dataset_is_asked_for_as_configured(monkeypatch, tmp_path):
     datasets = pytest.importorskip("datasets")
     asked = []
 
-    def load_dataset(*args, **options):
+    def load_dataset_builder(*args, **options):
         asked.append((args, options))
         image = {"bytes": paint(tmp_path / "a.png").read_bytes(), "path": None}
         table = datasets.Dataset.from_dict({"image": [image], "text": ["x"]})
-        return datasets.DatasetDict({"train": table.cast_column("image", datasets.Image())})
+        made = datasets.DatasetDict({"train": table.cast_column("image", datasets.Image())})
+        config = SimpleNamespace(data_files={"train": ["hf://datasets/user/name@abc/train.parquet"]})
+        return SimpleNamespace(config=config, download_and_prepare=lambda: None, as_dataset=lambda: made)
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     fields = {"dataset_config_name": "small", "dataset_revision": "abc", "cache_dir": tmp_path}
     assert load_images(config("user/name", **fields)).rows[0].captions == ("x",)
     assert asked == [(("user/name", "small"), {"revision": "abc", "cache_dir": str(tmp_path)})]

@@ -80,7 +80,7 @@ class Source(Section):
     image_column: str = "image"
     """Column that holds the image."""
     follow_links: bool = False
-    """Read images that are links out of the dataset folder, and folders that are links; captions never are."""
+    """Read images, tables and shards that are links out of the dataset folder, and linked folders; captions never."""
     first_frame: bool = False
     """Take the first frame of animations and the first page of TIFF files. Default: they are an error."""
 

@@ -17,6 +17,7 @@ from sdtune.run.folder import is_run, own_entries
 MASK_FOLDERS = ("masks", "mask")
 _MASK = re.compile(r"(.+)(?:-|_|\.)(?:mask|masklabel)", re.IGNORECASE)
 _CLASS_IMAGE = re.compile(r"made-\d+\.png")
+_LOCAL = re.compile(r"^(?:file|local)://")
 
 
 @dataclass
@@ -150,6 +151,34 @@ def _home(folder: Path) -> Path:
         if at.parent.name == "snapshots" and repository.name.startswith(("datasets--", "models--")):
             return repository  # its snapshots are links into its blobs
     return home
+
+
+def _normal(path: Path) -> Path:
+    """The path without ``..``, with its links."""
+    return Path(os.path.normpath(path.absolute()))
+
+
+def refuse_files_outside(dataset: str, folder: Path | None, files: Iterable[str], follow_links: bool) -> None:
+    """Refuse tables and shards that are not in the folder of a dataset: its README.md can name any file of the machine.
+
+    Args:
+        dataset: the value of ``--dataset``, for messages.
+        folder: ``None`` for a dataset of the Hub, to which no file of this machine belongs.
+        files: paths or URLs; a file in an archive is ``zip://file::archive``.
+
+    Raises:
+        UserError: a file lies elsewhere, or is a link out of the folder and links are not followed.
+    """
+    parts = [_LOCAL.sub("", part) for file in files for part in file.split("::")]
+    paths = [Path(part) for part in parts if "://" not in part]
+    homes = [_normal(folder), folder.resolve()] if folder else []
+    if named := [path for path in paths if not any(_normal(path).is_relative_to(home) for home in homes)]:
+        raise UserError(f"--dataset {dataset}: it names {named[0]}, which is outside of the dataset, so it is not read")
+    if folder and not follow_links:
+        linked = [path for path in paths if not path.resolve().is_relative_to(_home(folder))]
+        if linked:
+            head = f"{folder}: links lead out of the dataset folder; copy the files into it, or add --follow-links"
+            raise listed_error(head, [f"{path.name} -> {os.path.realpath(path)}" for path in linked])
 
 
 def _name(path: Path, folder: Path) -> str:

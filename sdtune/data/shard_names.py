@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from sdtune.config.sections import UserError
+from sdtune.data.folder_files import refuse_files_outside
 from sdtune.data.images import EXTENSIONS
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -21,23 +22,32 @@ def is_sharded(dataset: str) -> bool:
     return ".tar" in kinds and not kinds & EXTENSIONS
 
 
-def shard_urls(dataset: str) -> list[str]:
-    """The shards that ``dataset`` names, sorted. Raises: UserError if no file matches, or for braces not closed."""
+def shard_urls(dataset: str, follow_links: bool = False) -> list[str]:
+    """The shards that ``dataset`` names, sorted.
+
+    Raises: UserError if no file matches, for braces not closed, and for files of a folder that are links out of it.
+    """
     found = expand_braces(dataset)
     if "://" in dataset:
         return sorted(found)
     if Path(dataset).expanduser().is_dir():
-        return sorted(str(file) for file in Path(dataset).expanduser().glob("*.tar"))
+        return _matching(Path(dataset).expanduser(), "*.tar", dataset, follow_links)
     paths: list[str] = []
     for name in found:
         path = Path(name).expanduser()
         if not any(letter in path.name for letter in "*?["):
             paths.append(str(path))
-        elif matching := sorted(map(str, path.parent.glob(path.name))):
+        elif matching := _matching(path.parent, path.name, dataset, follow_links):
             paths += matching
         else:
             raise UserError(f"--dataset {dataset}: no file matches {name}")
     return sorted(set(paths))
+
+
+def _matching(folder: Path, pattern: str, dataset: str, follow_links: bool) -> list[str]:
+    found = sorted(map(str, folder.glob(pattern)))
+    refuse_files_outside(dataset, folder, found, follow_links)
+    return found
 
 
 def expand_braces(pattern: str) -> list[str]:

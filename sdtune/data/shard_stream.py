@@ -38,9 +38,8 @@ def open_images(
     if isinstance(cfg, Streaming) and (shards or cfg.streaming):
         refuse_unsupported(cfg)
         if shards:
-            return open_tar_shards(
-                cfg, shard_urls(cfg.dataset), caption_options(cfg, captions), list(with_mask(cfg, paired))
-            )
+            urls = shard_urls(cfg.dataset, cfg.follow_links)
+            return open_tar_shards(cfg, urls, caption_options(cfg, captions), list(with_mask(cfg, paired)))
         urls = split_files(cfg)
         open_shards = open_tar_shards if urls[0].endswith(".tar") else open_parquet_shards
         return open_shards(cfg, urls, caption_options(cfg, captions), list(with_mask(cfg, paired)))

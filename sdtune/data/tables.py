@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from sdtune.config.sections import Captions, Data, Model, SavedModel, UserError
 from sdtune.data.builtin import BUILT_IN
 from sdtune.data.cache_folder import local_stamp
+from sdtune.data.folder_files import refuse_files_outside
 from sdtune.data.images import EXTENSIONS
 from sdtune.data.metadata import (
     TABLES,
@@ -71,10 +73,16 @@ def read_dataset(
             at = "parquet" if is_file else str(folder) if folder.is_dir() else cfg.dataset
             cache_dir = cfg.cache_dir if isinstance(cfg, Model | SavedModel) else None
             options = {"data_files": str(folder)} if is_file else {"revision": cfg.dataset_revision}
-            table = datasets.load_dataset(
+            builder = datasets.load_dataset_builder(
                 at, cfg.dataset_config_name, cache_dir=cache_dir and str(cache_dir), **options
             )
+            if not is_file:
+                _refuse_files_outside(cfg, folder, chain(*(builder.config.data_files or {}).values()))
+            builder.download_and_prepare()
+            table = builder.as_dataset()
             from_images = True
+    except UserError:
+        raise
     except Exception as error:  # of the library, the Hub or the network
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         here = "" if folder.is_dir() else ", and there is no such folder"
@@ -83,6 +91,8 @@ def read_dataset(
         if cfg.split not in table:
             raise UserError(f"--split {cfg.split}: no such split in {cfg.dataset}; it has {', '.join(table)}")
         table = table[cfg.split]
+    if not from_images:
+        _refuse_files_outside(cfg, folder, (file["filename"] for file in table.cache_files))
     table = table.with_format(None)
     listing = _list_table(cfg, table, captions, default_caption, class_from)
     listing.paired = {column: _list_images(cfg, table, column, option) for column, option in paired.items()}
@@ -113,11 +123,16 @@ def split_files(cfg: Data) -> list[str]:
     if cfg.split not in splits:
         raise UserError(f"--split {cfg.split}: no such split in {cfg.dataset}; it has {', '.join(splits)}")
     files = [str(file) for file in splits[cfg.split]]
+    _refuse_files_outside(cfg, folder, files)
     kinds = {file.rpartition(".")[2] for file in files}
     if kinds not in ({"parquet"}, {"tar"}):
         has = ", ".join(sorted(f".{kind}" for kind in kinds))
         raise UserError(f"--streaming: reads .parquet or .tar files, and {cfg.dataset} has {has}; leave it out")
     return files
+
+
+def _refuse_files_outside(cfg: Data, folder: Path, files: Iterable[Any]) -> None:
+    refuse_files_outside(cfg.dataset, folder if folder.is_dir() else None, map(str, files), cfg.follow_links)
 
 
 def _list_table(
