@@ -250,6 +250,9 @@ def test_shards_on_a_web_server(hub, tars, monkeypatch):
         here, there = near[position], far[position]
         assert here == there and near.pixels(here).equal(far.pixels(there))
     assert [code for *_, code in hub.requests] == [206] * 30  # one read for each image, caption and all
+    signed = stream(f"{address}?sv=1&sig=s3cr3t")
+    assert signed[0] == near[0] and "s3cr3t" not in repr(signed.images.names)
+    assert signed.images.fingerprint == near.images.fingerprint
     hub.fail(r"GET .*\.tar", 503, times=2)
     assert far[30] == near[30]
     assert waited == [1, 2]

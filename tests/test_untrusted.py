@@ -101,6 +101,7 @@ def test_prompts_and_captions_stay_in_their_place_in_a_card(tmp_path):
 
 # ---- secrets in addresses --------------------------------------------------------------------------------
 
+PATHS = ("--init-adapter", "--output-dir")
 SIGNED = "https://host/a-{000..003}.tar?sv=2024&sig=s3cr3t%2Bvalue&X-Amz-Signature=s3cr3t"
 
 
@@ -122,13 +123,14 @@ def test_secrets_of_addresses_are_hidden(text, shown):
 
 @pytest.mark.fault("A URL holds a password", "Refused before anything is written.")
 @pytest.mark.parametrize("secret", ["me:s3cr3t", "ghp_s3cr3t0123456789"])
-@pytest.mark.parametrize("option", ["--dataset", "--model", "--vae"])
+@pytest.mark.parametrize("option", ["--dataset", "--model", "--vae", *PATHS])
 def test_a_password_is_refused_before_anything_is_written(option, secret, sd, pictures, tmp_path, capsys):
     words = command(sd, pictures, tmp_path / "run")
     words = [w for w in words if w] + [option, f"https://{secret}@host/x.tar"]
     assert status(words) == 2
     said = capsys.readouterr()
-    assert "holds a password" in said.err and "s3cr3t" not in said.err + said.out
+    assert ("holds a password" in said.err) is (option not in PATHS) and "s3cr3t" not in said.err + said.out
+    assert ("is an address; give a file or folder of this machine" in said.err) is (option in PATHS)
     assert not (tmp_path / "run").exists()
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 from annotated_types import Ge, Gt, Interval
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from sdtune.config.untrusted import PASSWORD, REDACTED, texts_of
+from sdtune.config.untrusted import PASSWORD, REDACTED, hide_secrets, texts_of
 
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
@@ -105,6 +105,8 @@ def _path(value: Any) -> Any:
         return value
     if any(ord(character) < 32 for character in str(value)):
         raise ValueError(f"{str(value)!r} holds a tab or a line break; in YAML, put a Windows path in single quotes")
+    if "://" in str(value):  # a Path would lose a slash, and with it what says that a password may follow
+        raise ValueError(f"{hide_secrets(str(value))} is an address; give a file or folder of this machine")
     return Path(home(str(value)))
 
 

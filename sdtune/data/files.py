@@ -13,6 +13,7 @@ from typing import Any
 from fsspec.spec import AbstractBufferedFile
 
 from sdtune.config.sections import RunFailed, UserError
+from sdtune.config.untrusted import hide_secrets
 from sdtune.data.cache_folder import local_stamp
 
 TRIES = 4
@@ -21,6 +22,12 @@ TRIES = 4
 
 def is_remote(path: str) -> bool:
     return "://" in path
+
+
+def name_of(path: str) -> str:
+    """The last part of a path or URL; of a signed URL without the signature and what comes with it."""
+    signed = is_remote(path) and hide_secrets(path) != path
+    return (path.partition("?")[0] if signed else path).rpartition("/")[2]
 
 
 class HttpFileSystem:

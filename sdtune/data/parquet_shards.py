@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sdtune.config.sections import Captions, Data, UserError
-from sdtune.data.files import open_file, read_with_retries
+from sdtune.data.files import name_of, open_file, read_with_retries
 from sdtune.data.metadata import caption_column, parse_captions
 from sdtune.data.shard_order import IntArray
 from sdtune.data.shards import Record, Shards, index_shards
@@ -29,7 +29,7 @@ def open_parquet_shards(
     names, counts, contents, places = [], [], [], []
     for url, index in zip(urls, found, strict=True):
         for group, rows in enumerate(np.load(index.file).tolist()):
-            names.append(f"{url.rpartition('/')[2]}, row group {group}")
+            names.append(f"{name_of(url)}, row group {group}")
             counts.append(rows)
             contents.append(index.content)
             places.append((url, group))

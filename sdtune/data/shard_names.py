@@ -13,7 +13,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 
 def is_sharded(dataset: str) -> bool:
     """Whether the dataset is tar files: by its name, or because the folder has tar files and no images."""
-    if re.search(r"\.(tar|tgz)(\.\w+)?\}?$", dataset):
+    if re.search(r"\.(tar|tgz)(\.\w+)?\}?$", dataset.partition("?")[0] if "://" in dataset else dataset):
         return True
     folder = Path(dataset).expanduser()
     if "://" in dataset or not folder.is_dir():

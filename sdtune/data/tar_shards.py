@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from sdtune.config.sections import Captions, Data, UserError
-from sdtune.data.files import file_system, is_remote, open_file, read_with_retries
+from sdtune.data.files import file_system, is_remote, name_of, open_file, read_with_retries
 from sdtune.data.images import EXTENSIONS
 from sdtune.data.metadata import MAX_CAPTION_FILE, parse_caption_text, parse_captions
 from sdtune.data.shard_order import IntArray
@@ -73,7 +73,7 @@ class TarShards(Shards):
         caption: tuple[str, ...],
         per_line: bool = False,
     ):
-        super().__init__([url.rpartition("/")[2] for url in urls], counts, contents, notes, column, caption)
+        super().__init__([name_of(url) for url in urls], counts, contents, notes, column, caption)
         self.urls, self.files, self.per_line = urls, files, per_line
 
     def open(self, shard: int) -> "OpenTar":
