@@ -104,6 +104,9 @@ SPOILT = {
     "steps below zero": (edit(STEPS, lambda x: x | {"num_train_timesteps": -5}), "num_train_timesteps is -5"),
     "10^12 steps": (edit(STEPS, lambda x: x | {"num_train_timesteps": 10**12}), "num_train_timesteps is 1000000000000"),
     "steps as text": (edit(STEPS, lambda x: x | {"num_train_timesteps": "many"}), "num_train_timesteps is 'many'"),
+    "settings a list": (edit("unet/config.json", lambda x: [x]), "unet/config.json is a list, not a table of settings"),
+    "settings not JSON": (lambda base: (base / STEPS).write_text("{"), "scheduler_config.json is not JSON"),
+    "latents by zero": (edit("vae/config.json", lambda x: x | {"scaling_factor": 0}), "scaling_factor is 0, not a num"),
     "a small vocabulary": (
         lambda base: (
             edit("text_encoder/config.json", lambda x: x | {"vocab_size": 300})(base),

@@ -66,9 +66,10 @@ def load_pipeline(cfg: SampleConfig) -> DiffusionPipeline:
     parts = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None} | parts
     if has_part(index, "scheduler"):
         try:
-            check_scheduler(DDPMScheduler.load_config(source, subfolder="scheduler", **hub), f"{where}: scheduler")
+            schedule = DDPMScheduler.load_config(source, subfolder="scheduler", **hub)
         except BROKEN as error:
             raise UserError(f"{where}: scheduler: {reason(error)}") from None
+        check_scheduler(schedule, f"{where}: scheduler")
     kind = DiffusionPipeline
     if cfg.control:
         networks = [split_weight(text, "--control")[0] for text in cfg.control]

@@ -15,6 +15,8 @@ from sdtune.config.sections import UserError
 
 MOST_TIMESTEPS = 100_000
 """More than any published model has, and a table of that many is small."""
+SETTINGS = ("config.json", "scheduler_config.json", "tokenizer_config.json")
+"""Files of which a part of a pipeline has one."""
 BROKEN = (Exception,)
 """What the libraries raise for a configuration or weights that they cannot use: errors of many kinds."""
 
@@ -150,6 +152,27 @@ def check_channels(unet: Mapping[str, Any], vae: Mapping[str, Any], where: str, 
             f"{where}: its UNet takes {unet['in_channels']} channels, its VAE gives {vae['latent_channels']}: "
             "an inpainting or editing model, not text-to-image"
         )
+
+
+def check_settings(folder: Path, index: Mapping[str, Any], where: str) -> None:
+    """Look at the settings of each part of a pipeline folder, of which the libraries say little that helps.
+
+    Raises:
+        UserError: settings that are no table, or latents that are scaled by what no image survives.
+    """
+    for part in (name for name in index if has_part(index, name)):
+        for file in SETTINGS:
+            if not (folder / part / file).is_file():
+                continue
+            try:
+                settings = json.loads((folder / part / file).read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError) as error:
+                raise UserError(f"{where}: {part}/{file} is not JSON ({reason(error)})") from None
+            if not isinstance(settings, dict):
+                raise UserError(f"{where}: {part}/{file} is a {type(settings).__name__}, not a table of settings")
+            scale = settings.get("scaling_factor")
+            if part == "vae" and not (scale is None or (isinstance(scale, int | float) and 0 < scale < float("inf"))):
+                raise UserError(f"{where}: {part}/{file}: scaling_factor is {scale!r}, not a number above 0")
 
 
 def parse_index(text: str, where: str) -> dict[str, Any]:

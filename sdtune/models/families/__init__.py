@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sdtune.config.sections import UserError
 from sdtune.diffusion.objective import Objective
-from sdtune.models.part_files import parse_index, reason
+from sdtune.models.part_files import check_settings, parse_index, reason
 
 BUILT_IN = ("tiny", "tiny-flow")
 """Bases that come with the package, named without a folder."""
@@ -139,7 +139,9 @@ def part_location(name: str, option: str, part: str, base: str | None) -> tuple[
 def model_index(source: str, cfg: Any) -> dict[str, Any]:
     """The ``model_index.json`` of a folder or Hub repository; `UserError` when it cannot be had or is damaged."""
     if Path(source).is_dir():
-        return _parsed_index(Path(source) / "model_index.json", source)
+        index = _parsed_index(Path(source) / "model_index.json", source)
+        check_settings(Path(source), index, f"--model {source}")
+        return index
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
