@@ -267,6 +267,16 @@ KOHYA = shlex.split("""
 --face_crop_aug_range --in_json --initial_epoch --max_timestep --metadata_title --min_timestep --multires_noise_discount
 --scale_weight_norms --secondary_separator --stop_text_encoder_training --token_warmup_min --training_comment
 --wandb_api_key
+--async_upload --base_weights_multiplier --caption_dropout_every_n_epochs --console_log_file --console_log_level
+--dataset_class --dataset_repeats --ddp_gradient_as_bucket_view --ddp_static_graph --debug_dataset --deepspeed
+--diffusers_xformers --dynamo_backend --fp8_base_unet --fused_backward_pass --highvram --huber_scale
+--huggingface_path_in_repo --huggingface_repo_id --huggingface_repo_type --huggingface_repo_visibility
+--huggingface_token --initial_step --ip_noise_gamma_random_strength --log_config --log_tracker_config --lr_decay_steps
+--lr_scheduler_args --lr_scheduler_min_lr_ratio --lr_scheduler_timescale --lr_scheduler_type
+--noise_offset_random_strength --output_config --random_crop --resume --resume_from_huggingface --sample_at_first
+--save_last_n_epochs --save_last_n_epochs_state --save_last_n_steps --save_last_n_steps_state --save_n_epoch_ratio
+--save_state_on_train_end --save_state_to_huggingface --skip_cache_check --skip_until_initial_step
+--tokenizer_cache_dir --torch_compile --use_lion_optimizer --v_pred_like_loss --wandb_run_name --zero_stage
 """)
 """Flags of kohya's train_network.py that sdtune has under another name, or not at all."""
 

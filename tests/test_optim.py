@@ -392,6 +392,12 @@ def test_a_run_put_back_goes_on_as_if_it_had_not_stopped(cfg, stop):
     put_back(cfg, stop)
 
 
+def test_an_optimizer_is_known_by_its_name_in_any_case():
+    assert type(optimizer_of(network(), config(optimizer="AdamW"))) is torch.optim.AdamW
+    pytest.importorskip("pytorch_optimizer")
+    assert type(optimizer_of(network(), config(optimizer="Lion"))).__name__ == "Lion"
+
+
 def test_every_further_optimizer_goes_on_as_if_it_had_not_stopped():
     pytest.importorskip("pytorch_optimizer")
     for name in optim.FURTHER:

@@ -44,6 +44,7 @@ FURTHER: dict[str, dict[str, Any]] = {
 def make_optimizer(cfg: Optim, groups: list[dict[str, Any]]) -> Optimizer:
     """The optimizer that ``cfg`` names, over the parameter groups of a recipe."""
     chosen = "adamw8bit" if cfg.use_8bit_adam else cfg.optimizer
+    chosen = chosen if ":" in chosen else chosen.lower()  # as papers and other trainers write Lion and AdamW8bit
     path, extra = NAMED.get(chosen, (chosen, ""))
     if chosen in FURTHER:
         path, extra = f"pytorch_optimizer:{chosen}", "optimizers"
