@@ -174,6 +174,10 @@ def test_contradictions_are_refused(lines, flags, processes, told, tmp_path, sd,
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set in the environment, but RANK and"),
         ({"RANK": "", "WORLD_SIZE": ""}, "RANK=: this variable of the environment has no usable value"),
         ({"RANK": "x", "WORLD_SIZE": "1"}, "RANK=x: this variable of the environment has no usable value"),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK=1 is no number of one of WORLD_SIZE=1 processes"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "ACCELERATE_USE_MEGATRON_LM of the environment: Megatron"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "zap"}, "ACCELERATE_DYNAMO_BACKEND of the environment: 'ZAP' is not a valid"),
+        ({"ACCELERATE_USE_CPU": "maybe"}, "ACCELERATE_USE_CPU of the environment: invalid truth value maybe"),
         ({"ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP=true: weights are cut into slices by version 2"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED=true: sdtune does not train under DeepSpeed"),
     ],
@@ -186,7 +190,7 @@ def test_variables_that_another_launcher_left_behind_are_named(variables, told, 
     assert status(["lora", "--dataset", "d", "--output-dir", str(tmp_path / "run")]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert told in line
-    assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "run").rglob("config.yaml"))
 
 
 def test_a_launchers_own_variables_pass(monkeypatch):

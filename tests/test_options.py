@@ -485,6 +485,13 @@ def test_a_tilde_is_the_home_folder_in_every_option_that_is_a_path(value, capsys
     assert out["adapter"] == [f"{meant}=0.5" if value != "~" else "~=0.5", "b"]
 
 
+def test_a_tilde_is_the_home_folder_of_a_config_and_of_an_accelerate_config(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.yaml").write_text("rank: 9\n")
+    assert resolved("~/x.yaml").rank == 9
+    assert shipped.accelerate_file("~/x.yaml") == tmp_path / "x.yaml"
+
+
 def test_a_seed_is_what_torch_takes():
     import torch
 

@@ -40,7 +40,7 @@ def found(name: str, option: str, known: Mapping[str, Path], what: str) -> Path:
     Raises:
         UserError: there is neither.
     """
-    if (path := Path(name)).is_file():
+    if (path := Path(name).expanduser() if name.startswith("~/") else Path(name)).is_file():
         return path
     if name in known:
         return known[name]

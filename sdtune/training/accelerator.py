@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from sdtune.config.sections import Run
+from sdtune.config.sections import Run, UserError
 from sdtune.run.precision import precision_of
 
 
@@ -18,9 +18,16 @@ def start_accelerator(cfg: Run) -> Accelerator:
     compute_alike(cfg.deterministic)
     patience = InitProcessGroupKwargs(timeout=collective_timeout(cfg))
     logs = cfg.output_dir / "logs"
-    return Accelerator(
-        mixed_precision="no", log_with=cfg.report_to or None, project_dir=logs, kwargs_handlers=[patience]
-    )
+    try:
+        return Accelerator(
+            mixed_precision="no", log_with=cfg.report_to or None, project_dir=logs, kwargs_handlers=[patience]
+        )
+    except (ImportError, ValueError) as error:
+        read = [name for name in sorted(os.environ) if name.startswith("ACCELERATE_")]
+        if not read:
+            raise
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{', '.join(read)} of the environment: {why}; unset what no launcher of yours set") from None
 
 
 def compute_alike(always: bool) -> None:

@@ -32,3 +32,6 @@ def check_environment() -> None:
         if missing := [name for name in needed if name not in env]:
             are = "is" if len(missing) == 1 else "are"
             raise UserError(f"{set_[0]} is set in the environment, but {' and '.join(missing)} {are} not; {unset}")
+        rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+        if not 0 <= rank < world:
+            raise UserError(f"RANK={rank} is no number of one of WORLD_SIZE={world} processes, from 0 on; {unset}")
