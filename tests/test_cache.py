@@ -8,6 +8,7 @@ import torch
 
 from sdtune.config.sections import RunFailed, UserError
 from sdtune.data import cache
+from sdtune.run import files
 
 KEYS = [f"key-{k:03d}" for k in range(150)]
 
@@ -149,7 +150,8 @@ def test_a_flipped_bit_is_found_and_computed_again(tmp_path):
 
 
 def test_files_obey_the_umask_and_those_of_killed_runs_are_swept(tmp_path):
-    for name in ("0123456789abcdef01234567.77.tmp", ".tmpAb12Cd", "tmpabcd_123.tmp"):
+    key = "0123456789abcdef01234567"
+    for name in (f"{key}.77.tmp", f".{key}-77.tmp", ".tmpAb12Cd", "tmpabcd_123.tmp"):
         (tmp_path / name).write_bytes(b"half")
         os.utime(tmp_path / name, (0, 0))
     for name in ("0123456789abcdef01234568.78.tmp", "mine.tmp"):  # being written now; of the user
@@ -162,6 +164,15 @@ def test_files_obey_the_umask_and_those_of_killed_runs_are_swept(tmp_path):
     (file,) = tmp_path.glob("*.safetensors")
     assert file.stat().st_mode & 0o777 == 0o664
     assert sorted(p.name for p in tmp_path.glob("*tmp*")) == ["0123456789abcdef01234568.78.tmp", "mine.tmp"]
+
+
+def test_folders_that_killed_runs_left_half_filled_are_swept(tmp_path):
+    for name in (".model-77", ".model-78", ".model-mine", ".model-two-77"):
+        (tmp_path / name).mkdir()
+        if name != ".model-78":  # which is being filled now
+            os.utime(tmp_path / name, (0, 0))
+    files.sweep_folders(tmp_path / ".model-79")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".model-78", ".model-mine", ".model-two-77"]
 
 
 @pytest.mark.fault("The cache cannot be written", "Refused in one line, with the way out.")

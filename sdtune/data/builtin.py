@@ -12,6 +12,7 @@ from sdtune.data.cache_folder import cache_root
 from sdtune.data.toy_hearts import draw_hearts
 from sdtune.data.toy_pairs import draw_captioned, draw_edges, draw_edits, draw_shapes
 from sdtune.data.toy_subjects import draw_subjects
+from sdtune.run.files import sweep_folders
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -22,6 +23,7 @@ def _drawn(name: str, draw: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     new = folder.with_name(f".{name}-{os.getpid()}")
+    sweep_folders(new)
     try:
         draw(new)
         new.rename(folder)

@@ -24,6 +24,7 @@ from sdtune.data.metadata import listed_error
 from sdtune.data.shard_order import IntArray
 from sdtune.data.sources import Row
 from sdtune.run.barrier import apart, store_barrier
+from sdtune.run.files import sweep
 
 _VERSION = 1
 READERS = 16
@@ -143,6 +144,8 @@ def index_shards(urls: list[str], how: str, build: Callable[[str], tuple[IntArra
         UserError: names all shards that are damaged or missing.
     """
     state, folder = PartialState(), cache_root() / "shards"
+    if state.is_main_process:
+        sweep(folder)
     stamps, problems = _stamps(urls)
     keys = [
         hashlib.sha256(repr((_VERSION, how, *pair)).encode()).hexdigest()[:24]

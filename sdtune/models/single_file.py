@@ -22,6 +22,7 @@ from sdtune.config.sections import UserError
 from sdtune.data import cache_root
 from sdtune.models.part_files import BROKEN, reason, refuse_broken
 from sdtune.models.single_file_kinds import CHECKED, PIPELINES, SETTINGS, write_settings
+from sdtune.run.files import sweep_folders
 
 UNET_PREFIX, VAE_PREFIX, TEXT_PREFIXES = (
     "model.diffusion_model.",
@@ -176,6 +177,7 @@ def _converted(file: Path, where: str, kind: str, convert: Callable[[Path, Path]
 def _convert_into(folder: Path, where: str, kind: str, convert: Callable[[Path, Path], None]) -> None:
     new = folder.with_name(f".{folder.name}-{os.getpid()}")
     shutil.rmtree(new, ignore_errors=True)
+    sweep_folders(new)
     settings = new / "settings"
     try:
         settings.mkdir(parents=True)
