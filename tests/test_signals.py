@@ -7,11 +7,13 @@ import socket
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from sdtune.cli import main
 from sdtune.config.sections import RunFailed
+from sdtune.models.part_files import read_part
 from sdtune.recipes import class_images
 from sdtune.run import artefacts, checkpoints, folder, processes
 from sdtune.run.metrics_file import read_lines
@@ -175,6 +177,14 @@ def test_a_killed_loader_worker_ends_the_run_with_one_line(tmp_path):
     stop = StopSignals()
     with pytest.raises(RunFailed, match=said), ProcessGroupWatch(0, 1, tmp_path, "sdtune lora", 5, stop):
         raise RuntimeError(message)
+
+
+def test_a_worker_that_is_killed_while_a_model_is_read_is_no_fault_of_the_model():
+    def from_pretrained(source):
+        raise RuntimeError("DataLoader worker (pid 123) is killed by signal: Killed. ")
+
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker"):
+        read_part(SimpleNamespace(from_pretrained=from_pretrained), "base", "--model base: vae")
 
 
 def test_class_images_are_given_up(sd, pictures, tmp_path, monkeypatch, capfd):

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from sdtune.config.sections import UserError
+from sdtune.run.processes import LOADER_DIED
 
 MOST_TIMESTEPS = 100_000
 """More than any published model has, and a table of that many is small."""
@@ -22,7 +23,13 @@ BROKEN = (Exception,)
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what a library says, or the name of its error."""
+    """The first line of what a library says, or the name of its error.
+
+    Raises:
+        RuntimeError: torch's own, that a loader worker has died: it comes wherever the main thread is just then.
+    """
+    if isinstance(error, RuntimeError) and LOADER_DIED.match(str(error)):
+        raise error
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
