@@ -190,9 +190,40 @@ def original(name):
     return f"model.diffusion_model.{new}{rest.replace(part, RESNET.get(part, part), 1)}"
 
 
-def checkpoint(sd, file, text=True):
-    """The UNet and the text encoder of a folder in one file, without a VAE."""
+VAE_NAMES = {
+    "down_blocks.": "down.",
+    "up_blocks.0.": "up.1.",
+    "up_blocks.1.": "up.0.",
+    "mid_block.resnets.0.": "mid.block_1.",
+    "mid_block.resnets.1.": "mid.block_2.",
+    "mid_block.attentions.0.": "mid.attn_1.",
+    "resnets.": "block.",
+    "downsamplers.0.": "downsample.",
+    "upsamplers.0.": "upsample.",
+    "conv_norm_out.": "norm_out.",
+    "conv_shortcut.": "nin_shortcut.",
+    "group_norm.": "norm.",
+    "to_q.": "q.",
+    "to_k.": "k.",
+    "to_v.": "v.",
+    "to_out.0.": "proj_out.",
+}
+"""The names of the original code for parts of a VAE of two levels."""
+
+
+def original_vae(name, tensor):
+    """A tensor of the VAE as the original code has it: its attention is made of convolutions."""
+    for old, new in VAE_NAMES.items():
+        name = name.replace(old, new)
+    attention = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name)
+    return f"first_stage_model.{name}", tensor[:, :, None, None] if attention else tensor
+
+
+def checkpoint(sd, file, text=True, vae=False):
+    """The UNet and the text encoder of a folder in one file, with the VAE or without."""
     found = {original(name): tensor for name, tensor in load_file(sd / UNET).items()}
+    if vae:
+        found |= dict(original_vae(name, tensor) for name, tensor in load_file(sd / VAE).items())
     if text:
         found |= {f"cond_stage_model.transformer.{name}": tensor for name, tensor in load_file(sd / TEXT).items()}
     save_file(found, file)
@@ -222,6 +253,22 @@ def test_a_single_file_without_a_vae_takes_one_from_anywhere(sd, tmp_path, small
                 ours, theirs = (getattr(p, part).state_dict() for p in (pipe, wanted))
                 assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
             assert pipe.tokenizer("a red circle").input_ids == wanted.tokenizer("a red circle").input_ids
+
+
+def test_a_single_file_with_all_its_parts_is_the_folder(sd, tmp_path, small_settings):
+    file = checkpoint(sd, tmp_path / "model.safetensors", vae=True)
+    wanted = sample_reads(sd)
+    for reader in READERS:
+        pipe = reader(file)
+        for part in ("unet", "vae", "text_encoder"):
+            ours, theirs = (getattr(p, part).state_dict() for p in (pipe, wanted))
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items()), part
+    alone = {name.removeprefix("first_stage_model."): t for name, t in load_file(file).items() if "first_stage" in name}
+    save_file(alone, tmp_path / "vae.safetensors")
+    for name in ("model", "vae"):  # a VAE may be given as a file of the original code, alone or in a checkpoint
+        ours = sample_reads(sd, vae=str(tmp_path / f"{name}.safetensors")).vae.state_dict()
+        assert all(torch.equal(ours[name], tensor) for name, tensor in wanted.vae.state_dict().items())
 
 
 def test_a_unet_in_one_file_takes_the_place_of_the_bases(sd, tmp_path):
