@@ -183,8 +183,8 @@ BLOCKS = {
 """The UNet of the tests in the names of the original code."""
 
 
-def original(name):
-    old, new = next((old, new) for old, new in BLOCKS.items() if name.startswith(old))
+def original(name, blocks=BLOCKS):
+    old, new = next((old, new) for old, new in blocks.items() if name.startswith(old))
     rest = name.removeprefix(old)
     part = rest.partition(".")[0]
     return f"model.diffusion_model.{new}{rest.replace(part, RESNET.get(part, part), 1)}"
