@@ -324,10 +324,14 @@ def save(path, tensors=None, **config):
 
 
 @pytest.mark.fault("Modules are missing from an adapter", "Refused, with how many there are and the first that is not.")
-def test_half_of_the_modules_missing_is_told(pipe, tmp_path):
+def test_half_of_the_modules_missing_is_told(pipe, base, tmp_path, capsys):
     file = save(tmp_path / "a.safetensors", target_modules=["to_q", "to_k"])
-    with pytest.raises(UserError, match=r"1 of the \d+ modules that its settings name in unet are in the file"):
+    told = r"1 of the \d+ modules that its settings name in unet are in the file"
+    with pytest.raises(UserError, match=told):
         load_adapters(copy.deepcopy(pipe), [str(file)])
+    words = ["convert", str(file), str(tmp_path / "b.safetensors"), "--to", "kohya", "--model", str(base)]
+    assert status(words) == 2
+    assert re.search(told, capsys.readouterr().err) and not (tmp_path / "b.safetensors").exists()
 
 
 @pytest.mark.parametrize("shapes", [((4, 24), (16, 4)), ((4, 16), (24, 4))], ids=["narrower", "wider"])

@@ -53,6 +53,8 @@ def convert(cfg: ConvertConfig) -> str:
         return f"{cfg.output}: {cfg.to}, textual inversion {found.token}; checked: all vectors read back equal"
     adapter = read(cfg.input)
     pipe = base_model(cfg.model, adapter)
+    if pipe is not None:
+        Layers(pipe.components).check_complete(str(cfg.input), adapter)
     if cfg.to == "comfyui" and cfg.model:
         adapter = for_comfyui(adapter, Layers(pipe.components))
     with staged(cfg.output) as new:
