@@ -57,6 +57,17 @@ def test_syntax_of_other_programs_is_refused_by_name(text, said):
         prompts.check_prompts("--prompt", [text], None, print)
 
 
+@pytest.mark.parametrize(
+    ("option", "text", "other"),
+    [("--class-prompt", "(red:1.4)", "-weights"), ("--validation-prompt", "<lora:x:1>", "--a")],
+)
+def test_no_way_out_is_named_that_leads_elsewhere(option, text, other):
+    """A class prompt is a caption too, where weights are words; while training, --adapter is a kind of adapter."""
+    with pytest.raises(UserError, match=r"would be read as words.* out$") as told:
+        prompts.check_prompts(option, [text], None, print)
+    assert other not in str(told.value)
+
+
 @pytest.mark.parametrize("text", ["a circle (red)", "at 10:30", "(a: b)", "<cat> and (x:y)", "a (1:2", "(" * 1000])
 def test_what_is_no_such_syntax_is_left_alone(text, tokenizer):
     prompts.check_prompts("--prompt", [text[:60]], Window(tokenizer, 77, ""), print)

@@ -95,15 +95,15 @@ def check_prompts(
     Raises:
         UserError: names the adapter or the weight in a prompt, and what to write in its place.
     """
+    adapter = ", and give the adapter as --adapter" if option.startswith("--prompt") else ""  # else it is training
+    weigh = "" if option == "--class-prompt" else "add --prompt-weights, or "  # which is also a caption
     for text in dict.fromkeys(texts):
         if tag := LORA_TAG.search(text):
-            raise UserError(
-                f"{option}: {tag[0]} would be read as words; take it out, and give the adapter as --adapter"
-            )
+            raise UserError(f"{option}: {tag[0]} would be read as words; take it out{adapter}")
         if not weights and (weight := WEIGHT.search(text)):
             raise UserError(
-                f"{option}: {weight[0]} is how other programs weigh words; here it would be read as words, so add "
-                "--prompt-weights, or take the brackets and the number out"
+                f"{option}: {weight[0]} is how other programs weigh words; here it would be read as words, so {weigh}"
+                "take the brackets and the number out"
             )
         if window and (lost := lost_words(window, without_weights(text) if weights else text)):
             way_out = f" ({window.way_out} reads all)" if window.way_out else ""
