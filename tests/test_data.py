@@ -1,6 +1,7 @@
 """Datasets of every kind, bad ones named in full, and samples that depend on seed and position alone."""
 
 import hashlib
+import importlib
 import json
 import os
 import pickle
@@ -16,7 +17,7 @@ from PIL import Image
 
 from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import UserError
-from sdtune.data import Stream, cache_root, image_info, load_images, positions, summarize
+from sdtune.data import Stream, builtin, cache_root, image_info, load_images, positions, summarize
 from sdtune.data.buckets import bucket_shapes, nearest_shape
 from tests.image_folders import count_words
 
@@ -780,3 +781,17 @@ def test_a_clean_folder_has_a_short_report(folder):
 def test_the_cache_root_follows_the_environment(monkeypatch):
     monkeypatch.delenv("SDTUNE_CACHE")
     assert cache_root() == Path.home() / ".cache" / "sdtune"
+
+
+def test_a_drawn_dataset_of_other_code_is_drawn_anew(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    folders = []
+    for name, shade in (("first_drawing", 1), ("second_drawing", 2)):
+        (tmp_path / f"{name}.py").write_text(
+            "from PIL import Image\n\ndef draw(folder):\n    folder.mkdir(parents=True)\n"
+            f"    Image.new('L', (8, 8), {shade}).save(folder / '0.png')\n"
+        )
+        draw = importlib.import_module(name).draw
+        folders += [builtin._drawn("dots", draw), builtin._drawn("dots", draw)]
+    assert folders[0] == folders[1] != folders[2] == folders[3]
+    assert Image.open(folders[3] / "0.png").getpixel((0, 0)) == 2

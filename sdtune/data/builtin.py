@@ -1,5 +1,7 @@
 """The built-in datasets, which are given by a short name."""
 
+import hashlib
+import inspect
 import os
 import shutil
 from collections.abc import Callable
@@ -8,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from sdtune.config.sections import UserError
+from sdtune.data import toy_world
 from sdtune.data.cache_folder import cache_root
 from sdtune.data.toy_hearts import draw_hearts
 from sdtune.data.toy_pairs import draw_captioned, draw_edges, draw_edits, draw_shapes
@@ -18,11 +21,16 @@ ASSETS = Path(__file__).parent.parent / "assets"
 
 
 def _drawn(name: str, draw: Callable[[Path], None]) -> Path:
-    """The folder of a dataset in the cache, which ``draw`` fills once, under another name that is then changed."""
-    folder = cache_root() / "datasets" / name
+    """The folder of a dataset in the cache, which ``draw`` fills once, under another name that is then changed.
+
+    Code that draws otherwise, as another version of sdtune may have it, has a folder of its own.
+    """
+    files = [Path(inspect.getfile(draw)), Path(toy_world.__file__)]
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    folder = cache_root() / "datasets" / f"{name}-{code[:8]}"
     if folder.is_dir():
         return folder
-    new = folder.with_name(f".{name}-{os.getpid()}")
+    new = folder.with_name(f".{folder.name}-{os.getpid()}")
     sweep_folders(new)
     try:
         draw(new)
