@@ -2,7 +2,8 @@
 
 python examples/classics.py [autoencoder] [super-resolution] [clip] [prior] [image-decoder] [--overwrite]
 
-Without a name, all. Ends with 1 if a score is below its bar. The rows of unCLIP read the runs of those before them.
+Without a name, all. Prints scores before and after, and ends with 1 if one is below its bar. Several train two at a
+time, each in a process of one thread; the three of unCLIP, which read each other's runs, one after the other in one.
 """
 
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 from diffusers import AutoencoderKL
+from two_at_a_time import TABLE, run_parts
 
 from sdtune.cli import main
 from sdtune.evaluation.toy_autoencoder import keeps_pictures
@@ -37,6 +39,10 @@ CHANCE = {
 }
 
 
+Table = tuple[str, list[str]]
+"""Scores of a method as printed, and the names of those below their bars."""
+
+
 def train(method: str, recipe: str, out: str, words: list[str]) -> None:
     try:
         main([method, "--config", recipe, "--output-dir", out, *words])
@@ -45,8 +51,8 @@ def train(method: str, recipe: str, out: str, words: list[str]) -> None:
             raise
 
 
-def autoencoder(words: list[str]) -> list[str]:
-    """Its decoder learns stars and hearts; the scores below their bars."""
+def autoencoder(words: list[str]) -> Table:
+    """Its decoder learns stars and hearts."""
     out = "runs/tiny-shapes"
     before = keeps_pictures(AutoencoderKL.from_pretrained(resolve_model("tiny"), subfolder="vae"))
     train("autoencoder", "autoencoder/tiny-shapes", out, words)
@@ -55,21 +61,21 @@ def autoencoder(words: list[str]) -> list[str]:
     return table("autoencoder", before, after, LEAST | gained)
 
 
-def super_resolution(words: list[str]) -> list[str]:
-    """From nothing, 8 pixels a side to 32, beside bicubic enlargement; the scores below their bars."""
+def super_resolution(words: list[str]) -> Table:
+    """From nothing, 8 pixels a side to 32, beside bicubic enlargement."""
     out = "runs/super-resolution"
     train("super-resolution", "super-resolution/tiny-shapes", out, words)
     bicubic, ours = enlarges_pictures(Path(out))
     return table("super-resolution", bicubic, ours, {name: bicubic[name] + gain for name, gain in OVER_BICUBIC.items()})
 
 
-def clip(words: list[str]) -> list[str]:
-    """From nothing, on 20,000 drawn pictures; the scores below their bars."""
+def clip(words: list[str]) -> Table:
+    """From nothing, on 20,000 drawn pictures."""
     train("clip", "clip/tiny-shapes", CLIP_RUN, words)
     return table("clip", CHANCE, knows_pictures(CLIP_RUN), CLIP_LEAST)
 
 
-def prior(words: list[str]) -> list[str]:
+def prior(words: list[str]) -> Table:
     """On the CLIP of the row before; beside the mean of all embeddings, which no caption changes."""
     if not Path(CLIP_RUN, "model.safetensors").is_file():
         train("clip", "clip/tiny-shapes", CLIP_RUN, words)
@@ -78,7 +84,7 @@ def prior(words: list[str]) -> list[str]:
     return table("prior", mean, after, PRIOR_LEAST)
 
 
-def image_decoder(words: list[str]) -> list[str]:
+def image_decoder(words: list[str]) -> Table:
     """From `tiny`, on the CLIP of its row; what it draws for captions through the prior of its row."""
     out = "runs/tiny-decoder"
     if not Path(PRIOR_RUN, "model_index.json").is_file():
@@ -87,13 +93,13 @@ def image_decoder(words: list[str]) -> list[str]:
     return table("image-decoder", CHANCE, draws_captions(out, PRIOR_RUN), DECODER_LEAST)
 
 
-def table(method: str, before: dict[str, float], after: dict[str, float], bars: dict[str, float]) -> list[str]:
-    """Print scores beside those before, or chance, and bars; the names of those below."""
-    print(f"\n{method:<22}     before       after         bar")
+def table(method: str, before: dict[str, float], after: dict[str, float], bars: dict[str, float]) -> Table:
+    """Scores beside those before, or chance, and bars."""
+    lines = [f"{method:<22}     before       after         bar"]
     for name, value in after.items():
         bar = shown(name, bars[name]) if name in bars else ""
-        print(f"{name:<22} {shown(name, before[name])} {shown(name, value)} {bar}")
-    return [name for name, bar in bars.items() if after[name] < bar]
+        lines.append(f"{name:<22} {shown(name, before[name])} {shown(name, value)} {bar}")
+    return "\n".join(lines), [name for name, bar in bars.items() if after[name] < bar]
 
 
 def shown(name: str, value: float) -> str:
@@ -110,11 +116,17 @@ ROWS = {
     "image-decoder": image_decoder,
 }
 
+PARTS = ["clip prior image-decoder", "autoencoder", "super-resolution"]
+"""What one process does; the longest first."""
+
 if __name__ == "__main__":
     began = time.monotonic()
-    asked = [word for word in sys.argv[1:] if word in ROWS] or list(ROWS)
+    asked = [word for word in sys.argv[1:] if word in ROWS]
     more = [word for word in sys.argv[1:] if word not in ROWS]
-    below = [name for row in asked for name in ROWS[row](more)]
+    if not asked:
+        sys.exit(run_parts(__file__, PARTS, more))
+    tables = [ROWS[row](more) for row in asked]
+    print(TABLE + "\n\n".join(text for text, _ in tables))
     print(f"{time.monotonic() - began:.0f} seconds")
-    if below:
+    if below := [name for _, names in tables for name in names]:
         sys.exit(f"below the bar: {', '.join(below)}")

@@ -6,15 +6,12 @@ Prints scores before and after, and ends with 1 if one is below its bar. Several
 process of one thread.
 """
 
-import os
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import diffusers
+from two_at_a_time import TABLE, run_parts
 
 from sdtune.cli import main
 from sdtune.config.verbs import SampleConfig
@@ -101,7 +98,7 @@ def run(method: str, words: list[str]) -> list[str]:
         if ended.code:
             raise
     after, below = SCORES[method](out), []
-    print(f"\n{method:<18} before   after     bar")
+    print(f"{TABLE}{method:<18} before   after     bar")
     for name, value in after.items():
         bar = BARS[method].get(name)
         shown = f"{bar:7.0%}" if bar else " " * 7
@@ -111,28 +108,13 @@ def run(method: str, words: list[str]) -> list[str]:
     return below
 
 
-def apart(method: str, words: list[str]) -> int:
-    """Run a method in a process of its own, which prints when it ends; its exit code."""
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [sys.executable, str(Path(__file__)), method, *words], env=one_thread, stdout=subprocess.PIPE, text=True
-    )
-    _, mark, table = ended.stdout.partition(f"\n{method} ")
-    print(mark + table if mark else ended.stdout, flush=True)
-    return ended.returncode
-
-
 if __name__ == "__main__":
     began = time.monotonic()
     methods = [word for word in sys.argv[1:] if word in RUNS] or list(RUNS)
     words = [word for word in sys.argv[1:] if word not in RUNS]
-    if len(methods) == 1:
-        below = run(methods[0], words)
-        print(f"{time.monotonic() - began:.0f} seconds")
-        if below:
-            sys.exit(f"below the bar: {', '.join(below)}")
-    else:
-        with ThreadPoolExecutor(2) as two:
-            codes = list(two.map(lambda method: apart(method, words), methods))
-        print(f"{time.monotonic() - began:.0f} seconds in all")
-        sys.exit(max(codes))
+    if len(methods) > 1:
+        sys.exit(run_parts(__file__, methods, words))
+    below = run(methods[0], words)
+    print(f"{time.monotonic() - began:.0f} seconds")
+    if below:
+        sys.exit(f"below the bar: {', '.join(below)}")

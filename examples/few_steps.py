@@ -1,25 +1,27 @@
 """Fifty steps to four, two and one: distils `tiny`, `tiny-flow` and the model of digits, and measures what comes out.
 
-python examples/few_steps.py [--overwrite]        after `make digits`, whose model is the teacher
+python examples/few_steps.py [lcm] [lcm-lora] [reflow] [progressive] [consistency] [consistency-scratch] [--overwrite]
 
-Two runs train at a time, each on one core. It fails where a method is worse than it was when it was written; the
-tables are those of docs/few-steps.md. Of digits the Frechet distance tells (features of the built-in random network),
-of `tiny` and `tiny-flow` what a reader of their shapes and colours sees.
+Comes after `make digits`, whose model is the teacher of digits. Prints what was measured, and ends with 1 if something
+is below its bar; the tables are those of docs/few-steps.md. Several methods train two at a time, each in a process of
+one thread. Of digits the Frechet distance tells (features of the built-in random network), of `tiny` and `tiny-flow`
+what a reader of their shapes and colours sees.
 """
 
-import os
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ConsistencyModelPipeline, DDIMScheduler, DDPMPipeline, DiffusionPipeline
-from digits import UNCONDITIONAL, Judge, print_table, train
+from digits import UNCONDITIONAL, Judge, print_table
+from digits import train as train_on_two_cores
 from torch import Tensor
+from two_at_a_time import TABLE, run_parts
 
+from sdtune.cli import main
 from sdtune.config.verbs import SampleConfig
 from sdtune.diffusion.noise_levels import Levels, denoiser
 from sdtune.diffusion.objective import DDPM
@@ -32,15 +34,15 @@ from sdtune.models.families import resolve_model, silence_libraries
 from sdtune.models.loading import load_adapters, load_pipeline
 from sdtune.run.contact_sheet import grid
 
-RECIPES = {
-    "reflow/tiny-flow": "runs/reflow-tiny-flow",
-    "lcm/tiny": "runs/lcm-tiny",
-    "progressive/digits": "runs/progressive-digits",
-    "lcm/tiny-lora": "runs/lcm-tiny-lora",
-    "consistency/digits": "runs/consistency-digits",
-    "consistency/digits-scratch": "runs/consistency-digits-scratch",
+RUNS = {
+    "lcm": ("lcm/tiny", "runs/lcm-tiny"),
+    "lcm-lora": ("lcm/tiny-lora", "runs/lcm-tiny-lora"),
+    "reflow": ("reflow/tiny-flow", "runs/reflow-tiny-flow"),
+    "consistency-scratch": ("consistency/digits-scratch", "runs/consistency-digits-scratch"),
+    "progressive": ("progressive/digits", "runs/progressive-digits"),
+    "consistency": ("consistency/digits", "runs/consistency-digits"),
 }
-"""Each takes one core."""
+"""Method to its recipe and the folder of its run; the longest first."""
 PICTURES, IMAGES = 100, 500
 TEACHER_GUIDANCE = 3.0
 """Under which `tiny` follows captions best."""
@@ -48,14 +50,15 @@ TEACHER_GUIDANCE = 3.0
 Rows = list[tuple[str, float, str, bool]]
 
 
-def distil(name: str, *words: str) -> None:
-    """Run a recipe in a process of its own, and show what it printed if it fails."""
-    line = [sys.executable, "-m", "sdtune", name.partition("/")[0], "--config", name, *words]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # two runs of two threads each would wait for one another
-    ended = subprocess.run(line, env=one_thread, capture_output=True, text=True)
-    if ended.returncode:
-        sys.exit(f"{' '.join(line)}\n{ended.stdout}{ended.stderr}")
-    print(f"{name}: trained", flush=True)
+def train(name: str, options: Sequence[str]) -> Path:
+    """Run the recipe of a method; the folder of its run."""
+    recipe, out = RUNS[name]
+    try:
+        main([recipe.partition("/")[0], "--config", recipe, "--output-dir", out, *options])
+    except SystemExit as ended:
+        if ended.code:
+            raise
+    return Path(out)
 
 
 def at_least(what: str, value: float, bar: float) -> tuple[str, float, str, bool]:
@@ -69,97 +72,113 @@ def at_most(what: str, value: float, bar: float) -> tuple[str, float, str, bool]
 # ---- tiny --------------------------------------------------------------------------------------------
 
 
-def latent() -> Rows:
-    """How often the picture is what the caption says, by steps; the teacher asks twice a step, its students once."""
-    rows: Rows = []
+def follows(rows: Rows, name: str, pipe: DiffusionPipeline, steps: int, guidance: float) -> dict[str, float]:
+    """How often the picture is what the caption says, which becomes a row."""
+    shares, _, _ = score(pipe, PICTURES, steps=steps, guidance=guidance)
+    rows.append((f"{name}, {steps} steps: all right", shares["all"], "", True))
+    return shares
 
-    def measured(name: str, pipe: DiffusionPipeline, steps: int, guidance: float) -> dict[str, float]:
-        shares, _, _ = score(pipe, PICTURES, steps=steps, guidance=guidance)
-        rows.append((f"{name}, {steps} steps: all right", shares["all"], "", True))
-        return shares
 
+def tiny() -> DiffusionPipeline:
+    """The teacher with LCM's sampler, which asks it twice a step; its students are asked once."""
     teacher = load_pipeline(SampleConfig(model="tiny", prompt=["-"]))
     teacher.scheduler = lcm_scheduler(teacher.scheduler)
+    return teacher
+
+
+def lcm(run: Path) -> Rows:
+    rows: Rows = []
+    teacher = tiny()
     for steps in (1, 4):
-        measured("tiny, guidance 3, LCM's sampler", teacher, steps, TEACHER_GUIDANCE)
-    student = load_pipeline(SampleConfig(model=RECIPES["lcm/tiny"], prompt=["-"]))
-    found = {steps: measured("LCM, told guidance 3", student, steps, TEACHER_GUIDANCE) for steps in (1, 2, 4)}
-    rows += [
+        follows(rows, "tiny, guidance 3, LCM's sampler", teacher, steps, TEACHER_GUIDANCE)
+    student = load_pipeline(SampleConfig(model=str(run), prompt=["-"]))
+    found = {steps: follows(rows, "LCM, told guidance 3", student, steps, TEACHER_GUIDANCE) for steps in (1, 2, 4)}
+    return [
+        *rows,
         at_least("LCM, 4 steps: all right", found[4]["all"], 0.85),
         at_least("LCM, 1 step: ground right", found[1]["ground"], 0.95),
         at_least("LCM, 1 step: a known shape, colours right", found[1]["known"], 0.70),
     ]
-    load_adapters(teacher, [RECIPES["lcm/tiny-lora"]])
-    found = {steps: measured("LCM-LoRA", teacher, steps, 1.0) for steps in (1, 2, 4)}
-    rows.append(at_least("LCM-LoRA, 4 steps: all right", found[4]["all"], 0.8))
-    return rows
 
 
-def flow() -> Rows:
-    """The same of `tiny-flow` and of its student, whose paths are straight."""
+def lcm_lora(run: Path) -> Rows:
     rows: Rows = []
+    student = tiny()
+    load_adapters(student, [str(run)])
+    found = {steps: follows(rows, "LCM-LoRA", student, steps, 1.0) for steps in (1, 2, 4)}
+    return [*rows, at_least("LCM-LoRA, 4 steps: all right", found[4]["all"], 0.8)]
 
-    def measured(name: str, model: str, steps: int, guidance: float) -> float:
-        pipe = load_pipeline(SampleConfig(model=model, prompt=["-"]))
-        shares, _, _ = score(pipe, PICTURES, steps=steps, guidance=guidance)
-        rows.append((f"{name}, {steps} steps: all right", shares["all"], "", True))
-        return shares["all"]
 
-    base = {steps: measured("tiny-flow, guidance 3", "tiny-flow", steps, TEACHER_GUIDANCE) for steps in (1, 2, 25)}
-    found = {steps: measured("reflow", RECIPES["reflow/tiny-flow"], steps, 1.0) for steps in (1, 2)}
-    rows.append(at_least("reflow in 2 steps over its base in 25", found[2] / base[25], 0.9))
-    return rows
+def reflow(run: Path) -> Rows:
+    """Of `tiny-flow` and of its student, whose paths are straight."""
+    rows: Rows = []
+    base, student = (load_pipeline(SampleConfig(model=name, prompt=["-"])) for name in ("tiny-flow", str(run)))
+    before = {steps: follows(rows, "tiny-flow, guidance 3", base, steps, TEACHER_GUIDANCE) for steps in (1, 2, 25)}
+    after = {steps: follows(rows, "reflow", student, steps, 1.0) for steps in (1, 2)}
+    return [*rows, at_least("reflow in 2 steps over its base in 25", after[2]["all"] / before[25]["all"], 0.9)]
 
 
 # ---- digits ------------------------------------------------------------------------------------------
 
 
-def pixels(judge: Judge) -> Rows:
-    """Frechet distances to the real digits, by steps."""
-    network, rows = load_network("random-conv"), list[tuple[str, float, str, bool]]()
-    real, seeds = embed(judge.real, network), range(IMAGES)
+def distance_to(judge: Judge) -> Callable[[Tensor], float]:
+    """The Frechet distance of images to the real digits."""
+    network = load_network("random-conv")
+    real = embed(judge.real, network)
+    return lambda images: frechet(embed(images, network), real)
 
-    def distance(images: Tensor) -> float:
-        return frechet(embed(images, network), real)
 
+def progressive(run: Path) -> Rows:
+    rows: Rows = []
+    distance, seeds = distance_to(Judge()), range(IMAGES)
     teacher = DDPMPipeline.from_pretrained(UNCONDITIONAL)
     ddim = DDIMScheduler.from_config(teacher.scheduler.config, timestep_spacing="trailing")
-    folder = Path(RECIPES["progressive/digits"])
-    students = {4: folder / "exports" / "step-000130", 2: folder / "exports" / "step-000260", 1: folder}
-    for (steps, place), bar in zip(students.items(), (0.6, 0.25, 0.10), strict=True):
+    first, second = sorted((run / "exports").iterdir())  # each of a halving; the last one is the run's own
+    for (steps, place), bar in zip({4: first, 2: second, 1: run}.items(), (0.6, 0.25, 0.10), strict=True):
         student = DDPMPipeline.from_pretrained(place)
         drawn = draw(student.unet, student.scheduler, seeds, steps=steps, batch_size=IMAGES)
-        grid(to_images(drawn[:40]), None, 10).save(folder / f"drawn-{steps}.png")
+        grid(to_images(drawn[:40]), None, 10).save(run / f"drawn-{steps}.png")
         before = distance(draw(teacher.unet, ddim, seeds, steps=steps, batch_size=IMAGES))
         after = distance(drawn)
         rows.append((f"teacher, DDIM, {steps} steps: Frechet", before, "", True))
         rows.append((f"progressive, {steps} steps: Frechet", after, "", True))
         rows.append(at_most(f"progressive over DDIM, {steps} steps", after / before, bar))
-
-    before = {steps: distance(by_teacher(teacher, steps, seeds)) for steps in (1, 2, 4)}
-    for name, bars in (("consistency/digits", {}), ("consistency/digits-scratch", {1: 25.0, 2: 20.0})):
-        pipe = ConsistencyModelPipeline.from_pretrained(RECIPES[name])
-        after = {}
-        for steps in before:
-            drawn = draw_consistency(pipe.unet, pipe.scheduler, seeds, steps=steps, batch_size=IMAGES)
-            grid(to_images(drawn[:40]), None, 10).save(f"{RECIPES[name]}/drawn-{steps}.png")
-            after[steps] = distance(drawn)
-            if not bars:
-                rows.append((f"teacher in its place, {steps} steps: Frechet", before[steps], "", True))
-            what = f"{name}, {steps} steps: Frechet"
-            rows.append(at_most(what, after[steps], bars[steps]) if steps in bars else (what, after[steps], "", True))
-            if steps == 2:
-                kinds = len(set(judge.probabilities(drawn).argmax(1)))
-                rows.append((f"{name}, {steps} steps: digits", kinds, "10", kinds == 10))
-        if not bars:
-            rows.append(at_most("distilled over teacher, 2 steps", after[2] / before[2], 0.4))
     return rows
 
 
+def consistency(run: Path) -> Rows:
+    rows, pipe = list[tuple[str, float, str, bool]](), ConsistencyModelPipeline.from_pretrained(run)
+    teacher, distance = DDPMPipeline.from_pretrained(UNCONDITIONAL), distance_to(Judge())
+    before = {steps: distance(by_teacher(teacher, pipe.scheduler, steps, range(IMAGES))) for steps in (1, 2, 4)}
+    rows += [(f"teacher in its place, {steps} steps: Frechet", x, "", True) for steps, x in before.items()]
+    after, measured = by_student(run, {})
+    return [*rows, *measured, at_most("distilled over teacher, 2 steps", after[2] / before[2], 0.4)]
+
+
+def consistency_scratch(run: Path) -> Rows:
+    return by_student(run, {1: 25.0, 2: 20.0})[1]
+
+
+def by_student(run: Path, bars: dict[int, float]) -> tuple[dict[int, float], Rows]:
+    """Distances of a consistency model by steps, and the rows of them."""
+    judge, pipe, found, rows = Judge(), ConsistencyModelPipeline.from_pretrained(run), {}, list[Any]()
+    distance = distance_to(judge)
+    for steps in (1, 2, 4):
+        drawn = draw_consistency(pipe.unet, pipe.scheduler, range(IMAGES), steps=steps, batch_size=IMAGES)
+        grid(to_images(drawn[:40]), None, 10).save(run / f"drawn-{steps}.png")
+        found[steps] = distance(drawn)
+        what = f"{run.name}, {steps} steps: Frechet"
+        rows.append(at_most(what, found[steps], bars[steps]) if steps in bars else (what, found[steps], "", True))
+        if steps == 2:
+            kinds = len(set(judge.probabilities(drawn).argmax(1)))
+            rows.append((f"{run.name}, {steps} steps: digits", kinds, "10", kinds == 10))
+    return found, rows
+
+
 @torch.no_grad()
-def by_teacher(teacher: DDPMPipeline, steps: int, seeds: Sequence[int]) -> Tensor:
+def by_teacher(teacher: DDPMPipeline, scheduler: Any, steps: int, seeds: Sequence[int]) -> Tensor:
     """Images of the sampler of consistency models, which asks the diffusion model in their place."""
-    levels, scheduler = Levels(), ConsistencyModelPipeline.from_pretrained(RECIPES["consistency/digits"]).scheduler
+    levels = Levels()
     process = DDPM(teacher.scheduler.alphas_cumprod, teacher.scheduler.config.prediction_type)
     denoise = denoiser(process, lambda x, t: teacher.unet(x, t).sample)
     scheduler.set_timesteps(steps)
@@ -172,15 +191,28 @@ def by_teacher(teacher: DDPMPipeline, steps: int, seeds: Sequence[int]) -> Tenso
     return x.clamp(-1, 1)
 
 
+MEASURE: dict[str, Callable[[Path], Rows]] = {
+    "lcm": lcm,
+    "lcm-lora": lcm_lora,
+    "reflow": reflow,
+    "consistency-scratch": consistency_scratch,
+    "progressive": progressive,
+    "consistency": consistency,
+}
+
 if __name__ == "__main__":
-    if not Path(UNCONDITIONAL, "model_index.json").is_file():
-        train("ddpm", "--config", "ddpm/digits")
     began = time.monotonic()
-    silence_libraries()
-    resolve_model("tiny")
-    with ThreadPoolExecutor(2) as two:
-        list(two.map(lambda name: distil(name, *sys.argv[1:]), RECIPES))
-    print(f"trained in {time.monotonic() - began:.0f} seconds")
-    met = print_table([*latent(), *flow(), *pixels(Judge())])
+    methods = [word for word in sys.argv[1:] if word in RUNS] or list(RUNS)
+    options = [word for word in sys.argv[1:] if word not in RUNS]
+    if len(methods) > 1:
+        if not Path(UNCONDITIONAL, "model_index.json").is_file():
+            train_on_two_cores("ddpm", "--config", "ddpm/digits")
+        silence_libraries()
+        resolve_model("tiny"), resolve_model("tiny-flow")
+        sys.exit(run_parts(__file__, methods, options))
+    run = train(methods[0], options)
+    rows = MEASURE[methods[0]](run)
+    print(TABLE, end="")
+    met = print_table(rows)
     print(f"{time.monotonic() - began:.0f} seconds")
     sys.exit(not met)
