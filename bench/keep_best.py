@@ -3,21 +3,28 @@
 python bench/keep_best.py hearts --work runs/keep-best [--seeds 0 1 2] [-n 100] [-- more options of the run]
 python bench/keep_best.py five --work runs/keep-best
 
-``hearts`` is `lora/tiny-hearts`, scored every 100 steps. The artefacts of the steps that are best by a score, and of
-the last, draw ``n`` images of held-out captions of hearts, which `toy_world.read` reads (``concept``). ``five`` trains
-on five pictures of hearts for 3,000 steps; 16 more are held out. The options that come last are given to the run.
-Writes ``scores.json`` beside each run, and prints a table.
+``hearts`` is `lora/tiny-hearts`, scored every 100 steps, also by a classifier of drawn shapes that is trained first.
+The artefacts of the steps that are best by a score, and of the last, draw ``n`` images of held-out captions of hearts,
+which `toy_world.read` reads (``concept``). ``five`` trains on five pictures of hearts for 3,000 steps; 16 more are held
+out. The options that come last are given to the run. Writes ``scores.json`` beside each run, and prints a table.
 """
 
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
+
+import numpy as np
+import torch
+from PIL import ImageFilter
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from sdtune.cli import main as sdtune
 from sdtune.config.scores import SCORES, Criterion, score_of
 from sdtune.config.verbs import SampleConfig
+from sdtune.data import toy_world
 from sdtune.data.builtin import ASSETS
 from sdtune.evaluation.toy_score import score
 from sdtune.models.loading import load_adapters, load_pipeline
@@ -26,7 +33,7 @@ from sdtune.run.metrics_file import read_lines
 
 EVERY = 100
 HEARTS = [
-    *("--keep-best", "likeness", "--validation-prompt", "a big red heart on a white background"),
+    *("--keep-best", "class_accuracy", "--validation-prompt", "a big red heart on a white background"),
     *("a small yellow heart on a blue background", "a big white heart on a black background"),
     *("a small green heart on a pink background", "a big blue heart on a white background"),
     *("a big purple heart on a gray background", "a big green circle on a pink background"),
@@ -41,14 +48,58 @@ FIVE = [
 ]
 
 
-def train(out: Path, every: int, options: list[str]) -> None:
-    words = ["lora", "--config", "lora/tiny-hearts", "--num-holdout-images", "16", "--evaluate-steps", str(every)]
-    words += ["--export-steps", str(every), "--output-dir", str(out), *options]
+def call(words: Sequence[str]) -> None:
     try:
         sdtune(words)
     except SystemExit as ended:
         if ended.code:
             raise
+
+
+def train(out: Path, every: int, options: list[str]) -> None:
+    words = ["lora", "--config", "lora/tiny-hearts", "--num-holdout-images", "16", "--evaluate-steps", str(every)]
+    call([*words, "--export-steps", str(every), "--output-dir", str(out), *options])
+
+
+def shapes_classifier(work: Path, steps: int = 400, batch: int = 48) -> Path:
+    """A classifier of transformers that tells the drawn shapes apart, hearts and stars among them; its folder."""
+    out, shapes = work / "classifier", (*toy_world.SHAPES, *toy_world.NEW_SHAPES)
+    if (out / "preprocessor_config.json").exists():
+        return out
+    torch.manual_seed(0)
+    sizes = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 64, 64], depths=[1, 1, 1, 1], layer_type="basic")
+    sizes.id2label = dict(enumerate(shapes))
+    sizes.label2id = {shape: k for k, shape in enumerate(shapes)}
+    network = ResNetForImageClassification(sizes)
+    optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    for step in range(steps + 1):
+        asked, pictures = drawn(shapes, batch, step)
+        network.train(step < steps)
+        ended = network(pixel_values=(pictures - 0.5) / 0.5, labels=asked)
+        if step == steps:
+            print(
+                f"classifier of shapes: {float((ended.logits.argmax(1) == asked).float().mean()):.0%} right on new ones"
+            )
+            break
+        optimizer.zero_grad()
+        ended.loss.backward()
+        optimizer.step()
+        schedule.step()
+    network.save_pretrained(out)
+    pixels = {"size": {"height": 64, "width": 64}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (out / "preprocessor_config.json").write_text(json.dumps(pixels), encoding="utf-8")
+    return out
+
+
+def drawn(shapes: Sequence[str], n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``n`` numbers of shapes, and pictures [n, 3, 64, 64] in [0, 1] of them, softened as an autoencoder does it."""
+    rng = np.random.default_rng([9, seed])
+    asked = rng.integers(len(shapes), size=n)
+    scenes = [toy_world.random_scene(rng, (shapes[k],), None) for k in asked]
+    soft = [toy_world.render(scene).filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.5))) for scene in scenes]
+    pictures = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for image in soft])
+    return torch.from_numpy(asked), pictures + rng.uniform(0, 0.05) * torch.randn_like(pictures)
 
 
 def figures_of(out: Path) -> dict[int, dict[str, float]]:
@@ -117,11 +168,10 @@ if __name__ == "__main__":
     known, more = parser.parse_known_args()
     more = [word for word in more if word != "--"]
     if known.what == "hearts":
+        judge = ["--classifier", str(shapes_classifier(known.work)), *HEARTS, *more]
         for seed in known.seeds:
-            table(
-                f"seed {seed}",
-                run(known.work / f"hearts-{seed}", EVERY, known.n, ["--seed", str(seed), *HEARTS, *more]),
-            )
+            out = known.work / f"hearts-{seed}"
+            table(f"seed {seed}", run(out, EVERY, known.n, ["--seed", str(seed), *judge]))
     else:
         source, folder = ASSETS / "tiny-hearts", known.work / "five-pictures"
         rows = [json.loads(line) for line in (source / "metadata.jsonl").read_text().splitlines()]
