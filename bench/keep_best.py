@@ -4,8 +4,8 @@ python bench/keep_best.py hearts --work runs/keep-best [--seeds 0 1 2] [-n 100] 
 python bench/keep_best.py five --work runs/keep-best
 
 ``hearts`` is `lora/tiny-hearts`, scored every 100 steps, also by a classifier of drawn shapes that is trained first.
-The artefacts of the steps that are best by a score, and of the last, draw ``n`` images of held-out captions of hearts,
-which `toy_world.read` reads (``concept``). ``five`` trains on five pictures of hearts for 3,000 steps; 16 more are held
+The artefacts of the step that is kept, and of the last, draw ``n`` images of held-out captions of hearts, which
+`toy_world.read` reads (``concept``). ``five`` trains on five pictures of hearts for 3,000 steps; 16 more are held
 out. The options that come last are given to the run. Writes ``scores.json`` beside each run, and prints a table.
 """
 
@@ -58,7 +58,7 @@ def call(words: Sequence[str]) -> None:
 
 def train(out: Path, every: int, options: list[str]) -> None:
     words = ["lora", "--config", "lora/tiny-hearts", "--num-holdout-images", "16", "--evaluate-steps", str(every)]
-    call([*words, "--export-steps", str(every), "--output-dir", str(out), *options])
+    call([*words, "--output-dir", str(out), *options])
 
 
 def shapes_classifier(work: Path, steps: int = 400, batch: int = 48) -> Path:
@@ -132,16 +132,14 @@ def run(out: Path, every: int, n: int, options: list[str]) -> dict[str, Any]:
     last = max(figures)
     chosen, folder = best(out)
     assert folder == out / BEST
-    folders = {step: out / "exports" / f"step-{step:06d}" for step in figures if step} | {last: out}
     names = [name for name in figures[last] if score_of(name) in get_args(Criterion)]
-    steps = {name: kept(figures, name) for name in names}
-    shown = {step: concept(folders.get(step), n) for step in sorted({*steps.values(), 0, last})}
+    shown = {step: concept(of, n) for step, of in {0: None, chosen: folder, last: out}.items()}
     result = {
         "figures": figures,
         "concept": shown,
-        "kept": {name: [step, shown[step]] for name, step in steps.items()},
+        "kept": {name: kept(figures, name) for name in names},
         "last": [last, shown[last]],
-        "best": [chosen, concept(folder, n)],
+        "best": [chosen, shown[chosen]],
     }
     (out / "scores.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     return result
@@ -154,9 +152,8 @@ def table(title: str, result: dict[str, Any]) -> None:
     for step, row in figures.items():
         drawn = f"{shown[step]:.0%}" if step in shown else "-"
         print(f"| {step} | {drawn} | " + " | ".join(f"{row.get(name, float('nan')):.4g}" for name in names) + " |")
-    for name, (step, value) in result["kept"].items():
-        print(f"best by {name}: step {step}, {value:.0%} hearts; last step: {result['last'][1]:.0%}")
-    print(f"kept in {BEST}: step {result['best'][0]}, {result['best'][1]:.0%} hearts")
+    print("best by " + ", ".join(f"{name}: step {step}" for name, step in result["kept"].items()))
+    print(f"kept in {BEST}: step {result['best'][0]}, {result['best'][1]:.0%} hearts; last: {result['last'][1]:.0%}")
 
 
 if __name__ == "__main__":
