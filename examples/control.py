@@ -24,7 +24,7 @@ from sdtune.models.networks import reshaped
 
 RUNS = {
     "instruct-pix2pix": ("instruct-pix2pix/tiny-edits", "runs/tiny-edits"),
-    "custom-diffusion": ("custom-diffusion/tiny-subjects", "runs/tiny-subjects-custom"),
+    "custom-diffusion": ("custom-diffusion/tiny-words", "runs/tiny-words-custom"),
     "controlnet": ("controlnet/tiny-edges", "runs/tiny-edges"),
     "t2i-adapter": ("t2i-adapter/tiny-edges", "runs/tiny-edges-adapter"),
 }
@@ -33,7 +33,7 @@ BARS: dict[str, dict[str, float]] = {
     "controlnet": {"overlap": 0.75, "close": 0.85, "shape": 0.50, "colour": 0.95, "ground": 0.95, "new": 0.60},
     "t2i-adapter": {"overlap": 0.75, "close": 0.85, "shape": 0.45},
     "instruct-pix2pix": {"right": 0.65, "kept": 0.45, "both": 0.33},
-    "custom-diffusion": {},
+    "custom-diffusion": {"arrow": 0.8, "moon": 0.8, "others": 0.7},
 }
 MEANING = {
     "overlap": "overlap of the shape with the one whose edges were given",
@@ -45,8 +45,8 @@ MEANING = {
     "right": "edits that did what was asked",
     "kept": "edits that left the rest as it was",
     "both": "edits that did both",
-    "heart": "images of the first new word that show its subject",
-    "star": "images of the second one that show its subject",
+    "arrow": "images of the first new word that show its subject",
+    "moon": "images of the second one that show its subject",
     "others": "images of shapes that the base knew which are right",
 }
 

@@ -66,7 +66,7 @@ BUILT_IN: dict[str, Callable[[], Path]] = {
     "tiny-hearts": lambda: ASSETS / "tiny-hearts",
     "tiny-subject": lambda: ASSETS / "tiny-subject",
     "tiny-word": lambda: ASSETS / "tiny-word",
-    "tiny-subjects": lambda: _drawn("tiny-subjects", draw_subjects),
+    "tiny-words": lambda: _drawn("tiny-words", draw_subjects),
     "many-hearts": lambda: _drawn("many-hearts", draw_hearts),
     "tiny-edges": lambda: _drawn("tiny-edges", draw_edges),
     "tiny-edits": lambda: _drawn("tiny-edits", draw_edits),

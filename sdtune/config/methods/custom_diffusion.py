@@ -42,7 +42,7 @@ class CustomDiffusionConfig(
     method: ClassVar[str] = "custom-diffusion"
     entry: ClassVar[str] = "sdtune.recipes.custom_diffusion:CustomDiffusion"
     examples: ClassVar[str] = r"""
-    sdtune custom-diffusion --config custom-diffusion/tiny-subject --steps 20
+    sdtune custom-diffusion --config custom-diffusion/tiny-word --steps 20
     sdtune custom-diffusion --dataset photos --instance-prompt "a photo of a <new1> dog" \
         --placeholder-token "<new1>" --initializer-token dog
     sdtune custom-diffusion --concepts-list concepts.json --placeholder-token "<new1>" "<new2>" \
