@@ -28,7 +28,7 @@ def run_parts(script: str, parts: Sequence[str], options: Sequence[str]) -> int:
         line = [sys.executable, script, *part.split(), *options]
         ended = subprocess.run(line, env=one_thread, stdout=subprocess.PIPE, text=True)
         _, mark, table = ended.stdout.rpartition(TABLE)
-        print(f"{part}, after {time.monotonic() - began:.0f} s{table if mark else chr(10) + ended.stdout}", flush=True)
+        print(f"{part}, after {time.monotonic() - began:.0f} s:\n{table if mark else ended.stdout}", flush=True)
         return ended.returncode
 
     with ThreadPoolExecutor(2) as two:
