@@ -15,6 +15,7 @@ from sdtune.evaluation.inputs import plan_of
 from sdtune.models import clip_skip, families, prompts
 from sdtune.models.prompt_embeddings import Reading, embed, embed_weighted
 from sdtune.models.prompts import Window
+from sdtune.recipes.lora import Lora
 from sdtune.run import stock_lines, usage
 from sdtune.sampling.sample import generate
 from tests.conftest import command, status
@@ -276,6 +277,15 @@ def test_weights_of_words_have_an_effect(build):
     options = {"steps": 1, "guidance_scale": 4.0, "width": 32, "height": 32, "negative_prompt": "(blue:1.5)"}
     (image,) = generate(pipe, ["a (red:1.5) circle"], [1], reading=Reading(prompt_weights=True), **options)
     assert image.size == (32, 32)
+
+
+def test_previews_weigh_words_too(sd, pictures):
+    pytest.importorskip("compel")
+    families.silence_libraries()
+    options = {"prompt_weights": True, "validation_inference_steps": 2, "resolution": 32}
+    recipe = Lora(LoraConfig(model=str(sd), dataset=str(pictures), **options), torch.device("cpu"))
+    plain, heavy = (recipe.sample([f"a (red:{weight}) circle"], [1]) for weight in ("1.0", "1.9"))
+    assert np.abs(pixels(plain) - pixels(heavy)).max() > 1
 
 
 def test_without_compel_the_way_to_it_is_told(sd, tmp_path, monkeypatch, capsys):
