@@ -41,7 +41,16 @@ HEARTS = [
 ]
 FIVE = [
     *("--keep-best", "holdout_loss"),
-    *("--steps", "3000", "--num-holdout-images", "16", "--learning-rate", "1e-3", "--lr-scheduler", "constant_with_warmup"),
+    *(
+        "--steps",
+        "3000",
+        "--num-holdout-images",
+        "16",
+        "--learning-rate",
+        "1e-3",
+        "--lr-scheduler",
+        "constant_with_warmup",
+    ),
     *("--train-batch-size", "5", "--validation-steps", "500", "--checkpointing-steps", "1000"),
     *("--validation-prompt", "a big red heart on a white background", "a small blue heart on a pink background"),
     *("a big green heart on a black background", "a small pink heart on a gray background"),
