@@ -514,6 +514,8 @@ def test_nothing_is_written_by_a_mistake_or_a_dry_run(capsys, tmp_path, monkeypa
         "cp nope": "nope: no such file or recipe",
         "sample": "error: nothing to show: give prompt or prompt_file",
         "sample --prompt x --num-processes 2": "--num-processes: no such option",
+        "compare a b --outptu x.html": "--outptu: no such option; did you mean --output?",
+        "watch --opn": "--opn: no such option; did you mean --open?",
         "sample --prompt x --guidance 3": "did you mean --guidance-scale?",
     }.items(),
 )

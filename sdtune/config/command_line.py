@@ -61,9 +61,13 @@ class OptionCommand:
         beside = {name: given.pop(name) for name in self.launch.model_fields if name in given}
         loose = list(ctx.args)
         declared = self.config.model_fields
-        one = [n for n in given if fields.positional(declared[n]) and isinstance(given[n], str)]
-        if strays := [n for n in one if given[n].startswith("--")]:
-            loose = [given.pop(n) for n in strays] + loose  # an unknown flag has taken the place of an argument
+        for argument in [n for n in given if fields.positional(declared[n])]:
+            words = [given[argument]] if isinstance(given[argument], str) else list(given[argument])
+            flags = [k for k, word in enumerate(words) if word.startswith("--")]
+            if flags:  # an unknown one has taken the place of an argument
+                loose = words[flags[0] :] + loose
+                before = {argument: words[: flags[0]]} if flags[0] else {}
+                given = {n: v for n, v in given.items() if n != argument} | before
         problems = list(parsing.unknown_words(self.config, loose, self.launch.model_fields))
         launch, more = parsing.validated(self.launch, beside, {})
         cfg, others = parsing.merged(self.config, beside.get("config"), given)
