@@ -69,7 +69,7 @@ def edits(run: str | None) -> dict[str, float]:
     return follows_edits(diffusers.StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False))
 
 
-def subjects(run: str | None, n: int = 40) -> dict[str, float]:
+def subjects(run: str | None, n: int = 30) -> dict[str, float]:
     """Of a run with two new words, or of the base, to which their subjects are the rare words of DreamBooth."""
     pipe = pipeline(model="tiny")
     if run:
