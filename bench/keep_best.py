@@ -41,16 +41,8 @@ HEARTS = [
 ]
 FIVE = [
     *("--keep-best", "holdout_loss"),
-    *(
-        "--steps",
-        "3000",
-        "--num-holdout-images",
-        "16",
-        "--learning-rate",
-        "1e-3",
-        "--lr-scheduler",
-        "constant_with_warmup",
-    ),
+    *("--steps", "3000", "--num-holdout-images", "16"),
+    *("--learning-rate", "1e-3", "--lr-scheduler", "constant_with_warmup"),
     *("--train-batch-size", "5", "--validation-steps", "500", "--checkpointing-steps", "1000"),
     *("--validation-prompt", "a big red heart on a white background", "a small blue heart on a pink background"),
     *("a big green heart on a black background", "a small pink heart on a gray background"),
@@ -87,9 +79,8 @@ def shapes_classifier(work: Path, steps: int = 400, batch: int = 48) -> Path:
         network.train(step < steps)
         ended = network(pixel_values=(pictures - 0.5) / 0.5, labels=asked)
         if step == steps:
-            print(
-                f"classifier of shapes: {float((ended.logits.argmax(1) == asked).float().mean()):.0%} right on new ones"
-            )
+            right = float((ended.logits.argmax(1) == asked).float().mean())
+            print(f"classifier of shapes: {right:.0%} right on new pictures")
             break
         optimizer.zero_grad()
         ended.loss.backward()

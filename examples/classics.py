@@ -11,9 +11,8 @@ import time
 from pathlib import Path
 
 from diffusers import AutoencoderKL
-from two_at_a_time import TABLE, run_parts
+from two_at_a_time import TABLE, run_parts, train
 
-from sdtune.cli import main
 from sdtune.evaluation.toy_autoencoder import keeps_pictures
 from sdtune.evaluation.toy_clip import knows_pictures
 from sdtune.evaluation.toy_decoder import draws_captions
@@ -43,19 +42,11 @@ Table = tuple[str, list[str]]
 """Scores of a method as printed, and the names of those below their bars."""
 
 
-def train(method: str, recipe: str, out: str, words: list[str]) -> None:
-    try:
-        main([method, "--config", recipe, "--output-dir", out, *words])
-    except SystemExit as ended:
-        if ended.code:
-            raise
-
-
 def autoencoder(words: list[str]) -> Table:
     """Its decoder learns stars and hearts."""
     out = "runs/tiny-shapes"
     before = keeps_pictures(AutoencoderKL.from_pretrained(resolve_model("tiny"), subfolder="vae"))
-    train("autoencoder", "autoencoder/tiny-shapes", out, words)
+    train("autoencoder/tiny-shapes", out, words)
     after = keeps_pictures(AutoencoderKL.from_pretrained(out))
     gained = {name: before[name] + gain for name, gain in GAINS.items()}
     return table("autoencoder", before, after, LEAST | gained)
@@ -64,22 +55,22 @@ def autoencoder(words: list[str]) -> Table:
 def super_resolution(words: list[str]) -> Table:
     """From nothing, 8 pixels a side to 32, beside bicubic enlargement."""
     out = "runs/super-resolution"
-    train("super-resolution", "super-resolution/tiny-shapes", out, words)
+    train("super-resolution/tiny-shapes", out, words)
     bicubic, ours = enlarges_pictures(Path(out))
     return table("super-resolution", bicubic, ours, {name: bicubic[name] + gain for name, gain in OVER_BICUBIC.items()})
 
 
 def clip(words: list[str]) -> Table:
     """From nothing, on 20,000 drawn pictures."""
-    train("clip", "clip/tiny-shapes", CLIP_RUN, words)
+    train("clip/tiny-shapes", CLIP_RUN, words)
     return table("clip", CHANCE, knows_pictures(CLIP_RUN), CLIP_LEAST)
 
 
 def prior(words: list[str]) -> Table:
     """On the CLIP of the row before; beside the mean of all embeddings, which no caption changes."""
     if not Path(CLIP_RUN, "model.safetensors").is_file():
-        train("clip", "clip/tiny-shapes", CLIP_RUN, words)
-    train("prior", "prior/tiny-shapes", PRIOR_RUN, words)
+        train("clip/tiny-shapes", CLIP_RUN, words)
+    train("prior/tiny-shapes", PRIOR_RUN, words)
     mean, after = finds_embeddings(PRIOR_RUN)
     return table("prior", mean, after, PRIOR_LEAST)
 
@@ -89,7 +80,7 @@ def image_decoder(words: list[str]) -> Table:
     out = "runs/tiny-decoder"
     if not Path(PRIOR_RUN, "model_index.json").is_file():
         prior(words)
-    train("image-decoder", "image-decoder/tiny-shapes", out, words)
+    train("image-decoder/tiny-shapes", out, words)
     return table("image-decoder", CHANCE, draws_captions(out, PRIOR_RUN), DECODER_LEAST)
 
 

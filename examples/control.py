@@ -11,9 +11,8 @@ import time
 from typing import Any
 
 import diffusers
-from two_at_a_time import TABLE, run_parts
+from two_at_a_time import TABLE, run_parts, train
 
-from sdtune.cli import main
 from sdtune.config.verbs import SampleConfig
 from sdtune.data.toy_subjects import SUBJECTS
 from sdtune.data.toy_world import NEW_SHAPES
@@ -92,11 +91,7 @@ def run(method: str, words: list[str]) -> list[str]:
     """Train a method, and print its scores; those below their bars."""
     recipe, out = RUNS[method]
     before = SCORES[method](None)
-    try:
-        main([method, "--config", recipe, "--output-dir", out, *words])
-    except SystemExit as ended:
-        if ended.code:
-            raise
+    train(recipe, out, words)
     after, below = SCORES[method](out), []
     print(f"{TABLE}{method:<18} before   after     bar")
     for name, value in after.items():

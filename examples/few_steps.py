@@ -19,9 +19,8 @@ from diffusers import ConsistencyModelPipeline, DDIMScheduler, DDPMPipeline, Dif
 from digits import UNCONDITIONAL, Judge, print_table
 from digits import train as train_on_two_cores
 from torch import Tensor
-from two_at_a_time import TABLE, run_parts
+from two_at_a_time import TABLE, run_parts, train
 
-from sdtune.cli import main
 from sdtune.config.verbs import SampleConfig
 from sdtune.diffusion.noise_levels import Levels, denoiser
 from sdtune.diffusion.objective import DDPM
@@ -48,17 +47,6 @@ TEACHER_GUIDANCE = 3.0
 """Under which `tiny` follows captions best."""
 
 Rows = list[tuple[str, float, str, bool]]
-
-
-def train(name: str, options: Sequence[str]) -> Path:
-    """Run the recipe of a method; the folder of its run."""
-    recipe, out = RUNS[name]
-    try:
-        main([recipe.partition("/")[0], "--config", recipe, "--output-dir", out, *options])
-    except SystemExit as ended:
-        if ended.code:
-            raise
-    return Path(out)
 
 
 def at_least(what: str, value: float, bar: float) -> tuple[str, float, str, bool]:
@@ -149,21 +137,22 @@ def progressive(run: Path) -> Rows:
 
 def consistency(run: Path) -> Rows:
     rows, pipe = list[tuple[str, float, str, bool]](), ConsistencyModelPipeline.from_pretrained(run)
-    teacher, distance = DDPMPipeline.from_pretrained(UNCONDITIONAL), distance_to(Judge())
+    teacher, judge = DDPMPipeline.from_pretrained(UNCONDITIONAL), Judge()
+    distance = distance_to(judge)
     before = {steps: distance(by_teacher(teacher, pipe.scheduler, steps, range(IMAGES))) for steps in (1, 2, 4)}
     rows += [(f"teacher in its place, {steps} steps: Frechet", x, "", True) for steps, x in before.items()]
-    after, measured = by_student(run, {})
+    after, measured = by_student(run, judge, {})
     return [*rows, *measured, at_most("distilled over teacher, 2 steps", after[2] / before[2], 0.4)]
 
 
 def consistency_scratch(run: Path) -> Rows:
-    return by_student(run, {1: 25.0, 2: 20.0})[1]
+    return by_student(run, Judge(), {1: 25.0, 2: 20.0})[1]
 
 
-def by_student(run: Path, bars: dict[int, float]) -> tuple[dict[int, float], Rows]:
+def by_student(run: Path, judge: Judge, bars: dict[int, float]) -> tuple[dict[int, float], Rows]:
     """Distances of a consistency model by steps, and the rows of them."""
-    judge, pipe, found, rows = Judge(), ConsistencyModelPipeline.from_pretrained(run), {}, list[Any]()
-    distance = distance_to(judge)
+    rows: Rows = []
+    pipe, found, distance = ConsistencyModelPipeline.from_pretrained(run), {}, distance_to(judge)
     for steps in (1, 2, 4):
         drawn = draw_consistency(pipe.unet, pipe.scheduler, range(IMAGES), steps=steps, batch_size=IMAGES)
         grid(to_images(drawn[:40]), None, 10).save(run / f"drawn-{steps}.png")
@@ -209,10 +198,12 @@ if __name__ == "__main__":
         if not Path(UNCONDITIONAL, "model_index.json").is_file():
             train_on_two_cores("ddpm", "--config", "ddpm/digits")
         silence_libraries()
-        resolve_model("tiny"), resolve_model("tiny-flow")
+        for base in ("tiny", "tiny-flow"):  # unpacked once, not by both parts
+            resolve_model(base)
         sys.exit(run_parts(__file__, methods, options))
-    run = train(methods[0], options)
-    rows = MEASURE[methods[0]](run)
+    recipe, out = RUNS[methods[0]]
+    train(recipe, out, options)
+    rows = MEASURE[methods[0]](Path(out))
     print(TABLE, end="")
     met = print_table(rows)
     print(f"{time.monotonic() - began:.0f} seconds")

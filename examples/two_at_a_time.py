@@ -1,4 +1,4 @@
-"""Runs the parts of an example two at a time, each in a process of one thread.
+"""Trains recipes, and runs the parts of an example two at a time, each in a process of one thread.
 
 Two processes of two threads each on two cores wait for one another, and take many times longer.
 """
@@ -10,11 +10,25 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from sdtune.cli import main
+
+TABLE = "\n---- scores\n"
+"""What a part prints before its table."""
+
+
+def train(recipe: str, out: str, options: Sequence[str]) -> None:
+    """Run a shipped recipe, ``METHOD/NAME``; ends the program if it fails."""
+    try:
+        main([recipe.partition("/")[0], "--config", recipe, "--output-dir", out, *options])
+    except SystemExit as ended:
+        if ended.code:
+            raise
+
 
 def run_parts(script: str, parts: Sequence[str], options: Sequence[str]) -> int:
     """Run ``python script part options`` for each part, and print what it printed last, its table, when it ends.
 
-    A part prints a line of ``TABLE`` before its table; of one that fails, everything is printed.
+    Of one that fails before its table, everything is printed.
 
     Args:
         parts: names that the script takes, several with spaces between, the one that takes longest first.
@@ -35,6 +49,3 @@ def run_parts(script: str, parts: Sequence[str], options: Sequence[str]) -> int:
         codes = list(two.map(run, parts))
     print(f"{time.monotonic() - began:.0f} seconds in all")
     return max(codes)
-
-
-TABLE = "\n---- scores\n"
