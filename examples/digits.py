@@ -104,10 +104,16 @@ def train(*words: str) -> None:
             raise
 
 
+def table(rows: list[tuple[str, float, str, bool]]) -> str:
+    """What was measured and what is wanted, a line each."""
+    return "\n".join(
+        f"{what:<74} {value:8.3f}   {wanted:<8} {'' if met else 'MISSED'}".rstrip() for what, value, wanted, met in rows
+    )
+
+
 def print_table(rows: list[tuple[str, float, str, bool]]) -> bool:
-    """Print what was measured and what is wanted; whether all of it is met."""
-    for what, value, wanted, met in rows:
-        print(f"{what:<58} {value:8.3f}   {wanted:<12} {'' if met else 'MISSED'}")
+    """Print it; whether all of it is met."""
+    print(table(rows))
     return all(met for *_, met in rows)
 
 

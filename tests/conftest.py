@@ -1,5 +1,6 @@
 """What the tests share: a tiny pipeline, a folder of pictures, and the command line itself."""
 
+import gc
 import hashlib
 import json
 import os
@@ -39,6 +40,11 @@ settings.register_profile("long", max_examples=1000, **FUZZ)
 def pytest_configure(config):
     """The fuzzers try a few examples, always the same; ``-m fuzz`` tries a thousand new ones."""
     settings.load_profile("long" if config.option.markexpr == "fuzz" else "short")
+
+
+def pytest_collection_finish():
+    """To look for garbage among what imports have made, and what stays, took a sixth of the time."""
+    gc.freeze()
 
 
 def pytest_xdist_auto_num_workers(config):

@@ -5,6 +5,7 @@ A fresh Python spends five seconds on imports; a fork spends none. What has to b
 """
 
 import fcntl
+import gc
 import os
 import pkgutil
 import signal
@@ -34,6 +35,7 @@ def import_everything() -> None:
     for module in pkgutil.walk_packages(sdtune.__path__, "sdtune."):
         if module.name != "sdtune.__main__":
             import_module(module.name)
+    gc.freeze()
 
 
 class Forked:
