@@ -12,7 +12,6 @@ from pathlib import Path
 
 from two_at_a_time import main_of, train
 
-TEACHER_OF_DIGITS = "runs/ddpm-digits"
 RUNS = {
     "lcm": ("lcm/tiny", "runs/lcm-tiny"),
     "lcm-lora": ("lcm/tiny-lora", "runs/lcm-tiny-lora"),
@@ -28,11 +27,11 @@ PARTS = ["lcm lcm-lora", "reflow progressive consistency consistency-scratch"]
 def run(method: str, words: list[str]) -> tuple[str, list[str]]:
     """Train a method; its scores as printed, and the names of those that miss their bars."""
     # These import torch and diffusers, which the process that starts the parts can do without.
-    from digits import table
+    from digits import UNCONDITIONAL, table
     from digits import train as train_on_two_cores
     from few_step_scores import MEASURE
 
-    if method in ("progressive", "consistency") and not Path(TEACHER_OF_DIGITS, "model_index.json").is_file():
+    if method in ("progressive", "consistency") and not Path(UNCONDITIONAL, "model_index.json").is_file():
         train_on_two_cores("ddpm", "--config", "ddpm/digits")
     recipe, out = RUNS[method]
     train(recipe, out, words)
