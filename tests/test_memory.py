@@ -60,6 +60,14 @@ def outlined(words):
     return memory_estimate.estimate(recipe, dataset, torch.device("cpu"), base=0)
 
 
+def test_what_the_cache_replaces_is_not_there_in_a_step(places, tmp_path):
+    words = contract.command("lora", places, tmp_path / "none")
+    cached, not_cached = outlined(words), outlined([*words, "--cache", "false"])
+    files = [*places.sd.glob("vae/*.safetensors"), *places.sd.glob("text_encoder/*.safetensors")]
+    replaced = sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+    assert not_cached.weights - cached.weights == pytest.approx(replaced, rel=0.01)
+
+
 LIBRARY = {"adamw": "torch", "adamw8bit": "bitsandbytes", "torchao_adamw4bit": "torchao"}
 
 

@@ -86,6 +86,8 @@ def estimate(recipe: Recipe, dataset: RecipeDataset, device: torch.device, base:
     """
     cfg = recipe.cfg
     batch = heaviest_batch(cfg, dataset)
+    if isinstance(recipe, FineTune):
+        recipe.family.unload_frozen()  # it gave the shapes of what is cached; a step has only what it uses
     prepare_modules(recipe.train(), cfg.model_copy(update={"compile": False}), device)
     trained = [p for p in recipe.parameters() if p.requires_grad]
     with torch.no_grad(), as_frozen(recipe, trained):
