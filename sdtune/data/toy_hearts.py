@@ -14,7 +14,7 @@ import numpy as np
 from sdtune.data import toy_world
 from sdtune.data.toy_world import Scene
 
-HEARTS, KNOWN = 250, 750
+HEARTS, KNOWN = 120, 880
 OFF, GROWN = 0.07, 0.05
 """The farthest from the middle, in shares of the side, and from the usual size."""
 
