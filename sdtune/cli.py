@@ -177,7 +177,7 @@ def with_recipe(ctx: typer.Context, file: Path, work: Callable[..., None], launc
     own = partial(work, ["run", str(file)], lambda: recipe)
     command = OptionCommand(str(file), recipe.Config, launch, own, inspect.getdoc(recipe))
     with command.context(ctx.args, ctx.parent) as inner:
-        command.parser.invoke(inner)
+        inner.command.invoke(inner)
 
 
 def recipe_in(file: Path) -> Any:

@@ -53,15 +53,16 @@ def option_tables(method: str) -> str:
     sections: dict[str, list[tuple[str, ...]]] = {}
     for name, field in fields.by_section(config):
         other = ", ".join(f"`{fields.flag(n)}`" for n in fields.aliases_of(field))
-        meaning = (field.description or "") + (f" Also {other}." if other else "")
+        meaning = fields.description(config, name) + (f" Also {other}." if other else "")
         row = (f"`{fields.written(config, name)}`", choices(field), default(field), meaning)
         sections.setdefault(fields.title_of(config, name), []).append(row)
     parts = [
         f"**{section}**\n\n{table(('Option', 'Takes', 'Default', 'Meaning'), rows)}"
         for section, rows in sections.items()
     ]
-    launch = (Launch if method in METHODS else Options).model_fields.items()
-    own = table(("Option", "Meaning"), ((f"`{fields.flag(name)}`", field.description or "") for name, field in launch))
+    launch = Launch if method in METHODS else Options
+    rows = ((f"`{fields.flag(name)}`", fields.description(launch, name)) for name in launch.model_fields)
+    own = table(("Option", "Meaning"), rows)
     return "\n\n".join([*parts, f"**On the command line only**\n\n{own}"])
 
 

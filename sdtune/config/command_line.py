@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +20,8 @@ LENIENT = {
     "token_normalize_func": lambda token: token.replace("_", "-"),
 }
 """Unknown flags are collected, not refused one at a time, so that every mistake is reported at once."""
+
+HELP = {"-h", "--help"}
 
 
 class OptionCommand:
@@ -47,12 +48,12 @@ class OptionCommand:
         if shared := config.model_fields.keys() & launch.model_fields.keys():
             raise UserError(f"{config.__name__}.{min(shared)}: sdtune has an option of that name; name it otherwise")
 
-    def signature(self) -> inspect.Signature:
+    def signature(self, explained: bool) -> inspect.Signature:
         """The parameters from which Typer makes the options."""
         context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-        always = parameters(Options)
-        options = parameters(self.config)
-        launching = [p for p in parameters(self.launch) if p.name not in Options.model_fields]
+        always = parameters(Options, explained)
+        options = parameters(self.config, explained)
+        launching = [p for p in parameters(self.launch, explained) if p.name not in Options.model_fields]
         return inspect.Signature([context, *always, *options, *launching])
 
     def run(self, ctx: typer.Context, values: dict[str, Any]) -> None:
@@ -80,17 +81,20 @@ class OptionCommand:
         else:
             self.work(cfg, launch)
 
-    @cached_property
-    def parser(self) -> TyperCommand:
-        """The command as Typer makes it of a function, which has one parameter per option."""
+    def parser(self, explained: bool) -> TyperCommand:
+        """The command as Typer makes it of a function, which has one parameter per option.
+
+        Args:
+            explained: the options have their help, which takes longer to read than to parse a line.
+        """
 
         def run(ctx: typer.Context, **values: Any) -> None:
             self.run(ctx, values)
 
-        run.__signature__ = self.signature()  # type: ignore[attr-defined]
+        run.__signature__ = self.signature(explained)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
         app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-        settings = LENIENT | {"help_option_names": ["-h", "--help"]}
+        settings = LENIENT | {"help_option_names": sorted(HELP)}
         app.command(self.name, cls=Command, help=self.help, context_settings=settings)(run)
         made = typer.main.get_command(app)
         assert isinstance(made, TyperCommand)
@@ -103,10 +107,11 @@ class OptionCommand:
 
     def context(self, words: list[str], parent: Any = None) -> Any:
         """Typer's context of the command with these words, under which it can be invoked."""
-        return self.parser.make_context(self.name, parsing.canonical(self.config, words), parent=parent)
+        parser = self.parser(explained=not HELP.isdisjoint(words))
+        return parser.make_context(self.name, parsing.canonical(self.config, words), parent=parent)
 
 
-def parameters(config: type[Section]) -> Iterator[inspect.Parameter]:
+def parameters(config: type[Section], explained: bool) -> Iterator[inspect.Parameter]:
     """One Typer option per field. Values stay text: pydantic converts them, so that all mistakes come at once."""
     for name, field in fields.by_section(config):
         names = fields.flag(name)
@@ -119,12 +124,13 @@ def parameters(config: type[Section]) -> Iterator[inspect.Parameter]:
             annotation = (list[str] if fields.is_list(field) else str) | None
             default = None
         option: Any
+        text = fields.help_of(config, name) if explained else None
         if place := fields.positional(field):
-            option = typer.Argument(metavar=place, help=fields.help_of(field), show_default=False)
+            option = typer.Argument(metavar=place, help=text, show_default=False)
         else:
             option = typer.Option(
                 names,
-                help=fields.help_of(field),
+                help=text,
                 metavar=fields.metavar(field),
                 rich_help_panel=fields.title_of(config, name),
                 show_default=False,

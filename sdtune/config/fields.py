@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from sdtune.config import docstrings
 from sdtune.config.section_base import Section
 
 FIRST = ("Data", "Source", "Model", "Run", "Captions", "Classes", "Adapter", "Prompts", "Preview", "Optim", "Hub")
@@ -116,9 +117,14 @@ def metavar(field: FieldInfo) -> str:
     return known.get(kind, "YAML" if get_origin(kind) is dict else "TEXT")
 
 
-def help_of(field: FieldInfo) -> str:
+def description(config: type[Section], name: str) -> str:
+    """What a field does: the docstring under it."""
+    return config.model_fields[name].description or docstrings.of_field(config, name)
+
+
+def help_of(config: type[Section], name: str) -> str:
     """The description with the default; what happens without an option that has none, the description itself says."""
-    text = field.description or ""
+    text, field = description(config, name), config.model_fields[name]
     if field.is_required():
         return f"{text} Required."
     default = field.get_default()

@@ -119,7 +119,6 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
-        use_attribute_docstrings=True,
         validate_default=True,
         allow_inf_nan=False,
         # a class is built when it is first used, and most sections never are
@@ -128,12 +127,11 @@ class Section(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        """A field declared again for another default keeps the help and the further names of the first."""
+        """A field declared again for another default keeps the further names of the first."""
         for name, field in cls.model_fields.items():
             for base in cls.__mro__[1:]:
                 first = base.model_fields.get(name) if issubclass(base, Section) else None
                 if first is not None:
-                    field.description = field.description or first.description
                     field.json_schema_extra = _both(field.json_schema_extra, first.json_schema_extra)
 
     answers: ClassVar[dict[str, str]] = {}
