@@ -68,6 +68,13 @@ def test_what_the_cache_replaces_is_not_there_in_a_step(places, tmp_path):
     assert not_cached.weights - cached.weights == pytest.approx(replaced, rel=0.01)
 
 
+def test_a_vae_that_encodes_beside_the_first_steps_is_counted(places, tmp_path):
+    words = contract.command("lora", places, tmp_path / "none")
+    before, beside = outlined(words), outlined([*words, "--lazy-cache", "true"])
+    vae = sum(tensor.nbytes for file in places.sd.glob("vae/*.safetensors") for tensor in load_file(file).values())
+    assert beside.weights - before.weights == pytest.approx(vae, rel=0.01)
+
+
 LIBRARY = {"adamw": "torch", "adamw8bit": "bitsandbytes", "torchao_adamw4bit": "torchao"}
 
 

@@ -12,7 +12,20 @@ from pydantic.fields import FieldInfo
 from sdtune.config import docstrings
 from sdtune.config.section_base import Section
 
-FIRST = ("Data", "Source", "Model", "Run", "Captions", "Classes", "Adapter", "Prompts", "Preview", "Optim", "Hub")
+FIRST = (
+    "Data",
+    "Source",
+    "Model",
+    "Run",
+    "Captions",
+    "Cache",
+    "Classes",
+    "Adapter",
+    "Prompts",
+    "Preview",
+    "Optim",
+    "Hub",
+)
 """Sections that --help shows first, after the options that are the command's own."""
 
 

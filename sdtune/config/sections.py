@@ -118,9 +118,12 @@ class Data(Source):
     def loader_workers(self, reads_images: bool) -> int:
         """Processes of a loader: as asked, or else what its items need.
 
-        An item whose image is encoded already takes less time than its way from another process.
+        An item whose image is encoded already takes less time than its way from another process. What is encoded
+        while a run trains needs the VAE, which is in the training process.
         """
-        return (2 if reads_images else 0) if self.dataloader_num_workers is None else self.dataloader_num_workers
+        if self.dataloader_num_workers is None:
+            return 2 if reads_images and not getattr(self, "lazy_cache", False) else 0
+        return self.dataloader_num_workers
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -161,7 +164,20 @@ class Latents(Section):
     """Folder for the VAE moments of a streamed dataset, a file for each shard. Default: compute them each time."""
 
 
-class Captions(Section):
+class Cache(Section):
+    cache: bool = True
+    """Compute VAE moments and text embeddings once and keep them on disk, where that is exact."""
+    lazy_cache: Annotated[bool, requires("cache")] = False
+    """Encode an image when it is first shown, and not before the first step; until all are, the VAE needs memory."""
+
+    @model_validator(mode="after")
+    def _images_are_encoded_where_the_model_is(self) -> Self:
+        if self.lazy_cache and getattr(self, "dataloader_num_workers", None):
+            raise ValueError("lazy_cache encodes in the training process: give no dataloader_num_workers with it")
+        return self
+
+
+class Captions(Cache):
     caption_column: str | None = None
     """Column that holds the caption (of a list, one is drawn each time). Default: `text`, or the only other column."""
     caption: str | None = None
@@ -174,8 +190,6 @@ class Captions(Section):
     """Shuffle the comma-separated tags of a caption each time."""
     keep_tags: Annotated[Natural, requires("shuffle_tags")] = 0
     """Leave this many tags at the front in place when shuffling."""
-    cache: bool = True
-    """Compute VAE moments and text embeddings once and keep them on disk, where that is exact."""
 
     def describe(self) -> Description:
         known = super().describe()
@@ -731,8 +745,8 @@ class Launch(Machine):
 
 
 MAY_CHANGE = frozenset(
-    "steps num_train_epochs output_dir ddp_timeout dataloader_num_workers cache cache_dir shard_cache "
-    "gradient_checkpointing cuda_graphs deterministic profile "
+    "steps num_train_epochs output_dir ddp_timeout dataloader_num_workers cache lazy_cache cache_dir "
+    "shard_cache gradient_checkpointing cuda_graphs deterministic profile "
     "checkpointing_steps checkpoints_total_limit export_steps max_bad_steps log_steps report_to tracker_project_name "
     "train_batch_size gradient_accumulation_steps validation_prompt negative_prompt num_validation_images "
     "validation_steps validation_inference_steps validation_guidance_scale prompt_weights push_to_hub "

@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate
 from sdtune.data import Sample, Stream, cache, summarize
 from sdtune.data.denoising_dataset import DenoisingDataset, Position
 from sdtune.data.further import ImagePrompt, from_file, to_image
+from sdtune.data.lazy_store import encoded_images
 
 
 class Known(NamedTuple):
@@ -94,6 +95,7 @@ def seen(pixels: Tensor, side: int) -> Tensor:
 
 class Config(Protocol):
     cache: bool
+    lazy_cache: bool
     embedding_dropout: float
     validation_image: list[Path]
     num_validation_images: int
@@ -130,9 +132,9 @@ def decoding_dataset(
             return towers.embed(seen(stream.pixels(variants[key]), towers.side)[None])[0]
 
         movq_key = None if on_meta else lambda: cache.weights_digest(movq)
-        latents = cache.cached_tensors("latents", movq_key, variants, latent, "Encoding images")
+        latents = encoded_images(cfg, "latents", movq_key, variants, latent)
         image_key = None if on_meta else towers.image_key
-        embeddings = cache.cached_tensors("embeddings", image_key, variants, embedding, "Embedding images")
+        embeddings = encoded_images(cfg, "embeddings", image_key, variants, embedding)
         with torch.no_grad():
             blank = towers.embed(towers.blank(torch.zeros(1, 3, towers.side, towers.side)))[0]
         known = Known(latents, embeddings, blank if on_meta else blank.cpu())

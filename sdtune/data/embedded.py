@@ -12,6 +12,7 @@ from torch import Tensor
 from sdtune.config.sections import Captions
 from sdtune.data import Sample, Stream, cache, summarize
 from sdtune.data.denoising_dataset import DenoisingDataset, Position
+from sdtune.data.lazy_store import encoded_images
 
 MEASURED = 10_000
 """Most images whose embeddings are averaged."""
@@ -115,7 +116,7 @@ def embedded_dataset(stream: Stream, towers: Towers, log: Callable[[str], None])
             return towers.embed(stream.pixels(variants[key])[None])[0]
 
         source = None if on_meta else towers.image_key
-        images = cache.cached_tensors("embeddings", source, variants, embed, "Embedding images")
+        images = encoded_images(stream.cfg, "embeddings", source, variants, embed)
     if stream.cfg.cache and (reason := stream.text_cacheable):
         log(f"captions are not cached: {reason}")
     elif stream.cfg.cache:

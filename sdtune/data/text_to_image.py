@@ -10,6 +10,7 @@ from sdtune.config.sections import Latents, UserError
 from sdtune.data import ShardStream, Stream, cache, summarize
 from sdtune.data.encoded_shards import encode_shards
 from sdtune.data.further import NOTHING, Further
+from sdtune.data.lazy_store import encoded_images
 from sdtune.data.text_to_image_dataset import TextToImageDataset, text_key
 
 
@@ -21,6 +22,7 @@ class Config(Protocol):
     bucket_step: int
     center_crop: bool
     cache: bool
+    lazy_cache: bool
     validation_prompt: list[str]
 
 
@@ -125,7 +127,7 @@ def text_to_image_dataset(
             return family.moments(stream.pixels(*variants[key])[None])[0]
 
         vae_key = None if on_meta else family.vae_key
-        moments = cache.cached_tensors("moments", vae_key, variants, encode, "Encoding images")
+        moments = encoded_images(cfg, "moments", vae_key, variants, encode, family.unload_frozen)
         family.unload_frozen()  # the VAE is not beside the text encoders
     reason = "the text encoder is trained" if trains_text else stream.text_cacheable
     if cfg.cache and reason:

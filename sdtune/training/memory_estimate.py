@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import default_collate
 
-from sdtune.config.sections import Adapter
+from sdtune.config.sections import Adapter, Captions
 from sdtune.models.quantize import require, sizes
 from sdtune.recipes.finetune import FineTune
 from sdtune.recipes.recipe import Recipe, RecipeDataset, TrainingConfig
@@ -88,6 +88,8 @@ def estimate(recipe: Recipe, dataset: RecipeDataset, device: torch.device, base:
     batch = heaviest_batch(cfg, dataset)
     if isinstance(recipe, FineTune):
         recipe.family.unload_frozen()  # it gave the shapes of what is cached; a step has only what it uses
+        if isinstance(cfg, Captions) and cfg.lazy_cache:
+            recipe.family.part("vae")  # it encodes images beside the first steps
     prepare_modules(recipe.train(), cfg.model_copy(update={"compile": False}), device)
     trained = [p for p in recipe.parameters() if p.requires_grad]
     with torch.no_grad(), as_frozen(recipe, trained):

@@ -30,6 +30,7 @@ class ClipConfig(Captions, Data, Optim, Hub, Run):
     keep_best: ClassVar[None] = None
     patience: ClassVar[int] = 0
     cache: ClassVar[bool] = False  # type: ignore[misc]
+    lazy_cache: ClassVar[bool] = False  # type: ignore[misc]
     compile: ClassVar[bool] = False  # type: ignore[misc]
 
     output_dir: Path = Path("runs/clip")

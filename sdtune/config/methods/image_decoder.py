@@ -14,10 +14,10 @@ from sdtune.config.section_base import (
     aliases,
     requires,
 )
-from sdtune.config.sections import Data, Denoising, Hub, Optim, OptionalLora, Preview, Run, SavedModel
+from sdtune.config.sections import Cache, Data, Denoising, Hub, Optim, OptionalLora, Preview, Run, SavedModel
 
 
-class ImageDecoderConfig(OptionalLora, Denoising, SavedModel, Data, Optim, Preview, Hub, Run):
+class ImageDecoderConfig(OptionalLora, Denoising, SavedModel, Cache, Data, Optim, Preview, Hub, Run):
     """From CLIP embeddings of pictures to pictures: the decoder of unCLIP and Kandinsky 2.2 (Ramesh et al. 2022)."""
 
     method: ClassVar[str] = "image-decoder"
