@@ -4,7 +4,7 @@
     python bench/startup.py --peer ~/diffusers
 
 The first step is that of `tiny` with a cache that is full. ``--peer`` is a checkout of diffusers, whose
-examples/text_to_image/train_text_to_image_lora.py tells its own help; it needs torchvision.
+examples/text_to_image/train_text_to_image_lora.py tells its own help and takes the same step; it needs torchvision.
 """
 
 import os
@@ -14,6 +14,9 @@ from pathlib import Path
 
 from harness import in_turn, parser, report, run
 from step import SCRIPT
+
+from sdtune.data.builtin import BUILT_IN
+from sdtune.models import families
 
 FIRST_STEP = "lora --model tiny --dataset tiny-hearts --resolution 64 --steps 1 --num-validation-images 0 --overwrite"
 
@@ -32,6 +35,12 @@ def main() -> None:
         arms: dict[str, Callable[[], float]] = {}
         if given.peer:
             arms["the script, --help"] = lambda: run([str(given.peer / SCRIPT), "--help"]).cpu
+            peer = [str(given.peer / SCRIPT), "--pretrained_model_name_or_path", families.resolve_model("tiny")]
+            peer += ["--train_data_dir", str(BUILT_IN["tiny-hearts"]()), "--caption_column", "text"]
+            peer += [*"--resolution 64 --train_batch_size 4 --rank 4 --max_train_steps 1".split()]
+            peer += ["--output_dir", f"{work}/peer"]
+            offline = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+            arms["the script, one step of tiny"] = lambda: run(peer, **offline).cpu
         arms |= {
             "sdtune --help": lambda: run(["-m", "sdtune", "--help"]).cpu,
             "sdtune lora --help": lambda: run(["-m", "sdtune", "lora", "--help"]).cpu,

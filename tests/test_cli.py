@@ -394,9 +394,9 @@ def test_help_lists_each_field_once(config, capsys, monkeypatch):
 @pytest.mark.parametrize("config", [*methods(), *verbs()], ids=lambda c: c.method)
 def test_no_flag_has_two_meanings(config):
     command = cli.group.commands[config.method]
-    flags = [flag for p in command.built.parser(explained=True).params for flag in (*p.opts, *p.secondary_opts)]
+    flags = [flag for p in command.built.parser().params for flag in (*p.opts, *p.secondary_opts)]
     assert len(flags) == len(set(flags))
-    assert all(p.help for p in command.built.parser(explained=True).params)
+    assert all(p.help for p in command.built.parser().params)
 
 
 @pytest.mark.parametrize("name", METHODS | VERBS)

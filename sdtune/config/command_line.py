@@ -48,12 +48,12 @@ class OptionCommand:
         if shared := config.model_fields.keys() & launch.model_fields.keys():
             raise UserError(f"{config.__name__}.{min(shared)}: sdtune has an option of that name; name it otherwise")
 
-    def signature(self, explained: bool) -> inspect.Signature:
+    def signature(self, flags: set[str] | None) -> inspect.Signature:
         """The parameters from which Typer makes the options."""
         context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-        always = parameters(Options, explained)
-        options = parameters(self.config, explained)
-        launching = [p for p in parameters(self.launch, explained) if p.name not in Options.model_fields]
+        always = parameters(Options, flags)
+        options = parameters(self.config, flags)
+        launching = [p for p in parameters(self.launch, flags) if p.name not in Options.model_fields]
         return inspect.Signature([context, *always, *options, *launching])
 
     def run(self, ctx: typer.Context, values: dict[str, Any]) -> None:
@@ -81,17 +81,18 @@ class OptionCommand:
         else:
             self.work(cfg, launch)
 
-    def parser(self, explained: bool) -> TyperCommand:
+    def parser(self, flags: set[str] | None = None) -> TyperCommand:
         """The command as Typer makes it of a function, which has one parameter per option.
 
         Args:
-            explained: the options have their help, which takes longer to read than to parse a line.
+            flags: those on the line that is to be parsed: Typer takes most of its time for options that nobody gave.
+                ``None`` has all options, and their help.
         """
 
         def run(ctx: typer.Context, **values: Any) -> None:
             self.run(ctx, values)
 
-        run.__signature__ = self.signature(explained)  # type: ignore[attr-defined]
+        run.__signature__ = self.signature(flags)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
         app = typer.Typer(add_completion=False, rich_markup_mode="rich")
         settings = LENIENT | {"help_option_names": sorted(HELP)}
@@ -107,14 +108,17 @@ class OptionCommand:
 
     def context(self, words: list[str], parent: Any = None) -> Any:
         """Typer's context of the command with these words, under which it can be invoked."""
-        parser = self.parser(explained=not HELP.isdisjoint(words))
-        return parser.make_context(self.name, parsing.canonical(self.config, words), parent=parent)
+        line = parsing.canonical(self.config, words)
+        flags = {word.partition("=")[0].replace("_", "-") for word in line}
+        return self.parser(flags if HELP.isdisjoint(words) else None).make_context(self.name, line, parent=parent)
 
 
-def parameters(config: type[Section], explained: bool) -> Iterator[inspect.Parameter]:
+def parameters(config: type[Section], flags: set[str] | None) -> Iterator[inspect.Parameter]:
     """One Typer option per field. Values stay text: pydantic converts them, so that all mistakes come at once."""
     for name, field in fields.by_section(config):
         names = fields.flag(name)
+        if flags is not None and not fields.positional(field) and flags.isdisjoint({names, f"--no-{names[2:]}"}):
+            continue
         annotation: Any
         default: Any
         if field.annotation is bool:
@@ -124,7 +128,7 @@ def parameters(config: type[Section], explained: bool) -> Iterator[inspect.Param
             annotation = (list[str] if fields.is_list(field) else str) | None
             default = None
         option: Any
-        text = fields.help_of(config, name) if explained else None
+        text = None if flags is not None else fields.help_of(config, name)
         if place := fields.positional(field):
             option = typer.Argument(metavar=place, help=text, show_default=False)
         else:

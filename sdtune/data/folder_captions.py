@@ -20,7 +20,6 @@ from sdtune.data.metadata import (
     listed_error,
     parse_caption_text,
     read_caption,
-    read_metadata,
 )
 
 CAPTION_FILES = (".txt", ".caption")
@@ -177,7 +176,7 @@ def read_tables(
     places: dict[str, str] = {}  # of the first row of each image
     problems: list[str] = []
     for table, path in sorted(tables.items()):
-        columns, rows, broken = read_metadata(path, table)
+        columns, rows, broken = files.table(table)
         problems += broken
         if not rows:
             problems += [] if broken else [f"{table}: no rows"]

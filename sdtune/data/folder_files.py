@@ -11,7 +11,7 @@ from PIL import Image
 
 from sdtune.config.sections import UserError
 from sdtune.data.images import ACCEPTED, EXTENSIONS
-from sdtune.data.metadata import listed_error
+from sdtune.data.metadata import Metadata, listed_error, read_metadata
 from sdtune.run.folder import is_run, own_entries
 
 MASK_FOLDERS = ("masks", "mask")
@@ -40,6 +40,14 @@ class FolderFiles:
     """Names of folders and images that sdtune wrote."""
     outside: set[str] = field(default_factory=set)
     """Names of files that are links out of the folder, or lie in a folder that is one."""
+    read: dict[str, Metadata] = field(default_factory=dict)
+    """Tables that have been read, by name."""
+
+    def table(self, name: str) -> Metadata:
+        """The columns, rows and problems of the table ``name`` of ``others``, which is read once."""
+        if name not in self.read:
+            self.read[name] = read_metadata(self.others[name], name)
+        return self.read[name]
 
     def refuse_outside(self, names: Iterable[str], way_out: str) -> None:
         """Raises: UserError if one of ``names`` is a link out of the folder."""
@@ -61,7 +69,7 @@ def find_files(folder: Path, dataset: str, follow_links: bool = False, leave_out
     """
     found = FolderFiles(folder)
     for name, path in _walk(found, follow_links, leave_out):
-        kind = found.images if path.suffix.lower() in EXTENSIONS else found.others
+        kind = found.images if os.path.splitext(name)[1].lower() in EXTENSIONS else found.others  # noqa: PTH122  fast
         kind[name] = path
     _leave_out_class_images(found)
     _pair_masks(found)
@@ -133,12 +141,13 @@ def _walk(found: FolderFiles, follow_links: bool, leave_out: Path | None) -> Ite
                 linked.add(path)
                 visited.add(path.resolve())
         below = "" if at == folder else f"{_name(at, folder)}/"
+        entries = {entry.name: entry for entry in os.scandir(parent)}  # they know their kind without a look at the file
         for name in names:
-            path, shown = at / name, below + _readable(name)
-            if name.startswith(".") or not path.is_file():
+            path, shown, entry = at / name, below + _readable(name), entries.get(name)
+            if name.startswith(".") or entry is None or not entry.is_file():
                 found.ignored.append(shown)
                 continue
-            if through_link or (path.is_symlink() and not path.resolve().is_relative_to(home)):
+            if through_link or (entry.is_symlink() and not path.resolve().is_relative_to(home)):
                 found.outside.add(shown)
             yield shown, path
 

@@ -9,6 +9,7 @@ import csv
 import difflib
 import io
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,12 @@ MAX_CAPTION_FILE = 1_000_000
 """Bytes of a file that holds the captions of one image."""
 
 _LISTED = 10  # problems in one message; the rest is counted
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+Table = tuple[list[tuple[str, dict[str, Any]]], list[str]]
+"""Rows, each with its place as ``file:line``, and problems."""
+Metadata = tuple[list[str], list[tuple[str, dict[str, Any]]], list[str]]
+"""Columns, rows and problems of a table."""
 
 
 @dataclass
@@ -119,7 +126,7 @@ def parse_captions(value: Any, default: str | None = None) -> tuple[str, ...]:
             raise ValueError(f"the caption has {len(text):,} characters; at most {MAX_CAPTION:,} are read")
         if not text.strip():
             raise ValueError("the caption is empty")
-        if any("\ud800" <= char <= "\udfff" for char in text):
+        if _LONE_SURROGATE.search(text):
             raise ValueError("the caption holds half a character (a lone surrogate)")
     return tuple(text.strip() for text in texts)
 
@@ -180,7 +187,7 @@ def read_text(path: Path) -> str:
         raise ValueError(f"line {line} is not UTF-8 text; save the file as UTF-8") from None
 
 
-def read_metadata(path: Path, shown: str) -> tuple[list[str], list[tuple[str, dict[str, Any]]], list[str]]:
+def read_metadata(path: Path, shown: str) -> Metadata:
     """Read a metadata table: its columns; its rows, each with its place as ``shown:line``; its problems."""
     try:
         kind = path.suffix.lower()
@@ -193,9 +200,6 @@ def read_metadata(path: Path, shown: str) -> tuple[list[str], list[tuple[str, di
         return [], [], [f"{shown}: {str(error).splitlines()[0]}"]
     columns = list(dict.fromkeys(column for _, row in rows for column in row))
     return columns, rows, problems
-
-
-Table = tuple[list[tuple[str, dict[str, Any]]], list[str]]
 
 
 def _jsonl(text: str, shown: str) -> Table:

@@ -12,7 +12,7 @@ from sdtune.config.sections import Data, Masks, UserError
 from sdtune.data.folder_captions import INSIDE_ONLY, ImageNames, own_column
 from sdtune.data.folder_files import FolderFiles
 from sdtune.data.images import ImageInfo, many_frames
-from sdtune.data.metadata import FILE_NAME, column_named, listed_error, read_metadata
+from sdtune.data.metadata import FILE_NAME, column_named, listed_error
 
 PAIRED_FOLDERS = ("conditioning_image", "input_image")
 """Folders whose images belong to those above them for every method; other folders only if a method asks for them."""
@@ -40,8 +40,8 @@ def set_paired_aside(files: FolderFiles, tables: Mapping[str, Path], image_colum
     names = ImageNames(files.images)
     own: set[str] = set()
     named: set[str] = set()
-    for path in tables.values():
-        columns, rows, _ = read_metadata(path, path.name)
+    for table, path in tables.items():
+        columns, rows, _ = files.table(table)
         own_name = own_column(columns, image_column)
         others = [column for column in columns if column.endswith(f"_{FILE_NAME}") and column != own_name]
         if not others:
@@ -90,7 +90,7 @@ def find_paired(
     Raises: UserError that names the images without one, and the rows that cannot be used.
     """
     key = f"{column}_{FILE_NAME}"
-    read = {table: read_metadata(path, table) for table, path in sorted(tables.items())}
+    read = {table: files.table(table) for table in sorted(tables)}
     with_key = [table for table, (columns, _, _) in read.items() if column_named(key, columns)]
     if not with_key:
         return _from_folders(files, tables, column, option)

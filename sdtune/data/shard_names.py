@@ -1,6 +1,7 @@
 """Finds the shards of a dataset: a folder of tar files, ``shards/{000000..000099}.tar``, ``shards/*.tar``, URLs."""
 
 import itertools
+import os
 import re
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def is_sharded(dataset: str) -> bool:
     folder = Path(dataset).expanduser()
     if "://" in dataset or not folder.is_dir():
         return False
-    kinds = {file.suffix.lower() for file in folder.iterdir()}
+    kinds = {os.path.splitext(name)[1].lower() for name in os.listdir(folder)}  # noqa: PTH122, PTH208  ten times faster
     return ".tar" in kinds and not kinds & EXTENSIONS
 
 

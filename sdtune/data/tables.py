@@ -40,7 +40,7 @@ def is_table(folder: Path) -> bool:
     found = False
     for _, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        endings = {Path(name).suffix.lower() for name in names if not name.startswith(".")}
+        endings = {os.path.splitext(name)[1].lower() for name in names if not name.startswith(".")}  # noqa: PTH122  fast
         if endings & EXTENSIONS:
             return False  # a folder of images
         found |= any(name.endswith(".parquet") and name.lower() not in TABLES for name in names)
