@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from sdtune.config.sections import Optim, UserError, finds_rate
-from sdtune.training import optim
+from sdtune.training import optim, optimizer_state
 
 
 def config(**fields) -> Optim:
@@ -57,7 +57,7 @@ def copied(value):
     """A tensor as copies of the plain ones that it consists of, which torchao's own cannot be copied as."""
     if not isinstance(value, torch.Tensor):
         return value
-    return {part: inner.detach().clone() for part, inner in optim.parts_of(value).items()}
+    return {part: inner.detach().clone() for part, inner in optimizer_state.parts_of(value).items()}
 
 
 def same(one, other) -> bool:
@@ -402,19 +402,22 @@ def test_every_further_optimizer_goes_on_as_if_it_had_not_stopped():
     pytest.importorskip("pytorch_optimizer")
     for name in optim.FURTHER:
         put_back(config(optimizer=name), 2)
+    put_back(config(optimizer="soap"), 9)  # its bases turn every tenth step; then they lie in memory by columns
 
 
 def put_back(cfg, stop):
     module = network()
     optimizer = optimizer_of(module, cfg)
     advance(module, optimizer, 0, stop)
-    tensors, numbers = through_files(*optim.save_state(optimizer, named(module)))
+    tensors, numbers = through_files(*optimizer_state.save_state(optimizer, named(module)))
     other = network(seed=1)
     with torch.no_grad():
         for mine, theirs in zip(other.parameters(), module.parameters(), strict=True):
             mine.copy_(theirs)
     resumed = optimizer_of(other, cfg)
-    optim.load_state(resumed, named(other), tensors, numbers, lambda tensor, parameter: tensor.to(parameter.device))
+    optimizer_state.load_state(
+        resumed, named(other), tensors, numbers, lambda tensor, parameter: tensor.to(parameter.device)
+    )
     assert same(bits(other, resumed), bits(module, optimizer))
     advance(module, optimizer, stop, stop + 4)
     advance(other, resumed, stop, stop + 4)
@@ -426,7 +429,7 @@ def test_saving_changes_nothing(cfg):
     optimizer = optimizer_of(module, cfg)
     advance(module, optimizer, 0, 2)
     before = bits(module, optimizer)
-    tensors, _ = optim.save_state(optimizer, named(module))
+    tensors, _ = optimizer_state.save_state(optimizer, named(module))
     assert same(bits(module, optimizer), before)
     names = {key.partition("|")[0] for key in tensors} - {""}
     assert names <= set(named(module).values())

@@ -24,7 +24,7 @@ from sdtune.diffusion.tables import widest_float
 from sdtune.models.fused_lora import HalfAdapters
 from sdtune.recipes.recipe import Recipe, split_loss
 from sdtune.run.precision import dtype_of
-from sdtune.training import optim
+from sdtune.training import optim, optimizer_state
 
 INIT_SCALE = 2.0**16
 """By what fp16 losses are multiplied at first; halved after an overflow, doubled after 2000 steps without one."""
@@ -158,13 +158,13 @@ class Engine:
     def save_optimizer(
         self, optimizer: Optimizer, names: dict[Tensor, str]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """See `optim.save_state`; where processes hold slices, so do the tensors."""
-        return optim.save_state(optimizer, names)
+        """See `optimizer_state.save_state`; where processes hold slices, so do the tensors."""
+        return optimizer_state.save_state(optimizer, names)
 
     def load_optimizer(
         self, optimizer: Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor], numbers: dict[str, Any]
     ) -> None:
-        optim.load_state(optimizer, names, tensors, numbers, shard_like)
+        optimizer_state.load_state(optimizer, names, tensors, numbers, shard_like)
 
     def save_scale(self) -> dict[str, Any]:
         """The scale of fp16 losses and the steps since it changed; empty in another precision."""

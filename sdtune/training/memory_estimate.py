@@ -28,7 +28,7 @@ from sdtune.config.sections import Adapter, Captions
 from sdtune.models.quantize import require, sizes
 from sdtune.recipes.finetune import FineTune
 from sdtune.recipes.recipe import Recipe, RecipeDataset, TrainingConfig
-from sdtune.training import optim
+from sdtune.training import optim, optimizer_state
 from sdtune.training.engine import Engine
 from sdtune.training.peak_memory import PeakMemoryMode
 from sdtune.training.prepare import prepare_modules
@@ -247,7 +247,7 @@ def state_size(cfg: TrainingConfig, weights: Iterable[Tensor], device: torch.dev
         w.grad = torch.ones_like(w)
         optimizer = optim.make_optimizer(cfg, [{"params": [w], "lr": cfg.learning_rate}])
         optim.clipped_step(optimizer, torch.ones((), device=device), 1.0)
-        kept, _ = optim.save_state(optimizer, {w: "w"})
+        kept, _ = optimizer_state.save_state(optimizer, {w: "w"})
         size = sum(t.nbytes for name, t in kept.items() if name.startswith("w|"))
         total += round(count * size * numel / w.numel())
     return total
