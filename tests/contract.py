@@ -357,8 +357,9 @@ RECIPES = {
         },
         weights="model.safetensors",
         variants={
-            "chunks, average, flips": [
+            "chunks, noise, average, flips": [
                 *("--dataloader-num-workers", "2", "--chunk-size", "1"),
+                "--noised",
                 "--use-ema",
                 "--random-flip",
             ]

@@ -1,6 +1,7 @@
 """``sdtune clip``: its loss, steps cut into chunks, and its artefact in transformers, scores and guidance."""
 
 import json
+import math
 import re
 
 import pytest
@@ -13,6 +14,7 @@ from sdtune.config.sections import UserError
 from sdtune.data import toy_world
 from sdtune.evaluation import toy_clip
 from sdtune.evaluation.judges import Clip as Judge
+from sdtune.models.clip import read_clip, save_clip
 from sdtune.models.vision import load_pretrained
 from sdtune.recipes.clip import MAX_SCALE, Clip, contrastive_loss
 from sdtune.run import stock_lines, usage
@@ -78,6 +80,22 @@ def test_the_temperature_is_clamped_and_does_not_decay(pictures):
     assert flat["weight_decay"] == 0.0
     assert all(p.ndim > 1 for p in decaying["params"])
     assert len(decaying["params"]) + len(flat["params"]) == len(list(recipe.parameters()))
+
+
+def test_noised_pictures_are_those_of_a_diffusion(pictures):
+    """By the run's draws of a position, clean at u = 0 and pure noise at 1; captions and loss stay as they are."""
+    recipe = recipe_of(pictures, noised=True)
+    data = recipe.dataset(4, lambda line: None)
+    items = [data[p] for p in range(4)]
+    assert not torch.equal(items[0]["noise"], items[1]["noise"]) and torch.equal(data[2]["noise"], items[2]["noise"])
+    batch = {name: torch.stack([item[name] for item in items]) for name in ("pixels", "tokens", "noise", "u")}
+    batch["u"] = torch.tensor([0.0, 1.0, 0.5, 0.25], dtype=torch.float64)
+    x, noise = batch["pixels"], batch["noise"]
+    c, s = math.cos(math.pi / 8), math.sin(math.pi / 8)
+    seen = torch.stack([x[0], noise[1], 0.5**0.5 * (x[2] + noise[2]), c * x[3] + s * noise[3]])
+    plain, _ = recipe_of(pictures)({"pixels": seen, "tokens": batch["tokens"]})
+    torch.testing.assert_close(recipe(batch)[0], plain)
+    assert "noise" not in recipe_of(pictures).dataset(4, lambda line: None)[0]
 
 
 # ---- what is refused -------------------------------------------------------------------------------------
@@ -148,6 +166,19 @@ def test_it_is_continued_and_judged_and_told(run, pictures):
     assert "--clip-guidance-scale" in (run / "report.html").read_text()
     with pytest.raises(UserError, match="--resolution 64: this CLIP sees pictures of 16"):
         Clip(ClipConfig(dataset=str(pictures), model=str(run)), torch.device("cpu"))
+
+
+def test_a_folder_says_whether_pictures_were_noised(run, shared, pixels, tmp_path):
+    """And guidance shows it those; one that goes on without noise is a usual CLIP again."""
+    noised = shared("clip", "--steps", "4", "--noised")
+    says = [json.loads((folder / "config.json").read_text()).get("noised") for folder in (run, noised)]
+    assert says == [None, True]
+    out = tmp_path / "drawn"
+    words = ["sample", "--model", str(pixels), "--steps", "2", "--clip-model", str(noised), "--prompt", "a red circle"]
+    assert status([*words, "--clip-guidance-scale", "2", "--output-dir", str(out)]) == 0
+    assert (out / "00000.png").exists()
+    usual = save_clip(tmp_path / "usual", read_clip(ClipConfig(dataset="d", model=str(noised), resolution=16), "cpu"))
+    assert next(json.loads(p.read_text()) for p in usual if p.name == "config.json")["noised"] is False
 
 
 def test_it_is_not_taken_for_an_adapter_or_a_classifier(run):

@@ -382,6 +382,25 @@ def test_the_gradient_of_clip_goes_through_the_network(channels):
             assert float(slope) == pytest.approx(float((gradient * way).sum()), rel=1e-5)
 
 
+def test_a_clip_of_noised_pictures_looks_at_those():
+    """So nothing of the network that draws is in its gradient."""
+    clip = clip_network()
+    texts = torch.nn.functional.normalize(normal(5, 2, 8).float(), dim=1)
+    usual, t = ByClip(clip, texts, 2.0), torch.tensor(300)
+    clip.model.config.noised = True
+    guide = ByClip(clip, texts, 2.0)
+    x_t, x0 = (normal(k, 2, 3, 8, 8).float().requires_grad_() for k in (6, 7))
+    assert (usual.sees_x0, guide.sees_x0) == (True, False)
+    said = guide(x_t, t, x0, slice(0, 2))
+    assert torch.autograd.grad(said.sum(), x0, allow_unused=True)[0] is None
+    torch.testing.assert_close(guide(x_t, t, None, slice(0, 2)), usual(x0, t, x_t, slice(0, 2)))
+    drawn = [
+        guide(draw(tiny_unet(3), DDPMScheduler(), [1, 2], steps=10, guides=guides), t, None, slice(0, 2))
+        for guides in ([], [guide])
+    ]
+    assert (drawn[1] > drawn[0]).all()
+
+
 @pytest.mark.parametrize(("height", "width"), [(12, 12), (24, 24), (30, 20), (8, 8)])
 def test_pixels_for_clip_are_those_of_its_own_processor(height, width):
     numbers = torch.randint(0, 256, (1, 3, height, width), generator=torch.Generator().manual_seed(0))

@@ -169,10 +169,13 @@ def test_a_cascade_enlarges_what_was_drawn(run, pixels, tmp_path):
 def test_other_samplers_and_variances(run, small, tmp_path):
     words = ["sample", "--model", str(run), "--image", str(small / "a.png"), "--steps", "2"]
     found = []
-    for more in ([], ["--scheduler", "ddim"], ["--scheduler", "dpm++"], ["--variance-type", "fixed_small"]):
+    for more in ([], ["--scheduler", "ddim"], ["--scheduler", "dpm++"], ["--variance-type", "learned_range"]):
         assert status([*words, *more, "--output-dir", str(tmp_path / "-".join(more))]) == 0
         found.append(pixels_of(tmp_path / "-".join(more) / "00000.png"))
     assert not any(np.array_equal(found[0], other) for other in found[1:])
+    pipe = IFSuperResolutionPipeline.from_pretrained(run)
+    assert pipe.scheduler.config.variance_type == "fixed_small"
+    assert pipe.image_noising_scheduler.config.variance_type == "learned_range"
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------

@@ -208,7 +208,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self.rfile.readline()
             self.rfile.readline()
         else:
-            data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            length = int(self.headers.get("Content-Length") or 0)
+            data = self.rfile.read(length)
+            if len(data) < length:
+                raise ConnectionAbortedError  # the client was killed while it sent
         self.hub.sent.append(data)
         kind = self.headers.get("Content-Type", "")
         if "ndjson" in kind:

@@ -56,8 +56,8 @@ class Pixels(Section):
     """How strongly CLIP steers; needs clip_model and a prompt."""
     eta: Share = 0.0
     """Noise of DDIM's steps, from none to that of DDPM (Song et al. 2020)."""
-    variance_type: Literal["fixed_small", "fixed_large"] | None = None
-    """Variance of DDPM's steps: beta-tilde, or beta (Ho et al. 2020). Default: the model's."""
+    variance_type: Literal["fixed_small", "fixed_large", "learned_range"] | None = None
+    """Variance of DDPM's steps: beta-tilde, beta (Ho et al. 2020), or what the model learned. Default: the model's."""
     strip: Natural = 0
     """Save strip.png: the estimate of the first image at this many of its steps. 0 saves no strip."""
     interpolate: list[Path] = []

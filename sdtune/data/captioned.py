@@ -1,12 +1,15 @@
 """The training items of CLIP: position in the run -> pixels and the tokens of a caption."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from sdtune.data import Sample, Stream, summarize
+from sdtune.run import rng
 
 Position = int | tuple[str, int]
 """A position in the run, or ``("holdout", k)``: the k-th held-out image."""
@@ -18,12 +21,13 @@ class CaptionedDataset(Dataset[dict[str, Any]]):
     Args:
         tokenizer: of transformers.
         window: most tokens that the model reads, with the special ones.
+        noised: whether items hold ``noise`` like the pixels, and ``u``, uniform in [0, 1), for its strength.
     """
 
     prompts = ("",)
 
-    def __init__(self, stream: Stream, tokenizer: Any, window: int):
-        self.stream, self.tokenizer, self.window = stream, tokenizer, window
+    def __init__(self, stream: Stream, tokenizer: Any, window: int, noised: bool = False):
+        self.stream, self.tokenizer, self.window, self.noised = stream, tokenizer, window, noised
         self.length = window
         if stream.text_cacheable is None:
             self.length = min(window, max(self.count_tokens(stream.texts())))
@@ -41,7 +45,13 @@ class CaptionedDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, position: Position) -> dict[str, Any]:
         sample: Sample = self.stream[position] if isinstance(position, int) else self.stream.holdout[position[1]]
-        return {"name": sample.name, "pixels": self.stream.pixels(sample), "tokens": self.tokens(sample.caption)}
+        pixels = self.stream.pixels(sample)
+        item = {"name": sample.name, "pixels": pixels, "tokens": self.tokens(sample.caption)}
+        if self.noised:
+            draw = partial(rng.generator, self.stream.seed)
+            item["noise"] = torch.randn(pixels.shape, generator=draw("noise", position))
+            item["u"] = torch.rand((), generator=draw("timestep", position), dtype=torch.float64)
+        return item
 
     @property
     def reads_images(self) -> bool:
@@ -52,9 +62,11 @@ class CaptionedDataset(Dataset[dict[str, Any]]):
         return [("holdout", k) for k in range(len(self.stream.holdout))]
 
 
-def captioned_dataset(stream: Stream, tokenizer: Any, window: int, log: Callable[[str], None]) -> CaptionedDataset:
+def captioned_dataset(
+    stream: Stream, tokenizer: Any, window: int, log: Callable[[str], None], noised: bool = False
+) -> CaptionedDataset:
     """The dataset of CLIP; ``log`` gets each line that the user should read."""
-    dataset = CaptionedDataset(stream, tokenizer, window)
+    dataset = CaptionedDataset(stream, tokenizer, window, noised)
     for line in summarize(stream, dataset.count_tokens, window):
         log(line)
     return dataset

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
+NOISED = "noised"
+"""Key of a CLIP's configuration: it was trained on noised pictures."""
+
 
 class Guide(Protocol):
     sees_x0: bool
@@ -58,24 +61,24 @@ class ClipNetwork(Protocol):
 class ByClip:
     """CLIP's logit for a text (Radford et al. 2021): ``scale * exp(tau) f(x0) . g(text)``, unit vectors f and g.
 
-    Nichol et al. 2021 train a CLIP on noised images for this, which few models have. Here, as practice has it since,
-    a usual CLIP looks at the network's estimate of x0, and the gradient goes through the network: log p(text | x_t) is
-    taken to be log p(text | x0) at that estimate, as Chung et al. 2022 do for inverse problems.
+    Nichol et al. 2021 train a CLIP on noised images for this: one of `sdtune clip --noised` looks at x_t. A usual CLIP
+    looks, as practice has it since, at the network's estimate of x0, and the gradient goes through the network:
+    log p(text | x_t) is taken to be log p(text | x0) at that estimate, as Chung et al. 2022 do for inverse problems.
 
     Args:
         network: embeds images.
         texts: unit embedding of each image's text ``[N, D]``.
     """
 
-    sees_x0 = True
-
     def __init__(self, network: ClipNetwork, texts: Tensor, scale: float):
         self.network, self.texts, self.scale = network, texts, scale
+        self.sees_x0 = not getattr(network.model.config, NOISED, False)
 
     def __call__(self, x_t: Tensor, t: Tensor, x0: Tensor | None, rows: slice) -> Tensor:
-        assert x0 is not None
-        full = torch.promote_types(x0.dtype, torch.float32)
-        seen = opaque_squares(x0.to(full), self.network.side).to(self.network.model.dtype)
+        image = x0 if self.sees_x0 else x_t
+        assert image is not None
+        full = torch.promote_types(image.dtype, torch.float32)
+        seen = opaque_squares(image.to(full), self.network.side).to(self.network.model.dtype)
         cosine = (normalize(self.network(seen).to(full), dim=1) * self.texts[rows]).sum(1)
         scaled: Tensor = self.scale * self.network.model.logit_scale.exp() * cosine
         return scaled

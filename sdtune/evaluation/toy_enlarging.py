@@ -25,16 +25,17 @@ LEVEL = 120
 
 
 def enlarges_pictures(
-    folder: Path, n: int = 30, seed: int = 0, variance_type: str = "fixed_small"
+    folder: Path, n: int = 30, seed: int = 0, variance_type: str | None = None
 ) -> tuple[dict[str, float], dict[str, float]]:
     """PSNR in decibels of ``n`` pictures that no model has seen, enlarged bicubically and by a model.
 
     Args:
         folder: run of `sdtune super-resolution`.
-        variance_type: of the steps, as `sdtune sample` takes it.
+        variance_type: of the steps, as `sdtune sample` takes it; ``None`` for the model's.
     """
     pipe: Any = IFSuperResolutionPipeline.from_pretrained(folder)
-    pipe.scheduler = with_variance(pipe.scheduler, variance_type)
+    if variance_type:
+        pipe.scheduler = with_variance(pipe.scheduler, variance_type)
     how = Sampling.read(folder / SAMPLING)
     assert how is not None and how.factor is not None
     side = pipe.unet.config.sample_size

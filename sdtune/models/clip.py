@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTokenizer
 
 from sdtune.config.methods.clip import ClipConfig
 from sdtune.config.sections import UserError
+from sdtune.diffusion.guides import NOISED
 from sdtune.models import families
 from sdtune.models.part_files import read_part
 from sdtune.models.pipeline_folder import forget_machine, save_tables, verify_module, write_folder
@@ -92,8 +93,11 @@ def new_clip(cfg: ClipConfig, device: torch.device) -> Clip:
         return Clip(CLIPModel(config), tokenizer)
 
 
-def save_clip(out: Path, clip: Clip) -> list[Path]:
+def save_clip(out: Path, clip: Clip, noised: bool = False) -> list[Path]:
     """Write model, tokenizer and the settings of the image processor to folder ``out``; the paths of all its files.
+
+    Args:
+        noised: whether it was trained on noised pictures, which its configuration then says.
 
     Raises:
         RuntimeError: what was written does not read back as it is; ``out`` is as it was.
@@ -112,6 +116,9 @@ def save_clip(out: Path, clip: Clip) -> list[Path]:
         "image_mean": list(clip.mean),
         "image_std": list(clip.std),
     }
+
+    if noised or getattr(clip.model.config, NOISED, False):
+        setattr(clip.model.config, NOISED, noised)
 
     def save(new: Path) -> None:
         clip.model.save_pretrained(new)

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 
 from sdtune.config.methods.super_resolution import SuperResolutionConfig
 from sdtune.config.sections import UserError
-from sdtune.diffusion.schedulers import Scheduler
+from sdtune.diffusion.schedulers import Scheduler, with_variance
 from sdtune.models.families import silence_libraries
 from sdtune.models.pipeline_folder import write_pipeline
 from sdtune.models.pixel_networks import check_halvings, levels, sample_size
@@ -63,10 +63,17 @@ def no_text(x: Tensor) -> Tensor:
 
 
 def pipeline(unet: UNet2DConditionModel, scheduler: Scheduler) -> IFSuperResolutionPipeline:
-    """The stock pipeline, without text and without a checker of its images."""
+    """The stock pipeline, without text and without a checker of its images.
+
+    It samples with the fixed small variance: the learned one leaves grain in few steps (docs/log.md).
+    """
     absent = dict.fromkeys(("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker"))
     return IFSuperResolutionPipeline(
-        **absent, unet=unet, scheduler=scheduler, image_noising_scheduler=scheduler, requires_safety_checker=False
+        **absent,
+        unet=unet,
+        scheduler=with_variance(scheduler, "fixed_small"),
+        image_noising_scheduler=scheduler,
+        requires_safety_checker=False,
     )
 
 

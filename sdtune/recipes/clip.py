@@ -6,6 +6,8 @@ All pictures and captions of an optimizer step are compared, also those of other
 no negatives of each other: q is uniform over the captions equal to the right one (Yang et al. 2022). A batch may be
 encoded in chunks: the backward pass encodes each again, with the gradient that the whole step gave its embeddings, so
 the sum is that of the whole batch (GradCache; Gao et al. 2021).
+
+With ``--noised`` it sees pictures as they are on the way of a diffusion (Nichol et al. 2021, section 3.2).
 """
 
 import math
@@ -49,10 +51,13 @@ class Clip(Recipe):
         if group < 2:
             raise UserError("--train-batch-size 1: a picture needs other captions beside its own; give at least 2")
         window = Parts(self.clip, self.parts.tokenizer).window
-        return captioned_dataset(Stream(self.cfg, self.images, group), self.parts.tokenizer, window, log)
+        stream = Stream(self.cfg, self.images, group)
+        return captioned_dataset(stream, self.parts.tokenizer, window, log, self.cfg.noised)
 
     def forward(self, batch):
         x, tokens = batch["pixels"], batch["tokens"]
+        if self.cfg.noised:
+            x = noised(x, batch["noise"], batch["u"])
         size = self.cfg.chunk_size or len(x)
         parts = list(zip(x.split(size), tokens.split(size), strict=True))
         if len(parts) > 1 and torch.is_grad_enabled():
@@ -86,7 +91,18 @@ class Clip(Recipe):
         return [{"params": weights, "lr": rate}, {"params": others, "lr": rate, "weight_decay": 0.0}]
 
     def export(self, out):
-        return save_clip(out, self.parts._replace(model=self.clip))
+        return save_clip(out, self.parts._replace(model=self.clip), self.cfg.noised)
+
+
+def noised(x: Tensor, noise: Tensor, u: Tensor) -> Tensor:
+    """``cos(pi u / 2) x + sin(pi u / 2) noise``: a cosine schedule (Nichol & Dhariwal 2021), from clean to pure noise.
+
+    Args:
+        x, noise: ``[B, C, H, W]``.
+        u: uniform in [0, 1), float64 ``[B]``.
+    """
+    angle = (math.pi / 2 * u).view(-1, 1, 1, 1)
+    return angle.cos().to(x) * x + angle.sin().to(x) * noise
 
 
 def contrastive_loss(

@@ -38,6 +38,8 @@ class ClipConfig(Captions, Data, Optim, Hub, Run):
     """CLIP to continue: folder or Hub id. Leave out for a new one, whose weights start at random."""
     chunk_size: Count | None = None
     """Pictures and captions encoded at a time. Same result, less memory. Leave out for the whole batch."""
+    noised: bool = False
+    """Learn pictures with noise of any strength, for CLIP guidance that looks at those (Nichol et al. 2021)."""
     tokenizer: PathOrId = "tiny"
     """Pipeline folder or CLIP whose tokenizer a new CLIP has. `tiny` is built in, and knows 663 parts of words."""
     patch_size: Count = 8
