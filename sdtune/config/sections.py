@@ -122,7 +122,7 @@ class Data(Source):
         while a run trains needs the VAE, which is in the training process.
         """
         if self.dataloader_num_workers is None:
-            return 2 if reads_images and not getattr(self, "lazy_cache", False) else 0
+            return 2 if reads_images and not (isinstance(self, Cache) and self.lazy_cache) else 0
         return self.dataloader_num_workers
 
     @property

@@ -72,7 +72,7 @@ class ByClip:
 
     def __init__(self, network: ClipNetwork, texts: Tensor, scale: float):
         self.network, self.texts, self.scale = network, texts, scale
-        self.sees_x0 = not getattr(network.model.config, NOISED, False)
+        self.sees_x0 = not knows_noise(network.model)
 
     def __call__(self, x_t: Tensor, t: Tensor, x0: Tensor | None, rows: slice) -> Tensor:
         image = x0 if self.sees_x0 else x_t
@@ -82,6 +82,11 @@ class ByClip:
         cosine = (normalize(self.network(seen).to(full), dim=1) * self.texts[rows]).sum(1)
         scaled: Tensor = self.scale * self.network.model.logit_scale.exp() * cosine
         return scaled
+
+
+def knows_noise(clip: Any) -> bool:
+    """Whether a CLIP was trained on noised pictures."""
+    return bool(getattr(clip.config, NOISED, False))
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ from torch import Tensor
 from sdtune.data import toy_world
 from sdtune.data.further import shrunk, to_image
 from sdtune.data.images import to_tensor
-from sdtune.diffusion.schedulers import with_variance
 from sdtune.models.perceptual import psnr
 from sdtune.run.sampling_file import SAMPLING, Sampling
 from sdtune.sampling.enlarge import enlarge
@@ -24,18 +23,13 @@ LEVEL = 120
 """The noise level that hides it: a timestep of squaredcos_cap_v2 whose noise is about as strong."""
 
 
-def enlarges_pictures(
-    folder: Path, n: int = 30, seed: int = 0, variance_type: str | None = None
-) -> tuple[dict[str, float], dict[str, float]]:
+def enlarges_pictures(folder: Path, n: int = 30, seed: int = 0) -> tuple[dict[str, float], dict[str, float]]:
     """PSNR in decibels of ``n`` pictures that no model has seen, enlarged bicubically and by a model.
 
     Args:
         folder: run of `sdtune super-resolution`.
-        variance_type: of the steps, as `sdtune sample` takes it; ``None`` for the model's.
     """
     pipe: Any = IFSuperResolutionPipeline.from_pretrained(folder)
-    if variance_type:
-        pipe.scheduler = with_variance(pipe.scheduler, variance_type)
     how = Sampling.read(folder / SAMPLING)
     assert how is not None and how.factor is not None
     side = pipe.unet.config.sample_size

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTokenizer
 
 from sdtune.config.methods.clip import ClipConfig
 from sdtune.config.sections import UserError
-from sdtune.diffusion.guides import NOISED
+from sdtune.diffusion.guides import NOISED, knows_noise
 from sdtune.models import families
 from sdtune.models.part_files import read_part
 from sdtune.models.pipeline_folder import forget_machine, save_tables, verify_module, write_folder
@@ -117,7 +117,7 @@ def save_clip(out: Path, clip: Clip, noised: bool = False) -> list[Path]:
         "image_std": list(clip.std),
     }
 
-    if noised or getattr(clip.model.config, NOISED, False):
+    if noised or knows_noise(clip.model):
         setattr(clip.model.config, NOISED, noised)
 
     def save(new: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sdtune.config.fields import flag
 from sdtune.config.sections import UserError
 from sdtune.config.verbs import SampleConfig
-from sdtune.diffusion.guides import NOISED, ByClassifier, ByClip, Guide, embedded
+from sdtune.diffusion.guides import ByClassifier, ByClip, Guide, embedded, knows_noise
 from sdtune.diffusion.pixel_sampler import draw, draw_consistency, to_images
 from sdtune.diffusion.schedulers import choose_scheduler, with_variance
 from sdtune.models.families import resolve_model
@@ -157,7 +157,7 @@ class PixelJob:
             self.wanted = class_labels(request.classes, classes, f"--classifier {cfg.classifier}")
         if cfg.clip_model:
             network, tokenizer = load_clip(cfg.clip_model)
-            if getattr(network.model.config, NOISED, False) and self.unet.config.in_channels in (2, 4):
+            if knows_noise(network.model) and self.unet.config.in_channels in (2, 4):
                 raise UserError(
                     f"--clip-model {cfg.clip_model}: was trained on noised pictures without transparency, which "
                     f"{cfg.model} draws; take a CLIP that was trained without --noised"
