@@ -4,6 +4,7 @@ Nothing here imports torch or anything slow, so that a typing mistake costs a th
 """
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
@@ -140,6 +141,7 @@ class Section(BaseModel):
     """Sections whose options have no effect without an option of this class: the section's name, and the option."""
 
     @classmethod
+    @cache
     def requirements(cls, name: str) -> list[tuple[str, list[str]]]:
         """The options without which field ``name`` has no effect, each with the values it may then have, if not all.
 

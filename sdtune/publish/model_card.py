@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 
@@ -281,8 +280,8 @@ def _reproduce(shown: RunSettings, words: list[str]) -> str:
 
 def _versions(out: Path) -> str:
     try:
-        facts = yaml.safe_load((out / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        facts = json.loads((out / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return ""
     names = ("sdtune", "python", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
     return "Versions: " + ", ".join(f"{name} {facts[name]}" for name in names if name in facts) + "."

@@ -3,6 +3,7 @@
 The template with style and script is ``report.html`` beside this file; this module makes the parts.
 """
 
+import json
 import shlex
 from html import escape
 from pathlib import Path
@@ -72,8 +73,11 @@ def write_report(folder: Path) -> Path:
 
 
 def _load(path: Path, default: Any) -> Any:
-    """A YAML file, or JSON, which is a subset of it."""
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or default) if path.is_file() else default
+    """A file of YAML, or of JSON, by its name."""
+    if not path.is_file():
+        return default
+    text = path.read_text(encoding="utf-8")
+    return (json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)) or default
 
 
 def _series(lines: list[dict[str, Any]], key: str) -> Points:
