@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
@@ -204,7 +205,13 @@ def shared(places, once) -> Callable[..., Path]:
         name = hashlib.sha256(repr((recipe, options, world)).encode()).hexdigest()[:16]
 
         def train(out: Path) -> None:
-            ranks.train(world, contract.command(recipe, places, out, *options), out.with_suffix(".output"))
+            words = contract.command(recipe, places, out, *options)
+            if world > 1:
+                ranks.train(world, words, out.with_suffix(".output"))
+                return
+            with out.with_suffix(".log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+                assert status(words) == 0, out.with_suffix(".log").read_text()
+            AcceleratorState._reset_state(reset_partial_state=True)
 
         return once(name, train)
 

@@ -232,7 +232,7 @@ def test_intervals_cover():
     def measure(*sets):
         return figures(*sets) | {"mean": mean(sets[0][:, 0], *sets[2:3])}
 
-    found = [estimates(measure, d, 100) for d in draws]
+    found = [estimates(measure, d, 60) for d in draws]
     for name in found[0]:
         truth = np.mean([f[name].value for f in found])
         covered = np.mean([f[name].low <= truth <= f[name].high for f in found])

@@ -94,8 +94,8 @@ def test_what_a_checkpoint_holds_is_what_was_estimated(optimizer, trained, place
 CELLS = {
     "adapters": ["lora", "--dataset", "tiny-hearts", "--resolution", "64", "--train-batch-size", "8", "--no-cache"],
     "all weights, checkpointing, average": [
-        *("ddpm", "--dataset", "tiny-hearts", "--resolution", "32", "--train-batch-size", "8"),
-        *("--block-out-channels", "128", "256", "256", "--gradient-checkpointing"),
+        *("ddpm", "--dataset", "tiny-hearts", "--resolution", "32", "--train-batch-size", "2"),
+        *("--block-out-channels", "128", "256", "256", "--layers-per-block", "1", "--gradient-checkpointing"),
     ],
 }
 

@@ -66,7 +66,7 @@ def test_a_run_out_of_memory_names_the_options_that_save_enough(places, tmp_path
 
     monkeypatch.setattr(engine.Engine, "backward", backward)
     monkeypatch.setattr(batch_size, "savings", lambda cfg: iter([{"gradient_checkpointing": True}]))
-    words = contract.command("lora", places, tmp_path / "run", "--train-batch-size", "4")
+    words = contract.command("lora", places, tmp_path / "run", "--train-batch-size", "2")
     assert status([*words, "--dataloader-num-workers", "1"]) == 1
     assert not multiprocessing.active_children()
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]

@@ -10,7 +10,7 @@ from tests.conftest import status
 from tests.contract import RECIPES, command
 
 CASES = [(recipe, name) for recipe, contract in RECIPES.items() for name in contract.variants]
-LENGTH = ["--steps", "6", "--checkpointing-steps", "2", "--log-steps", "50"]
+LENGTH = ["--steps", "4", "--checkpointing-steps", "2", "--log-steps", "50"]
 
 
 @pytest.mark.fault("The process is killed at any step", "The same command continues to the same bits.")
@@ -22,8 +22,8 @@ def test_killed_run_continues_to_the_same_bits(recipe, name, trained, places, tm
     options = [*RECIPES[recipe].variants[name], *LENGTH]
     whole, cut = trained(recipe, "whole", *options), tmp_path / "cut"
     words = command(recipe, places, cut, *options)
-    second = cut / "checkpoints" / "step-000004"
-    code, _ = ranks.interrupt(words, tmp_path / "output", signal.SIGKILL, second.exists)
+    first = cut / "checkpoints" / "step-000002"
+    code, _ = ranks.interrupt(words, tmp_path / "output", signal.SIGKILL, first.exists)
     assert code == -signal.SIGKILL
     assert not (cut / RECIPES[recipe].weights).exists()
     assert status(words) == 0
