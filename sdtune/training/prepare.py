@@ -5,6 +5,7 @@ import torch
 from sdtune.config.sections import Adapter, Run, UserError
 from sdtune.models.float8 import compute_in_float8
 from sdtune.models.fused_lora import fuse_adapters
+from sdtune.models.lean_layers import keep_less
 from sdtune.models.memory_options import checkpoint_gradients, compile_blocks
 from sdtune.models.quantize import quantize
 from sdtune.recipes.finetune import FineTune
@@ -15,7 +16,7 @@ from sdtune.run.precision import precision_of
 def prepare_modules(recipe: Recipe, cfg: Run, device: torch.device) -> None:
     """Move a recipe to ``device``; have its parts be in few bits, checkpoint their gradients, or compile, as asked.
 
-    Adapters compute in fewer operations, to the same bits (`fused_lora`).
+    Adapters compute in fewer operations (`fused_lora`), and layers keep less (`lean_layers`), to the same bits.
 
     A base in fewer bits is coded a layer at a time, so that the device never holds all of it in full. Shapes without
     values stay where they are.
@@ -30,8 +31,10 @@ def prepare_modules(recipe: Recipe, cfg: Run, device: torch.device) -> None:
     if precision_of(cfg) == "fp8":
         for module in recipe.children():
             compute_in_float8(module, device)
-    if isinstance(cfg, Adapter) and not cfg.compile:  # a compiler fuses them itself
-        fuse_adapters(recipe)
+    if not cfg.compile:  # a compiler does this itself
+        keep_less(recipe)
+        if isinstance(cfg, Adapter):
+            fuse_adapters(recipe)
     if cfg.gradient_checkpointing:
         checkpoint_gradients(recipe.children())
     if cfg.compile:
