@@ -194,7 +194,8 @@ def fill(folder: Path, keys: Iterable[str], compute: Callable[[str], Entry], tit
     """
     state = PartialState()
     make_folder(folder)
-    missing = sorted(set(keys) - Store(folder).names.keys())
+    before = Store(folder)
+    missing = sorted(set(keys) - before.names.keys())
     store_barrier()  # nobody writes before all processes have listed what is missing
     mine = missing[state.process_index :: state.num_processes]
     chunks = [mine[i : i + CHUNK] for i in range(0, len(mine), CHUNK)]
@@ -209,4 +210,4 @@ def fill(folder: Path, keys: Iterable[str], compute: Callable[[str], Entry], tit
             write_tensors(folder / f"{digest(*chunk)}.safetensors", done)
             done = {}
     store_barrier()
-    return Store(folder)
+    return Store(folder) if missing else before
