@@ -5,7 +5,6 @@ again, and each process of a run inspects a share. Results are remembered in one
 atomically, so two runs may write it at the same time; if it cannot be read, all images are inspected again.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -14,7 +13,6 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from accelerate.utils import gather_object
 from rich.console import Console
@@ -39,7 +37,7 @@ def inspect_images(dataset: str, keys: list[str], read: Callable[[int], Path | b
     """
     results_file = cache_root() / "probes" / f"{hashlib.sha256(dataset.encode(errors='replace')).hexdigest()[:32]}.json"
     memo = _load_results(results_file)
-    found = {key: ImageInfo(*memo[key]) for key in keys if key in memo}
+    found = {key: memo[key] for key in keys if key in memo}
     missing = [index for index, key in enumerate(keys) if key not in found]
     together = distributed.is_initialized() and not apart.is_set()
     if together:
@@ -54,8 +52,8 @@ def inspect_images(dataset: str, keys: list[str], read: Callable[[int], Path | b
     if missing:
         # Only good images: a bad one may be readable next time, and there are few. Other remembered results stay,
         # since another run may use another part of the dataset.
-        good = {key: dataclasses.astuple(info)[:-1] for key, info in found.items() if not info.problem}
-        remember(results_file, {"version": _VERSION, "probes": memo | good})
+        good = {key: info[:-1] for key, info in (memo | found).items() if not info.problem}
+        remember(results_file, {"version": _VERSION, "probes": good})
     return [found[key] for key in keys]
 
 
@@ -89,13 +87,13 @@ def _inspect_all(indices: list[int], read: Callable[[int], Path | bytes]) -> lis
     return found
 
 
-def _load_results(results_file: Path) -> dict[str, tuple[Any, ...]]:
+def _load_results(results_file: Path) -> dict[str, ImageInfo]:
     try:
         memo = json.loads(results_file.read_bytes())
         if memo["version"] != _VERSION:
             return {}
         return {
-            key: (int(w), int(h), str(sha), str(mode), int(frames), bool(dim), bool(blank))
+            key: ImageInfo(int(w), int(h), str(sha), str(mode), int(frames), bool(dim), bool(blank))
             for key, (w, h, sha, mode, frames, dim, blank) in memo["probes"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
