@@ -46,13 +46,13 @@ def base(name: str, work: Path) -> str:
 
 
 def pictures(folder: Path, count: int, side: int) -> Path:
-    """Captioned pictures of the toy world, as PNG; those that are there already stay."""
+    """Pictures of the toy world, as PNG, each with a caption of its own; those that are there already stay."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "metadata.jsonl").exists():
         lines = []
         for k in range(count):
             scene = toy_world.random_scene(np.random.default_rng(k))
             toy_world.render(scene, side, side).save(folder / f"{k}.png")
-            lines.append(json.dumps({"file_name": f"{k}.png", "text": toy_world.caption(scene)}))
+            lines.append(json.dumps({"file_name": f"{k}.png", "text": f"{toy_world.caption(scene)}, {k}"}))
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder

@@ -34,6 +34,15 @@ def test_each_tensor_is_computed_once(tmp_path):
     assert counted[150:] == ["key-900"]
 
 
+def test_a_full_store_is_opened_once(tmp_path, monkeypatch):
+    cache.fill(tmp_path, KEYS, tensor_of, "")
+    opened, real = [], cache.safe_open
+    monkeypatch.setattr(cache, "safe_open", lambda file, **how: (opened.append(file), real(file, **how))[1])
+    store = cache.fill(tmp_path, KEYS, tensor_of, "")
+    assert len(opened) == 3
+    assert sorted(store) == KEYS
+
+
 def test_run_that_dies_half_way_keeps_what_it_finished(tmp_path):
     def dies(key):
         if key == KEYS[100]:

@@ -19,6 +19,7 @@ from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import UserError
 from sdtune.data import Stream, builtin, cache_root, image_info, load_images, positions, summarize
 from sdtune.data.buckets import bucket_shapes, nearest_shape
+from sdtune.run.barrier import parted
 from tests.image_folders import count_words
 
 
@@ -257,6 +258,27 @@ def test_files_are_read_once_and_again_when_they_change(folder, monkeypatch):
     os.utime(folder / "002.png", ns=(kept.st_atime_ns, kept.st_mtime_ns))
     assert load_images(config(folder)).rows[2].sha256 != first.rows[2].sha256
     assert looked[4:] == ["002.png"]
+
+
+def test_what_no_process_had_in_its_share_is_inspected_by_each(folder, monkeypatch):
+    """Processes on machines whose caches differ. One that has failed asks none of the others."""
+    filled(folder, 4)
+    whole = load_images(config(folder)).rows
+    (memo,) = (cache_root() / "probes").iterdir()
+    looked, asked = [], []
+    look = image_info.inspect_image
+    monkeypatch.setattr(image_info, "inspect_image", lambda data: looked.append(data.name) or look(data))
+    two = SimpleNamespace(is_initialized=lambda: True, get_rank=lambda: 1, get_world_size=lambda: 2)
+    monkeypatch.setattr(image_info, "distributed", two)
+    monkeypatch.setattr(image_info, "store_barrier", lambda: None)
+    monkeypatch.setattr(image_info, "gather_object", lambda own: asked.append(list(own[0])) or [{}, *own])
+    memo.unlink()
+    assert load_images(config(folder)).rows == whole
+    assert [sorted(looked[:2]), sorted(looked[2:])] == [["001.png", "003.png"], ["000.png", "002.png"]]
+    memo.unlink()
+    with parted():
+        assert load_images(config(folder)).rows == whole
+    assert [len(own) for own in asked if own] == [2]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"version": 1, "probes": {"a": 3}}', b"\xff\x00"])
@@ -717,8 +739,9 @@ def test_variants_cover_what_is_drawn(folder):
     stream = stream_of(filled(folder, 6), random_flip=True, num_holdout_images=2)
     assert stream.pixels_cacheable is None
     assert stream.text_cacheable is None
-    variants = stream.pixel_variants()
+    variants = [sample for sample, _ in stream.pixel_variants().values()]
     keys = [stream.pixel_key(sample) for sample in variants]
+    assert keys == list(stream.pixel_variants())
     assert len(variants) == len(set(keys)) == 4 * 2 + 2
     assert set(keys) == keys_drawn(stream) | {stream.pixel_key(sample) for sample in stream.holdout}
     pixels = {stream.pixel_key(sample): stream.pixels(sample) for sample in variants}
@@ -735,7 +758,7 @@ def test_random_crops_refuse_the_cache_only_where_there_is_slack(folder):
     filled(square, 2, sizes=((40, 40),))
     stream = stream_of(square, center_crop=False)
     assert stream.pixels_cacheable is None
-    assert keys_drawn(stream) == {stream.pixel_key(sample) for sample in stream.pixel_variants()}
+    assert keys_drawn(stream) == set(stream.pixel_variants())
 
 
 def test_keys_tell_apart_what_differs(folder):

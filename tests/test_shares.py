@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
-from sdtune.data import cache
+from sdtune.data import cache, image_info
 from sdtune.recipes import class_images
+from sdtune.run.processes import EXIT_PEER_DIED
 from tests import ranks
 from tests.contract import command
 
@@ -66,3 +69,42 @@ def test_captions_and_images_are_encoded_once_each(places, tmp_path, monkeypatch
             sizes = [sum(len(keys) for name, keys in share if name == store) for share in shares]
             assert max(sizes) - min(sizes) <= 1
     assert kept[1] == kept[2]
+
+
+@pytest.mark.processes
+def test_images_are_inspected_once_each(places, tmp_path, monkeypatch):
+    """By one process or the other, about half each; what is remembered is what one process remembers."""
+    real = image_info.inspect_image
+    monkeypatch.setattr(image_info, "inspect_image", lambda data: (print(f"looks at {data.name}"), real(data))[1])
+    kept = {}
+    for world in (1, 2):
+        monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / f"cache-{world}"))
+        cut = ["--steps", "1", "--train-batch-size", str(2 // world)]
+        words = command("lora", places, tmp_path / f"run-{world}", *cut)
+        ranks.train(world, words, tmp_path / f"output-{world}")
+        shares = [looked_at(tmp_path / f"output-{world}" / f"{rank}.out") for rank in range(world)]
+        done = sorted(name for share in shares for name in share)
+        assert len(done) == len(set(done)) > 2
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        (memo,) = (tmp_path / f"cache-{world}" / "probes").iterdir()
+        kept[world] = done, json.loads(memo.read_text())
+    assert kept[1] == kept[2]
+
+
+def looked_at(printed: Path) -> list[str]:
+    return [line.removeprefix("looks at ") for line in printed.read_text().splitlines() if line.startswith("looks at ")]
+
+
+@pytest.mark.processes
+def test_bad_images_of_all_shares_are_named_once(places, pictures, tmp_path):
+    """Each process finds one of them, and all stop."""
+    copy = shutil.copytree(pictures, tmp_path / "pictures")
+    bad = sorted(copy.glob("*.png"))[:2]
+    for image in bad:
+        image.write_bytes(b"")
+    words = command("lora", places, tmp_path / "run", "--dataset", str(copy), "--train-batch-size", "1")
+    run = ranks.Ranks(2, words, tmp_path / "output")
+    assert sorted(run.exit_codes()) == [2, EXIT_PEER_DIED]
+    said = run.output("err")
+    assert said.count("2 of ") == 1
+    assert all(said.count(f"{image.name}: an empty file") == 1 for image in bad)

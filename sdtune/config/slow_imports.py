@@ -1,4 +1,4 @@
-"""Imports of what does the work of a command, once its options are valid."""
+"""Imports of what does the work of a command, once its options are valid; and work that makes as many objects."""
 
 import gc
 import importlib
@@ -23,6 +23,18 @@ def importing() -> Iterator[None]:
     finally:
         if first:
             gc.freeze()
+            gc.enable()
+
+
+@contextmanager
+def keeping() -> Iterator[None]:
+    """Context of what makes many objects that stay, such as the rows of a dataset, without garbage collection."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
             gc.enable()
 
 

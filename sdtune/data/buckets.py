@@ -34,6 +34,8 @@ def bucket_shapes(resolution: float, step: int, max_aspect: float) -> list[Shape
 
 def nearest_shape(shapes: list[Shape], width: int, height: int) -> Shape:
     """The shape whose log aspect ratio is nearest to that of ``width`` x ``height``; the first one of equals."""
+    if len(shapes) == 1:
+        return shapes[0]
     aspect = math.log(width / height)
     return min(shapes, key=lambda shape: abs(math.log(shape[0] / shape[1]) - aspect))
 

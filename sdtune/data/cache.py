@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sdtune.config.sections import RunFailed, UserError
+from sdtune.config.slow_imports import keeping
 from sdtune.data import cache_root
 from sdtune.run.barrier import store_barrier
 from sdtune.run.files import save_tensors, sweep
@@ -62,6 +63,7 @@ Entry: TypeAlias = Tensor | dict[str, Tensor]
 class Store(Mapping[str, Any]):
     """The entries of a folder by key. Each process that reads them opens the files itself."""
 
+    @keeping()
     def __init__(self, folder: Path):
         self.folder = folder
         self.opened: dict[str, Any] = {}
@@ -70,7 +72,8 @@ class Store(Mapping[str, Any]):
             try:
                 with safe_open(file, framework="pt") as tensors:
                     sums = json.loads((tensors.metadata() or {})[CHECKSUMS])
-                    self.index |= {name: (file.name, int(sums[name])) for name in tensors.keys()}  # noqa: SIM118
+                    within = file.name
+                    self.index |= {name: (within, int(sums[name])) for name in tensors.keys()}  # noqa: SIM118
             except (SafetensorError, ValueError):
                 with suppress(OSError):  # damaged: its tensors are computed again
                     file.unlink()
@@ -90,6 +93,8 @@ class Store(Mapping[str, Any]):
 
     def longest(self, keys: Iterable[str], name: str) -> int:
         """The largest first dimension of a tensor of some entries, which are not read; 0 where there is none."""
+        if not any(name in names for names in self.names.values()):
+            return 0  # and 100,000 keys are not made
         tensors = [f"{key}/{name}" for key in keys if name in self.names[key]]
         return max((int(self._file_of(t).get_slice(t).get_shape()[0]) for t in tensors), default=0)
 
@@ -194,7 +199,8 @@ def fill(folder: Path, keys: Iterable[str], compute: Callable[[str], Entry], tit
     """
     state = PartialState()
     make_folder(folder)
-    missing = sorted(set(keys) - Store(folder).names.keys())
+    before = Store(folder)
+    missing = sorted(set(keys) - before.names.keys())
     store_barrier()  # nobody writes before all processes have listed what is missing
     mine = missing[state.process_index :: state.num_processes]
     chunks = [mine[i : i + CHUNK] for i in range(0, len(mine), CHUNK)]
@@ -209,4 +215,4 @@ def fill(folder: Path, keys: Iterable[str], compute: Callable[[str], Entry], tit
             write_tensors(folder / f"{digest(*chunk)}.safetensors", done)
             done = {}
     store_barrier()
-    return Store(folder)
+    return Store(folder) if missing else before

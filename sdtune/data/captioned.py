@@ -1,6 +1,6 @@
 """The training items of CLIP: position in the run -> pixels and the tokens of a caption."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sdtune.data import Sample, Stream, summarize
+from sdtune.data.token_counts import token_counts
 from sdtune.run import rng
 
 Position = int | tuple[str, int]
@@ -32,8 +33,11 @@ class CaptionedDataset(Dataset[dict[str, Any]]):
         if stream.text_cacheable is None:
             self.length = min(window, max(self.count_tokens(stream.texts())))
 
-    def count_tokens(self, captions: list[str]) -> list[int]:
-        return [len(ids) for ids in self.tokenizer(captions, truncation=False, verbose=False).input_ids]
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        def count(texts: Sequence[str]) -> list[int]:
+            return [len(ids) for ids in self.tokenizer(list(texts), truncation=False, verbose=False).input_ids]
+
+        return token_counts(self.tokenizer, captions, count)
 
     def tokens(self, caption: str) -> Tensor:
         """Cut to the window and filled up: ``[L]``."""

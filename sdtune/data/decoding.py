@@ -120,16 +120,16 @@ def decoding_dataset(
     if cfg.cache and (reason := stream.pixels_cacheable):
         log(f"latents and embeddings are not cached: {reason}")
     elif cfg.cache:
-        variants = {stream.pixel_key(sample): sample for sample in stream.pixel_variants()}
+        variants = stream.pixel_variants()
         on_meta = towers.device.type == "meta"
 
         @torch.no_grad()
         def latent(key: str) -> Tensor:
-            return encode(movq, stream.pixels(variants[key])[None])[0]
+            return encode(movq, stream.pixels(*variants[key])[None])[0]
 
         @torch.no_grad()
         def embedding(key: str) -> Tensor:
-            return towers.embed(seen(stream.pixels(variants[key]), towers.side)[None])[0]
+            return towers.embed(seen(stream.pixels(*variants[key]), towers.side)[None])[0]
 
         movq_key = None if on_meta else lambda: cache.weights_digest(movq)
         latents = encoded_images(cfg, "latents", movq_key, variants, latent)

@@ -85,7 +85,7 @@ class EmbeddedDataset(DenoisingDataset):
     @torch.no_grad()
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the embeddings of images that train ``[1, D]``, at most `MEASURED`."""
-        samples = self.stream.pixel_variants()
+        samples = [sample for sample, _ in self.stream.pixel_variants().values()]
         samples = samples[:: -(-len(samples) // MEASURED)]
         if self.images is not None:
             found = torch.stack([self.images[self.stream.pixel_key(sample)] for sample in samples])
@@ -109,11 +109,11 @@ def embedded_dataset(stream: Stream, towers: Towers, log: Callable[[str], None])
     if stream.cfg.cache and (reason := stream.pixels_cacheable):
         log(f"embeddings of images are not cached: {reason}")
     elif stream.cfg.cache:
-        variants = {stream.pixel_key(sample): sample for sample in stream.pixel_variants()}
+        variants = stream.pixel_variants()
 
         @torch.no_grad()
         def embed(key: str) -> Tensor:
-            return towers.embed(stream.pixels(variants[key])[None])[0]
+            return towers.embed(stream.pixels(*variants[key])[None])[0]
 
         source = None if on_meta else towers.image_key
         images = encoded_images(stream.cfg, "embeddings", source, variants, embed)

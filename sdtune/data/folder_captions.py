@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +114,21 @@ class ImageNames:
 
     def __init__(self, images: Iterable[str]):
         self.images = set(images)
-        self.folded: dict[str, list[str]] = {}
         self.other_case = 0
         """How many names differed in case from the name of the image."""
+
+    @cached_property
+    def folded(self) -> dict[str, list[str]]:
+        """The names by what they are without a difference of upper and lower case."""
+        found: dict[str, list[str]] = {}
         for image in self.images:
-            self.folded.setdefault(image.casefold(), []).append(image)
-        self.stems = Counter(image.rpartition(".")[0] for image in self.images)
+            found.setdefault(image.casefold(), []).append(image)
+        return found
+
+    @cached_property
+    def stems(self) -> Counter[str]:
+        """How many names there are with each stem."""
+        return Counter(image.rpartition(".")[0] for image in self.images)
 
     def find(self, file_name: Any, parent: Path, folder: Path, stem_is_enough: bool) -> str:
         """The name of the image.
@@ -185,9 +194,10 @@ def read_tables(
         if key is None:
             raise UserError(f"{path}: no column {FILE_NAME}, which finds the image; it has {', '.join(columns)}")
         column = choose(columns)
+        parent, stem_is_enough = path.parent, path.suffix.lower() == ".json"
         for place, row in rows:
             try:
-                name = names.find(row.get(key), path.parent, files.folder, path.suffix.lower() == ".json")
+                name = names.find(row.get(key), parent, files.folder, stem_is_enough)
                 if name in places:
                     raise ValueError(f"{name} has a row already at {places[name]}")
                 places[name] = place

@@ -8,9 +8,10 @@ image is turned upright.
 
 import hashlib
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -57,8 +58,7 @@ _UPRIGHT: dict[int, Image.Transpose] = {
 }
 
 
-@dataclass(frozen=True)
-class ImageInfo:
+class ImageInfo(NamedTuple):
     """Facts of an image file: size in pixels when upright, hash of its bytes, mode, and what is wrong with it."""
 
     width: int
@@ -144,6 +144,7 @@ def cover(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:
     return max(width, round(size[0] * scale)), max(height, round(size[1] * scale))
 
 
+@lru_cache(4096)
 def corner(size: tuple[int, int], width: int, height: int, left: float, top: float) -> tuple[int, int]:
     """The crop's upper left corner in pixels of the covering image; offsets in [0, 1], 0.5 is centred."""
     covering = cover(size, width, height)

@@ -57,12 +57,12 @@ def set_paired_aside(files: FolderFiles, tables: Mapping[str, Path], image_colum
 
 def _in_paired_folders(files: FolderFiles, folders: set[str]) -> Iterator[str]:
     """Images in a folder ``a`` that has an image of the same name above it; then all images of that folder."""
-    stems = {name.rpartition(".")[0] for name in files.images}
     inside: dict[str, list[str]] = {}
     for name in files.images:
         folder = name.rpartition("/")[0]
         if folder.rpartition("/")[2] in folders:
             inside.setdefault(folder, []).append(name)
+    stems = {name.rpartition(".")[0] for name in files.images} if inside else set()
     for folder, names in inside.items():
         above = folder.rpartition("/")[0]
         if any(_beside(name, above) in stems for name in names):

@@ -19,7 +19,10 @@ def is_sharded(dataset: str) -> bool:
     folder = Path(dataset).expanduser()
     if "://" in dataset or not folder.is_dir():
         return False
-    kinds = {os.path.splitext(name)[1].lower() for name in os.listdir(folder)}  # noqa: PTH122, PTH208  ten times faster
+    names = os.listdir(folder)  # noqa: PTH208  ten times faster
+    if not any(name[-4:].lower() == ".tar" for name in names):
+        return False
+    kinds = {os.path.splitext(name)[1].lower() for name in names}  # noqa: PTH122  ten times faster
     return ".tar" in kinds and not kinds & EXTENSIONS
 
 

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from sdtune.config.sections import Captions, Data, Masks, Run, UserError
+from sdtune.config.slow_imports import keeping
 from sdtune.data.buckets import nearest_shape, training_shapes
 from sdtune.data.builtin import BUILT_IN
 from sdtune.data.cache_folder import local_stamp
@@ -29,8 +30,7 @@ from sdtune.data.tables import is_table, read_cell, read_dataset
 from sdtune.run.rng import generator
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One image: its name in the dataset, its captions, its size in pixels when upright, the hash of its bytes."""
 
     name: str
@@ -52,7 +52,7 @@ class Row:
 
 def with_captions(images: "Images", captions: Sequence[str]) -> "Images":
     """The same images, each with ``captions`` instead of its own. One of them is drawn each time."""
-    rows = [replace(row, captions=tuple(captions)) for row in images.rows]
+    rows = [row._replace(captions=tuple(captions)) for row in images.rows]
     return replace(images, rows=rows)
 
 
@@ -125,6 +125,7 @@ def caption_options(cfg: Data, captions: bool) -> Captions | None:
     return cfg
 
 
+@keeping()
 def load_images(
     cfg: Data,
     captions: bool = True,

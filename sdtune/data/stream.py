@@ -8,7 +8,7 @@ processes, accumulation and batches (``positions``).
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from sdtune.config.sections import Captions, Data, Masks, Run, UserError
+from sdtune.config.slow_imports import keeping
 from sdtune.data.buckets import Shape, nearest_shape, training_shapes
 from sdtune.data.images import corner, cover, decode, to_tensor
 from sdtune.data.mixture import Mixture
@@ -238,12 +239,13 @@ class Stream:
         captions = (caption for index in self.indices for caption in self.images.rows[index].captions)
         return "shuffled tags differ each time" if any(map(self._shuffles, captions)) else None
 
-    def pixel_variants(self) -> list[Sample]:
-        """A sample for each ``pixel_key`` of training and holdout; only if ``pixels_cacheable`` is None."""
+    @keeping()
+    def pixel_variants(self, columns: Sequence[str | None] = ()) -> dict[str, tuple[Sample, str | None]]:
+        """All that ``pixels`` is asked for, by ``pixel_key``, paired images too; if ``pixels_cacheable`` is None."""
         variants = [self._unaugmented(index) for index in self.indices]
         if self.cfg.random_flip:
             variants = [replace(sample, flip=flip) for sample in variants for flip in (False, True)]
-        return list({self.pixel_key(sample): sample for sample in variants + self.holdout}.values())
+        return {self.pixel_key(s, of): (s, of) for s in variants + self.holdout for of in (None, *columns)}
 
     def texts(self) -> list[str]:
         """All captions without shuffling, and the empty caption, sorted."""

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
+from sdtune.config.slow_imports import keeping
 from sdtune.data.sources import Row
 from sdtune.data.stream import SEPARATOR, Stream
 
@@ -17,6 +18,7 @@ SHOWN = 200
 """Most letters of lost words that are shown."""
 
 
+@keeping()
 def summarize(
     stream: Stream,
     count_tokens: Callable[[list[str]], list[int]] | None = None,

@@ -40,8 +40,8 @@ def is_table(folder: Path) -> bool:
     found = False
     for _, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        endings = {os.path.splitext(name)[1].lower() for name in names if not name.startswith(".")}  # noqa: PTH122  fast
-        if endings & EXTENSIONS:
+        seen = (name for name in names if not name.startswith("."))
+        if any(os.path.splitext(name)[1].lower() in EXTENSIONS for name in seen):  # noqa: PTH122  fast
             return False  # a folder of images
         found |= any(name.endswith(".parquet") and name.lower() not in TABLES for name in names)
     return found

@@ -119,8 +119,7 @@ def text_to_image_dataset(
     if cfg.cache and (reason := stream.pixels_cacheable):
         log(f"VAE moments are not cached: {reason}")
     elif cfg.cache:
-        columns = [None, *(image.column for image in further.images.values() if image.cached)]
-        variants = {stream.pixel_key(s, column): (s, column) for s in stream.pixel_variants() for column in columns}
+        variants = stream.pixel_variants([image.column for image in further.images.values() if image.cached])
 
         @torch.no_grad()
         def encode(key: str) -> Tensor:

@@ -15,6 +15,7 @@ from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPTo
 from sdtune.config.methods.unclip_prior import PriorConfig
 from sdtune.config.sections import UserError
 from sdtune.data import cache
+from sdtune.data.token_counts import token_counts
 from sdtune.models import families
 from sdtune.models.part_files import ConfigOnly, check_tokenizer, read_part, read_scheduler
 
@@ -86,7 +87,10 @@ class Towers:
         return int(self.tokenizer.model_max_length)
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
-        return [len(ids) for ids in self.tokenizer(list(captions), truncation=False, verbose=False).input_ids]
+        def count(texts: Sequence[str]) -> list[int]:
+            return [len(ids) for ids in self.tokenizer(list(texts), truncation=False, verbose=False).input_ids]
+
+        return token_counts(self.tokenizer, captions, count)
 
     def tokens(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """As the stock pipeline has them: cut to the window, and filled up to it."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sdtune.config.fields import flag
 from sdtune.config.sections import UserError
+from sdtune.data.token_counts import token_counts
 from sdtune.models.families.parts import ModelParts, tokenizer_of
 from sdtune.models.prompt_embeddings import TextParts, embed
 from sdtune.models.prompts import Window, lost_words, token_ids
@@ -150,7 +151,8 @@ class TextFamily(ModelParts):
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
         """Lengths of captions in the tokens of the last text encoder, marks of begin and end included."""
-        return [len(ids) for ids in token_ids(self.tokenizers[tokenizer_of(self.encoders[-1])], captions)]
+        tokenizer = self.tokenizers[tokenizer_of(self.encoders[-1])]
+        return token_counts(tokenizer, captions, lambda texts: [len(ids) for ids in token_ids(tokenizer, texts)])
 
 
 def unpad(embeds: Tensor, mask: Tensor) -> list[Tensor]:
