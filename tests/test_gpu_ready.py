@@ -63,7 +63,11 @@ def settings(words):
             name = name.removeprefix("no_") if off else name
             values[name] = "false" if off else "true"
         else:
-            values[name] = word if values[name] in ("true", "false") else f"{values[name]} {word}"
+            more = values[name] if isinstance(values[name], list) else []
+            values[name] = [*more, word]
+    values = {
+        name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in values.items()
+    }
     return parsing.resolve(config, None, values, [])
 
 
