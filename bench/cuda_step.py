@@ -11,6 +11,7 @@ a GPU only the small shapes are measured, on the CPU, which shows that this work
 
 import json
 import os
+import re
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -43,9 +44,11 @@ def main() -> None:
     made.add_argument("--steps", type=int, default=60)
     made.add_argument("--peer", type=Path, help="a checkout of diffusers; leave out to measure sdtune alone")
     made.add_argument("--kohya", type=Path, help="a checkout of sd-scripts")
+    made.add_argument("--only", default="", help="a regular expression on the ways of sdtune")
     given = made.parse_args()
-    ways, gpu = dict(WAYS), torch.cuda.is_available()
-    skipped = [] if gpu else [*(NEED_GPU if given.shape not in shapes.NAMES else ways)]
+    gpu = torch.cuda.is_available()
+    ways = {name: more for name, more in WAYS.items() if re.search(given.only, name)}
+    skipped = [] if gpu else [name for name in ways if given.shape in shapes.NAMES or name in NEED_GPU]
     for name in skipped:
         ways.pop(name)
         print(f"skipped, as there is no GPU: {name}")
