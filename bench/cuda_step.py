@@ -5,19 +5,23 @@
 
 Seconds of a step are wall-clock time, of steps in the middle of a run. The parts of a step are those of its line of
 metrics, between marks in the GPU's own queue. ``trace.json`` of the run without further options is for
-https://ui.perfetto.dev. Without a GPU nothing is measured, and each row says so.
+https://ui.perfetto.dev. ``--peer`` is a checkout of diffusers, ``--kohya`` one of sd-scripts (bench/peers.py). Without
+a GPU only the small shapes are measured, on the CPU, which shows that this works; what needs a GPU is skipped by name.
 """
 
 import json
 import os
+import re
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import peers
 import shapes
 import torch
 from harness import in_turn, parser, report, run, table, write
-from step import SCRIPT
+from step import clock_of
 
 WAYS = {
     "sdtune": [],
@@ -27,6 +31,7 @@ WAYS = {
     "sdtune --deterministic": ["--deterministic"],
     "sdtune --no-cache": ["--no-cache"],
 }
+NEED_GPU = ("sdtune --cuda-graphs", "sdtune --compile")
 PARTS = ("data_wait", "forward", "backward", "graph", "optimizer", "rest")
 
 
@@ -39,18 +44,26 @@ def main() -> None:
     made.add_argument("--batch", type=int, default=1)
     made.add_argument("--steps", type=int, default=60)
     made.add_argument("--peer", type=Path, help="a checkout of diffusers; leave out to measure sdtune alone")
+    made.add_argument("--kohya", type=Path, help="a checkout of sd-scripts")
+    made.add_argument("--only", default="", help="a regular expression on the ways of sdtune")
     given = made.parse_args()
-    names = [*(["diffusers' script"] if given.peer else []), *WAYS]
-    if not torch.cuda.is_available():
-        print("\n".join(f"skipped, as there is no GPU: {name}" for name in names))
+    gpu = torch.cuda.is_available()
+    ways = {name: more for name, more in WAYS.items() if re.search(given.only, name)}
+    skipped = [] if gpu else [name for name in ways if given.shape in shapes.NAMES or name in NEED_GPU]
+    for name in skipped:
+        ways.pop(name)
+        print(f"skipped, as there is no GPU: {name}")
+    if not ways:
         return
     side = given.resolution or shapes.PIXELS[given.shape]
     os.environ["SDTUNE_CACHE"] = str(given.work / "cache")
     images = shapes.pictures(given.work / f"pictures-{side}", 8, side)
     model = shapes.base(given.shape, given.work)
     words = ["-m", "sdtune", "lora", "--model", model, "--dataset", str(images), "--resolution", str(side)]
-    words += f"--train-batch-size {given.batch} --num-validation-images 0 --overwrite --log-steps 10".split()
-    words += ["--checkpointing-steps", "0", "--mixed-precision", "bf16" if given.bf16 else "no"]
+    words += f"--train-batch-size {given.batch} --num-validation-images 0 --overwrite".split()
+    words += ["--log-steps", str(max(1, given.steps // 6))]
+    precision = ["bf16" if given.bf16 else "no"]
+    words += ["--checkpointing-steps", "0", "--mixed-precision", *precision]
     shares: dict[str, list[float]] = {}
     peaks: dict[str, float] = {}
 
@@ -63,18 +76,23 @@ def main() -> None:
         peaks[name] = max(line["peak_memory"] for line in lines)
         return given.batch / statistics.median(line["images_per_second"] for line in lines)
 
-    def seconds_of_peer() -> float:
-        """The difference of two runs, which leaves out what a start takes."""
-        peer = [str(given.peer / SCRIPT), "--train_data_dir", str(images), "--resolution", str(side), "--rank", "4"]
-        peer += ["--pretrained_model_name_or_path", model, "--train_batch_size", str(given.batch), "--center_crop"]
-        peer += ["--output_dir", str(given.work / "peer"), "--mixed_precision", "bf16" if given.bf16 else "no"]
-        peer += ["--checkpointing_steps", "100000", "--caption_column", "text"]
-        short, long = (run([*peer, "--max_train_steps", str(n)]).wall for n in (10, 10 + given.steps))
-        return (long - short) / given.steps
+    def seconds_of_other(more: list[str]) -> float:
+        """The mean of the steps after the first quarter; other trainers read the loss of each, so the host waits."""
+        environment = {"TICKS": "wall", "HF_HUB_OFFLINE": "1"} | ({} if gpu else {"ACCELERATE_USE_CPU": "true"})
+        clock = clock_of([*more, "--max_train_steps", str(given.steps)], [], **environment)
+        first = len(clock) // 4
+        return (clock[-1] - clock[first]) / (len(clock) - 1 - first)
 
+    arms: dict[str, Callable[[], float]] = {}
+    if given.peer:
+        peer = [*peers.lora(given.peer, given.shape, model, images, given.batch), "--resolution", str(side)]
+        peer += ["--output_dir", str(given.work / "peer"), "--mixed_precision", *precision]
+        arms["diffusers' script"] = partial(seconds_of_other, peer)
+    if given.kohya:
+        other = peers.kohya(given.kohya, given.shape, model, images, given.work, side, given.batch)
+        arms["sd-scripts"] = partial(seconds_of_other, [*other, "--mixed_precision", *precision])
     run([*words, "--steps", "1", "--output-dir", str(given.work / "run")])  # fills the cache
-    arms: dict[str, Callable[[], float]] = {"diffusers' script": seconds_of_peer} if given.peer else {}
-    arms |= {name: (lambda n=name, m=more: seconds(n, m)) for name, more in WAYS.items()}
+    arms |= {name: partial(seconds, name, more) for name, more in ways.items()}
     title = f"a step of {given.shape}, {side} px, {'bf16' if given.bf16 else 'fp32'}, batch {given.batch}"
     report(title, in_turn(arms, given.rounds), "wall ms", given.json, 1000)
     rows = [[name, *(f"{share:.1%}" for share in own), f"{peaks[name] / 1e9:.2f} GB"] for name, own in shares.items()]

@@ -5,78 +5,32 @@
 
 On a machine without a GPU the rows run on the CPU with the same small models, and those that need one are skipped by
 name. The last rows measure full-size shapes and take most of the time; ``--peer`` is a checkout of diffusers whose
-script they are compared with.
+script they are compared with. A row that would not end within ``--minutes`` is not begun, and the table names it.
 """
 
-import hashlib
-import importlib.util
 import os
 import re
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # this process leaves the GPU alone, so that it can be forked
+from gpu_runs import GPU, HERE, Skipped, digest, give, left, needs, needs_gpu, python, sdtune, started
+from harness import on_what, parser, table, write
 
-import torch
-from harness import parser, table, write
-
-from sdtune.cli import main as main_of_sdtune
-from sdtune.training import loop  # noqa: F401  so that no fork has to import it
-
-HERE = Path(__file__).parent
-GPU = torch.cuda.is_available()
 SMALL = "--steps 2 --num-validation-images 0 --log-steps 1 --overwrite --train-batch-size 2 --dataloader-num-workers 0"
 LORA = f"lora --model tiny --dataset tiny-hearts --resolution 64 {SMALL}"
 PIXELS = f"ddpm --dataset digits --resolution 8 --block-out-channels 32 64 --layers-per-block 1 {SMALL}"
 
 
-class Skipped(Exception):
-    """Why a row was not run."""
-
-
-def needs_gpu() -> None:
-    if not GPU:
-        raise Skipped("needs a GPU")
-
-
-def needs(library: str) -> None:
-    if importlib.util.find_spec(library) is None:
-        raise Skipped(f"needs {library}")
-
-
-def sdtune(words: str, out: Path, **environment: str) -> Path:
-    """Train, in a fork, since imports take longer than such a run; a failure raises AssertionError."""
-    printed = out.with_suffix(".printed")
-
-    def work() -> None:
-        os.environ.update(environment)
-        file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        main_of_sdtune([*words.split(), "--output-dir", str(out)])
-
-    child = get_context("fork").Process(target=work)
-    child.start()
-    child.join()
-    text = printed.read_text(encoding="utf-8", errors="replace")
-    assert child.exitcode == 0, f"{words}: exit code {child.exitcode}: {text[-600:]}"
-    return out
-
-
-def script(code: str) -> str:
-    """Run Python in a process of its own; what it printed."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
-    assert done.returncode == 0, done.stderr[-800:]
-    return done.stdout.strip()
-
-
-def digest(run: Path, name: str) -> str:
-    return hashlib.sha256((run / name).read_bytes()).hexdigest()[:16]
+class Row(NamedTuple):
+    work: Callable[[Path], str]
+    """Given a folder, does it and says what was found; AssertionError where it failed."""
+    takes: int = 30
+    """Seconds on a GPU, at the most."""
 
 
 ADAPTER, UNET = "pytorch_lora_weights.safetensors", "unet/diffusion_pytorch_model.safetensors"
@@ -86,14 +40,18 @@ ADAPTER, UNET = "pytorch_lora_weights.safetensors", "unet/diffusion_pytorch_mode
 
 def no_waiting(work: Path) -> str:
     """Three steps in which nothing makes the host wait for the GPU."""
-    needs_gpu()
-    return script("from on_gpu import no_waiting; no_waiting()")
+    return python("-c", "from on_gpu import no_waiting; no_waiting()")
 
 
-def gradients_of_fast_ways(work: Path) -> str:
-    """Loss and gradients of a step in half precision, compiled and recorded, against eager float64."""
-    needs_gpu()
-    return script("from on_gpu import gradients; gradients()")
+def gradients(*options: str) -> Callable[[Path], str]:
+    """Loss and each gradient of a step in each precision, against eager float64; "" is without options."""
+
+    def compare(work: Path) -> str:
+        if options == ("compile",):
+            needs_gpu()  # on a CPU --compile is refused
+        return python("-c", f"from on_gpu import gradients; gradients(*{options!r})")
+
+    return compare
 
 
 def recomputed_with_a_word(work: Path) -> str:
@@ -141,6 +99,22 @@ def resume_with_deterministic_kernels(work: Path) -> str:
     return resume(work, "--deterministic")
 
 
+def kill_and_resume(work: Path) -> str:
+    """A run that SIGKILL ends, at a checkpoint or in the middle of one, is continued to the bits of a whole one."""
+    words = LORA.replace("--steps 2", "--steps 30 --checkpointing-steps 1 --deterministic").replace("--overwrite", "")
+    whole, parts = sdtune(words, work / "whole"), work / "parts"
+    child = started(words, parts)
+    while child.is_alive() and len(list(parts.glob("checkpoints/step-*"))) < 2:
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL, f"it had ended before, with exit code {child.exitcode}"
+    assert not (parts / ADAPTER).exists(), "it had ended before"
+    sdtune(words, parts)
+    assert digest(whole, ADAPTER) == digest(parts, ADAPTER), "other bits"
+    return "equal bits"
+
+
 def compiled_pixels(work: Path) -> str:
     needs_gpu()
     sdtune(f"{PIXELS} --compile", work / "run")
@@ -151,7 +125,7 @@ def eight_bit_products(work: Path) -> str:
     """All weights, and a batch that no block divides."""
     needs_gpu()
     needs("torchao")
-    if script("import torch; print(torch.cuda.get_device_capability() < (8, 9))") == "True":
+    if python("-c", "import torch; print(torch.cuda.get_device_capability() < (8, 9))") == "True":
         raise Skipped("needs compute capability 8.9")
     sdtune(
         f"text-to-image --model tiny --dataset tiny-hearts --resolution 64 --mixed-precision fp8 {SMALL}", work / "r"
@@ -196,48 +170,68 @@ def two_processes(work: Path) -> str:
 
 def memory_of_a_step(work: Path) -> str:
     """The peak of a run against the estimate of `sdtune check`."""
-    needs_gpu()
-    return script(f"from on_gpu import memory; memory({str(work)!r})")
+    return python("-c", f"from on_gpu import memory; memory({str(work)!r})")
 
 
-def full_size(shape: str, peer: Path | None) -> Callable[[Path], str]:
+def images_a_second(shape: str, peer: Path | None) -> Callable[[Path], str]:
     def measure(work: Path) -> str:
-        needs_gpu()
-        line = [sys.executable, str(HERE / "cuda_step.py"), "--work", str(work.parent / "full-size"), "--shape", shape]
-        line += ["--bf16", "--rounds", "1", *(["--peer", str(peer)] if peer else [])]
-        done = subprocess.run(line, capture_output=True, text=True)
-        assert done.returncode == 0, (done.stdout + done.stderr)[-800:]
-        print(done.stdout, flush=True)
+        line = [str(HERE / "cuda_step.py"), "--work", str(work.parent / "bases"), "--shape", shape, "--rounds", "1"]
+        line += ["--peer", str(peer.resolve())] if peer else []
+        if shape == "tiny":
+            line += ["--steps", "12", "--only", "^sdtune$|graphs|compile"]
+        else:
+            needs_gpu()
+            line += ["--bf16"]
+        print(python(*line), flush=True)
         return "see above"
 
     return measure
 
 
-def rows(peer: Path | None) -> dict[str, Callable[[Path], str]]:
+def rows(peer: Path | None) -> dict[str, Row]:
     return {
-        "no step waits for the GPU": no_waiting,
-        "gradients: half precision, compiled, recorded": gradients_of_fast_ways,
-        "recomputed activations with a new word": recomputed_with_a_word,
-        "half precision, 20 steps": half_precision,
-        "resume to the bit": resume_with_any_kernels,
-        "resume to the bit, --deterministic": resume_with_deterministic_kernels,
-        "a model of pixels, compiled": compiled_pixels,
-        "8-bit products, all weights": eight_bit_products,
-        "8-bit Adam of bitsandbytes": eight_bit_adam,
-        "8-bit Adam of torchao": eight_bit_adam_of_torchao,
-        "base in 8 bits": base_in_8_bits,
-        "base in 4 bits": base_in_4_bits,
-        "two processes, replicated and in slices": two_processes,
-        "peak memory against the estimate": memory_of_a_step,
-        **{f"images a second, {shape}": full_size(shape, peer) for shape in ("sd15", "sdxl", "sd3")},
+        "no step waits for the GPU": Row(no_waiting),
+        "gradients: eager, recomputed, recorded": Row(gradients("", "gradient_checkpointing", "cuda_graphs")),
+        "gradients: compiled": Row(gradients("compile"), 60),
+        "recomputed activations with a new word": Row(recomputed_with_a_word),
+        "half precision, 20 steps": Row(half_precision),
+        "resume to the bit": Row(resume_with_any_kernels),
+        "resume to the bit, --deterministic": Row(resume_with_deterministic_kernels),
+        "killed, and resumed to the bit": Row(kill_and_resume),
+        "a model of pixels, compiled": Row(compiled_pixels, 60),
+        "8-bit products, all weights": Row(eight_bit_products),
+        "8-bit Adam of bitsandbytes": Row(eight_bit_adam),
+        "8-bit Adam of torchao": Row(eight_bit_adam_of_torchao),
+        "base in 8 bits": Row(base_in_8_bits),
+        "base in 4 bits": Row(base_in_4_bits),
+        "two processes, replicated and in slices": Row(two_processes),
+        "peak memory against the estimate": Row(memory_of_a_step, 60),
+        "images a second, tiny": Row(images_a_second("tiny", peer), 60),
+        "images a second, sd15": Row(images_a_second("sd15", peer), 120),
+        "images a second, sdxl": Row(images_a_second("sdxl", peer), 200),
+        "images a second, sd3": Row(images_a_second("sd3", peer), 200),
     }
+
+
+def result_of(row: Row, work: Path) -> list[str]:
+    """What became of a row, and what it said."""
+    try:
+        if left() < row.takes:
+            raise Skipped(f"takes up to {row.takes} s, and {left():.0f} s were left")
+        return ["passed", row.work(work)]
+    except Skipped as why:
+        return ["skipped", str(why)]
+    except AssertionError as error:
+        return ["FAILED", " ".join(str(error).split())]
 
 
 def main() -> None:
     made = parser(__doc__, rounds=1)
     made.add_argument("--only", default="", help="a regular expression on the names of rows")
     made.add_argument("--peer", type=Path, help="a checkout of diffusers; leave out to measure sdtune alone")
+    made.add_argument("--minutes", type=float, default=10, help="for all rows together")
     given = made.parse_args()
+    give(60 * given.minutes)
     found: list[list[str]] = []
     with tempfile.TemporaryDirectory() as place:
         os.environ["SDTUNE_CACHE"] = f"{place}/cache"
@@ -246,15 +240,10 @@ def main() -> None:
                 continue
             begun, work = time.monotonic(), Path(place) / str(len(found))
             work.mkdir()
-            try:
-                told = ["passed", row(work)]
-            except Skipped as why:
-                told = ["skipped", str(why)]
-            except AssertionError as error:
-                told = ["FAILED", " ".join(str(error).split())]
-            found.append([name, *told, f"{time.monotonic() - begun:.0f} s"])
-            print("  ".join(found[-1]), flush=True)
+            found.append([name, *result_of(row, work), f"{time.monotonic() - begun:.0f} s"])
+            print(*found[-1], f"{left():.0f} s left", sep="  ", flush=True)
     print(table(["row", "result", "said", "took"], found))
+    print(on_what())
     write({"what": "rows of make gpu", "rows": found}, given.json)
     sys.exit(any(result == "FAILED" for _, result, *_ in found))
 

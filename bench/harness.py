@@ -61,9 +61,14 @@ def in_turn(arms: Arms, rounds: int) -> dict[str, Figure]:
     for _ in range(rounds):
         for name, measure in arms.items():
             values[name].append(measure())
+    return figures(values)
+
+
+def figures(values: Mapping[str, Sequence[float]]) -> dict[str, Figure]:
+    """Figures of what was measured of arms in turn."""
     first = next(iter(values.values()))
     return {
-        name: Figure(own, [value / other for value, other in zip(own, first, strict=True)])
+        name: Figure(list(own), [value / other for value, other in zip(own, first, strict=True)])
         for name, own in values.items()
     }
 
@@ -111,6 +116,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def on_what() -> str:
+    """The machine in one line."""
+    known = machine()
+    cores = f"{known['cores']} cores, {known['threads']} threads a process, load {known['load'][0]}"
+    versions = ", ".join(f"{name} {known[name]}" for name in ("python", "torch", "diffusers", "peft", "transformers"))
+    return f"on {known['gpu'] or 'no GPU'}, {known['processor']}, {cores}; {versions}"
+
+
 def cpu_lines() -> list[str]:
     try:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -125,7 +138,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def report(title: str, found: Mapping[str, Figure], unit: str, file: Path | None, scale: float = 1.0) -> None:
-    """Print a table of arms, and write them with the machine to ``file``.
+    """Print a table of arms and the machine in a line, and write both to ``file``.
 
     Args:
         scale: by what values are multiplied for the table, such as 1000 for milliseconds.
@@ -135,7 +148,8 @@ def report(title: str, found: Mapping[str, Figure], unit: str, file: Path | None
         low, high = (scale * end for end in (min(figure.values), max(figure.values)))
         ratio = f"{figure.ratio:.3f} ({min(figure.ratios):.3f} to {max(figure.ratios):.3f})"
         rows.append([name, f"{scale * figure.median:.4g}", f"{low:.4g} to {high:.4g}", ratio])
-    print(table([title, unit, "spread", "ratio to the first (spread)"], rows), flush=True)
+    print(table([title, unit, "spread", "ratio to the first (spread)"], rows))
+    print(on_what(), flush=True)
     write({"what": title, "unit": unit, "arms": {name: figure.values for name, figure in found.items()}}, file)
 
 

@@ -174,6 +174,33 @@ def test_what_was_met_before_is_not_computed_again(reference, tmp_path, monkeypa
     assert torch.equal(features_of(images_of(moved), network), first)
 
 
+def test_another_kind_of_device_computes_again_and_no_factor_is_tf32(reference, monkeypatch):
+    """The last digits depend on the kind of device, and figures compare between machines."""
+    seen = []
+
+    class Watched(RandomConv):
+        def forward(self, x):
+            seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+            return super().forward(x)
+
+    network = Watched(0).eval()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.set_float32_matmul_precision("high")
+    try:
+        features_of(images_of(reference), network)
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {("highest", False)}
+    passes = len(seen)
+    features_of(images_of(reference), network)
+    assert len(seen) == passes
+    monkeypatch.setattr(features, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(features, "forward", lambda squares, network: network(torch.stack(list(squares))))
+    features_of(images_of(reference), network)
+    assert len(seen) > passes
+
+
 def test_another_network_has_a_cache_of_its_own(reference):
     one, other = RandomConv(0).eval(), RandomConv(1).eval()
     assert not torch.equal(features_of(images_of(reference), one), features_of(images_of(reference), other))

@@ -27,7 +27,7 @@ def made(words):
     recipe = imported(cfg.entry)(cfg, CPU)
     dataset = recipe.dataset(2, lambda line: None)
     for name, p in recipe.named_parameters():
-        if p.requires_grad and "lora_B" in name:
+        if p.requires_grad and ("lora_B" in name or not p.any()):
             p.data.normal_(0, 0.05)
     batch = default_collate([dataset[0], dataset[1]])
     return cfg, recipe, {name: x for name, x in batch.items() if name != "name"}
@@ -37,7 +37,8 @@ def exact(words):
     """Loss and gradients by name in eager float64, with PEFT's own layers."""
     _, recipe, batch = made(words)
     recipe.double()
-    recipe.family.dtype = torch.float64
+    if hasattr(recipe, "family"):
+        recipe.family.dtype = torch.float64
     return passed(recipe, lambda: split_loss(recipe({n: wide(x) for n, x in batch.items()}))[0])
 
 
@@ -60,11 +61,16 @@ def stepped(words):
 
 
 def errors(found, wanted):
-    """The relative error of the loss, and of each gradient."""
+    """The relative error of the loss, and of each gradient.
+
+    That of a key's bias is zero, as it moves all scores of a query alike: it is compared with the largest.
+    """
     (loss, grads), (right, right_grads) = found, wanted
     assert grads.keys() == right_grads.keys()
     of_loss = ((loss - right).norm() / right.norm()).item()
-    return of_loss, [((grads[name] - g).norm() / g.norm()).item() for name, g in right_grads.items()]
+    largest = max(g.norm() for g in right_grads.values())
+    scale = {name: g.norm() if g.norm() > 1e-9 * largest else largest for name, g in right_grads.items()}
+    return of_loss, [((grads[name] - g).norm() / scale[name]).item() for name, g in right_grads.items()]
 
 
 FAST = {
@@ -74,6 +80,12 @@ FAST = {
     "computed anew": ["lora", "--no-cache"],
     "all weights": ["text-to-image"],
     "of two kinds": ["dreambooth, adapters and a word"],
+    "pixels": ["ddpm"],
+    "pixels, recomputed": ["ddpm", "--gradient-checkpointing"],
+    "convolutions": ["lora", "--target-modules", "to_q", "conv1", "proj_in"],
+    "DoRA": ["lora", "--use-dora", "--target-modules", "to_q", "conv1"],
+    "LoHa": ["lora, LoHa", "--target-modules", "to_q", "conv1"],
+    "LoKr": ["lora, LoKr", "--target-modules", "to_q", "conv1"],
 }
 
 
@@ -97,11 +109,15 @@ def test_adapters_are_fused_to_the_bits_of_peft(places, tmp_path, monkeypatch):
     assert all(torch.equal(grad, plain[1][name]) for name, grad in fused[1].items())
 
 
-HALF = {"bf16": (5e-3, 3e-2), "fp16": (1e-3, 5e-3)}
-"""Bounds of the loss, and of half of the gradients, in each precision."""
+ROUNDING = {"bf16": 2**-8, "fp16": 2**-11}
+"""The relative error of one number that is rounded."""
+LOSS, HALF, WORST = 2, 10, 40
+"""Bounds of the loss, of half of the gradients, and of each, in units of it. The worst are those of queries and keys,
+differences of the softmax that are a ten-thousandth of the largest gradient; one with a wrong sign or factor is
+hundreds of units off."""
 
 
-@pytest.mark.parametrize("precision", HALF)
+@pytest.mark.parametrize("precision", ROUNDING)
 @pytest.mark.parametrize("more", [[], ["--gradient-checkpointing", "--train-text-encoder", "--no-cache"]])
 def test_half_precision_without_autocast_is_as_near_as_with_it(precision, more, places, tmp_path, monkeypatch):
     words = contract.command("lora", places, tmp_path / "run", *more)
@@ -115,10 +131,11 @@ def test_half_precision_without_autocast_is_as_near_as_with_it(precision, more, 
     cast, engine = stepped([*words, "--mixed-precision", precision])
     cast = cast[0], {name: g / engine.scaler.get_scale() for name, g in cast[1].items()}
     of_cast_loss, of_cast = errors(cast, wanted)
-    print(precision, of_loss, of_cast_loss, sorted(of_grads)[::8], sorted(of_cast)[::8])
+    unit = ROUNDING[precision]
     for of_one, grads in ((of_loss, of_grads), (of_cast_loss, of_cast)):
-        assert of_one < HALF[precision][0]
-        assert sorted(grads)[len(grads) // 2] < HALF[precision][1]
+        assert of_one < LOSS * unit
+        assert sorted(grads)[len(grads) // 2] < HALF * unit
+        assert max(grads) < WORST * unit
     assert sum(of_grads) < 1.5 * sum(of_cast)
 
 

@@ -4,21 +4,28 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import Counter
 
 import pytest
 import torch
 from diffusers import UNet2DModel
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdtune.cli import main
+from sdtune.config.methods.lora import LoraConfig
 from sdtune.config.sections import UserError
 from sdtune.models.memory_options import checkpoint_gradients, compile_blocks
+from sdtune.models.noisy_classifier import NoisyClassifier
+from sdtune.recipes.lora import Lora
 from sdtune.run import processes
 from sdtune.run.device import is_out_of_memory
-from sdtune.training import batch_size, engine
+from sdtune.training import batch_size, engine, memory_estimate
+from sdtune.training.preview_memory import size_of
 from tests import contract, ranks, tars
 from tests.conftest import status
 from tests.contract import RECIPES
+from tests.test_gpu_ready import settings
 
 
 @pytest.mark.parametrize("recipe", ["textual-inversion", "dreambooth, adapters and a word"])
@@ -45,10 +52,41 @@ def test_a_model_that_names_no_repeated_blocks_is_compiled_as_a_whole():
         up_block_types=("UpBlock2D",) * 2,
         norm_num_groups=4,
     )
+    classifier = NoisyClassifier(16, 3, 2, (8, 16), ("DownBlock2D",) * 2, 1, 8, 4)
     token = nn.Linear(1, 1)
-    compile_blocks([unet, token])
+    compile_blocks([unet, classifier, token])
     assert unet._compiled_call_impl is not None
+    assert classifier._compiled_call_impl is not None
     assert token._compiled_call_impl is None
+
+
+def test_the_largest_batch_for_several_processes_is_searched_in_a_fork(monkeypatch):
+    """What the search leaves on a GPU goes with its process; one process trains where it has searched."""
+    monkeypatch.setattr(batch_size, "largest_cut", lambda *given: {"train_batch_size": os.getpid()})
+    cfg = LoraConfig(dataset="d")
+    assert batch_size.largest_batch(Lora, cfg, 1, None).train_batch_size == os.getpid()
+    assert batch_size.largest_batch(Lora, cfg, 2, None).train_batch_size != os.getpid()
+
+
+def test_previews_decode_one_image_at_a_time_and_are_in_the_estimate(places, tmp_path, monkeypatch):
+    cfg = settings(contract.command("lora", places, tmp_path / "run", "--num-validation-images", "1"))
+    decoded = []
+
+    def generate(pipe, *given, **options):
+        decoded.append(pipe.vae.use_slicing)
+        return []
+
+    monkeypatch.setattr("sdtune.recipes.finetune.generate", generate)
+    Lora(cfg, torch.device("cpu")).sample(["a"], [0])
+    assert decoded == [True]
+    monkeypatch.setattr(memory_estimate, "traced", lambda *step: Counter())  # half a second, of which this is no part
+    counted, of_preview = [], memory_estimate.of_preview
+    monkeypatch.setattr(memory_estimate, "of_preview", lambda *given: counted.append(given) or 10**9)
+    made = memory_estimate.meta_recipe(Lora, cfg, 2, lambda line: None)
+    assert memory_estimate.estimate(*made, torch.device("cpu"), base=0).total > 10**9
+    recipe, parts, device = counted[0]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert of_preview(recipe, parts, device) > size_of([x for part in parts.values() for x in part.parameters()])
 
 
 def test_a_run_out_of_memory_names_the_options_that_save_enough(places, tmp_path, monkeypatch, capsys):

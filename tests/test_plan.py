@@ -78,6 +78,16 @@ def test_the_plan_says_how_a_step_is_shared_and_what_its_warm_up_does():
     assert "images are read by 2 processes; " in said
 
 
+def test_the_number_of_readers_is_as_asked_or_what_the_images_need():
+    cfg = LoraConfig(dataset="d", steps=10)
+    lazy, asked = (cfg.model_copy(update=more) for more in ({"lazy_cache": True}, {"dataloader_num_workers": 3}))
+    assert [cfg.loader_workers(reads) for reads in (True, False)] == [2, 0]
+    assert lazy.loader_workers(True) == 0  # the VAE is in the training process
+    assert asked.loader_workers(True) == asked.loader_workers(False) == 3
+    for workers, told in ((0, "in the training process"), (1, "by 1 process"), (2, "by 2 processes")):
+        assert f"images are read {told}; " in plan.plan(cfg, Stream(1), 10, 1, [1e-4], 5, workers)
+
+
 def test_a_rate_that_an_optimizer_does_not_expect_is_told():
     cfg = LoraConfig(dataset="d", optimizer="prodigy", learning_rate=1e-4)
     assert "learning rate 1e-4 (prodigy finds the rate itself" in plan.plan(cfg, Stream(4), 10, 1, [1e-4], 5, 0)

@@ -70,10 +70,10 @@ class Store(Mapping[str, Any]):
         self.index: dict[str, tuple[str, int]] = {}
         for file in sorted(folder.glob("*.safetensors")):
             try:
-                with safe_open(file, framework="pt") as tensors:
-                    sums = json.loads((tensors.metadata() or {})[CHECKSUMS])
-                    within = file.name
-                    self.index |= {name: (within, int(sums[name])) for name in tensors.keys()}  # noqa: SIM118
+                tensors = safe_open(file, framework="pt")
+                sums, within = json.loads((tensors.metadata() or {})[CHECKSUMS]), file.name
+                self.index |= {name: (within, int(sums[name])) for name in tensors.keys()}  # noqa: SIM118
+                self.opened[within] = tensors  # so that no step opens a file
             except (SafetensorError, ValueError):
                 with suppress(OSError):  # damaged: its tensors are computed again
                     file.unlink()

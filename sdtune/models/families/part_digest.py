@@ -6,6 +6,7 @@ the part's files: name, size, time of change and inode, as for images. Files tha
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +19,34 @@ from sdtune.data import cache_root
 from sdtune.data.cache import digest, make_folder
 
 
-def remembered(identity: str | None, compute: Callable[[], str]) -> str:
+def remembered(identity: Callable[[], str | None], compute: Callable[[], str]) -> str:
     """The digest that was computed for these files before, else ``compute()``, which is remembered.
 
     Args:
-        identity: of the files (`identity_of`); ``None`` where they are not known.
+        identity: of the files (`identity_of`); ``None`` where they are not known, as before they are downloaded.
     """
-    if identity is None:
-        return compute()
-    file = cache_root() / "digests" / identity
-    try:
-        return file.read_text(encoding="ascii")
-    except (OSError, ValueError):
-        found = compute()
+    known = identity()
+    if known is not None:
+        with suppress(OSError, ValueError):
+            return (cache_root() / "digests" / known).read_text(encoding="ascii")
+    found = compute()
+    known = known or identity()
+    if known is None:
+        return found
+    file = cache_root() / "digests" / known
     make_folder(file.parent)
-    new = file.with_name(f"{identity}.{os.getpid()}.tmp")
+    new = file.with_name(f"{known}.{os.getpid()}.tmp")
     new.write_text(found, encoding="ascii")
     new.replace(file)
     return found
 
 
 def identity_of(folder: Path | None, *parts: Any) -> str | None:
-    """A digest of the files in ``folder`` and of all else that the weights in memory depend on: ``parts``, versions."""
-    if folder is None or not folder.is_dir():
+    """A digest of the files in ``folder`` and of all else that the weights in memory depend on: ``parts``, versions.
+
+    None where no weights are there, as in the Hub's cache after the settings alone were asked for.
+    """
+    if folder is None or not any(folder.glob("*.safetensors")):
         return None
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     stats = [(file, file.stat()) for file in files]

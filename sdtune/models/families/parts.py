@@ -3,8 +3,9 @@
 import importlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -90,22 +91,43 @@ class ModelParts:
     def _read(self, kind: Any, part: str, source: str | None = None, **more: Any) -> Any:
         """One part of the base from its folder or repository; the Hub is asked for it once."""
         asked, folder, where = self._place(part, source)
-        what = f"{getattr(kind, '__name__', ConfigOnly.__name__)} {asked}"
+        settings = part.endswith("scheduler")  # one file for all classes
+        what = asked if settings else f"{getattr(kind, '__name__', ConfigOnly.__name__)} {asked}"
         if what in self.downloaded:
-            where["local_files_only"] = True
-        read = read_scheduler if part.endswith("scheduler") else read_part
+            more["local_files_only"] = True
+        read = read_scheduler if settings else read_part
         found = read(kind, folder, asked, cache_dir=self.cfg.cache_dir, **where, **more)
         self.downloaded.add(what)
         return found
+
+    def _folder_of(self, part: str, source: str | None) -> tuple[Path | None, bool]:
+        """Where a part lies on this machine, None if nowhere; and whether that is the Hub's cache."""
+        _, folder, where = self._place(part, source)
+        here = part_folder(folder, where.get("subfolder"), where.get("revision"), self.cfg.cache_dir)
+        return here, not Path(folder).is_dir()
+
+    def _read_module(self, kind: Any, part: str, source: str | None, **more: Any) -> Any:
+        """A part with its weights; the Hub is not asked for one in its cache, so that a preview needs no network.
+
+        The start of a run asked which commit is the newest, and what lies in the cache is of that one. Where some files
+        of a part are missing, such as all but its settings, the Hub has them.
+        """
+        folder, cached = self._folder_of(part, source)
+        if cached and folder and any(folder.glob("*.safetensors")):
+            with suppress(UserError):
+                return self._read(kind, part, source, local_files_only=True, **more)
+        return self._read(kind, part, source, **more)
 
     def weights_key(self, part: str) -> str:
         """A digest of the weights of a frozen part, which is not read for it if its files have been seen before."""
         if part in self.parts:
             return weights_digest(self.parts[part])
-        _, folder, where = self._place(part, self.cfg.vae if part == "vae" else None)
-        place = part_folder(folder, where.get("subfolder"), where.get("revision"), self.cfg.cache_dir)
-        kind = self.part_class(part).__name__
-        identity = identity_of(place, part, kind, self.dtype, self.cfg.variant, self.cfg.clip_skip)
+        source, kind = self.cfg.vae if part == "vae" else None, self.part_class(part).__name__
+
+        def identity() -> str | None:
+            place, _ = self._folder_of(part, source)
+            return identity_of(place, part, kind, self.dtype, self.cfg.variant, self.cfg.clip_skip)
+
         return remembered(identity, lambda: weights_digest(self.part(part)))
 
     def _meta_part(self, kind: Any, part: str, source: str | None) -> nn.Module:
@@ -131,7 +153,7 @@ class ModelParts:
                 module = self._meta_part(kind, name, other).to(dtype)
             else:
                 variant = {} if other else {"variant": self.cfg.variant}
-                module = self._read(kind, name, other, dtype=dtype, **variant)
+                module = self._read_module(kind, name, other, dtype=dtype, **variant)
             if name == "text_encoder" and self.cfg.clip_skip:
                 skip_layers(module, self.cfg.clip_skip, self.cfg.model)
             self.parts[name] = module.requires_grad_(False).eval()
