@@ -47,12 +47,14 @@ class Flux(FluxControl):
         """Arguments of the denoiser, and of networks made from it."""
         x_t, embeds = x_t.to(self.dtype), cond["embeds"].to(self.dtype)
         height, width = pixel_unshuffle(x_t, 2).shape[-2:]
+        with x_t.device:  # not in main memory, from which a copy would make the host wait
+            places = self.pipeline_class._prepare_latent_image_ids(1, height, width, x_t.device, self.dtype)
         return {
             "hidden_states": pack(x_t),
             "timestep": t,
             "encoder_hidden_states": embeds,
             "txt_ids": torch.zeros(embeds.shape[1], 3, device=x_t.device, dtype=self.dtype),
-            "img_ids": self.pipeline_class._prepare_latent_image_ids(1, height, width, x_t.device, self.dtype),
+            "img_ids": places,
             **self.denoiser_inputs(x_t, cond),
         }
 

@@ -62,12 +62,15 @@ class Flux2(LatentFamily):
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         x_t, embeds = x_t.to(self.dtype), cond["embeds"].to(self.dtype)
+        with x_t.device:  # not in main memory, from which a copy would make the host wait
+            text_places = self.pipeline_class._prepare_text_ids(embeds)
+            places = self.pipeline_class._prepare_latent_ids(pixel_unshuffle(x_t, 2))
         tokens = self.denoiser(
             hidden_states=pack(x_t),
             timestep=t,
             encoder_hidden_states=embeds,
-            txt_ids=self.pipeline_class._prepare_text_ids(embeds).to(x_t.device),
-            img_ids=self.pipeline_class._prepare_latent_ids(pixel_unshuffle(x_t, 2)).to(x_t.device),
+            txt_ids=text_places,
+            img_ids=places,
             guidance=self.guidance_input(x_t),
             return_dict=False,
         )[0]

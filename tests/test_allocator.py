@@ -1,0 +1,41 @@
+"""What glibc is told about malloc, and when it is told nothing."""
+
+import ctypes
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from sdtune.run.allocator import tune_malloc
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What `mallopt` was called with, on a Linux whose environment says nothing of malloc."""
+    calls = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *given: calls.append(given)))
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    return calls
+
+
+def test_large_tensors_have_pages_of_their_own_and_small_ones_stay(told):
+    tune_malloc()
+    assert told == [(-3, 4 << 20), (-1, 512 << 20)]
+
+
+def test_what_the_environment_says_stays(told, monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    tune_malloc()
+    assert told == []
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_another_c_library_is_told_nothing(platform, told, monkeypatch):
+    monkeypatch.setattr(sys, "platform", platform)
+    if platform == "linux":
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    tune_malloc()
+    assert told == []
