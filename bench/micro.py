@@ -23,6 +23,7 @@ from sdtune.config.methods.ddpm import DdpmConfig
 from sdtune.data.cache import Store, write_tensors
 from sdtune.data.images import decode
 from sdtune.models import families
+from sdtune.models.fused_lora import LowRank
 from sdtune.training import optim
 
 Arms = dict[str, Callable[[], Any]]
@@ -72,6 +73,8 @@ def groups(count: float) -> Iterator[tuple[str, Arms]]:
                 "its moments from the cache": lambda: store[keys[next(turns) % len(keys)]] + 0,
             },
         )
+    for tokens, width in ((4096, 320), (1024, 640), (256, 1280)):
+        yield f"q, k, v of {tokens:,} tokens, {width} wide", projections(tokens, width)
     import transformers
 
     tokenizer = transformers.CLIPTokenizer.from_pretrained(families.resolve_model("tiny"), subfolder="tokenizer")
@@ -80,6 +83,29 @@ def groups(count: float) -> Iterator[tuple[str, Arms]]:
         "100 captions",
         {"tokenized one by one": lambda: [tokenizer(c) for c in captions], "together": lambda: tokenizer(captions)},
     )
+
+
+def projections(tokens: int, width: int, rank: int = 4) -> Arms:
+    """Queries, keys and values of one input with their adapters, there and back: three products, or one of all.
+
+    Of all, A is one matrix and B has the three along its diagonal.
+    """
+    x, grad = torch.randn(1, tokens, width, requires_grad=True), torch.randn(1, tokens, 3 * width)
+    weights = [torch.randn(width, width) for _ in range(3)]
+    a = [torch.randn(rank, width, requires_grad=True) for _ in range(3)]
+    b = [torch.randn(width, rank, requires_grad=True) for _ in range(3)]
+    together = torch.cat(weights), torch.cat(a).detach(), torch.block_diag(*b).detach()
+    together[1].requires_grad_(), together[2].requires_grad_()
+
+    def one_by_one() -> None:
+        made = [LowRank.apply(x, x, w, None, *factors, 1.0) for w, *factors in zip(weights, a, b, strict=True)]
+        torch.autograd.backward(made, grad.split(width, -1))
+
+    def in_one() -> None:
+        w, *factors = together
+        LowRank.apply(x, x, w, None, *factors, 1.0).backward(grad)
+
+    return {"one by one": one_by_one, "in one product": in_one}
 
 
 def timed(work: Callable[[], Any]) -> Callable[[], float]:

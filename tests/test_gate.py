@@ -3,8 +3,12 @@
 The loss alone is no test: a compiler has returned wrong gradients beside a loss that was right to the bit.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 
 from sdtune.cli import imported
@@ -169,3 +173,38 @@ def test_a_repeated_step_refuses_what_changes(places, tmp_path, monkeypatch, cap
     ):
         assert status(contract.command(recipe, places, tmp_path / recipe, "--cuda-graphs", *more)) == 2
         assert told in capsys.readouterr().err
+
+
+class Casts(TorchDispatchMode):
+    """Counts the operations that cast a trained weight, one or many at once."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.places, self.count = {w.data_ptr() for w in weights}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "copy" in str(func):
+            given = {x.data_ptr() for x in tree_leaves(args) if isinstance(x, torch.Tensor)}
+            self.count += bool(given & self.places)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recipe", ["text-to-image", "lora"])
+def test_a_weight_is_cast_once_for_all_micro_batches(recipe, places, tmp_path):
+    """Of all weights by autocast, of adapters by hand; both to the bits of casts for each."""
+    words = contract.command(recipe, places, tmp_path / "run", "--mixed-precision", "bf16")
+    found = {}
+    for once in (True, False):
+        cfg, recipe_, batch = made([*words, "--gradient-accumulation-steps", "2"])
+        prepare_modules(recipe_.train(), cfg, CPU)
+        engine = Engine(recipe_, cfg, memory_estimate.Alone(CPU))
+        counts = []
+        with engine.accumulating() if once else nullcontext():
+            for _ in range(2):
+                with Casts(engine.trained) as casts:
+                    engine.backward(engine(engine.receive(batch))[0].mean())
+                counts.append(casts.count)
+        assert bool(engine.halves) == (recipe == "lora")
+        assert counts[0] > 0 and (counts[1] == 0) == once
+        found[once] = [p.grad for p in engine.trained]
+    assert all(torch.equal(one, other) for one, other in zip(found[True], found[False], strict=True))

@@ -405,6 +405,28 @@ def test_every_further_optimizer_goes_on_as_if_it_had_not_stopped():
     put_back(config(optimizer="soap"), 9)  # its bases turn every tenth step; then they lie in memory by columns
 
 
+class Paged(torch.optim.AdamW):
+    """As bitsandbytes' paged optimizers, its moments lie in tensors that nothing else can make."""
+
+    is_paged = True
+
+    def step(self, closure=None):
+        super().step(closure)
+        for state in self.state.values():
+            state["exp_avg"].in_pages = True
+
+
+def test_moments_that_lie_in_pages_are_put_back_there():
+    cfg, module = config(), network()
+    optimizer = Paged(module.parameters(), lr=1e-2)
+    advance(module, optimizer, 0, 3)
+    tensors, numbers = through_files(*optimizer_state.save_state(optimizer, named(module)))
+    resumed = Paged(module.parameters(), lr=cfg.learning_rate)
+    optimizer_state.load_state(resumed, named(module), tensors, numbers, lambda tensor, parameter: tensor)
+    assert same(bits(module, resumed), bits(module, optimizer))
+    assert all(state["exp_avg"].in_pages for state in resumed.state.values())
+
+
 def put_back(cfg, stop):
     module = network()
     optimizer = optimizer_of(module, cfg)

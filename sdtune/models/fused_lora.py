@@ -126,7 +126,7 @@ def is_plain(layer: lora.Linear) -> bool:
 
 
 class HalfAdapters:
-    """The adapters of a module in half precision, made anew for each forward pass.
+    """The adapters of a module in half precision, made anew for each step, or each forward pass.
 
     With them a base in half precision needs no autocast: nothing in it is cast.
     """
@@ -139,6 +139,11 @@ class HalfAdapters:
         frozen = [p for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
         self.suffice = trained <= {id(f) for f in self.factors} and all(p.dtype == dtype for p in frozen)
         """Whether nothing else trains, and the rest is in half precision."""
+
+    @property
+    def made(self) -> bool:
+        """Whether the layers have their factors."""
+        return self.layers[0].half is not None
 
     def make(self) -> None:
         """Give each layer its factors, to be used until `clear`."""

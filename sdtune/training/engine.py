@@ -59,7 +59,7 @@ class Engine:
         self.dtype, self.accumulation = dtype_of(cfg), cfg.gradient_accumulation_steps
         self.scaler = torch.amp.GradScaler(self.device.type, INIT_SCALE, enabled=self.dtype == torch.float16)
         self.model: nn.Module = recipe
-        self.halves = self.adapters_in_half()
+        self.halves, self.within_step = self.adapters_in_half(), False
 
     def adapters_in_half(self) -> HalfAdapters | None:
         """The adapters of a recipe that trains nothing else beside a base in half precision; then there is no autocast.
@@ -74,7 +74,7 @@ class Engine:
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and figures of a batch, in the precision of the run."""
-        if self.halves:
+        if self.halves and not self.halves.made:
             self.halves.make()
         with self.autocast():
             return split_loss(self.model(batch))
@@ -105,10 +105,28 @@ class Engine:
         """Context of a forward and backward pass whose gradients stay with the process, to be added to."""
         return nullcontext()
 
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Context of the micro-batches of a step, between which weights do not change: each is cast once for all."""
+        if self.accumulation == 1:  # with one, a copy can go as soon as the backward pass is through with it
+            yield
+            return
+        self.within_step = True
+        torch.autocast_increment_nesting()
+        try:
+            yield
+        finally:
+            self.within_step = False
+            if torch.autocast_decrement_nesting() == 0:
+                torch.clear_autocast_cache()
+            if self.halves:
+                self.halves.clear()
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one of the micro-batches of a step."""
         self.scaler.scale(loss / self.accumulation if self.accumulation > 1 else loss).backward()
-        if self.halves:  # not before: with gradient checkpointing the backward pass computes forward again
+        # Not before: with gradient checkpointing the backward pass computes forward again
+        if self.halves and not self.within_step:
             self.halves.clear()
 
     def step(self, optimizer: Optimizer, max_norm: float) -> Tensor:

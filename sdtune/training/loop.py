@@ -184,24 +184,27 @@ def fit(
         effective_step = state.step - (window.skipped_so_far() if engine.overflows else 0)
         for parameters, peak, end in zip(optimizer.param_groups, peaks, group_end_steps, strict=True):
             optim.set_rate(parameters, peak * scale * lr_factor(effective_step) * (state.step < end))
-        for micro in range(accumulation):
-            with metrics.times.part("data_wait"):
-                batch = stop.attempt(batches.__next__, world == 1)
-            if batch is None:
-                break
-            samples = batch.pop("name")
-            rng.seed_model(rng.key(cfg.seed, "dropout", state.step, rank * accumulation + micro), accelerator.device)
-            with engine.local() if micro + 1 < accumulation else nullcontext():
-                received = engine.receive(batch)
-                if repeated:
-                    with metrics.times.part("graph"):
-                        loss, figures = repeated(received)
-                else:
-                    with metrics.times.part("forward"):
-                        loss, figures = engine(received)
-                    with metrics.times.part("backward"):
-                        engine.backward(nan_unless_finite(loss.mean()))
-            window.add(loss, figures, samples)
+        with nullcontext() if repeated else engine.accumulating():
+            for micro in range(accumulation):
+                with metrics.times.part("data_wait"):
+                    batch = stop.attempt(batches.__next__, world == 1)
+                if batch is None:
+                    break
+                samples = batch.pop("name")
+                rng.seed_model(
+                    rng.key(cfg.seed, "dropout", state.step, rank * accumulation + micro), accelerator.device
+                )
+                with engine.local() if micro + 1 < accumulation else nullcontext():
+                    received = engine.receive(batch)
+                    if repeated:
+                        with metrics.times.part("graph"):
+                            loss, figures = repeated(received)
+                    else:
+                        with metrics.times.part("forward"):
+                            loss, figures = engine(received)
+                        with metrics.times.part("backward"):
+                            engine.backward(nan_unless_finite(loss.mean()))
+                window.add(loss, figures, samples)
         if batch is None:  # a signal came while the batch was read; what was accumulated is dropped
             continue
         # A rate of 0 alone does not hold every optimizer, and a part that has ended does not count in the clipping

@@ -15,6 +15,7 @@ from sdtune.diffusion.moving_average import move_average
 NAMED = {
     "adamw": ("torch.optim:AdamW", ""),
     "adamw8bit": ("bitsandbytes.optim:AdamW8bit", "bnb"),
+    "paged_adamw8bit": ("bitsandbytes.optim:PagedAdamW8bit", "bnb"),
     "torchao_adamw8bit": ("torchao.optim:AdamW8bit", "torchao"),
     "torchao_adamw4bit": ("torchao.optim:AdamW4bit", "torchao"),
     "torchao_adamwfp8": ("torchao.optim:AdamWFp8", "torchao"),

@@ -84,8 +84,9 @@ def load_state(
     shard_like: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
     """Put back what ``save_state`` gave; ``shard_like`` puts a tensor where a parameter is."""
-    if any(name and len(rest) == 2 for name, *rest in (key.split("|") for key in tensors)):
-        init_state(optimizer)  # it alone knows how to put codes and scales together
+    paged = bool(getattr(optimizer, "is_paged", False))
+    if paged or any(name and len(rest) == 2 for name, *rest in (key.split("|") for key in tensors)):
+        init_state(optimizer)  # it alone knows how to put codes and scales together, or to have pages
     by_name = {name: parameter for parameter, name in names.items()}
     for name, state in numbers["state"].items():
         optimizer.state[by_name[name]].update(state)
@@ -101,6 +102,9 @@ def load_state(
         if place := re.fullmatch(r"(.+)\[(\d+)\](T?)", rest[0]):
             there = shard_like(value, parameter)
             optimizer.state[parameter][place[1]][int(place[2])] = there.mT if place[3] else there
+            continue
+        if paged and isinstance(there := optimizer.state[parameter].get(rest[0]), Tensor):
+            there.copy_(value)
             continue
         on_host = rest[0] == "step" and not optimizer.param_groups[0].get("fused")
         optimizer.state[parameter][rest[0]] = value if on_host else shard_like(value, parameter)
