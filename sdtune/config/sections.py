@@ -421,7 +421,7 @@ class Optim(Section):
     lr_step_rules: Annotated[str | None, requires("lr_scheduler", "piecewise_constant")] = None
     """Rules of `piecewise_constant`, such as 1:100,0.1:200,0.01. Only that scheduler uses them."""
     optimizer: str = "adamw"
-    """adamw, adamw8bit (paged_), torchao_adamw8bit (4bit, fp8), prodigy, adamw_schedulefree, soap, ... or module:Class."""
+    """adamw, adamw8bit (paged_), torchao_adamw8bit (4bit, fp8), prodigy, adamw_schedulefree, ... or module:Class."""
     optimizer_args: dict[str, Any] = {}
     """Further arguments of the optimizer, as YAML: '{d_coef: 2}'."""
     use_8bit_adam: bool = False

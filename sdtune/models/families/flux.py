@@ -12,7 +12,7 @@ from sdtune.config.sections import BaseOptions, UserError
 from sdtune.diffusion.objective import Objective
 from sdtune.diffusion.rectified_flow import RectifiedFlow
 from sdtune.models.families.flux_control import FluxControl
-from sdtune.models.families.latent import FLOW_ONLY, pack, unpack
+from sdtune.models.families.latent import FLOW_ONLY, made_on, pack, unpack
 
 ATTENTION = "to_k to_q to_v to_out.0 add_k_proj add_q_proj add_v_proj to_add_out".split()
 FEED_FORWARD = "ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2".split()
@@ -46,15 +46,13 @@ class Flux(FluxControl):
     def inputs(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Any]:
         """Arguments of the denoiser, and of networks made from it."""
         x_t, embeds = x_t.to(self.dtype), cond["embeds"].to(self.dtype)
-        height, width = pixel_unshuffle(x_t, 2).shape[-2:]
-        with x_t.device:  # not in main memory, from which a copy would make the host wait
-            places = self.pipeline_class._prepare_latent_image_ids(1, height, width, x_t.device, self.dtype)
+        kind, (height, width) = self.pipeline_class, pixel_unshuffle(x_t, 2).shape[-2:]
         return {
             "hidden_states": pack(x_t),
             "timestep": t,
             "encoder_hidden_states": embeds,
             "txt_ids": torch.zeros(embeds.shape[1], 3, device=x_t.device, dtype=self.dtype),
-            "img_ids": places,
+            "img_ids": made_on(x_t.device, kind._prepare_latent_image_ids, 1, height, width, x_t.device, self.dtype),
             **self.denoiser_inputs(x_t, cond),
         }
 

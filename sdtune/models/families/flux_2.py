@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from sdtune.config.sections import UserError
 from sdtune.diffusion.objective import Objective
 from sdtune.diffusion.rectified_flow import RectifiedFlow
-from sdtune.models.families.latent import FLOW_ONLY, LatentFamily, pack, unpack
+from sdtune.models.families.latent import FLOW_ONLY, LatentFamily, made_on, pack, unpack
 
 # attn.to_out is a layer in the single blocks, a list of layers in the double ones
 TARGETS = r".*\.(to_q|to_k|to_v|to_out\.0|to_qkv_mlp_proj)|single_transformer_blocks\.\d+\.attn\.to_out"
@@ -62,15 +62,12 @@ class Flux2(LatentFamily):
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         x_t, embeds = x_t.to(self.dtype), cond["embeds"].to(self.dtype)
-        with x_t.device:  # not in main memory, from which a copy would make the host wait
-            text_places = self.pipeline_class._prepare_text_ids(embeds)
-            places = self.pipeline_class._prepare_latent_ids(pixel_unshuffle(x_t, 2))
         tokens = self.denoiser(
             hidden_states=pack(x_t),
             timestep=t,
             encoder_hidden_states=embeds,
-            txt_ids=text_places,
-            img_ids=places,
+            txt_ids=made_on(x_t.device, self.pipeline_class._prepare_text_ids, embeds),
+            img_ids=made_on(x_t.device, self.pipeline_class._prepare_latent_ids, pixel_unshuffle(x_t, 2)),
             guidance=self.guidance_input(x_t),
             return_dict=False,
         )[0]

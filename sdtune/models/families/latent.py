@@ -5,7 +5,7 @@ it was made with. Parts are read as ``model_index.json`` names them.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -283,3 +283,9 @@ def unpack(tokens: Tensor, like: Tensor) -> Tensor:
     """The latents of tokens, shaped like ``like`` ``[B, C, h, w]``."""
     height, width = like.shape[-2:]
     return functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+
+
+def made_on(device: torch.device, make: Callable[..., Tensor], *given: Any) -> Tensor:
+    """What ``make`` gives, made on ``device`` itself: a copy from main memory would have the host wait for it."""
+    with device:
+        return make(*given)
