@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harness import in_turn, parser, report
-from step import SCRIPT, clock_of
+from peers import OF_SD
+from step import clock_of
 
 from sdtune.config.verbs import SampleConfig
 from sdtune.data.builtin import BUILT_IN
@@ -66,7 +67,7 @@ def main() -> None:
     arms: dict[str, Callable[[], float]] = {}
     if given.peer:
         out = given.work / "peer"
-        peer = [str(given.peer / SCRIPT), "--train_data_dir", str(BUILT_IN["tiny-hearts"]()), "--resolution", "64"]
+        peer = [str(given.peer / OF_SD), "--train_data_dir", str(BUILT_IN["tiny-hearts"]()), "--resolution", "64"]
         peer += ["--pretrained_model_name_or_path", families.resolve_model("tiny"), "--caption_column", "text"]
         peer += ["--train_batch_size", str(BATCH), "--rank", str(RANK), "--learning_rate", str(RATE), "--center_crop"]
         peer += ["--output_dir", str(out), "--checkpointing_steps", str(given.every)]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harness import in_turn, parser, report, run
-from step import SCRIPT
+from peers import OF_SD
 
 from sdtune.data.builtin import BUILT_IN
 from sdtune.models import families
@@ -34,8 +34,8 @@ def main() -> None:
         typo += "try:\n    main(sys.argv[1:])\nexcept SystemExit as done:\n    assert done.code == 2\n"
         arms: dict[str, Callable[[], float]] = {}
         if given.peer:
-            arms["the script, --help"] = lambda: run([str(given.peer / SCRIPT), "--help"]).cpu
-            peer = [str(given.peer / SCRIPT), "--pretrained_model_name_or_path", families.resolve_model("tiny")]
+            arms["the script, --help"] = lambda: run([str(given.peer / OF_SD), "--help"]).cpu
+            peer = [str(given.peer / OF_SD), "--pretrained_model_name_or_path", families.resolve_model("tiny")]
             peer += ["--train_data_dir", str(BUILT_IN["tiny-hearts"]()), "--caption_column", "text"]
             peer += [*"--resolution 64 --train_batch_size 4 --rank 4 --max_train_steps 1".split()]
             peer += ["--output_dir", f"{work}/peer"]

@@ -22,6 +22,7 @@ LAYERS = {
         [(2, 8, 16, 16), (2, 512)],
     ),
     "gated layer": (lambda: GEGLU(8, 32), [(2, 64, 8)]),
+    "attention to itself": (lambda: Attention(8, heads=2, dim_head=4, bias=True), [(2, 64, 8)]),
     "attention": (lambda: Attention(8, 12, heads=2, dim_head=4), [(2, 64, 8), (2, 5, 12)]),
 }
 KEPT = {"convolution": 0.1, "residual block": 0.6, "block of one width, halved": 0.6, "gated layer": 0.8}

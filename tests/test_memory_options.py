@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from diffusers import UNet2DModel
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -43,8 +44,8 @@ def test_gradient_checkpointing_that_no_part_can_do_is_refused():
         checkpoint_gradients([nn.Linear(1, 1)])
 
 
-def test_a_model_that_names_no_repeated_blocks_is_compiled_as_a_whole():
-    """diffusers refuses to compile the blocks of a network of pixels, since it names none."""
+def test_a_model_is_compiled_by_its_repeated_blocks_or_as_a_whole():
+    """diffusers refuses to compile the blocks of a network of pixels, since it names none; a classifier has no name."""
     unet = UNet2DModel(
         16,
         block_out_channels=(8, 8),
@@ -55,7 +56,9 @@ def test_a_model_that_names_no_repeated_blocks_is_compiled_as_a_whole():
     classifier = NoisyClassifier(16, 3, 2, (8, 16), ("DownBlock2D",) * 2, 1, 8, 4)
     token = nn.Linear(1, 1)
     compile_blocks([unet, classifier, token])
-    assert unet._compiled_call_impl is not None
+    blocks = [block for block in unet.modules() if isinstance(block, ResnetBlock2D)]
+    assert len(blocks) > 4 and all(block._compiled_call_impl is not None for block in blocks)
+    assert unet._compiled_call_impl is None
     assert classifier._compiled_call_impl is not None
     assert token._compiled_call_impl is None
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional
@@ -126,7 +126,10 @@ class GatedGelu(torch.autograd.Function):
 
 
 class LeanAttention(Attention):
-    """The attention of diffusers without a look at the signature of its processor, which costs a tenth of its time."""
+    """The attention of diffusers as its usual processor computes it, without looking for what other kinds would need.
+
+    The processor's signature is not read, which takes a tenth of the time of a small one, and nothing is divided by 1.
+    """
 
     def forward(
         self,
@@ -135,11 +138,20 @@ class LeanAttention(Attention):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        given = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask, **kwargs}
-        result: Tensor = (
-            super().forward(hidden_states, **given) if kwargs else self.processor(self, hidden_states, **given)
+        usual = attention_mask is None and hidden_states.ndim == 3 and type(self.processor) is AttnProcessor2_0
+        if kwargs or not usual:
+            given = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask, **kwargs}
+            result: Tensor = super().forward(hidden_states, **given)
+            return result
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projected in (self.to_q(hidden_states), self.to_k(context), self.to_v(context))
         )
-        return result
+        seen = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out, dropout = self.to_out
+        found: Tensor = out(seen)
+        return dropout(found) if dropout.p else found
 
 
 def keep_less(model: nn.Module) -> None:
@@ -149,7 +161,7 @@ def keep_less(model: nn.Module) -> None:
             layer.__class__ = FrozenConv2d
         elif type(layer) is GEGLU:
             layer.__class__ = LeanGEGLU
-        elif type(layer) is Attention:
+        elif type(layer) is Attention and is_plain(layer):
             layer.__class__ = LeanAttention
         elif type(layer) is ResnetBlock2D and is_common(layer):
             layer.__class__ = LeanResnetBlock
@@ -159,3 +171,10 @@ def is_common(block: ResnetBlock2D) -> bool:
     """Whether a residual block keeps its side, adds the time to what it has, and has SiLU as its activation."""
     adds = block.time_emb_proj is None or block.time_embedding_norm == "default"
     return adds and not (block.up or block.down) and isinstance(block.nonlinearity, nn.SiLU)
+
+
+def is_plain(attention: Attention) -> bool:
+    """Whether an attention has no norms, no residual, and no scale of what it gives."""
+    norms = (attention.group_norm, attention.spatial_norm, attention.norm_cross, attention.norm_q, attention.norm_k)
+    more = attention.residual_connection or attention.pre_only or attention.rescale_output_factor != 1
+    return not more and all(norm is None for norm in norms)

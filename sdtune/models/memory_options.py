@@ -39,8 +39,12 @@ def _can_checkpoint(module: nn.Module) -> bool:
     return isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing
 
 
+REPEATED = {"UNet2DModel": ["ResnetBlock2D", "Attention"]}
+"""Blocks that a model of diffusers repeats and does not name itself."""
+
+
 def compile_blocks(modules: Iterable[nn.Module]) -> None:
-    """Compile the models of diffusers: block by block where a model names its repeated blocks, else as a whole.
+    """Compile the models of diffusers: block by block where it is known which blocks are repeated, else as a whole.
 
     Modules of other libraries stay as they are: a text encoder takes a small part of a step. What was compiled is kept
     in the cache of sdtune, for the next run.
@@ -49,6 +53,7 @@ def compile_blocks(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         part: Any = module
         if isinstance(module, ModelMixin):
+            part._repeated_blocks = part._repeated_blocks or REPEATED.get(type(part).__name__)
             if part._repeated_blocks:
                 part.compile_repeated_blocks()
             else:

@@ -81,7 +81,7 @@ def stand_ins(cfg: Prior, folder: Path, subject: Images, missing_count: int) -> 
     places = [k % len(subject.rows) for k in range(cfg.num_class_images)]
     shape = {"width": cfg.resolution, "height": cfg.resolution, "repeats": 1, "mask": None}
     rows = [
-        replace(subject.rows[place], name=path_of(folder, k).name, sha256=f"class image {k}", **shape)
+        subject.rows[place]._replace(name=path_of(folder, k).name, sha256=f"class image {k}", **shape)
         for k, place in enumerate(places)
     ]
     note = f"class images that the run will make: {missing_count} of {cfg.num_class_images}"
