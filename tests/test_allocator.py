@@ -18,18 +18,22 @@ def told(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     for name in [name for name in os.environ if name.startswith("MALLOC_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")  # so that it is put back
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
     return calls
 
 
 def test_large_tensors_have_pages_of_their_own_and_small_ones_stay(told):
     tune_malloc()
     assert told == [(-3, 4 << 20), (-1, 512 << 20)]
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
 
 
 def test_what_the_environment_says_stays(told, monkeypatch):
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
     tune_malloc()
     assert told == []
+    assert "THP_MEM_ALLOC_ENABLE" not in os.environ
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin"])
