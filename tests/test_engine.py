@@ -21,7 +21,7 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 CUT = ["--train-batch-size", "2", "--gradient-accumulation-steps", "2"]
 
 
-PROCESSES = {"ddpm": [2, 1, 2], "progressive": [2, 1], "dreambooth": [2, 1], "lcm": [2]}
+PROCESSES = {"ddpm": [2, 1, 2], "progressive": [2, 1, 2], "dreambooth": [2, 1], "lcm": [2]}
 """How many processes go on with a run of each recipe, one after the other; slices of a weight take their time."""
 
 

@@ -161,6 +161,7 @@ def test_an_optimizer_of_ones_own():
         ),
         ({"optimizer": "torch.optim:AdamX"}, "--optimizer torch.optim:AdamX: .*AdamX"),
         ({"optimizer": "no_such_module:Adam"}, "--optimizer no_such_module:Adam: No module named 'no_such_module'"),
+        ({"optimizer": "paged_adamw8bit"}, "--optimizer paged_adamw8bit: its pages are those of a GPU; .* adamw8bit"),
         ({"optimizer_args": {"momentun": 1}}, "--optimizer adamw: .*momentun"),
         (
             {"optimizer": "torch.optim:SGD", "optimizer_args": {"momentum": -1}},

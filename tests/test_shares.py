@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -40,6 +39,16 @@ def test_class_pictures_that_are_missing_are_shared_out_evenly(trained, places, 
     assert {path.name: path.read_bytes() for path in two.iterdir()} == made
 
 
+def alone_and_together(places, tmp_path, monkeypatch):
+    """Train by one process and by two, each with a cache of its own; how many, and the lines that each printed."""
+    for world in (1, 2):
+        monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / f"cache-{world}"))
+        cut = ["--steps", "1", "--train-batch-size", str(2 // world)]
+        ranks.train(world, command("lora", places, tmp_path / f"run-{world}", *cut), tmp_path / f"output-{world}")
+        files = [tmp_path / f"output-{world}" / f"{rank}.out" for rank in range(world)]
+        yield world, [file.read_text().splitlines() for file in files]
+
+
 @pytest.mark.processes
 def test_captions_and_images_are_encoded_once_each(places, tmp_path, monkeypatch):
     """By one process or the other, of each store about half; what is kept is what one process keeps."""
@@ -51,15 +60,8 @@ def test_captions_and_images_are_encoded_once_each(places, tmp_path, monkeypatch
 
     monkeypatch.setattr(cache, "write_tensors", told)
     kept = {}
-    for world in (1, 2):
-        monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / f"cache-{world}"))
-        cut = ["--steps", "1", "--train-batch-size", str(2 // world)]
-        words = command("lora", places, tmp_path / f"run-{world}", *cut)
-        ranks.train(world, words, tmp_path / f"output-{world}")
-        shares = []
-        for rank in range(world):
-            lines = (tmp_path / f"output-{world}" / f"{rank}.out").read_text().splitlines()
-            shares.append([json.loads(line) for line in lines if line.startswith("[")])
+    for world, printed in alone_and_together(places, tmp_path, monkeypatch):
+        shares = [[json.loads(line) for line in lines if line.startswith("[")] for lines in printed]
         done = [(store, key) for share in shares for store, keys in share for key in keys]
         assert len(done) == len(set(done))
         kept[world] = set(done)
@@ -77,22 +79,14 @@ def test_images_are_inspected_once_each(places, tmp_path, monkeypatch):
     real = image_info.inspect_image
     monkeypatch.setattr(image_info, "inspect_image", lambda data: (print(f"looks at {data.name}"), real(data))[1])
     kept = {}
-    for world in (1, 2):
-        monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / f"cache-{world}"))
-        cut = ["--steps", "1", "--train-batch-size", str(2 // world)]
-        words = command("lora", places, tmp_path / f"run-{world}", *cut)
-        ranks.train(world, words, tmp_path / f"output-{world}")
-        shares = [looked_at(tmp_path / f"output-{world}" / f"{rank}.out") for rank in range(world)]
+    for world, printed in alone_and_together(places, tmp_path, monkeypatch):
+        shares = [[line for line in lines if line.startswith("looks at ")] for lines in printed]
         done = sorted(name for share in shares for name in share)
         assert len(done) == len(set(done)) > 2
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
         (memo,) = (tmp_path / f"cache-{world}" / "probes").iterdir()
         kept[world] = done, json.loads(memo.read_text())
     assert kept[1] == kept[2]
-
-
-def looked_at(printed: Path) -> list[str]:
-    return [line.removeprefix("looks at ") for line in printed.read_text().splitlines() if line.startswith("looks at ")]
 
 
 @pytest.mark.processes

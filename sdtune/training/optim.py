@@ -49,6 +49,8 @@ def make_optimizer(cfg: Optim, groups: list[dict[str, Any]]) -> Optimizer:
     path, extra = NAMED.get(chosen, (chosen, ""))
     if chosen in FURTHER:
         path, extra = f"pytorch_optimizer:{chosen}", "optimizers"
+    if chosen == "paged_adamw8bit" and any(p.device.type == "cpu" for group in groups for p in group["params"]):
+        raise UserError(f"--optimizer {chosen}: its pages are those of a GPU; on a CPU, adamw8bit is the same")
     module, _, name = path.partition(":")
     if not name:
         raise UserError(f"--optimizer {chosen}: is none of {', '.join([*NAMED, *FURTHER])}, nor written module:Class")
