@@ -1,4 +1,4 @@
-"""Layers that keep less for the backward pass give the bits of those of diffusers."""
+"""Layers that keep less for the backward pass, or are faster, give what those of diffusers give."""
 
 import copy
 
@@ -76,6 +76,56 @@ def test_a_layer_that_trains_gets_the_gradients_of_its_weights(name, monkeypatch
     for layer in (stock, lean):
         passed(layer, inputs)
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(stock.parameters(), lean.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("how", [{"padding": 1}, {"padding": 1, "stride": 2}, {"bias": False}])
+def test_a_convolution_with_few_places_is_one_product(how, frozen, monkeypatch):
+    monkeypatch.setattr(lean_layers, "LARGE_WEIGHT", 0)
+    calls = []
+    product = lean_layers.by_product
+    monkeypatch.setattr(lean_layers, "by_product", lambda *given: (calls.append(1), product(*given))[1])
+    torch.manual_seed(0)
+    stock = nn.Conv2d(8, 16, 3, **how).requires_grad_(not frozen)
+    lean, exact_one = copy.deepcopy(stock), copy.deepcopy(stock).double()
+    keep_less(lean)
+    x = torch.randn(2, 8, 16, 16)
+    (y, grads, _), (wanted, right, _) = passed(lean, [x]), passed(exact_one, [x.double()])
+    assert calls
+    torch.testing.assert_close(y.double(), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(grads[0].double(), right[0], rtol=0, atol=1e-4)
+    for p, q in zip(lean.parameters(), exact_one.parameters(), strict=True):
+        assert frozen or ((p.grad - q.grad).norm() / q.grad.norm()).item() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Conv2d(8, 16, 3, dilation=2), torch.randn(2, 8, 8, 8)),
+        (nn.Conv2d(8, 16, 3, groups=2), torch.randn(2, 8, 8, 8)),
+        (nn.Conv2d(8, 16, 3, padding="same"), torch.randn(2, 8, 8, 8)),
+        (nn.Conv2d(8, 16, 3, padding=1, padding_mode="circular"), torch.randn(2, 8, 8, 8)),
+        (nn.Conv2d(8, 16, 3), torch.randn(9, 8, 8, 8)),
+        (nn.Conv2d(8, 16, 3).double(), torch.randn(2, 8, 8, 8).double()),
+        (nn.Conv2d(8, 16, 3).to("meta"), torch.randn(2, 8, 8, 8, device="meta")),
+    ],
+)
+def test_other_convolutions_are_left_to_the_library(layer, x, monkeypatch):
+    monkeypatch.setattr(lean_layers, "LARGE_WEIGHT", 0)
+    monkeypatch.setattr(lean_layers, "by_product", lambda *given: pytest.fail("as a product"))
+    stock = copy.deepcopy(layer)
+    keep_less(layer)
+    y, wanted = layer(x), stock(x)
+    assert y.shape == wanted.shape
+    assert y.device.type == "meta" or torch.equal(y, wanted)
+
+
+def test_a_step_by_products_has_the_gradients_of_eager_float64(places, tmp_path, monkeypatch):
+    words = contract.command("lora", places, tmp_path / "run", "--target-modules", r".*(to_q|conv1)")
+    monkeypatch.setattr(lean_layers, "LARGE_WEIGHT", 0)
+    of_loss, of_grads = errors(stepped(words)[0], exact(words))
+    assert of_loss < 1e-6
+    assert max(of_grads) < 1e-4
 
 
 @pytest.mark.parametrize("size", [0, lean_layers.LARGE])
