@@ -16,8 +16,8 @@ from sdtune.run.precision import precision_of
 def prepare_modules(recipe: Recipe, cfg: Run, device: torch.device) -> None:
     """Move a recipe to ``device``; have its parts be in few bits, checkpoint their gradients, or compile, as asked.
 
-    Adapters compute in fewer operations (`fused_lora`), and layers keep less (`lean_layers`), to the same bits. On a CPU
-    large convolutions of few places are products, which changes the last bits.
+    Adapters compute in fewer operations (`fused_lora`), and layers keep less (`lean_layers`), to the same bits. On
+    a CPU large convolutions of few places are products, which changes the last bits.
 
     A base in fewer bits is coded a layer at a time, so that the device never holds all of it in full. Shapes without
     values stay where they are.
