@@ -105,6 +105,7 @@ def test_each_gradient_is_that_of_eager_float64(option, places, tmp_path):
 
 def test_adapters_are_fused_to_the_bits_of_peft(places, tmp_path, monkeypatch):
     words = contract.command("lora", places, tmp_path / "run", "--alpha", "3")
+    monkeypatch.setattr("sdtune.training.engine.join_projections", lambda recipe: None)
     fused, engine = stepped(words)
     assert all(isinstance(layer, FusedLinear) for name, layer in engine.recipe.named_modules() if name.endswith("to_q"))
     monkeypatch.setattr("sdtune.training.prepare.fuse_adapters", lambda recipe: None)

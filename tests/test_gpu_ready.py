@@ -22,9 +22,10 @@ from sdtune.models import float8, single_file
 from sdtune.recipes.recipe import split_loss
 from sdtune.training import accelerator, engines
 from sdtune.training.batch_size import in_a_fork
-from sdtune.training.engine import Engine, copy_in_main_memory, nan_unless_finite
+from sdtune.training.engine import Engine, nan_unless_finite
 from sdtune.training.log_window import Window
 from sdtune.training.memory_estimate import heaviest_batch, meta_recipe
+from sdtune.training.slices import copy_in_main_memory
 from sdtune.training.state import State
 from tests import contract, ranks
 from tests.compare import difference

@@ -423,7 +423,7 @@ def test_moments_that_lie_in_pages_are_put_back_there():
     advance(module, optimizer, 0, 3)
     tensors, numbers = through_files(*optimizer_state.save_state(optimizer, named(module)))
     resumed = Paged(module.parameters(), lr=cfg.learning_rate)
-    optimizer_state.load_state(resumed, named(module), tensors, numbers, lambda tensor, parameter: tensor)
+    optimizer_state.load_state(resumed, named(module), tensors, numbers)
     assert same(bits(module, resumed), bits(module, optimizer))
     assert all(state["exp_avg"].in_pages for state in resumed.state.values())
 
@@ -438,9 +438,7 @@ def put_back(cfg, stop):
         for mine, theirs in zip(other.parameters(), module.parameters(), strict=True):
             mine.copy_(theirs)
     resumed = optimizer_of(other, cfg)
-    optimizer_state.load_state(
-        resumed, named(other), tensors, numbers, lambda tensor, parameter: tensor.to(parameter.device)
-    )
+    optimizer_state.load_state(resumed, named(other), tensors, numbers)
     assert same(bits(other, resumed), bits(module, optimizer))
     advance(module, optimizer, stop, stop + 4)
     advance(other, resumed, stop, stop + 4)

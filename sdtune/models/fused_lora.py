@@ -27,15 +27,28 @@ class FusedLinear(lora.Linear):
     half: Pair | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base, name = self.base_layer, self.active_adapters[0]
-        a, b = self.half or (self.lora_A[name].weight, self.lora_B[name].weight)
-        plain = not (args or kwargs or self.disable_adapters or self.merged or under_autocast(x))
-        if not plain or len(self.active_adapters) > 1 or x.dtype != a.dtype:
+        if args or kwargs or not self.is_fused(x):
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
+        base, (a, b), scale = self.base_layer, self.factors, self.scale
         if type(base) is not nn.Linear:  # of codes, which it decodes itself
-            return base(x) + functional.linear(functional.linear(x, a), b) * self.scaling[name]  # type: ignore[operator]
-        return LowRank.apply(x, x, base.weight, base.bias, a, b, self.scaling[name])  # type: ignore[no-any-return]
+            return base(x) + functional.linear(functional.linear(x, a), b) * scale  # type: ignore[operator]
+        return LowRank.apply(x, x, base.weight, base.bias, a, b, scale)  # type: ignore[no-any-return]
+
+    def is_fused(self, x: Tensor) -> bool:
+        """Whether the layer is in the state, and ``x`` of the kind, for which it is one function."""
+        plain = not (self.disable_adapters or self.merged or under_autocast(x)) and len(self.active_adapters) == 1
+        return plain and x.dtype == self.factors[0].dtype
+
+    @property
+    def factors(self) -> Pair:
+        """A ``[rank, in]`` and B ``[out, rank]``."""
+        name = self.active_adapters[0]
+        return self.half or (self.lora_A[name].weight, self.lora_B[name].weight)
+
+    @property
+    def scale(self) -> float:
+        return self.scaling[self.active_adapters[0]]  # type: ignore[no-any-return]
 
 
 class LowRank(torch.autograd.Function):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdtune.models.fused_lora import under_autocast
+from sdtune.models.joined_lora import JoinedLinear, joined
 
 LARGE = 2**18
 """Numbers of a tensor from which on it is worth while not to keep it: a function of Python's own costs 50 us."""
@@ -157,6 +158,9 @@ class LeanAttention(Attention):
     The processor's signature is not read, which takes a tenth of the time of a small one, and nothing is divided by 1.
     """
 
+    joined: JoinedLinear | None = None
+    """Queries, keys and values in one, or keys and values of an attention to something else."""
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -172,12 +176,27 @@ class LeanAttention(Attention):
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = (
             projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for projected in (self.to_q(hidden_states), self.to_k(context), self.to_v(context))
+            for projected in self.projected(hidden_states, context)
         )
         seen = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         out, dropout = self.to_out
         found: Tensor = out(seen)
         return dropout(found) if dropout.p else found
+
+    def projected(self, x: Tensor, context: Tensor) -> tuple[Tensor, ...]:
+        """Queries of ``x``, keys and values of ``context``."""
+        if self.joined is None or not self.joined.fits(context) or (self.joins_queries and x is not context):
+            return self.to_q(x), self.to_k(context), self.to_v(context)
+        return self.joined(x) if self.joins_queries else (self.to_q(x), *self.joined(context))
+
+    @property
+    def joins_queries(self) -> bool:
+        return not self.is_cross_attention
+
+    def join(self) -> None:
+        """From now on compute in one product what has the same input, if the adapters are of such a kind."""
+        queries = [self.to_q] if self.joins_queries else []
+        self.joined = joined([*queries, self.to_k, self.to_v])
 
 
 def keep_less(model: nn.Module) -> None:
@@ -191,6 +210,13 @@ def keep_less(model: nn.Module) -> None:
             layer.__class__ = LeanAttention
         elif type(layer) is ResnetBlock2D and is_common(layer):
             layer.__class__ = LeanResnetBlock
+
+
+def join_projections(model: nn.Module) -> None:
+    """Have each attention of ``model`` that `keep_less` knew join what it projects."""
+    for layer in model.modules():
+        if isinstance(layer, LeanAttention):
+            layer.join()
 
 
 def is_common(block: ResnetBlock2D) -> bool:

@@ -4,7 +4,6 @@ What trains is float32 in every case. In half precision the forward pass is auto
 fp16 losses are scaled, so that small gradients do not round to nothing; a step whose gradient is not finite is skipped.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -15,16 +14,17 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sdtune.config.sections import Run
 from sdtune.diffusion.tables import widest_float
 from sdtune.models.fused_lora import HalfAdapters
+from sdtune.models.lean_layers import join_projections
 from sdtune.recipes.recipe import Recipe, split_loss
 from sdtune.run.precision import dtype_of
 from sdtune.training import optim, optimizer_state
+from sdtune.training.slices import copy_in_main_memory, full_tensor, shard_like
 
 INIT_SCALE = 2.0**16
 """By what fp16 losses are multiplied at first; halved after an overflow, doubled after 2000 steps without one."""
@@ -48,8 +48,8 @@ class Engine:
     summary = ""
     """A line about how the processes hold the weights, printed after the plan; empty where each holds all."""
 
-    forward_alone = True
-    """Whether one process may call the model while the others do not."""
+    holds_all = True
+    """Whether a process holds all of each weight, and so may call the model while the others do not."""
 
     gradients_stay = False
     """Whether gradients are set to 0 after a step and keep their places; else they are dropped."""
@@ -59,6 +59,8 @@ class Engine:
         self.dtype, self.accumulation = dtype_of(cfg), cfg.gradient_accumulation_steps
         self.scaler = torch.amp.GradScaler(self.device.type, INIT_SCALE, enabled=self.dtype == torch.float16)
         self.model: nn.Module = recipe
+        if self.holds_all:
+            join_projections(recipe)
         self.halves, self.within_step = self.adapters_in_half(), False
 
     def adapters_in_half(self) -> HalfAdapters | None:
@@ -182,7 +184,7 @@ class Engine:
     def load_optimizer(
         self, optimizer: Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor], numbers: dict[str, Any]
     ) -> None:
-        optimizer_state.load_state(optimizer, names, tensors, numbers, shard_like)
+        optimizer_state.load_state(optimizer, names, tensors, numbers)
 
     def save_scale(self) -> dict[str, Any]:
         """The scale of fp16 losses and the steps since it changed; empty in another precision."""
@@ -229,7 +231,7 @@ class Sharded(Engine):
         plugin: what the accelerate config says of FSDP; of it count the blocks, resharding and offloading.
     """
 
-    forward_alone = False
+    holds_all = False
 
     def __init__(self, recipe: Recipe, cfg: Run, accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin):
         super().__init__(recipe, cfg, accelerator)
@@ -237,10 +239,9 @@ class Sharded(Engine):
         # FSDP changes the classes and hooks of a module, so what is exported is a copy that it has not seen
         self.export_copy = copy_in_main_memory(recipe) if accelerator.is_main_process else None
         mesh = init_device_mesh(self.device.type, (self.world,))
-        half = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32)
         options: dict[str, Any] = {"mesh": mesh, "offload_policy": plugin.cpu_offload or OffloadPolicy()}
         if self.dtype != torch.float32:
-            options["mp_policy"] = half
+            options["mp_policy"] = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32)
         self.roots = []
         for part in recipe.children():
             # What never has a backward pass would otherwise stay whole on each process after its first forward pass
@@ -275,25 +276,3 @@ class Sharded(Engine):
         if self.export_copy:
             self.export_copy.step = self.recipe.step
         return self.export_copy or self.recipe
-
-
-def copy_in_main_memory(recipe: Recipe) -> Recipe:
-    """A copy whose weights are in the main memory, and were never twice on the device."""
-    made: dict[int, Any] = {}
-    for tensor in (*recipe.parameters(), *recipe.buffers()):
-        copied = tensor.detach().to("cpu", copy=True)
-        made[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
-    return copy.deepcopy(recipe, made)
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor, of which each process may hold a slice; then every process must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def shard_like(tensor: Tensor, place: Tensor) -> Tensor:
-    """A full tensor, moved to the device of ``place`` and cut into the same slices."""
-    tensor = tensor.to(place.device)
-    if isinstance(place, DTensor) and place.shape == tensor.shape:
-        return distribute_tensor(tensor, place.device_mesh, place.placements, src_data_rank=None)
-    return tensor

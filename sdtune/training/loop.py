@@ -132,7 +132,7 @@ def fit(
     profile = Profile(cfg.profile if main else 0, out, log)
 
     def attempt(work: Callable[[], Any]) -> Any:
-        return stop.attempt(work, engine.forward_alone)
+        return stop.attempt(work, engine.holds_all)
 
     def validate() -> None:
         recipe.eval()

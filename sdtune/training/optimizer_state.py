@@ -1,7 +1,7 @@
 """An optimizer's state as tensors and numbers that files hold, and back."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sdtune.training.optim import eager, set_rate
+from sdtune.training.slices import shard_like
 
 
 def save_state(optimizer: Optimizer, names: dict[Tensor, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -77,13 +78,9 @@ def init_state(optimizer: Optimizer) -> None:
 
 
 def load_state(
-    optimizer: Optimizer,
-    names: dict[Tensor, str],
-    tensors: dict[str, Tensor],
-    numbers: dict[str, Any],
-    shard_like: Callable[[Tensor, Tensor], Tensor],
+    optimizer: Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor], numbers: dict[str, Any]
 ) -> None:
-    """Put back what ``save_state`` gave; ``shard_like`` puts a tensor where a parameter is."""
+    """Put back what ``save_state`` gave, each tensor on the device and in the slices of its parameter."""
     paged = bool(getattr(optimizer, "is_paged", False))
     if paged or any(name and len(rest) == 2 for name, *rest in (key.split("|") for key in tensors)):
         init_state(optimizer)  # it alone knows how to put codes and scales together, or to have pages
