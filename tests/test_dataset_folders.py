@@ -41,6 +41,23 @@ def test_links_inside_the_folder_are_fine(folder):
     assert names(load_images(config(folder, caption="x", follow_links=True))) == ["a.png", "b.png"]
 
 
+@pytest.mark.fault("A link in the dataset's folder leads to itself, or to nothing", "Left out, and counted as ignored.")
+def test_links_that_lead_nowhere_are_left_out(folder):
+    paint(folder / "a.png")
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "gone.png").symlink_to("nothing.png")
+    images = load_images(config(folder, caption="x"))
+    assert names(images) == ["a.png"] and sorted(images.ignored) == ["gone.png", "loop.png"]
+
+
+def test_the_first_of_two_links_to_a_folder_counts(folder, tmp_path):
+    paint(folder / "a.png")
+    paint(tmp_path / "library" / "x.png", shade=1)
+    for name in ("two", "one"):
+        (folder / name).symlink_to(tmp_path / "library")
+    assert names(load_images(config(folder, caption="x", follow_links=True))) == ["a.png", "one/x.png"]
+
+
 def test_linked_folders_are_named_or_followed(folder, tmp_path):
     paint(tmp_path / "library" / "deep" / "a.png")
     (tmp_path / "library" / "back").symlink_to(tmp_path / "library")

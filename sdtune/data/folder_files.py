@@ -3,7 +3,7 @@
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,18 +109,17 @@ def _reason(found: FolderFiles) -> str:
 def _walk(found: FolderFiles, follow_links: bool, leave_out: Path | None) -> Iterator[tuple[str, Path]]:
     """The files with their names; fills ``ignored``, ``linked``, ``own`` and ``outside`` of ``found``."""
 
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
-
     folder, home = found.folder, _home(found.folder)
     left_out = leave_out and leave_out.resolve()
     visited: set[Path] = set()  # targets of links to folders
     linked: set[Path] = set()  # folders that are reached through a link
     own_of_root = own_entries(folder)
-    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=follow_links):
-        at = Path(parent)
-        through_link = at in linked
-        for name in sorted(folders):
+    to_read = [folder]
+    while to_read:
+        at = to_read.pop()
+        folders, files = _entries(at)
+        through_link, kept = at in linked, []
+        for name in folders:
             path = at / name
             skip = True
             if name.startswith("."):
@@ -136,20 +135,47 @@ def _walk(found: FolderFiles, follow_links: bool, leave_out: Path | None) -> Ite
             else:
                 skip = False
             if skip:
-                folders.remove(name)
-            elif through_link or path.is_symlink():
+                continue
+            kept.append(path)
+            if through_link or path.is_symlink():
                 linked.add(path)
                 visited.add(path.resolve())
+        to_read += reversed(kept)
         below = "" if at == folder else f"{_name(at, folder)}/"
-        entries = {entry.name: entry for entry in os.scandir(parent)}  # they know their kind without a look at the file
-        for name in names:
-            path, shown, entry = at / name, below + _readable(name), entries.get(name)
-            if name.startswith(".") or entry is None or not entry.is_file():
+        for entry in files:
+            path, shown = at / entry.name, below + _readable(entry.name)
+            if entry.name.startswith(".") or not _is(os.DirEntry.is_file, entry):
                 found.ignored.append(shown)
                 continue
             if through_link or (entry.is_symlink() and not path.resolve().is_relative_to(home)):
                 found.outside.add(shown)
             yield shown, path
+
+
+def _entries(folder: Path) -> tuple[list[str], list[os.DirEntry[str]]]:
+    """The names of the folders in a folder, sorted, and its other entries, all in one look: a listing knows the kinds.
+
+    Raises: UserError if it cannot be read.
+    """
+    folders, others = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if _is(os.DirEntry.is_dir, entry):
+                    folders.append(entry.name)
+                else:
+                    others.append(entry)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    return sorted(folders), others
+
+
+def _is(kind: Callable[[os.DirEntry[str]], bool], entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is of a kind; a link that leads to itself is of none."""
+    try:
+        return kind(entry)
+    except OSError:
+        return False
 
 
 def _home(folder: Path) -> Path:
@@ -220,6 +246,8 @@ def _pair_masks(found: FolderFiles) -> None:
     A mask is ``a-mask.png`` or ``a_mask.png`` next to ``a.jpg``, or ``masks/a.png`` in a folder next to it. In a folder
     of masks, those without an image are left out too.
     """
+    if not any("mask" in name.lower() for name in found.images):
+        return
     stems: dict[str, list[str]] = {}
     for name in found.images:
         stems.setdefault(name.rpartition(".")[0], []).append(name)

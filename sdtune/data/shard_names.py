@@ -19,11 +19,14 @@ def is_sharded(dataset: str) -> bool:
     folder = Path(dataset).expanduser()
     if "://" in dataset or not folder.is_dir():
         return False
-    names = os.listdir(folder)  # noqa: PTH208  ten times faster
-    if not any(name[-4:].lower() == ".tar" for name in names):
-        return False
-    kinds = {os.path.splitext(name)[1].lower() for name in names}  # noqa: PTH122  ten times faster
-    return ".tar" in kinds and not kinds & EXTENSIONS
+    found = False
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            ending = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122  ten times faster
+            if ending in EXTENSIONS:
+                return False  # so that of a folder of images one is seen and not all
+            found |= ending == ".tar"
+    return found
 
 
 def shard_urls(dataset: str, follow_links: bool = False) -> list[str]:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from sdtune.config.slow_imports import keeping
+from sdtune.data.buckets import Shape
 from sdtune.data.sources import Row
 from sdtune.data.stream import SEPARATOR, Stream
 
@@ -50,8 +51,9 @@ def summarize(
         lines.append(f"bad images, left out: {len(named)} ({_first_names(named)})")
     if stream.cfg.buckets:
         lines.append(_bucket_line(stream))
-    lines += _cropped_line(stream)
-    lines += _small_line(stream)
+    by_size = _names_by_size(stream)
+    lines += _cropped_line(by_size, stream.cfg.buckets)
+    lines += _small_line(by_size)
     copies = [count for count in Counter(row.sha256 for row in rows).values() if count > 1]
     if copies:
         lines.append(f"exact copies of other images, which are therefore shown more often: {sum(copies) - len(copies)}")
@@ -75,21 +77,28 @@ def _bucket_line(stream: Stream) -> str:
     return line
 
 
-def _cropped_line(stream: Stream) -> list[str]:
+def _names_by_size(stream: Stream) -> dict[tuple[int, int, Shape], list[str]]:
+    """The names of the images by their width, height and training shape, of which most datasets have few."""
+    found: dict[tuple[int, int, Shape], list[str]] = {}
+    for index in stream.indices:
+        row = stream.images.rows[index]
+        found.setdefault((row.width, row.height, stream.shapes[index]), []).append(row.name)
+    return found
+
+
+def _cropped_line(by_size: dict[tuple[int, int, Shape], list[str]], buckets: bool) -> list[str]:
     """How much of their area images lose that are cropped to another shape."""
     lost = []
-    for index in stream.indices:
-        row, (width, height) = stream.images.rows[index], stream.shapes[index]
-        scale = max(width / row.width, height / row.height)
-        lost.append((1 - width * height / (row.width * row.height * scale**2), row.name))
-    cropped = [pair for pair in lost if pair[0] > 0.03]
+    for (own_width, own_height, (width, height)), names in by_size.items():
+        scale = max(width / own_width, height / own_height)
+        lost.append((1 - width * height / (own_width * own_height * scale**2), names))
+    cropped = [(share, names) for share, names in lost if share > 0.03]
     if not cropped:
         return []
-    most, name = max(cropped)
-    way_out = "a larger --bucket-max-aspect or a smaller --bucket-step" if stream.cfg.buckets else "--buckets"
-    return [
-        f"images that lose more than 3 % when cropped: {len(cropped)} (most {name}, {most:.0%}); {way_out} keeps more"
-    ]
+    most, name = max((share, max(names)) for share, names in cropped)
+    way_out = "a larger --bucket-max-aspect or a smaller --bucket-step" if buckets else "--buckets"
+    count = sum(len(names) for _, names in cropped)
+    return [f"images that lose more than 3 % when cropped: {count} (most {name}, {most:.0%}); {way_out} keeps more"]
 
 
 def _syntax_lines(stream: Stream) -> list[str]:
@@ -106,17 +115,16 @@ def _syntax_lines(stream: Stream) -> list[str]:
     return lines
 
 
-def _small_line(stream: Stream) -> list[str]:
-    scales = []
-    for index in stream.indices:
-        row, (width, height) = stream.images.rows[index], stream.shapes[index]
-        scales.append((max(width / row.width, height / row.height), row))
-    small = [(scale, row) for scale, row in scales if scale > 1]
+def _small_line(by_size: dict[tuple[int, int, Shape], list[str]]) -> list[str]:
+    small = []
+    for (own_width, own_height, (width, height)), names in by_size.items():
+        if (scale := max(width / own_width, height / own_height)) > 1:
+            small.append((scale, f"{names[0]}, {own_width} x {own_height}", len(names)))
     if not small:
         return []
-    _, row = max(small, key=lambda item: item[0])
-    least = f"the smallest is {row.name}, {row.width} x {row.height}"
-    return [f"images smaller than their training shape, enlarged: {len(small)} ({least})"]
+    count = sum(count for *_, count in small)
+    _, least, _ = max(small, key=lambda item: item[0])
+    return [f"images smaller than their training shape, enlarged: {count} (the smallest is {least})"]
 
 
 def _long_captions(

@@ -37,14 +37,20 @@ def is_table(folder: Path) -> bool:
     """Whether ``datasets`` can load the folder: a saved dataset, or parquet files as in a copy of a Hub repository."""
     if _is_saved(folder) or any(path.name.lower() not in TABLES for path in (folder / "data").glob("*.parquet")):
         return True
+    with os.scandir(folder) as entries:  # before all of it is listed
+        if any(_is_image(entry.name) for entry in entries):
+            return False  # a folder of images
     found = False
     for _, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        seen = (name for name in names if not name.startswith("."))
-        if any(os.path.splitext(name)[1].lower() in EXTENSIONS for name in seen):  # noqa: PTH122  fast
-            return False  # a folder of images
+        if any(map(_is_image, names)):
+            return False
         found |= any(name.endswith(".parquet") and name.lower() not in TABLES for name in names)
     return found
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS  # noqa: PTH122  fast
 
 
 def _is_saved(folder: Path) -> bool:
