@@ -24,6 +24,7 @@ from sdtune.data.cache import Store, write_tensors
 from sdtune.data.images import decode
 from sdtune.models import families
 from sdtune.models.fused_lora import LowRank
+from sdtune.models.joined_lora import LowRankTogether
 from sdtune.training import optim
 
 Arms = dict[str, Callable[[], Any]]
@@ -86,24 +87,19 @@ def groups(count: float) -> Iterator[tuple[str, Arms]]:
 
 
 def projections(tokens: int, width: int, rank: int = 4) -> Arms:
-    """Queries, keys and values of one input with their adapters, there and back: three products, or one of all.
-
-    Of all, A is one matrix and B has the three along its diagonal.
-    """
+    """Queries, keys and values of one input with their adapters, there and back: three products, or one of all."""
     x, grad = torch.randn(1, tokens, width, requires_grad=True), torch.randn(1, tokens, 3 * width)
     weights = [torch.randn(width, width) for _ in range(3)]
-    a = [torch.randn(rank, width, requires_grad=True) for _ in range(3)]
-    b = [torch.randn(width, rank, requires_grad=True) for _ in range(3)]
-    together = torch.cat(weights), torch.cat(a).detach(), torch.block_diag(*b).detach()
-    together[1].requires_grad_(), together[2].requires_grad_()
+    sides = ((rank, width), (width, rank))
+    factors = [torch.randn(side, requires_grad=True) for _ in weights for side in sides]
+    joined = torch.cat(weights)
 
     def one_by_one() -> None:
-        made = [LowRank.apply(x, x, w, None, *factors, 1.0) for w, *factors in zip(weights, a, b, strict=True)]
-        torch.autograd.backward(made, grad.split(width, -1))
+        pairs = zip(weights, factors[::2], factors[1::2], strict=True)
+        torch.autograd.backward([LowRank.apply(x, x, w, None, a, b, 1.0) for w, a, b in pairs], grad.split(width, -1))
 
     def in_one() -> None:
-        w, *factors = together
-        LowRank.apply(x, x, w, None, *factors, 1.0).backward(grad)
+        LowRankTogether.apply(x, joined, None, (1.0, 1.0, 1.0), *factors).backward(grad)
 
     return {"one by one": one_by_one, "in one product": in_one}
 
