@@ -7,6 +7,8 @@ The steps are those of torch's AdamW, which sdtune and other trainers have in co
 the seconds are those of the wall.
 """
 
+import importlib.abc
+import importlib.util
 import json
 import os
 import runpy
@@ -15,21 +17,38 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 clock: list[float] = []
 now = time.perf_counter if os.environ.get("TICKS") == "wall" else time.process_time
-original = torch.optim.AdamW.step
 
 
-def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-    out = original(self, *args, **kwargs)
-    clock.append(now())
-    return out
+class NotesSteps(importlib.abc.MetaPathFinder):
+    """Has AdamW note its steps once the script imports it; sdtune sets up memory before it imports torch."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != "torch.optim.adamw":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def executed(module: Any) -> None:
+            execute(module)
+            original = module.AdamW.step
+
+            def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+                out = original(self, *args, **kwargs)
+                clock.append(now())
+                return out
+
+            module.AdamW.step = step
+
+        spec.loader.exec_module = executed  # type: ignore[method-assign]
+        return spec
 
 
 if __name__ == "__main__":
-    torch.optim.AdamW.step = step  # type: ignore[method-assign]
+    sys.meta_path.insert(0, NotesSteps())
     _, file, *words = sys.argv
     try:
         if words[0] == "-m":

@@ -26,6 +26,7 @@ from sdtune.config.errors import RunFailed, UserError
 from sdtune.config.help_style import Command, Group
 from sdtune.config.slow_imports import imported, importing
 from sdtune.config.untrusted import CONTROL, echo, printable
+from sdtune.run.allocator import tune_malloc
 
 if TYPE_CHECKING:
     from sdtune.config.command_line import OptionCommand
@@ -68,6 +69,7 @@ def top(
 
 def train(words: list[str], entry: Callable[[], Any], cfg: "Run", launch: "Launch") -> None:
     """Train a recipe, here or on the processes that are asked for; ``words`` are the command as it is typed."""
+    tune_malloc()  # before there is a tensor
     launcher = importlib.import_module("sdtune.training.launch")
     if launch.find_batch_size and launcher.launched():
         raise UserError("--find-batch-size: give it without a launcher, with --num-processes")

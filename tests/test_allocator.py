@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -43,3 +44,21 @@ def test_another_c_library_is_told_nothing(platform, told, monkeypatch):
         monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     tune_malloc()
     assert told == []
+
+
+def test_torch_is_not_there_yet_when_a_run_asks_for_pages(tmp_path):
+    """It reads what it is told once, with its first tensor, and its libraries make some when they are imported."""
+    program = """
+import sys
+from sdtune import cli
+
+def noted():
+    print("torch" in sys.modules)
+    sys.exit()
+
+cli.tune_malloc = noted
+cli.main(sys.argv[1:])
+"""
+    words = ["lora", "--dataset", "tiny-hearts", "--model", "tiny", "--output-dir", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=False)
+    assert done.stdout == "False\n", done.stderr

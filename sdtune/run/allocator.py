@@ -19,7 +19,7 @@ def tune_malloc() -> None:
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
         return
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it with its first tensor of 2 MB
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once, with its first tensor
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(MMAP_THRESHOLD, 4 * 2**20)
         mallopt(TRIM_THRESHOLD, 512 * 2**20)

@@ -16,7 +16,6 @@ from sdtune.data import positions
 from sdtune.publish.publish import Publisher
 from sdtune.recipes.recipe import Recipe, TrainingConfig
 from sdtune.run import artefacts, checkpoints, folder, rng
-from sdtune.run.allocator import tune_malloc
 from sdtune.run.barrier import store_barrier
 from sdtune.run.device import is_out_of_memory
 from sdtune.run.environment import environment
@@ -51,7 +50,6 @@ def train(
         SystemExit: 143 or 130 when SIGTERM or Ctrl-C came, and the run was saved.
     """
     check_trackers(cfg.report_to)
-    tune_malloc()
     with StopSignals() as stop:
         accelerator = start_accelerator(cfg)
         rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
