@@ -46,6 +46,7 @@ def test_another_c_library_is_told_nothing(platform, told, monkeypatch):
     assert told == []
 
 
+@pytest.mark.processes
 def test_torch_is_not_there_yet_when_a_run_asks_for_pages(tmp_path):
     """It reads what it is told once, with its first tensor, and its libraries make some when they are imported."""
     program = """
