@@ -27,3 +27,9 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The largest difference between two numbers of the same tensors."""
     assert one.keys() == other.keys()
     return max((one[k] - other[k]).abs().max().item() for k in one)
+
+
+def mean_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The mean difference between the numbers of the same tensors."""
+    assert one.keys() == other.keys()
+    return torch.cat([(one[k] - other[k]).abs().flatten() for k in one]).mean().item()

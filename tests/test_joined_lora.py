@@ -81,6 +81,8 @@ def test_layers_in_another_state_compute_for_themselves():
     fuse_adapters(net)
     one, x = joined(list(net.values())), torch.randn(2, 5, IN)
     assert one.fits(x) and not one.fits(x.double())
+    with torch.no_grad():
+        assert not one.fits(x)
     net["k"].enable_adapters(False)
     assert not one.fits(x)
     net["k"].enable_adapters(True)

@@ -23,7 +23,7 @@ from sdtune.data import cache
 from sdtune.run import artefacts, checkpoints, metrics, processes
 from sdtune.training import launch, launch_variables
 from tests import ranks
-from tests.compare import assert_same_bits, difference
+from tests.compare import assert_same_bits, difference, mean_difference
 from tests.conftest import LONG, command, status
 from tests.contract import RECIPES
 from tests.ranks import reached, wait_until
@@ -98,8 +98,12 @@ def test_shipped_config_trains_on_the_cpu_to_the_weights_of_one_process(name, pl
     said = (tmp_path / "output" / "0.out").read_text()
     assert ("(FSDP2)" in said) is (name == "fsdp2")
     half = ["--mixed-precision", name] if name in launch.PRECISIONS else []
-    near = 1e-4 if half else 1e-6
-    assert difference(learnt(shared("lora", *small, *half)), learnt(tmp_path / "two")) < near
+    alone, together = learnt(shared("lora", *small, *half)), learnt(tmp_path / "two")
+    if half:  # Adam moves a number whose gradient is all rounding by the learning rate, either way
+        assert difference(alone, together) < 3 * 1e-4
+        assert mean_difference(alone, together) < 1e-6
+    else:
+        assert difference(alone, together) < 1e-6
 
 
 WAYS = {

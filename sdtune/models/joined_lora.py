@@ -29,8 +29,11 @@ class JoinedLinear:
             base.weight = nn.Parameter(part, requires_grad=False)  # so that the numbers are in memory once
 
     def fits(self, x: Tensor) -> bool:
-        """Whether all layers are in the state, and ``x`` of the kind, for which they are one function."""
-        here = x.device == self.weight.device and x.dtype == self.weight.dtype
+        """Whether all layers are in the state, and ``x`` of the kind, for which they are one function.
+
+        Without gradients they are apart: what is drawn on the way is to the bits what the base's own pipeline draws.
+        """
+        here = x.device == self.weight.device and x.dtype == self.weight.dtype and torch.is_grad_enabled()
         return here and all(layer.is_fused(x) for layer in self.layers)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
