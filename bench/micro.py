@@ -25,6 +25,7 @@ from sdtune.data.images import decode
 from sdtune.models import families
 from sdtune.models.fused_lora import LowRank
 from sdtune.models.joined_lora import LowRankTogether
+from sdtune.models.lean_layers import by_product
 from sdtune.training import optim
 
 Arms = dict[str, Callable[[], Any]]
@@ -76,6 +77,8 @@ def groups(count: float) -> Iterator[tuple[str, Arms]]:
         )
     for tokens, width in ((4096, 320), (1024, 640), (256, 1280)):
         yield f"q, k, v of {tokens:,} tokens, {width} wide", projections(tokens, width)
+    for side in (4, 8, 16, 32):
+        yield f"convolution of 1,280 channels, {side} x {side} places", convolutions(side)
     import transformers
 
     tokenizer = transformers.CLIPTokenizer.from_pretrained(families.resolve_model("tiny"), subfolder="tokenizer")
@@ -102,6 +105,13 @@ def projections(tokens: int, width: int, rank: int = 4) -> Arms:
         LowRankTogether.apply(x, joined, None, (1.0, 1.0, 1.0), *factors).backward(grad)
 
     return {"one by one": one_by_one, "in one product": in_one}
+
+
+def convolutions(side: int, channels: int = 1280) -> Arms:
+    """A frozen convolution there and back to its input, by oneDNN, or as one product."""
+    layer = nn.Conv2d(channels, channels, 3, padding=1).requires_grad_(False)
+    x = torch.randn(1, channels, side, side, requires_grad=True)
+    return {"oneDNN": lambda: layer(x).sum().backward(), "one product": lambda: by_product(layer, x).sum().backward()}
 
 
 def timed(work: Callable[[], Any]) -> Callable[[], float]:

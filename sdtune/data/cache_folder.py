@@ -41,5 +41,5 @@ def remember(file: Path, content: Any) -> None:
 
 def local_stamp(path: Path) -> str:
     """Changes when the file does. A copy may bring its modification time along, hence the change time too."""
-    status = os.stat(path)  # noqa: PTH116  for 100,000 of them, a fifth of a second less
+    status = path.stat()
     return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"

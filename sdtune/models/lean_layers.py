@@ -32,9 +32,9 @@ class LeanConv2d(nn.Conv2d):
     """A convolution that keeps no input while its weight is frozen and nothing is cast, and is fast with few places."""
 
     def forward(self, x: Tensor) -> Tensor:
-        trains = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if self.is_product(x):
             return by_product(self, x)
+        trains = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if x.numel() < LARGE or trains or self.padding_mode != "zeros" or under_autocast(x):
             return super().forward(x)
         how = (self.stride, self.padding, self.dilation, self.groups)
