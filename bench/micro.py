@@ -77,8 +77,10 @@ def groups(count: float) -> Iterator[tuple[str, Arms]]:
         )
     for tokens, width in ((4096, 320), (1024, 640), (256, 1280)):
         yield f"q, k, v of {tokens:,} tokens, {width} wide", projections(tokens, width)
-    for side in (4, 8, 16, 32):
-        yield f"convolution of 1,280 channels, {side} x {side} places", convolutions(side)
+    for dtype in (torch.float32, torch.bfloat16):
+        for side in (4, 8, 16, 32):
+            title = f"convolution of 1,280 channels, {side} x {side} places, {str(dtype).removeprefix('torch.')}"
+            yield title, convolutions(side, dtype)
     import transformers
 
     tokenizer = transformers.CLIPTokenizer.from_pretrained(families.resolve_model("tiny"), subfolder="tokenizer")
@@ -107,11 +109,17 @@ def projections(tokens: int, width: int, rank: int = 4) -> Arms:
     return {"one by one": one_by_one, "in one product": in_one}
 
 
-def convolutions(side: int, channels: int = 1280) -> Arms:
-    """A frozen convolution there and back to its input, by oneDNN, or as one product."""
-    layer = nn.Conv2d(channels, channels, 3, padding=1).requires_grad_(False)
-    x = torch.randn(1, channels, side, side, requires_grad=True)
-    return {"oneDNN": lambda: layer(x).sum().backward(), "one product": lambda: by_product(layer, x).sum().backward()}
+def convolutions(side: int, dtype: torch.dtype, channels: int = 1280) -> Arms:
+    """Eight frozen convolutions there and back to their input, by oneDNN, or as products.
+
+    Eight, because the weight of one would still be in the cache of the processor when it is called again.
+    """
+    layers = [nn.Conv2d(channels, channels, 3, padding=1).requires_grad_(False).to(dtype) for _ in range(8)]
+    x = torch.randn(1, channels, side, side, dtype=dtype, requires_grad=True)
+    return {
+        "oneDNN": lambda: [layer(x).sum().backward() for layer in layers],
+        "products": lambda: [by_product(layer, x).sum().backward() for layer in layers],
+    }
 
 
 def timed(work: Callable[[], Any]) -> Callable[[], float]:

@@ -8,6 +8,7 @@ the norm before it keeps. Of a residual block with frozen weights three tensors 
 three. What is computed again is element-wise, and takes a hundredth of the time of the convolutions around it.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -24,8 +25,10 @@ LARGE = 2**18
 """Numbers of a tensor from which on it is worth while not to keep it: a function of Python's own costs 50 us."""
 
 
-LARGE_WEIGHT, FEW_PLACES = 2**22, 512
-"""Numbers of a weight from which on, and places of all images up to which, a convolution is one product on a CPU."""
+LARGE_WEIGHT = {torch.float32: 2**22, torch.bfloat16: 2**20}
+"""Numbers of a weight from which on a convolution with few places is one product on a CPU, by their kind."""
+FEW_PLACES = 512
+"""Places of all images up to which it is."""
 
 
 class LeanConv2d(nn.Conv2d):
@@ -41,8 +44,13 @@ class LeanConv2d(nn.Conv2d):
         return FrozenConvolution.apply(x, self.weight, self.bias, how)  # type: ignore[no-any-return]
 
     def is_product(self, x: Tensor) -> bool:
-        """Whether `by_product` is faster: on a CPU, with a large weight and few places."""
-        if self.weight.numel() < LARGE_WEIGHT or x.device.type != "cpu" or x.dtype != torch.float32:
+        """Whether `by_product` is faster: on a CPU, with a large weight and few places.
+
+        Without gradients it is not, so that what is drawn on the way is to the bits what the base's own pipeline draws.
+        """
+        if x.device.type != "cpu" or not torch.is_grad_enabled():
+            return False
+        if self.weight.numel() < LARGE_WEIGHT.get(x.dtype, math.inf):
             return False
         places = x.shape[0] * x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1])
         usual = self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros"
