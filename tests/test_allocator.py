@@ -24,9 +24,9 @@ def told(monkeypatch):
     return calls
 
 
-def test_tensors_stay_but_for_the_largest_which_have_pages_of_their_own(told):
+def test_large_tensors_have_pages_of_their_own_and_small_ones_stay(told):
     tune_malloc()
-    assert told == [(-3, 32 << 20), (-1, 1 << 30)]
+    assert told == [(-3, 8 << 20), (-1, 512 << 20)]
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
 
 
