@@ -26,7 +26,7 @@ def told(monkeypatch):
 
 def test_large_tensors_have_pages_of_their_own_and_small_ones_stay(told):
     tune_malloc()
-    assert told == [(-3, 8 << 20), (-1, 512 << 20)]
+    assert told == [(-3, 4 << 20), (-1, 512 << 20)]
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
 
 
